@@ -1,0 +1,1 @@
+"""Presets and built-in models: values only."""

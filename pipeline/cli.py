@@ -1,0 +1,80 @@
+"""The command `vidx`: which commands there are, and how errors become exit codes.
+
+Commands live in cli_*.py and are imported when they are called, so that --help is instant.
+"""
+
+import importlib
+import os
+import signal
+import sys
+
+import click
+
+COMMANDS = {
+    "index": ("pipeline.cli_index", "Index videos: files, folders, globs and manifests."),
+    "search": ("pipeline.cli_query", "Find the moments that a text describes."),
+    "ask": ("pipeline.cli_query", "Answer a question, citing the moments it was answered from."),
+    "status": ("pipeline.cli_archive", "Show what an archive holds."),
+    "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),
+    "models": ("pipeline.cli_models", "List the models at hand."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use; the short helps stand here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which a newcomer meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Imports the one command that is called."""
+        if name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[name]
+        return getattr(importlib.import_module(module), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="vidx")
+def vidx() -> None:
+    """Index video archives once; search and ask them ever after.
+
+    \b
+    vidx index ~/videos                  index a folder into ./vidx-archive
+    vidx search "a white van"            list the moments that show it
+    vidx ask "When does the van leave?"  an answer with its moments
+    """
+
+
+def main() -> None:
+    """Runs a command and ends the process with its exit code."""
+    from storage.errors import VidxError
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = vidx.main(standalone_mode=False)
+        sys.stdout.flush()
+    except VidxError as error:
+        click.echo(f"vidx: {error}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("vidx: interrupted", err=True)
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _terminate(*_) -> None:
+    """A scheduler's SIGTERM stops a job as cleanly as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,0 +1,76 @@
+"""`vidx status` and `vidx sql`."""
+
+import click
+
+from pipeline.cli_options import archive_option, archive_uri, json_option
+
+
+@click.command()
+@archive_option
+@json_option
+def status(archive_dir: str, as_json: bool) -> None:
+    """Show what an archive holds, and what of it can be searched.
+
+    \b
+    vidx status
+    vidx status --archive /data/archive --json
+    """
+    from pipeline.cli_print import print_json, print_table, size
+    from storage.archive import open_archive
+    from storage.vectors import open_index
+
+    archive = open_archive(archive_uri(archive_dir))
+    found = archive.status()
+    pending = open_index(archive).pending_count(archive)
+    if as_json:
+        print_json(
+            {
+                "videos": {
+                    "indexed": found.videos_indexed,
+                    "partial": found.videos_partial,
+                    "failed": found.videos_failed,
+                },
+                "frames": found.frames,
+                "frames_searchable": found.frames - pending,
+                "frames_pending": pending,
+                "model_ids": list(found.model_ids),
+                "size_bytes": found.size_bytes,
+                "version": found.version,
+                "format_version": found.format_version,
+            }
+        )
+        return
+    rows = (
+        ("archive", archive_dir),
+        ("videos", f"{found.videos_indexed} indexed, {found.videos_partial} partial, {found.videos_failed} failed"),
+        ("frames", f"{found.frames}, of which {found.frames - pending} can be searched, {pending} are pending"),
+        ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
+        ("size", size(found.size_bytes)),
+        ("version", f"{found.version}, format {found.format_version}"),
+    )
+    print_table(("", ""), rows)
+
+
+@click.command()
+@click.argument("statement")
+@archive_option
+@json_option
+def sql(statement: str, archive_dir: str, as_json: bool) -> None:
+    """Query the archive's metadata with SQL (DuckDB).
+
+    Views: `videos` and `frames`. Columns that hold tokens or pictures appear only when they are named. Statements
+    cannot reach files, the network or the settings.
+
+    \b
+    vidx sql "SELECT source, status, duration_seconds FROM videos"
+    vidx sql "SELECT count(*) AS n FROM frames WHERE time_seconds < 60" --json
+    """
+    from pipeline.cli_print import print_json, print_table
+    from storage.archive import open_archive
+    from storage.catalog import run_sql
+
+    columns, rows = run_sql(open_archive(archive_uri(archive_dir)), statement)
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        print_table(columns, rows)

@@ -1,0 +1,196 @@
+"""`vidx index`."""
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from pipeline.cli_options import archive_option, archive_uri, json_option, model_options
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@archive_option
+@click.option(
+    "--model",
+    metavar="NAME|DIR|HUB-ID",
+    default=None,
+    help="A built-in name, a directory or a hub id; see `vidx models`.",
+)
+@click.option("--fps", metavar="N", default=None, help="Frames per second to index, e.g. 1, 0.5 or 30000/1001; 1.")
+@click.option(
+    "--patches",
+    type=int,
+    metavar="N",
+    default=None,
+    help="Patch rows stored per picture, 0 for none; 1/9 of the model's.",
+)
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    default=None,
+    help="A running Ray cluster; without it one is started on this machine.",
+)
+@click.option("--workers", type=int, metavar="N", default=None, help="Model copies; one per GPU, or one per 8 cores.")
+@model_options
+@click.option("--batch", type=int, metavar="N", default=None, help="Frames per forward pass; 32.")
+@click.option("--max-pixels", type=int, metavar="N", default=None, help="Refuse videos with larger frames; 100000000.")
+@click.option(
+    "--config",
+    metavar="FILE",
+    default=None,
+    help="A preset (embedded, one_gpu, cluster) or a TOML file; options win over it.",
+)
+@json_option
+def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_json: bool, **options: Any) -> None:
+    """Index videos into an archive.
+
+    SOURCE is a video, a folder (searched recursively), a glob, or a manifest: CSV with a header or JSONL, with the
+    column `source`, optionally `captured_at` (ISO 8601), and every other column a tag. What the archive already
+    holds is recognised by content and skipped.
+
+    \b
+    vidx index ~/videos
+    vidx index 'cam*/2024-05-*.mp4' cameras.csv --archive /data/archive --fps 0.5
+
+    Exit codes: 0 well, 3 some of the videos tried failed or are partial, 2 wrong usage, 5 the archive cannot be
+    written, 130 interrupted.
+    """
+    from pipeline.cli_print import note, print_json
+    from pipeline.config import load_config
+    from pipeline.index import run_index
+    from pipeline.scan import scan
+    from storage.archive import create_archive
+    from storage.errors import UsageError
+    from storage.records import Sampling
+    from workers.bundle import find_bundle
+
+    settings = load_config(config, options)
+    found = scan(sources)
+    if found.passed_over:
+        note(f"left out of folders for not being named like a video: {found.passed_over} file(s)")
+    bundle = find_bundle(settings.model)
+    warn_of_bundle(bundle)
+    sampling = Sampling(settings.fps, bundle.default_patch_rows if settings.patches is None else settings.patches)
+    if sampling.patches > bundle.patches_per_picture:
+        raise UsageError(
+            f"--patches {sampling.patches}: {bundle.name} has {bundle.patches_per_picture} patches a picture"
+        )
+    if settings.address is not None:
+        from pipeline.address import check_address
+
+        check_address(settings.address)
+    archive = create_archive(archive_uri(archive_dir), model_id=bundle.model_id, model_name=bundle.name)
+    with _progress() as report:
+        result = run_index(found.assets, archive, bundle, sampling, settings, report)
+    if as_json:
+        print_json(_result_json(result, bundle.model_id))
+    else:
+        _print_result(result, archive_dir)
+    if result.interrupted:
+        note("vidx: interrupted; what was finished is committed, run the same command again to go on")
+        sys.exit(130)
+    sys.exit(3 if result.failures else 0)
+
+
+def warn_of_bundle(bundle: Any) -> None:
+    """One line where the model's answers mean nothing, so that nobody takes them for real."""
+    from pipeline.cli_print import note
+
+    if bundle.card.answers_mean_nothing:
+        note(f"model {bundle.name}: hits and answers mean nothing; it knows {bundle.card.knows}")
+
+
+def _result_json(result: Any, model_id: str) -> dict[str, Any]:
+    from storage.files import source_text
+
+    return {
+        "videos_indexed": result.indexed,
+        "videos_partial": result.partial,
+        "videos_failed": result.failed,
+        "videos_skipped": result.skipped,
+        "frames": result.frame_count,
+        "model_id": model_id,
+        "seconds": round(result.seconds, 3),
+        "interrupted": result.interrupted,
+        "failures": [
+            {
+                "source": source_text(row.uri),
+                "source_uri": row.uri,
+                "status": row.status,
+                "reason": row.problem.reason,
+                "detail": row.problem.detail,
+            }
+            for row in result.failures
+        ],
+    }
+
+
+def _print_result(result: Any, archive_dir: str) -> None:
+    from pipeline.cli_print import print_table
+    from storage.files import source_text
+
+    tried = result.indexed + result.partial + result.failed
+    if tried == 0 and not result.interrupted:
+        click.echo(f"Nothing to index: all {result.skipped} videos are in {archive_dir} already.")
+        return
+    counts = f"{result.indexed} indexed, {result.partial} partial, {result.failed} failed, {result.skipped} skipped"
+    click.echo(f"{counts}; {result.frame_count} frames in {result.seconds:.1f} s; archive: {archive_dir}")
+    if result.failures:
+        rows = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail) for row in result.failures]
+        print_table(("status", "reason", "source", "detail"), rows)
+
+
+@contextmanager
+def _progress():
+    """A callback for the job: a bar on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _LineProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} frames, {task.fields[rate]:.0f} frames/s, left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting workers", total=None, rate=0.0)
+        start = time.monotonic()
+
+        def report(progress: Any) -> None:
+            # Until every source is examined, the frames still to come are guessed from those known.
+            examined = max(1, progress.video_count - progress.unexamined)
+            total = progress.expected_frames * progress.video_count / examined
+            description = f"{progress.videos_done}/{progress.video_count} videos"
+            rate = progress.frames_done / (time.monotonic() - start)
+            total = max(total, progress.frames_done) or None
+            bar.update(task, description=description, completed=progress.frames_done, total=total, rate=rate)
+
+        yield report
+
+
+class _LineProgress:
+    """A line when videos have ended since the last one, at most every five seconds."""
+
+    def __init__(self):
+        self._start = self._last = time.monotonic()
+        self._videos_done = -1
+
+    def __call__(self, progress: Any) -> None:
+        from pipeline.cli_print import note
+
+        now = time.monotonic()
+        if progress.videos_done == self._videos_done or (
+            now - self._last < 5 and progress.videos_done < progress.video_count
+        ):
+            return
+        self._last, self._videos_done = now, progress.videos_done
+        rate = progress.frames_done / max(now - self._start, 1e-9)
+        note(
+            f"{progress.videos_done}/{progress.video_count} videos, {progress.frames_done} frames, {rate:.1f} frames/s"
+        )

@@ -1,0 +1,86 @@
+"""Options and arguments that several commands share."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from storage.errors import UsageError
+
+archive_option = click.option(
+    "--archive",
+    "archive_dir",
+    envvar="VIDX_ARCHIVE",
+    default="vidx-archive",
+    show_default="./vidx-archive",
+    metavar="DIR",
+    help="The archive; the environment variable VIDX_ARCHIVE sets it too.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def range_options(command: Callable) -> Callable:
+    """--video, --from and --to."""
+    to = click.option("--to", "to_text", metavar="TIME", help="Up to this position, not included.")
+    start = click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s.")
+    video = click.option(
+        "--video",
+        metavar="VIDEO",
+        help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
+    )
+    return video(start(to(command)))
+
+
+def model_options(command: Callable) -> Callable:
+    """--model, --device and --dtype of commands that load a model."""
+    dtype = click.option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default=None, help="Precision; auto."
+    )
+    device = click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default=None, help="Where to compute; auto."
+    )
+    return device(dtype(command))
+
+
+def parse_time(option: str, text: str) -> float:
+    """Seconds from `83.5` or `0:01:23.5`.
+
+    Raises:
+        UsageError: neither.
+    """
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:\.\d*)?)", text.strip())
+    if not match:
+        raise UsageError(f"{option} {text}: not a time; give seconds (83.5) or h:mm:ss.s (0:01:23.5)")
+    hours, minutes, seconds = match.groups()
+    if (minutes is not None and float(seconds) >= 60) or (hours is not None and int(minutes) >= 60):
+        raise UsageError(f"{option} {text}: minutes and seconds go up to 59")
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
+
+
+def parse_moment(video: str) -> tuple[str, float | None, float | None]:
+    """A video's name and the range after its `@`, if one is there: VIDEO@START or VIDEO@START-END.
+
+    A file whose own name holds an `@` is taken as that file.
+    """
+    if os.path.lexists(video) or "@" not in video:
+        return video, None, None
+    name, _, times = video.rpartition("@")
+    if not re.fullmatch(r"[\d:.]+(-[\d:.]+)?", times):
+        return video, None, None
+    start, _, end = times.partition("-")
+    start_seconds = parse_time(f"{name}@", start)
+    if not end:
+        return name, start_seconds, None
+    end_seconds = parse_time(f"{name}@", end)
+    if end_seconds <= start_seconds:
+        raise UsageError(f"{video}: the moment ends before it starts")
+    return name, start_seconds, end_seconds
+
+
+def archive_uri(archive_dir: str) -> str:
+    """The archive's URI from what the user typed."""
+    from storage.files import to_uri
+
+    return archive_dir if "://" in archive_dir else to_uri(Path(archive_dir).expanduser().as_posix())

@@ -1,0 +1,177 @@
+"""`vidx search` and `vidx ask`."""
+
+import sys
+from typing import Any
+
+import click
+
+from pipeline.cli_options import (
+    archive_option,
+    archive_uri,
+    json_option,
+    model_options,
+    parse_moment,
+    parse_time,
+    range_options,
+)
+
+model_option = click.option(
+    "--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now; the one that made it."
+)
+
+
+@click.command()
+@click.argument("text")
+@archive_option
+@range_options
+@click.option("--limit", type=click.IntRange(1, 1000), default=10, show_default=True, help="At most so many moments.")
+@click.option("--floor", type=click.FloatRange(-1, 1), default=None, help="Least cosine of a hit; the model's own.")
+@model_option
+@json_option
+def search(
+    text: str, archive_dir: str, limit: int, floor: float | None, model: str | None, as_json: bool, **where: Any
+) -> None:
+    """Find the moments that a text describes, best first.
+
+    The score is the cosine between the text's and the best frame's search key.
+
+    \b
+    vidx search "a white van"
+    vidx search "a red car" --video cars.mp4 --from 0:10:00 --limit 3 --json
+
+    Exit code 4: nothing found.
+    """
+    from pipeline.cli_index import warn_of_bundle
+    from pipeline.cli_print import moment_json, note, print_json, print_moments
+    from pipeline.search import bundle_of
+    from pipeline.search import search as run_search
+    from storage.archive import open_archive
+
+    archive = open_archive(archive_uri(archive_dir))
+    bundle = bundle_of(archive, model)
+    warn_of_bundle(bundle)
+    result = run_search(archive, bundle, text, _range(archive, **where), limit, floor)
+    if as_json:
+        moments = [moment_json(moment) for moment in result.moments]
+        print_json(
+            {
+                "query": text,
+                "model_id": bundle.model_id,
+                "moments": moments,
+                "frames_searched": result.frames_searched,
+                "frames_pending": result.frames_pending,
+            }
+        )
+    elif result.moments:
+        print_moments(result.moments)
+    if result.frames_pending:
+        note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
+    if not result.moments:
+        least = bundle.search_floor if floor is None else floor
+        note(f"nothing found: none of {result.frames_searched} frames reaches a cosine of {least:g} (--floor)")
+        sys.exit(4)
+
+
+@click.command()
+@click.argument("question")
+@archive_option
+@range_options
+@click.option(
+    "--frames",
+    type=click.IntRange(1, 100_000),
+    default=32,
+    show_default=True,
+    help="Show the model at most so many frames.",
+)
+@click.option("--all", "take_all", is_flag=True, help="Take every frame of the chosen range instead of searching.")
+@click.option(
+    "--fuse",
+    type=click.Choice(["exact", "patches", "tokens"]),
+    default=None,
+    help="What the question is fused with: the frames' patches decoded again, the stored patch rows, or the compressed "
+    "tokens alone. Without it the best at hand; with --all the best that is stored.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1, 4096), default=128, show_default=True, help="Length of the answer at most."
+)
+@model_option
+@model_options
+@json_option
+def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
+    """Answer a question from the frames that fit it best, and cite their moments.
+
+    \b
+    vidx ask "When does the white van leave?"
+    vidx ask "What is on the table?" --video bottles.mp4 --from 12 --to 0:00:30
+    vidx ask "What happens?" --video bottles.mp4 --all --fuse tokens --json
+
+    Exit code 4: nothing found to answer from.
+    """
+    from pipeline.answer import ask as run_ask
+    from pipeline.cli_index import warn_of_bundle
+    from pipeline.cli_print import moment_json, note, print_json, print_moments
+    from pipeline.search import bundle_of
+    from storage.archive import open_archive
+
+    archive = open_archive(archive_uri(archive_dir))
+    bundle = bundle_of(archive, options["model"])
+    warn_of_bundle(bundle)
+    where = _range(archive, options["video"], options["from_text"], options["to_text"])
+
+    def stream(text: str) -> None:
+        if not as_json:
+            click.echo(text, nl=False)
+
+    answer = run_ask(
+        archive,
+        bundle,
+        question,
+        where,
+        frame_limit=None if options["take_all"] else options["frames"],
+        fuse=options["fuse"],
+        max_tokens=options["max_tokens"],
+        device=options["device"] or "auto",
+        dtype=options["dtype"] or "auto",
+        stream=stream,
+    )
+    found = answer is not None
+    if as_json:
+        print_json(
+            {
+                "question": question,
+                "answer": answer.text if found else "",
+                "found": found,
+                "moments": [moment_json(moment) for moment in answer.moments] if found else [],
+                "fuse": answer.fuse if found else None,
+                "fuse_note": answer.fuse_note if found else "",
+                "frames_used": answer.frame_count if found else 0,
+                "video_bytes_read": answer.video_bytes_read if found else 0,
+                "model_id": bundle.model_id,
+            }
+        )
+    elif found:
+        click.echo()
+        print_moments(answer.moments)
+        click.echo(f"from {answer.frame_count} frames, fused with {answer.fuse}")
+    if not found:
+        note("nothing found: no frame fits the question; --all takes every frame of --video or --from/--to")
+        sys.exit(4)
+    if answer.fuse_note:
+        note(answer.fuse_note)
+
+
+def _range(archive: Any, video: str | None, from_text: str | None, to_text: str | None) -> Any:
+    from pipeline.search import Range
+    from storage.errors import UsageError
+
+    name, start, end = parse_moment(video) if video else (None, None, None)
+    if start is not None and (from_text or to_text):
+        raise UsageError(f"--video {video} names a moment already; leave out --from and --to, or the part after @")
+    start = parse_time("--from", from_text) if from_text else start
+    end = parse_time("--to", to_text) if to_text else end
+    if start is not None and end is not None and end <= start:
+        raise UsageError(f"--from {from_text} --to {to_text}: the range ends before it starts")
+    row = archive.find_video(name) if name else None
+    if start is not None and end is None and video and from_text is None:
+        end = start + 1e-6  # a moment of one instant: the frame shown then
+    return Range(row, start, end)

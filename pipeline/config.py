@@ -1,0 +1,83 @@
+"""Settings of an index job: one validated model, values from presets, a file and the command line."""
+
+import tomllib
+from fractions import Fraction
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from storage.errors import UsageError
+
+
+class IndexConfig(BaseModel):
+    """Everything that `vidx index` can be told besides its sources and its archive.
+
+    `patches` and `workers` of None mean: what the model (1/9 of its patches) and the machine suggest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "random"
+    fps: Fraction = Fraction(1)
+    patches: int | None = Field(default=None, ge=0)
+    address: str | None = None
+    workers: int | None = Field(default=None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch: int = Field(default=32, ge=1, le=4096)
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    decode_threads: int = Field(default=1, ge=1, le=64)
+    timeout_seconds: float = Field(default=60, gt=0)
+
+    @field_validator("fps", mode="before")
+    @classmethod
+    def _exact_fps(cls, value: Any) -> Fraction:
+        try:
+            fps = Fraction(str(value))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError("must be a number or a ratio such as 30000/1001") from error
+        if not 0 < fps <= 1000:
+            raise ValueError("must be more than 0 and at most 1000 frames per second")
+        return fps
+
+
+def preset_names() -> list[str]:
+    """Names that `--config` accepts besides a file."""
+    return sorted(Path(entry.name).stem for entry in files("configs").iterdir() if entry.name.endswith(".toml"))
+
+
+def load_config(config: str | None, command_line: dict[str, Any]) -> IndexConfig:
+    """The defaults, overlaid by a preset or TOML file, overlaid by what the command line says.
+
+    Args:
+        config: a preset's name, a path, or None.
+        command_line: option name -> value; None means not given.
+    Raises:
+        UsageError: no such file, no TOML, an unknown key, or a value out of range.
+    """
+    values = _read_toml(config) if config else {}
+    given = {name: value for name, value in command_line.items() if value is not None}
+    try:
+        return IndexConfig(**{**values, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        origin = f"--{name.replace('_', '-')}" if name in given else f"{config}: {name}"
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"{origin} is no setting; known are {', '.join(IndexConfig.model_fields)}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{origin}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from error
+
+
+def _read_toml(config: str) -> dict[str, Any]:
+    preset = files("configs") / f"{config}.toml"
+    source = preset if config in preset_names() else Path(config)
+    try:
+        return tomllib.loads(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(preset_names())
+        raise UsageError(f"--config {config}: cannot be read; give a TOML file or one of {names}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {config}: not TOML: {error}") from error

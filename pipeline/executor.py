@@ -1,0 +1,187 @@
+"""The one executor: a Ray cluster, its workers, and which task runs on which."""
+
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from storage.errors import UsageError, VidxError
+from storage.records import Content, Problem, Reason, SegmentTask
+from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
+
+ATTEMPTS = 2  # of a task whose worker died; then the task is blamed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task that ended: what it was, and its result or why there is none."""
+
+    kind: Literal["examine", "encode"]
+    key: Any
+    result: Any
+    problem: Problem | None
+
+
+@dataclass
+class _Task:
+    kind: Literal["examine", "encode", "load"]
+    key: Any
+    arguments: tuple
+    worker: int
+    attempts: int = 0
+
+    @property
+    def role(self) -> Literal["examine", "encode"]:
+        """The kind of worker that it runs on."""
+        return "examine" if self.kind == "examine" else "encode"
+
+
+class Executor:
+    """Starts or joins a cluster, holds its workers for one job, and hands back outcomes as they come.
+
+    Ray is shut down on exit if it was started here; workers are released either way.
+    """
+
+    def __init__(self, settings: WorkerSettings, address: str | None, workers: int | None):
+        self._settings = settings
+        self._address = address
+        self._counts = {"examine": 1, "encode": workers}
+        self._slots = {"examine": 2, "encode": SEGMENTS_AT_ONCE}
+        self._workers: dict[tuple[str, int], Any] = {}
+        self._running: dict[Any, _Task] = {}
+
+    def __enter__(self) -> "Executor":
+        _start_ray(self._address)
+        self._counts["encode"] = self._counts["encode"] or _suggested_workers(self._settings.device)
+        self._counts["examine"] = max(1, self._counts["encode"] // 2)
+        for kind, count in self._counts.items():
+            for worker in range(count):
+                self._workers[kind, worker] = self._new_worker(kind)
+        for worker in range(self._counts["encode"]):
+            self._submit(_Task("load", None, (), worker))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._workers.values():
+            ray.kill(handle)
+        ray.shutdown()
+
+    @property
+    def running(self) -> int:
+        """Tasks that have been given out and have not ended."""
+        return sum(task.kind != "load" for task in self._running.values())
+
+    def free(self, kind: Literal["examine", "encode"]) -> int:
+        """How many more tasks of that kind may be given out now."""
+        in_use = sum(task.kind == kind for task in self._running.values())
+        return self._counts[kind] * self._slots[kind] - in_use
+
+    def examine(self, key: Any, uri: str, content: Content | None) -> None:
+        """Gives out the first look at a source."""
+        self._submit(_Task("examine", key, (uri, content), self._least_busy("examine")))
+
+    def encode(self, key: Any, task: SegmentTask) -> None:
+        """Gives out a segment."""
+        self._submit(_Task("encode", key, (task,), self._least_busy("encode")))
+
+    def wait(self, timeout_seconds: float) -> list[Outcome]:
+        """Tasks that have ended, at least one unless the time is up first.
+
+        Raises:
+            VidxError: a worker met one that concerns the whole job, such as a full disk or a model that cannot be
+                loaded.
+        """
+        if not self._running:
+            return []
+        done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        if not done:
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
+        outcomes = [self._collect(reference) for reference in done]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _collect(self, reference: Any) -> Outcome | None:
+        task = self._running.pop(reference)
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            return self._after_death(task, error)
+        except RayTaskError as error:
+            if isinstance(error.cause, VidxError) or task.kind == "load":
+                raise error.cause from None
+            print(error, file=sys.stderr)  # our own mistake: its traceback is shown, and the job goes on
+            detail = f"{type(error.cause).__name__}: {error.cause}"
+            return Outcome(task.kind, task.key, None, Problem(Reason.UNKNOWN, detail))
+        return None if task.kind == "load" else Outcome(task.kind, task.key, result, None)
+
+    def _after_death(self, task: _Task, error: RayActorError) -> Outcome | None:
+        """A worker died: another takes its place and the task is tried again, up to ATTEMPTS times."""
+        reason = str(error).strip().splitlines()[0]
+        if task.kind == "load":
+            where = f"the cluster at {self._address}" if self._address else "this machine"
+            raise UsageError(
+                f"workers on {where} die while they load the model: {reason} Check their memory and that every node "
+                "has this version of vidx and Ray; a cluster without authentication needs RAY_AUTH_MODE=disabled"
+            )
+        if _is_dead(self._workers[task.role, task.worker]):  # the first of its tasks to notice replaces it
+            self._workers[task.role, task.worker] = self._new_worker(task.role)
+        if task.attempts < ATTEMPTS:
+            self._submit(task)
+            return None
+        detail = f"the worker process died {ATTEMPTS} times on it: {reason}"
+        return Outcome(task.kind, task.key, None, Problem(Reason.CRASHED, detail))
+
+    def _submit(self, task: _Task) -> None:
+        task.attempts += 1
+        method = getattr(self._workers[task.role, task.worker], task.kind)
+        self._running[method.remote(*task.arguments)] = task
+
+    def _least_busy(self, kind: str) -> int:
+        load = Counter(task.worker for task in self._running.values() if task.kind == kind)
+        return min(range(self._counts[kind]), key=lambda worker: load[worker])
+
+    def _new_worker(self, kind: str) -> Any:
+        if kind == "examine":
+            return ray.remote(num_cpus=0)(Examiner).remote(self._settings)
+        on_gpu = self._settings.device == "cuda"
+        options = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": 1}
+        # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
+        remote = ray.remote(max_concurrency=SEGMENTS_AT_ONCE, max_restarts=0, max_task_retries=0, **options)
+        return remote(Encoder).remote(self._settings)
+
+
+def _is_dead(handle: Any) -> bool:
+    try:
+        ray.get(handle.__ray_ready__.remote(), timeout=60)
+    except RayActorError:
+        return True
+    return False
+
+
+def _suggested_workers(device: str) -> int:
+    """One per GPU; on CPUs one per eight cores, since a model copy computes on several of them."""
+    resources = ray.cluster_resources()
+    if device == "cuda":
+        return max(1, int(resources.get("GPU", 0)))
+    return max(1, int(resources.get("CPU", 1)) // 8)
+
+
+def _start_ray(address: str | None) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
+    else:
+        options |= {"address": address}
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the job without a last commit
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error

@@ -1,0 +1,120 @@
+"""fuse: a question's text with the frames it is asked about, from the best source of pre-fusion at hand."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor
+
+from storage.archive import Archive
+from storage.cells import cell_shape, keeps, read_compressor_out, read_patches
+from storage.errors import VideoProblem
+from storage.files import local_path, source_text
+from storage.records import Content, FrameRef, Reason, VideoRow
+from workers.content import identify
+from workers.decode import Decoder
+from workers.encode import exact_inputs
+from workers.llava_mini import FusionInputs, LlavaMini, fuse_question, patches_inputs, tokens_inputs
+
+STORED_AT_ONCE = 256  # frames whose stored rows are in memory together
+DECODED_AT_ONCE = 64  # frames whose pixels are: 338 kB each
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A question fused with its frames.
+
+    Attributes:
+        features: (L, H) float32, the mean over the frames.
+        source: what pre-fusion read: "exact", "patches" or "tokens".
+        note: why it is another source than the one wanted, or nothing.
+        video_bytes_read: of video files.
+    """
+
+    features: Tensor
+    source: str
+    note: str
+    video_bytes_read: int
+
+
+def fuse(archive: Archive, model: LlavaMini, ids: Sequence[int], frames: Sequence[FrameRef], wanted: str) -> Fused:
+    """The question fused with every frame.
+
+    Args:
+        archive: where the frames are stored.
+        model: the archive's model.
+        ids: the prompt.
+        frames: in order of video and time.
+        wanted: "exact", "patches", "tokens", or "stored" for the best that needs no video. What is not at hand for
+            every frame is replaced by the best that is, and the note says so.
+    """
+    stored = "patches" if keeps(archive.frames_uri, "patches", frames) else "tokens"
+    note, meter = "", _Meter()
+    if wanted == "exact":
+        try:
+            features = fuse_question(model, ids, _exact(archive, model, frames, meter))
+            return Fused(features, "exact", "", meter.video_bytes_read)
+        except VideoProblem as problem:
+            note = f"fused with {stored} instead of exact: {problem.detail}"
+    elif wanted == "patches" and stored == "tokens":
+        note = (
+            "fused with tokens instead of patches: not all of these frames were indexed with a patch tier (--patches)"
+        )
+    source = "tokens" if wanted == "tokens" else stored
+    features = fuse_question(model, ids, _stored(archive, model, frames, source))
+    return Fused(features, source, note, meter.video_bytes_read)
+
+
+@dataclass
+class _Meter:
+    video_bytes_read: int = 0
+
+
+def _stored(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], source: str) -> Iterator[FusionInputs]:
+    uri = archive.frames_uri
+    if source == "tokens":
+        for batch in _chunks(frames, STORED_AT_ONCE):
+            yield tokens_inputs(model.vision, read_compressor_out(uri, batch))
+        return
+    for _, alike in groupby(frames, key=lambda frame: cell_shape(uri, "patches", frame)):  # --patches may have changed
+        for batch in _chunks(list(alike), STORED_AT_ONCE):
+            yield patches_inputs(model.vision, read_compressor_out(uri, batch), read_patches(uri, batch))
+
+
+def _exact(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], meter: _Meter) -> Iterator[FusionInputs]:
+    """The frames decoded and encoded once more.
+
+    Raises:
+        VideoProblem: a video is gone, changed, or does not give its frames again.
+    """
+    rows = {row.video_number: row for row in archive.videos() if row.video_number is not None}
+    numbers = sorted({frame.video_number for frame in frames})
+    for number in numbers:  # all first: a video out of reach is found before anything is decoded
+        _check_reachable(rows[number])
+    with Decoder() as decoder:
+        for number, group in groupby(frames, key=lambda frame: frame.video_number):
+            row = rows[number]
+            for batch in _chunks(list(group), DECODED_AT_ONCE):
+                ticks = [frame.ticks for frame in batch]
+                pixels, bytes_read = decoder.frames_at(local_path(row.uri), row.probe, ticks)
+                meter.video_bytes_read += bytes_read
+                yield from exact_inputs(model.vision, pixels)
+
+
+def _check_reachable(row: VideoRow) -> None:
+    path = local_path(row.uri)
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise VideoProblem(Reason.VANISHED, f"{source_text(row.uri)}: {error.strerror}") from error
+    same = stat.st_size == row.size_bytes
+    if same and stat.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
+        content: Content = identify(path)
+        same = content.video_id == row.video_id
+    if not same:
+        raise VideoProblem(Reason.CHANGED, f"{source_text(row.uri)}: changed since it was indexed")
+
+
+def _chunks(frames: Sequence[FrameRef], size: int) -> Iterable[Sequence[FrameRef]]:
+    return (frames[start : start + size] for start in range(0, len(frames), size))

@@ -1,0 +1,348 @@
+"""index: sources -> the committed, searchable archive. The job's flow; the work itself happens in workers."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from pipeline.config import IndexConfig
+from pipeline.split import split
+from storage.archive import Archive
+from storage.errors import VideoProblem
+from storage.files import local_path
+from storage.records import (
+    Content,
+    Probe,
+    Problem,
+    Reason,
+    Receipt,
+    Sampling,
+    SegmentTask,
+    Status,
+    VideoAsset,
+    VideoRow,
+)
+from storage.vectors import update_index
+from workers.actors import Examined, WorkerSettings
+from workers.bundle import Bundle
+from workers.content import identify
+
+if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
+    from pipeline.executor import Executor, Outcome
+
+COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
+READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver holds
+
+
+@dataclass
+class IndexResult:
+    """What a job did; the four kinds of videos are disjoint and add up to the sources.
+
+    `failures` lists this run's partial and failed videos.
+    """
+
+    indexed: int = 0
+    partial: int = 0
+    failed: int = 0
+    skipped: int = 0
+    frame_count: int = 0
+    seconds: float = 0.0
+    failures: list[VideoRow] = field(default_factory=list)
+    interrupted: bool = False
+
+    def count(self, row: VideoRow) -> None:
+        """Adds one video that this run tried."""
+        if row.status is Status.INDEXED:
+            self.indexed += 1
+        elif row.status is Status.PARTIAL:
+            self.partial += 1
+        else:
+            self.failed += 1
+        if row.problem is not None:
+            self.failures.append(row)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a running job stands; expected_frames grows as sources are examined."""
+
+    videos_done: int
+    video_count: int
+    frames_done: int
+    expected_frames: float
+    unexamined: int
+
+
+@dataclass
+class _Video:
+    """A video between its first look and its publication."""
+
+    asset: VideoAsset
+    content: Content
+    probe: Probe
+    number: int
+    waiting: set[str]
+    resumed: bool
+    problem: Problem | None = None
+
+
+def run_index(
+    assets: Iterable[VideoAsset],
+    archive: Archive,
+    bundle: Bundle,
+    sampling: Sampling,
+    config: IndexConfig,
+    report: Callable[[Progress], None],
+) -> IndexResult:
+    """Indexes what the archive does not hold yet and leaves it committed and searchable.
+
+    A KeyboardInterrupt stops the job after what is finished has been committed; the result then says so.
+
+    Raises:
+        ArchiveError: the archive cannot be written.
+        UsageError: no cluster at the address.
+    """
+    start = time.monotonic()
+    result = IndexResult()
+    todo, contents = _drop_known(list(assets), archive, bundle, sampling, result)
+    if todo:
+        from pipeline.executor import Executor
+
+        job = _Job(todo, contents, archive, bundle, sampling, result, report)
+        try:
+            with Executor(worker_settings(archive, bundle, config), config.address, config.workers) as executor:
+                job.run(executor)
+        except KeyboardInterrupt:
+            result.interrupted = True
+            job.commit()
+    update_index(archive)
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig) -> WorkerSettings:
+    """The part of the settings that workers need; a device of "auto" is settled here, since Ray must know it."""
+    on_gpu = config.device == "cuda" or (config.device == "auto" and _has_gpu())
+    return WorkerSettings(
+        frames_uri=archive.frames_uri,
+        model=bundle.name,
+        device="cuda" if on_gpu else "cpu",
+        dtype=config.dtype,
+        batch=config.batch,
+        threads=max(1, (os.cpu_count() or 1) // (config.workers or 1)),
+        max_pixels=config.max_pixels,
+        decode_threads=config.decode_threads,
+        timeout_seconds=config.timeout_seconds,
+    )
+
+
+def _has_gpu() -> bool:
+    return os.path.exists("/dev/nvidiactl")  # asking torch would cost its import in a driver that needs none
+
+
+def _drop_known(
+    assets: list[VideoAsset], archive: Archive, bundle: Bundle, sampling: Sampling, result: IndexResult
+) -> tuple[list[VideoAsset], dict[str, Content]]:
+    """The assets that need work, and the hashes already computed.
+
+    Only files of a size that the archive knows are hashed here (they are probably known, and then no cluster
+    need be started); the others are hashed by the workers.
+    """
+    rows = archive.videos()
+    by_id = {row.video_id: row for row in rows if row.video_id is not None}
+    sizes = {row.size_bytes for row in by_id.values()}
+
+    def content_if_size_known(asset: VideoAsset) -> Content | None:
+        path = local_path(asset.uri)
+        try:
+            return identify(path) if os.path.isfile(path) and os.stat(path).st_size in sizes else None
+        except (OSError, VideoProblem):
+            return None  # the worker meets it again and gives it its reason
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
+        found = list(pool.map(content_if_size_known, assets))
+    todo, contents, changed_rows = [], {}, []
+    for asset, content in zip(assets, found, strict=True):
+        row = by_id.get(content.video_id) if content else None
+        if content:
+            contents[asset.uri] = content
+        if row is None or not _is_settled(row, bundle, sampling):
+            todo.append(asset)
+            continue
+        result.skipped += 1
+        if (renewed := _renewed(row, asset, content)) is not None:
+            by_id[row.video_id] = renewed
+            changed_rows.append(renewed)
+    if changed_rows:
+        archive.publish(changed_rows)
+    return todo, contents
+
+
+def _is_settled(row: VideoRow, bundle: Bundle, sampling: Sampling) -> bool:
+    """Whether trying again would give the same rows."""
+    same_settings = row.model_id == bundle.model_id and row.sampling == str(sampling)
+    return same_settings and (row.problem is None or not row.problem.reason.may_pass)
+
+
+def _renewed(row: VideoRow, asset: VideoAsset, content: Content) -> VideoRow | None:
+    """The row with what the source says differently now: moved, retagged, redated; None where nothing is."""
+    changes = {}
+    if asset.uri != row.uri and not os.path.exists(local_path(row.uri)):
+        changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns}
+    if asset.uri == row.uri and content.mtime_ns != row.mtime_ns:
+        changes["mtime_ns"] = content.mtime_ns
+    if asset.captured_at is not None and asset.captured_at != row.captured_at:
+        changes["captured_at"] = asset.captured_at
+    if asset.tags and dict(asset.tags) != dict(row.tags):
+        changes["tags"] = asset.tags
+    return replace(row, **changes) if changes else None
+
+
+class _Job:
+    """The loop over examinations and segments: gives out work, collects it, commits it."""
+
+    def __init__(self, todo, contents, archive, bundle, sampling, result, report):
+        self._unexamined = deque(todo)
+        self._contents = contents
+        self._archive: Archive = archive
+        self._bundle: Bundle = bundle
+        self._sampling: Sampling = sampling
+        self._result: IndexResult = result
+        self._report = report
+        self._examined: list[tuple[VideoAsset, Content, Probe]] = []
+        self._ready: deque[SegmentTask] = deque()
+        self._videos: dict[str, _Video] = {}
+        self._receipts: list[Receipt] = []
+        self._finished: list[VideoRow] = []
+        self._last_commit = time.monotonic()
+        self._video_count = len(todo)
+        self._seen: dict[str, str] = {}
+        self._expected_frames = 0.0
+
+    def run(self, executor: "Executor") -> None:
+        """Until every source is published, failed or skipped."""
+        while self._unexamined or self._ready or executor.running or self._examined:
+            self._give_out(executor)
+            for outcome in executor.wait(timeout_seconds=0.5):
+                self._take_in(outcome)
+            self._admit()
+            if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
+                self.commit()
+            self._show()
+        self.commit()
+        self._show()
+
+    def commit(self) -> None:
+        """Frames first, then the videos whose last segment is among them."""
+        receipts, self._receipts = self._receipts, []
+        landed = self._archive.commit_frames(receipts)
+        self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
+        for receipt in receipts:
+            self._settle(receipt)
+        finished, self._finished = self._finished, []
+        if finished:
+            self._archive.publish(finished)
+        for row in finished:
+            self._result.count(row)
+        self._last_commit = time.monotonic()
+
+    def _give_out(self, executor: "Executor") -> None:
+        while self._ready and executor.free("encode") > 0:
+            task = self._ready.popleft()
+            executor.encode(task, task)
+        while self._unexamined and executor.free("examine") > 0 and len(self._ready) < READY_SEGMENTS:
+            asset = self._unexamined.popleft()
+            executor.examine(asset, asset.uri, self._contents.get(asset.uri))
+
+    def _take_in(self, outcome: "Outcome") -> None:
+        if outcome.kind == "encode":
+            self._receipts.append(outcome.result or _lost(outcome.key, outcome.problem))
+            return
+        examined = outcome.result or Examined(None, None, outcome.problem)
+        self._take_examined(outcome.key, examined)
+
+    def _take_examined(self, asset: VideoAsset, examined: Examined) -> None:
+        content = examined.content
+        if content is not None:
+            if content.video_id in self._seen:  # the same bytes under a second name in this very job
+                self._result.skipped += 1
+                return
+            self._seen[content.video_id] = asset.uri
+        if examined.probe is None:
+            self._finished.append(self._row(asset, content, None, None, 0, examined.problem))
+            return
+        self._examined.append((asset, content, examined.probe))
+
+    def _admit(self) -> None:
+        """Gives the examined videos their numbers, in one commit, and lines up their segments."""
+        examined, self._examined = self._examined, []
+        if not examined:
+            return
+        numbers = self._archive.reserve([(content.video_id, self._sampling) for _, content, _ in examined])
+        for asset, content, probe in examined:
+            number = numbers[content.video_id, str(self._sampling)]
+            segments = split(content.video_id, probe)
+            done = self._archive.committed(content.video_id, self._sampling, [segment.key for segment in segments])
+            waiting = [segment for segment in segments if segment.key not in done]
+            if not waiting and number in self._archive.published():  # whatever passed has left nothing to try
+                self._result.skipped += 1
+                continue
+            video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=bool(done))
+            self._videos[content.video_id] = video
+            self._expected_frames += (probe.duration_seconds or 0.0) * float(self._sampling.fps)
+            tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
+            self._ready.extend(tasks)
+            if not waiting:
+                self._finish(video)
+
+    def _settle(self, receipt: Receipt) -> None:
+        video = self._videos[receipt.segment.video_id]
+        video.waiting.discard(receipt.segment.key)
+        if receipt.problem is not None and video.problem is None:
+            video.problem = receipt.problem
+        if receipt.decoder != video.probe.decoder:  # it met damage; that the other one took over is told
+            video.probe = replace(video.probe, decoder=receipt.decoder)
+        if not video.waiting:
+            self._finish(video)
+
+    def _finish(self, video: _Video) -> None:
+        del self._videos[video.content.video_id]
+        frame_count = self._archive.committed_frame_count(video.number)
+        problem = video.problem
+        if problem is None and video.resumed:
+            problem = next(iter(self._archive.problems(video.number)), None)
+        if frame_count == 0 and problem is None:
+            problem = Problem(Reason.NO_FRAMES, "the video stream holds no frame that can be decoded")
+        row = self._row(video.asset, video.content, video.probe, video.number, frame_count, problem)
+        self._finished.append(row)
+
+    def _row(self, asset, content, probe, number, frame_count, problem) -> VideoRow:
+        damaged = Status.PARTIAL if frame_count else Status.FAILED
+        return VideoRow(
+            video_id=content.video_id if content else None,
+            video_number=number,
+            uri=asset.uri,
+            status=Status.INDEXED if problem is None else damaged,
+            problem=problem,
+            model_id=self._bundle.model_id,
+            sampling=str(self._sampling),
+            frame_count=frame_count,
+            size_bytes=content.size_bytes if content else None,
+            mtime_ns=content.mtime_ns if content else None,
+            probe=probe,
+            captured_at=asset.captured_at,
+            tags=asset.tags,
+        )
+
+    def _show(self) -> None:
+        tried = self._result.indexed + self._result.partial + self._result.failed
+        frames = self._result.frame_count + sum(receipt.frame_count for receipt in self._receipts)
+        self._report(Progress(tried, self._video_count, frames, self._expected_frames, len(self._unexamined)))
+
+
+def _lost(task: SegmentTask, problem: Problem) -> Receipt:
+    """The receipt of a segment whose worker could not write one."""
+    return Receipt(task.segment, task.video_number, None, problem, task.probe.decoder, 0, 0.0, 0.0, 0.0)

@@ -1,0 +1,420 @@
+"""The archive: what is committed, and the commits that change it.
+
+    archive.json    format version, model; written last, so that a folder with it is a whole archive
+    frames/         Delta table of parts (storage/layout.py), one row per frame
+    videos/         Delta table, one row per video; its rows make frames visible
+    numbers/        Delta table: the number of each (video, model, sampling), given once
+    index/          search keys (storage/vectors.py); may be deleted at any time
+
+Frames are committed first, then the videos row that shows them: frames of a number that no row names are not there
+for any reader. `deltalake` does not survive a fork: processes that use an archive must be spawned.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from storage import tables, videos
+from storage.cells import part_problem
+from storage.errors import UsageError
+from storage.files import (
+    join,
+    make_folder,
+    remove,
+    source_text,
+    to_uri,
+    tree_size,
+    write_bytes,
+    writing,
+)
+from storage.frames import LivePart, PartBounds, find_frames, find_hits, part_bounds
+from storage.layout import COLUMNS
+from storage.parts import PartWriter
+from storage.records import FrameRef, Hit, Problem, Receipt, Sampling, Status, VideoRow
+from storage.settings import (
+    FORMAT_VERSION,
+    TABLES,
+    Settings,
+    archive_uri,
+    is_archive,
+    read_settings,
+    refuse_foreign_folder,
+    write_settings,
+)
+from storage.tables import Conflict, RowTable
+
+NUMBERS = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("video_number", pa.int32(), nullable=False),
+    ]
+)
+MIN_ID_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class ArchiveStatus:
+    """Counts of published videos and frames, and what the archive occupies."""
+
+    videos_indexed: int
+    videos_partial: int
+    videos_failed: int
+    frames: int
+    model_ids: tuple[str, ...]
+    size_bytes: int
+    version: int
+    format_version: int
+
+
+def archive_exists(uri: str) -> bool:
+    """Whether there is a whole archive at a path or URI."""
+    return is_archive(to_uri(uri))
+
+
+def create_archive(uri: str, *, model_id: str, model_name: str) -> "Archive":
+    """A new archive for one model, or the one that is there if it is of the same model or still empty.
+
+    Raises:
+        UsageError: the folder belongs to something else, or holds an archive of another model.
+        ArchiveError: the place cannot be written.
+    """
+    uri = archive_uri(uri)
+    if not archive_exists(uri):
+        refuse_foreign_folder(uri)
+        with writing(uri):
+            for name in (*TABLES, "index"):
+                make_folder(join(uri, name))
+        frames = pa.schema([_optional(field) for field in COLUMNS])
+        for name, schema in (("frames", frames), ("videos", videos.SCHEMA), ("numbers", NUMBERS)):
+            tables.create_table(join(uri, name), schema)
+        if not archive_exists(uri):
+            write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name))
+    archive = open_archive(uri, write=True)
+    if archive.model_id != model_id and archive.is_empty:  # left by a job that could not load its model
+        write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name))
+        return open_archive(uri)
+    if archive.model_id != model_id:
+        raise UsageError(
+            f"{source_text(uri)}: this archive is of the model {archive.model_name} ({archive.model_id[:12]}), not of "
+            f"{model_name} ({model_id[:12]}); name that model or choose another --archive"
+        )
+    return archive
+
+
+def open_archive(uri: str, *, write: bool = False) -> "Archive":
+    """The archive at a path or URI, at its newest version.
+
+    Args:
+        uri: where it is.
+        write: try at once whether it can be written.
+    Raises:
+        UsageError: there is no archive.
+        ArchiveError: it is damaged, of a newer format, or cannot be read (or written, if that is asked for).
+    """
+    uri = archive_uri(uri)
+    if not archive_exists(uri):
+        raise UsageError(f"no archive at {source_text(uri)}: run `vidx index` first, or name another with --archive")
+    archive = Archive(uri, read_settings(uri))
+    if write:
+        for name in TABLES:
+            probe = join(uri, name, "write_test.tmp")
+            with writing(join(uri, name)):
+                write_bytes(probe, b"vidx")
+                remove(probe)
+    return archive
+
+
+class Archive:
+    """One archive at one version; moves on with `refresh` and with every change made through it.
+
+    Attributes:
+        uri: of its folder.
+        model_id, model_name: of the one model whose frames it holds.
+        settings: what archive.json says.
+    """
+
+    def __init__(self, uri: str, settings: Settings):
+        self.uri = uri
+        self.settings = settings
+        self.model_id = settings.model_id
+        self.model_name = settings.model_name
+        self.frames_uri = join(uri, "frames")
+        self.index_uri = join(uri, "index")
+        self._videos = RowTable(join(uri, "videos"))  # before the frames, so that all that they show is there
+        self._videos.rows()
+        self._frames = tables.open_table(self.frames_uri)
+        self._bounds: tuple[int, PartBounds] | None = None
+
+    def __repr__(self) -> str:
+        return f"Archive({self.uri!r}, version={self.version})"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no job has committed anything."""
+        return self._videos.rows().num_rows == 0 and len(self._part_bounds()) == 0
+
+    @property
+    def version(self) -> int:
+        """The version of the videos table, which counts publications."""
+        return self._videos.version
+
+    def refresh(self) -> None:
+        """Moves to the newest version."""
+        self._videos.refresh()
+        tables.refresh(self._frames)
+
+    # Numbers
+
+    @cached_property
+    def _numbers(self) -> RowTable:
+        return RowTable(join(self.uri, "numbers"))
+
+    def reserve(self, keys: Sequence[tuple[str, Sampling]]) -> dict[tuple[str, str], int]:
+        """The number of each (video id, sampling): the one it has had from its first reservation on.
+
+        Raises:
+            ArchiveError: the archive cannot be written.
+        """
+        wanted = list(dict.fromkeys((video_id, str(sampling)) for video_id, sampling in keys))
+        given = {}
+
+        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            given.clear()
+            given.update(self._known_numbers(rows))
+            first = max(rows.column("video_number").to_pylist(), default=0) + 1
+            new = [key for key in wanted if key not in given]
+            given.update(zip(new, range(first, first + len(new))))
+            added = [
+                {"video_id": key[0], "model_id": self.model_id, "sampling": key[1], "video_number": given[key]}
+                for key in new
+            ]
+            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(added, NUMBERS)
+
+        self._numbers.change(plan)
+        return {key: given[key] for key in wanted}
+
+    def _known_numbers(self, rows: pa.Table) -> dict[tuple[str, str], int]:
+        columns = (rows.column(name).to_pylist() for name in NUMBERS.names)
+        return {
+            (video_id, sampling): number
+            for video_id, model_id, sampling, number in zip(*columns, strict=True)
+            if model_id == self.model_id
+        }
+
+    # Frames
+
+    def committed(self, video_id: str, sampling: Sampling, segment_keys: Iterable[str]) -> set[str]:
+        """Those of the segments whose rows are in."""
+        number = self._known_numbers(self._numbers.rows()).get((video_id, str(sampling)))
+        if number is None:
+            return set()
+        tables.refresh(self._frames)
+        bounds = self._part_bounds()
+        return set(bounds.segment[bounds.of(number)]) & set(segment_keys)
+
+    def committed_frame_count(self, video_number: int) -> int:
+        """Frames committed under a number, published or not."""
+        bounds = self._part_bounds()
+        return int(bounds.row_count[bounds.of(video_number)].sum())
+
+    def problems(self, video_number: int) -> list[Problem]:
+        """What is wrong with the committed segments of a number, as their parts say; opens each one's footer."""
+        bounds = self._part_bounds()
+        found = (part_problem(self.frames_uri, path) for path in bounds.path[bounds.of(video_number)])
+        return [problem for problem in found if problem is not None]
+
+    def commit_frames(self, receipts: Sequence[Receipt]) -> list[bool]:
+        """Commits the parts of a group of segments at once; says of each whether it landed.
+
+        A segment whose rows are in already, also by a process that commits at this very moment, does not land, and
+        its part is removed. So each (video, segment, model, sampling) is in at most once. A receipt without a part
+        has nothing to land.
+
+        Raises:
+            ArchiveError: the archive cannot be written; nothing of the group is in.
+        """
+        landed = [False] * len(receipts)
+        for _ in tables.attempts():
+            tables.refresh(self._frames)
+            waiting = self._not_committed(receipts)
+            if not waiting:
+                break
+            guards = {_segment_id(receipts[place]): 1 for place in waiting}
+            try:
+                tables.commit(self._frames, [receipts[place].part for place in waiting], [], guards)
+            except Conflict:
+                continue
+            for place in waiting:
+                landed[place] = True
+            break
+        for receipt, is_in in zip(receipts, landed, strict=True):
+            if receipt.part is not None and not is_in:
+                with contextlib.suppress(OSError):
+                    PartWriter.discard(self.frames_uri, receipt.part)
+        return landed
+
+    def _not_committed(self, receipts: Sequence[Receipt]) -> list[int]:
+        bounds = self._part_bounds()
+        numbers = {receipt.video_number for receipt in receipts}
+        seen = {(number, key) for number in numbers for key in bounds.segment[bounds.of(number)]}
+        places = []
+        for place, receipt in enumerate(receipts):
+            key = (receipt.video_number, receipt.segment.key)
+            if receipt.part is not None and key not in seen:
+                seen.add(key)
+                places.append(place)
+        return places
+
+    def _part_bounds(self) -> PartBounds:
+        version = self._frames.version()
+        if self._bounds is None or self._bounds[0] != version:
+            self._bounds = (version, part_bounds(self.frames_uri, tables.live_files(self._frames)))
+        return self._bounds[1]
+
+    def parts(self) -> list[LivePart]:
+        """The parts of published videos."""
+        bounds = self._part_bounds()
+        shown = np.isin(bounds.video_number, np.fromiter(self.published(), np.int64))
+        columns = (bounds.path, bounds.video_number, bounds.row_count)
+        return [LivePart(*values) for values in zip(*(column[shown].tolist() for column in columns), strict=True)]
+
+    def frames(
+        self,
+        video_numbers: int | Iterable[int] | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        frame_indexes: Iterable[int] | None = None,
+    ) -> list[FrameRef]:
+        """Published frames, by (video_number, ticks).
+
+        Args:
+            video_numbers: one video, several, or None for all.
+            start_seconds, end_seconds: half-open range of positions; a frame is in it if its span
+                [time, time + duration) meets it. None: open.
+            frame_indexes: only frames of these ranks.
+        Raises:
+            ArchiveError: a part is missing or damaged.
+        """
+        ids = self.published()
+        if video_numbers is not None:
+            chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
+            ids = {number: ids[number] for number in chosen if number in ids}
+        return find_frames(self.frames_uri, self._part_bounds(), ids, start_seconds, end_seconds, frame_indexes)
+
+    def hit_frames(self, hits: Sequence[Hit]) -> list[FrameRef]:
+        """The frames that a search found, in the order of the hits."""
+        return find_hits(self.frames_uri, self._part_bounds(), self.published(), hits)
+
+    # Videos
+
+    def publish(self, rows: Sequence[VideoRow]) -> None:
+        """Makes videos and their frames visible, all at once, instead of the rows that they renew.
+
+        videos.plan_publish says which those are.
+
+        Raises:
+            ArchiveError: the archive cannot be written; nothing is published.
+        """
+        self._videos.change(lambda table: videos.plan_publish(table, rows))
+        tables.refresh(self._frames)
+
+    def published(self) -> dict[int, str]:
+        """Video id by number, of every video that shows frames."""
+        rows = self._videos.rows()
+        columns = (rows.column(name).to_pylist() for name in ("video_number", "video_id", "frame_count"))
+        return {number: video_id for number, video_id, count in zip(*columns, strict=True) if count and number}
+
+    def videos(self) -> list[VideoRow]:
+        """All rows, by uri."""
+        return sorted(videos.to_rows(self._videos.rows()), key=lambda row: row.uri)
+
+    def videos_arrow(self) -> pa.Table:
+        """All rows as stored (videos.SCHEMA)."""
+        return self._videos.rows()
+
+    def video_by_id(self, video_id: str) -> VideoRow | None:
+        """The row of a content."""
+        return self._row("video_id", video_id)
+
+    def by_uri(self, uri: str) -> VideoRow | None:
+        """The row of a place."""
+        return self._row("uri", uri)
+
+    def uris(self, video_numbers: Iterable[int]) -> dict[int, str]:
+        """The uri of each published number."""
+        wanted = set(video_numbers)
+        rows = self._videos.rows()
+        columns = (rows.column(name).to_pylist() for name in ("video_number", "uri"))
+        return {number: uri for number, uri in zip(*columns, strict=True) if number in wanted}
+
+    def video_by_number(self, video_number: int) -> VideoRow | None:
+        """The row of a number."""
+        return self._row("video_number", video_number)
+
+    def _row(self, column: str, value: object) -> VideoRow | None:
+        values = self._videos.rows().column(column).to_pylist()
+        return self._row_at(values.index(value)) if value in values else None
+
+    def _row_at(self, place: int) -> VideoRow:
+        return videos.to_rows(self._videos.rows().slice(place, 1))[0]
+
+    def find_video(self, name: str) -> VideoRow:
+        """The video that a person means by a path, a URI, or the first digits (six or more) of its id.
+
+        Raises:
+            UsageError: there is none, or more than one.
+        """
+        rows = self._videos.rows()
+        uris, ids = rows.column("uri").to_pylist(), rows.column("video_id").to_pylist()
+        uri = to_uri(name)
+        if uri in uris:
+            return self._row_at(uris.index(uri))
+        digits = name.lower()
+        is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
+        found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
+        if len(found) == 1:
+            return self._row_at(found[0])
+        if found:
+            candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in found)[:5])
+            raise UsageError(f"{name}: more than one video begins so; add digits: {candidates}")
+        raise UsageError(
+            f"{name}: no such video in {source_text(self.uri)}; name one by its path, its URI or at least "
+            f'{MIN_ID_DIGITS} digits of its id (`vidx sql "SELECT video_id, source FROM videos"` lists them)'
+        )
+
+    # Counts
+
+    def frame_count(self) -> int:
+        """Published frames."""
+        return sum(self._videos.rows().column("frame_count").to_pylist())
+
+    def status(self) -> ArchiveStatus:
+        """Counts, from the videos table alone."""
+        rows = self._videos.rows()
+        states = rows.column("status").to_pylist()
+        return ArchiveStatus(
+            videos_indexed=states.count(Status.INDEXED),
+            videos_partial=states.count(Status.PARTIAL),
+            videos_failed=states.count(Status.FAILED),
+            frames=self.frame_count(),
+            model_ids=tuple(sorted(set(rows.column("model_id").to_pylist()))) or (self.model_id,),
+            size_bytes=tree_size(self.uri),
+            version=self.version,
+            format_version=self.settings.format_version,
+        )
+
+
+def _segment_id(receipt: Receipt) -> str:
+    """The guard of a segment: a number stands for (video, model, sampling)."""
+    return f"segment:{receipt.video_number}:{receipt.segment.key}"
+
+
+def _optional(field: pa.Field) -> pa.Field:
+    """As the table declares it: a part may lack the columns that its settings do not keep."""
+    return field.with_nullable(True) if field.name in ("search_key", "patches") else field

@@ -1,0 +1,130 @@
+"""SQL over the archive: DuckDB views `videos` and `frames` of what is published, and nothing else to be reached."""
+
+import decimal
+import re
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow import fs
+
+from storage.archive import Archive
+from storage.errors import ArchiveError, UsageError
+from storage.files import local_path, source_text
+from storage.layout import BINARY, COLUMNS
+
+# Timestamps are plain TIMESTAMPs in UTC, so that neither the machine's time zone nor an extension has a say.
+_VIDEOS_VIEW = """
+CREATE VIEW videos AS SELECT
+    video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
+    rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
+    CAST(captured_at AS TIMESTAMP) AS captured_at, tags, model_id, sampling
+FROM stored_videos
+"""
+_FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
+_READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing
+
+
+def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
+    """Column names and rows of one SELECT over the views `videos` and `frames`.
+
+    Cells are Python values: times are UTC without a zone, tags and other maps dicts, binary cells bytes. The binary
+    columns of `frames` (token, compressor_out, search_key, patches, thumbnail, checksums) are there only when the
+    statement names them.
+
+    Raises:
+        UsageError: the statement is wrong, is not one reading statement, or reaches for files or settings.
+        ArchiveError: a part is missing or damaged.
+    """
+    connection = duckdb.connect(":memory:")
+    try:
+        _offer_views(connection, archive, statement)
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        _refuse_other_statements(connection, statement)
+        relation = connection.sql(statement)
+        if relation is None:
+            return [], []
+        return list(relation.columns), _rows(relation)
+    except duckdb.Error as error:
+        raise _plain_error(archive, error) from error
+    except OSError as error:
+        raise ArchiveError(f"{source_text(archive.uri)}: damaged archive: {_one_line(error)}") from error
+    finally:
+        connection.close()
+
+
+def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
+    rows = archive.videos_arrow()
+    source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
+    connection.register("stored_videos", rows.append_column("source", source))
+    connection.execute(_VIDEOS_VIEW)
+    words = set(re.findall(r"\w+", statement.lower()))
+    named = [field for field in COLUMNS if field.name not in BINARY or field.name in words]
+    connection.register("stored_frames", _frames_dataset(archive, pa.schema(named)))
+    connection.execute(_FRAMES_VIEW.format(columns=", ".join(field.name for field in named)))
+
+
+def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
+    """Parts of published videos, opened and read as the statement streams through them."""
+    schema = pa.schema([field.with_nullable(True) for field in schema])
+    file_system, place = _arrow_file_system(archive.frames_uri)
+    checked = ds.ParquetFileFormat(
+        default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    )
+    ids = archive.published()
+    number, video_id = ds.field("video_number"), ds.field("video_id")
+    fragments = [
+        checked.make_fragment(
+            f"{place}/{part.path}",
+            file_system,
+            # what all rows of the part have in common: a statement about one video opens no other's parts
+            (number == pa.scalar(part.video_number, pa.int32())) & (video_id == ids[part.video_number]),
+        )
+        for part in archive.parts()
+    ]
+    return ds.FileSystemDataset(fragments, schema, checked, file_system)
+
+
+def _arrow_file_system(uri: str) -> tuple[fs.FileSystem, str]:
+    path = local_path(uri)
+    if path is not None:
+        return fs.LocalFileSystem(), path.decode()
+    import fsspec
+
+    remote, place = fsspec.core.url_to_fs(uri)
+    return fs.PyFileSystem(fs.FSSpecHandler(remote)), place
+
+
+def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
+    statements = connection.extract_statements(statement)
+    if len(statements) != 1:
+        raise UsageError(f"one SQL statement at a time, not {len(statements)}")
+    kind = statements[0].type.name
+    if kind not in _READING:
+        raise UsageError(f"{kind} is not possible here: the archive is only read; write a SELECT on videos and frames")
+
+
+def _rows(relation: duckdb.DuckDBPyRelation) -> list[tuple]:
+    table = relation.to_arrow_table()  # duckdb's own fetchall wants pytz for times with a zone
+    columns = []
+    for column, kind in zip(table.columns, relation.types, strict=True):
+        values = column.to_pylist(maps_as_pydicts="strict")
+        if str(kind) in ("HUGEINT", "UHUGEINT"):  # what sum() gives; Arrow knows it as a decimal
+            values = [int(value) if isinstance(value, (decimal.Decimal, float)) else value for value in values]
+        columns.append(values)
+    return list(zip(*columns, strict=True))
+
+
+def _plain_error(archive: Archive, error: duckdb.Error) -> UsageError | ArchiveError:
+    text = _one_line(error)
+    if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in text:
+        return UsageError(f"SQL reads the views videos and frames, and nothing else: {text}")
+    if isinstance(error, duckdb.IOException) or "registered as 'stored_frames' failed" in text:
+        return ArchiveError(f"{source_text(archive.uri)}: damaged archive: {text}")
+    return UsageError(f"SQL: {text}")
+
+
+def _one_line(error: Exception) -> str:
+    """DuckDB's message without the copy of the statement that it draws below."""
+    return " ".join(str(error).split("\n\nLINE ")[0].split())

@@ -1,0 +1,174 @@
+"""Finds stored frames by video, time or index: parts are skipped by the bounds in Delta's log, the rest are read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.cells import damage
+from storage.errors import ArchiveError
+from storage.files import join, open_for_read
+from storage.records import FrameRef, Hit
+
+_BOUNDS = (
+    "min.video_number",
+    "max.video_number",
+    "num_records",
+    "min.frame_index",
+    "max.frame_index",
+    "min.time_seconds",
+    "max.time_seconds",
+    "max.duration_seconds",
+)
+
+
+@dataclass(frozen=True)
+class LivePart:
+    """A committed part; all its rows belong to one video."""
+
+    path: str
+    video_number: int
+    row_count: int
+
+
+@dataclass(frozen=True, repr=False)
+class PartBounds:
+    """What Delta's log says of each of P committed parts: all arrays (P,), in no particular order."""
+
+    path: np.ndarray
+    segment: np.ndarray
+    size_bytes: np.ndarray
+    video_number: np.ndarray
+    row_count: np.ndarray
+    first_index: np.ndarray
+    last_index: np.ndarray
+    first_seconds: np.ndarray
+    last_seconds: np.ndarray
+    longest_seconds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    def __repr__(self) -> str:
+        return f"PartBounds({len(self)} parts)"
+
+    def of(self, video_number: int) -> np.ndarray:
+        """Places of one video's parts."""
+        return np.flatnonzero(self.video_number == video_number)
+
+
+@dataclass(frozen=True, repr=False)
+class _Times:
+    """The rows of one part in file order, (T,) each."""
+
+    ticks: np.ndarray
+    frame_index: np.ndarray
+    time_seconds: np.ndarray
+    duration_seconds: np.ndarray
+
+
+def part_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
+    """Columns of Delta's log as arrays.
+
+    Raises:
+        ArchiveError: a part carries no bounds, so another program wrote it.
+    """
+    if files.num_rows == 0:
+        empty = np.empty(0, np.int64)
+        return PartBounds(empty.astype(object), empty.astype(object), *[empty] * 8)
+    missing = [name for name in (*_BOUNDS, "min.segment") if name not in files.column_names]
+    if missing or any(files.column(name).null_count for name in (*_BOUNDS, "min.segment")):
+        raise ArchiveError(f"{frames_uri}: damaged archive: a part was committed without bounds; vidx did not write it")
+    number, last_number, *others = (files.column(name).to_numpy() for name in _BOUNDS)
+    if not np.array_equal(number, last_number):
+        raise ArchiveError(f"{frames_uri}: damaged archive: a part holds several videos; vidx did not write it")
+    return PartBounds(
+        np.array(files.column("path").to_pylist(), object),
+        np.array(files.column("min.segment").to_pylist(), object),
+        files.column("size_bytes").to_numpy(),
+        number.astype(np.int64),
+        *others,
+    )
+
+
+def find_frames(
+    frames_uri: str,
+    bounds: PartBounds,
+    video_ids: Mapping[int, str],
+    start_seconds: float | None,
+    end_seconds: float | None,
+    frame_indexes: Iterable[int] | None,
+) -> list[FrameRef]:
+    """Frames of the given videos, by video number and time.
+
+    Args:
+        frames_uri: the frames table.
+        bounds: its parts.
+        video_ids: id of each video wanted, by number.
+        start_seconds, end_seconds: half-open range of positions; a frame is in it if its span meets it. None: open.
+        frame_indexes: only these ranks, or None for all.
+    """
+    wanted = np.isin(bounds.video_number, np.fromiter(video_ids, np.int64, len(video_ids)))
+    if start_seconds is not None:
+        wanted &= bounds.last_seconds + bounds.longest_seconds >= start_seconds
+    if end_seconds is not None:
+        wanted &= bounds.first_seconds < end_seconds
+    indexes = None if frame_indexes is None else np.unique(np.fromiter(frame_indexes, np.int64))
+    if indexes is not None:
+        wanted &= np.searchsorted(indexes, bounds.first_index) < np.searchsorted(indexes, bounds.last_index, "right")
+    found = []
+    for place in np.flatnonzero(wanted).tolist():
+        times = _read_times(join(frames_uri, bounds.path[place]))
+        rows = np.ones(len(times.ticks), bool)
+        if start_seconds is not None:
+            rows &= (times.time_seconds + times.duration_seconds > start_seconds) | (
+                times.time_seconds >= start_seconds
+            )
+        if end_seconds is not None:
+            rows &= times.time_seconds < end_seconds
+        if indexes is not None:
+            rows &= np.isin(times.frame_index, indexes)
+        number = int(bounds.video_number[place])
+        found += _refs(bounds.path[place], number, video_ids[number], times, np.flatnonzero(rows))
+    return sorted(found, key=lambda ref: (ref.video_number, ref.ticks))
+
+
+def find_hits(frames_uri: str, bounds: PartBounds, video_ids: Mapping[int, str], hits: Sequence[Hit]) -> list[FrameRef]:
+    """The frames that a search found, in the same order.
+
+    Raises:
+        ArchiveError: a hit's frame is not stored.
+    """
+    by_video: dict[int, list[int]] = {}
+    for hit in hits:
+        by_video.setdefault(hit.video_number, []).append(hit.frame_index)
+    found = {}
+    for number, indexes in by_video.items():
+        if number in video_ids:
+            for ref in find_frames(frames_uri, bounds, {number: video_ids[number]}, None, None, indexes):
+                found[number, ref.frame_index] = ref
+    missing = [hit for hit in hits if (hit.video_number, hit.frame_index) not in found]
+    if missing:
+        raise ArchiveError(f"{frames_uri}: damaged archive: {missing[0]} is in the index but not among the frames")
+    return [found[hit.video_number, hit.frame_index] for hit in hits]
+
+
+def _refs(path: str, number: int, video_id: str, times: _Times, rows: np.ndarray) -> list[FrameRef]:
+    columns = (times.frame_index, times.ticks, times.time_seconds, times.duration_seconds)
+    return [
+        FrameRef(video_id, number, frame_index, ticks, time_seconds, duration_seconds, path, row)
+        for row, frame_index, ticks, time_seconds, duration_seconds in zip(
+            rows.tolist(), *(column[rows].tolist() for column in columns), strict=True
+        )
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _read_times(uri: str) -> _Times:
+    names = ["ticks", "frame_index", "time_seconds", "duration_seconds"]
+    with damage(uri), open_for_read(uri) as file:
+        table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=names)
+        return _Times(*(table.column(name).to_numpy() for name in names))

@@ -1,0 +1,123 @@
+"""What a part looks like: its columns, and how the wide cells are packed.
+
+A part is ordinary Parquet. Its wide columns are written so that a cell can also be reached by arithmetic: not null,
+plain, uncompressed, every cell of a column equally long, one data page per row group. parts.py writes, cells.py reads.
+
+Columns, in the order of `COLUMNS`; `search_key` and `patches` are absent where the archive keeps none. Cells:
+    token, compressor_out, search_key: little-endian float16, row-major.
+    patches: scales (K float32), positions (K uint16), values (K x D int8), one after the other.
+    thumbnail: a JPEG file, of any length.
+    checksums: one CRC32C (uint32, little-endian) for each binary cell before it in the file, in their order, so that
+        a read of one column in place can be checked by itself.
+    checksum: CRC32C over those binary cells joined.
+The key-value metadata under `vidx.cells` names the binary columns in order with the width of each (null: any length),
+and `vidx.shapes` the shapes behind them, as JSON. `vidx.problem` says why the part does not hold the whole of its
+segment, where that is so.
+"""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+
+from storage.records import PatchRows, TokenBatch
+
+ROW_GROUP_ROWS = 256
+ROW_GROUP_BYTES = 32 << 20  # what a writer holds at most; wide rows come in smaller groups
+CELLS_KEY = b"vidx.cells"
+SHAPES_KEY = b"vidx.shapes"
+PROBLEM_KEY = b"vidx.problem"
+BINARY = ("token", "compressor_out", "search_key", "patches", "thumbnail", "checksums")
+
+COLUMNS = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("video_number", pa.int32(), nullable=False),
+        pa.field("segment", pa.string(), nullable=False),
+        pa.field("ticks", pa.int64(), nullable=False),
+        pa.field("time_base_num", pa.int64(), nullable=False),
+        pa.field("time_base_den", pa.int64(), nullable=False),
+        pa.field("frame_index", pa.int64(), nullable=False),
+        pa.field("pts_seconds", pa.float64(), nullable=False),
+        pa.field("time_seconds", pa.float64(), nullable=False),
+        pa.field("duration_seconds", pa.float64(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("stand_in_ticks", pa.int64()),  # null: the frame stands for itself
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("token", pa.binary(), nullable=False),
+        pa.field("compressor_out", pa.binary(), nullable=False),
+        pa.field("search_key", pa.binary(), nullable=False),
+        pa.field("patches", pa.binary(), nullable=False),
+        pa.field("thumbnail", pa.binary(), nullable=False),
+        pa.field("checksums", pa.binary(), nullable=False),
+        pa.field("checksum", pa.int64(), nullable=False),
+    ]
+)
+
+
+def cell_shapes(tokens: TokenBatch) -> dict[str, list[int]]:
+    """The shape behind one cell of each binary column that the tokens fill."""
+    shapes = {"token": list(tokens.token.shape[1:]), "compressor_out": list(tokens.compressor_out.shape[1:])}
+    if tokens.search_key is not None:
+        shapes["search_key"] = list(tokens.search_key.shape[1:])
+    if tokens.patches is not None:
+        shapes["patches"] = list(tokens.patches.values.shape[1:])
+    return shapes
+
+
+def cell_widths(shapes: dict[str, list[int]]) -> dict[str, int | None]:
+    """Bytes of each binary cell, in file order; None where they differ from row to row."""
+    widths = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items() if name != "patches"}
+    if "patches" in shapes:
+        rows, width = shapes["patches"]
+        widths["patches"] = rows * (4 + 2 + width)
+    widths["thumbnail"] = None
+    widths["checksums"] = 4 * len(widths)
+    return widths
+
+
+def row_group_rows(shapes: dict[str, list[int]]) -> int:
+    """Rows of one row group: constant for a shape, so that a file's bytes depend on its rows alone."""
+    return max(
+        1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, sum(width or 0 for width in cell_widths(shapes).values())))
+    )
+
+
+def part_schema(shapes: dict[str, list[int]]) -> pa.Schema:
+    """The columns of a part that keeps cells of these shapes."""
+    widths = cell_widths(shapes)
+    kept = [field for field in COLUMNS if field.name not in BINARY or field.name in widths]
+    metadata = {CELLS_KEY: json.dumps(widths), SHAPES_KEY: json.dumps(shapes)}
+    return pa.schema(kept, metadata=metadata)
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """(T, width) uint8: a little-endian copy of each row's bytes."""
+    count = len(array)
+    cells = np.array(array, array.dtype.newbyteorder("<"), order="C", copy=True)
+    return cells.reshape(count, -1).view(np.uint8)
+
+
+def pack_patches(patches: PatchRows) -> np.ndarray:
+    """(T, width) uint8: each frame's patch tier as one cell."""
+    pieces = (patches.scales.astype("<f4"), patches.positions.astype("<u2"), patches.values)
+    return np.concatenate([as_bytes(piece) for piece in pieces], axis=1)
+
+
+def unpack_patches(cells: np.ndarray, rows: int, width: int) -> PatchRows:
+    """The patch tier of T frames from their cells.
+
+    Args:
+        cells: (T, K * (6 + D)) uint8.
+        rows: K.
+        width: D.
+    """
+    count = len(cells)
+    scales, positions, values = np.split(cells, (4 * rows, 6 * rows), axis=1)
+    return PatchRows(
+        values=values.copy().view(np.int8).reshape(count, rows, width),
+        scales=scales.copy().view("<f4").astype(np.float32, copy=False),
+        positions=positions.copy().view("<u2").astype(np.uint16, copy=False),
+    )

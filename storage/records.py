@@ -1,0 +1,391 @@
+"""The nouns of the data's path: what one step hands to the next.
+
+    VideoAsset -> Probe -> SegmentTask -> FrameBatch -> TokenBatch -> Receipt -> VideoRow
+    question   -> Hit -> Moment -> Answer
+
+Times are float64 seconds or integer ticks of the stream's time base; ranges are half-open.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from fractions import Fraction
+
+import numpy as np
+
+FRAME_SIDE = 336  # every frame enters the model as 336 x 336 pixels (published code, load_video)
+
+
+class Status(StrEnum):
+    """How a video ended."""
+
+    INDEXED = "indexed"
+    PARTIAL = "partial"
+    FAILED = "failed"
+
+
+class Reason(StrEnum):
+    """Why a video is partial or failed."""
+
+    NOT_A_VIDEO = "not_a_video"
+    NO_VIDEO_STREAM = "no_video_stream"
+    NO_FRAMES = "no_frames"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    UNSUPPORTED_CODEC = "unsupported_codec"
+    TOO_LARGE = "too_large"
+    REFUSED_FORMAT = "refused_format"
+    TIMEOUT = "timeout"
+    CRASHED = "crashed"
+    VANISHED = "vanished"
+    CHANGED = "changed"
+    PERMISSION = "permission"
+    UNKNOWN = "unknown"
+
+    @property
+    def may_pass(self) -> bool:
+        """True where the next run may end otherwise with the same bytes, so that it tries again."""
+        return self in _MAY_PASS
+
+
+_MAY_PASS = {Reason.TIMEOUT, Reason.CRASHED, Reason.VANISHED, Reason.CHANGED, Reason.PERMISSION, Reason.UNKNOWN}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a video, or one segment of it, is not whole."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class VideoAsset:
+    """A source as scan found it, not yet opened."""
+
+    uri: str
+    captured_at: datetime | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if "://" not in self.uri:
+            raise ValueError(f"VideoAsset.uri is no URI: {self.uri!r}")
+        if self.captured_at is not None and self.captured_at.tzinfo is None:
+            raise ValueError("VideoAsset.captured_at has no time zone")
+
+
+@dataclass(frozen=True)
+class Content:
+    """The bytes of a source at one time: a video's identity, and how to notice that they changed."""
+
+    video_id: str
+    size_bytes: int
+    mtime_ns: int
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[0-9a-f]{64}", self.video_id):
+            raise ValueError(f"Content.video_id is no SHA-256: {self.video_id!r}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the video stream that ffmpeg's best-stream rule picks says about itself.
+
+    Attributes:
+        decoder: the library that reads this file right: "decord" or "pyav".
+        container, codec: FFmpeg's names.
+        width, height: pixels as shown, after rotation.
+        rotation_degrees: 0, 90, 180 or 270 counter-clockwise, applied by decode.
+        time_base: seconds per tick.
+        first_ticks: presentation time of the first frame that decodes; the origin of the sampling grid.
+        clock_offset_seconds: file clock minus the position a player shows.
+        duration_seconds: the container's, or None where it does not say.
+        cuts: ticks of keyframes at which a segment may begin, ascending, the file's first excluded, each
+            with the rank of that frame in presentation order; empty where the file must be read in one piece.
+    """
+
+    decoder: str
+    container: str
+    codec: str
+    stream_index: int
+    width: int
+    height: int
+    rotation_degrees: int
+    time_base: Fraction
+    first_ticks: int
+    clock_offset_seconds: float
+    duration_seconds: float | None
+    cuts: tuple[tuple[int, int], ...]
+
+    def __post_init__(self):
+        if self.rotation_degrees not in (0, 90, 180, 270):
+            raise ValueError(f"Probe.rotation_degrees is {self.rotation_degrees}")
+        if self.time_base <= 0:
+            raise ValueError(f"Probe.time_base is {self.time_base}")
+
+    def pts_seconds(self, ticks: np.ndarray | int) -> np.ndarray | float:
+        """The file's own clock."""
+        return ticks * self.time_base.numerator / self.time_base.denominator
+
+    def time_seconds(self, ticks: np.ndarray | int) -> np.ndarray | float:
+        """The position a player shows."""
+        return self.pts_seconds(ticks) - self.clock_offset_seconds
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The unit of work: the frames of one video with start_ticks <= ticks < end_ticks.
+
+    None is an open end: before the first frame, after the last. first_index is the rank, in presentation
+    order, of the segment's first frame among all of the video's.
+    """
+
+    video_id: str
+    start_ticks: int | None
+    end_ticks: int | None
+    first_index: int
+
+    @property
+    def key(self) -> str:
+        """The time range as text, the same however the file was read."""
+        start = "" if self.start_ticks is None else self.start_ticks
+        end = "" if self.end_ticks is None else self.end_ticks
+        return f"{start}..{end}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings besides the model that decide which rows an archive holds of a video."""
+
+    fps: Fraction
+    patches: int
+
+    def __post_init__(self):
+        if self.fps <= 0:
+            raise ValueError(f"Sampling.fps is {self.fps}")
+        if self.patches < 0:
+            raise ValueError(f"Sampling.patches is {self.patches}")
+
+    def __str__(self) -> str:
+        return f"fps={self.fps},patches={self.patches}"
+
+
+@dataclass(frozen=True)
+class SegmentTask:
+    """All that a worker must know to index one segment."""
+
+    uri: str
+    content: Content
+    probe: Probe
+    segment: Segment
+    video_number: int
+    sampling: Sampling
+
+
+def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:
+    wrong_shape = array.ndim != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, array.shape, strict=False)
+    )
+    if array.dtype != dtype or wrong_shape:
+        raise ValueError(f"{name} is {array.dtype}{array.shape}, wanted {np.dtype(dtype)}{shape}")
+
+
+@dataclass(frozen=True, repr=False)
+class FrameBatch:
+    """T frames in presentation order, each with the span it stands for.
+
+    Attributes:
+        pixels: (T, 336, 336, 3) uint8, RGB, upright.
+        ticks: (T,) int64, the frame's own presentation time.
+        end_ticks: (T,) int64, where the next stored frame, or nothing, takes over.
+        frame_index: (T,) int64, rank in presentation order among all of the video's frames.
+        thumbnails: T small JPEG files, upright, aspect ratio kept.
+    """
+
+    pixels: np.ndarray
+    ticks: np.ndarray
+    end_ticks: np.ndarray
+    frame_index: np.ndarray
+    thumbnails: tuple[bytes, ...]
+
+    def __post_init__(self):
+        count = len(self.pixels)
+        _check("FrameBatch.pixels", self.pixels, np.uint8, (count, FRAME_SIDE, FRAME_SIDE, 3))
+        for name in ("ticks", "end_ticks", "frame_index"):
+            _check(f"FrameBatch.{name}", getattr(self, name), np.int64, (count,))
+        if len(self.thumbnails) != count:
+            raise ValueError(f"FrameBatch.thumbnails has {len(self.thumbnails)} entries, wanted {count}")
+        if np.any(self.end_ticks < self.ticks):
+            raise ValueError("FrameBatch.end_ticks lies before ticks")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __repr__(self) -> str:
+        return f"FrameBatch({len(self)} frames)"
+
+
+@dataclass(frozen=True, repr=False)
+class PatchRows:
+    """The patch tier of T frames: K kept rows of the vision tower's layer -2 each, quantised.
+
+    Attributes:
+        values: (T, K, D) int8.
+        scales: (T, K) float32; a row's features are values * scale.
+        positions: (T, K) uint16, ascending: place of the row among all patches of the frame's pre-fusion input.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray
+    positions: np.ndarray
+
+    def __post_init__(self):
+        frames, rows = self.values.shape[:2]
+        _check("PatchRows.values", self.values, np.int8, (frames, rows, None))
+        _check("PatchRows.scales", self.scales, np.float32, (frames, rows))
+        _check("PatchRows.positions", self.positions, np.uint16, (frames, rows))
+
+    def __repr__(self) -> str:
+        return f"PatchRows(values={self.values.shape})"
+
+
+@dataclass(frozen=True, repr=False)
+class TokenBatch:
+    """What is stored of T frames.
+
+    Attributes:
+        token: (T, C*C, H) float16, the vision token after pre-fusion, as the LLM receives it.
+        compressor_out: (T, C*C, D) float16, before the projector.
+        search_key: (T, E) float16, L2-normalised; None where the model has no joint embedding.
+        patches: the patch tier, or None.
+    """
+
+    token: np.ndarray
+    compressor_out: np.ndarray
+    search_key: np.ndarray | None
+    patches: PatchRows | None
+
+    def __post_init__(self):
+        count = len(self.token)
+        _check("TokenBatch.token", self.token, np.float16, (count, None, None))
+        _check("TokenBatch.compressor_out", self.compressor_out, np.float16, (count, self.token.shape[1], None))
+        if self.search_key is not None:
+            _check("TokenBatch.search_key", self.search_key, np.float16, (count, None))
+        if self.patches is not None and len(self.patches.values) != count:
+            raise ValueError(f"TokenBatch.patches holds {len(self.patches.values)} frames, wanted {count}")
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def __repr__(self) -> str:
+        return f"TokenBatch(token={self.token.shape}, patches={self.patches!r})"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A written Parquet file of frames, not yet committed.
+
+    Attributes:
+        path: relative to the frames table.
+        row_count, size_bytes: of the file.
+        stats_json: column bounds in Delta's form.
+    """
+
+    path: str
+    row_count: int
+    size_bytes: int
+    stats_json: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What comes back from a segment: where its rows lie, and what went wrong on the way.
+
+    part is None where the segment gave no frame; problem is None where it is whole.
+    """
+
+    segment: Segment
+    video_number: int
+    part: Part | None
+    problem: Problem | None
+    decoder: str
+    frame_count: int
+    decode_seconds: float
+    encode_seconds: float
+    store_seconds: float
+
+
+@dataclass(frozen=True)
+class VideoRow:
+    """One row of the videos table; publishing it makes the video's frames visible.
+
+    Fields that only an opened file can tell are None where it could not be opened.
+    """
+
+    video_id: str | None
+    video_number: int | None
+    uri: str
+    status: Status
+    problem: Problem | None
+    model_id: str
+    sampling: str
+    frame_count: int
+    size_bytes: int | None
+    mtime_ns: int | None
+    probe: Probe | None
+    captured_at: datetime | None
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One frame that answers a search, with the cosine of the search keys."""
+
+    video_number: int
+    frame_index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A stretch of one video that answers a search; times are positions that a player shows.
+
+    score is the best frame's cosine, or None where every frame was taken without a search.
+    """
+
+    video_id: str
+    video_number: int
+    uri: str
+    start_seconds: float
+    end_seconds: float
+    best_seconds: float
+    score: float | None
+
+
+@dataclass(frozen=True)
+class FrameRef:
+    """One stored frame and where its cells lie: row `row` of the Parquet file `part`."""
+
+    video_id: str
+    video_number: int
+    frame_index: int
+    ticks: int
+    time_seconds: float
+    duration_seconds: float
+    part: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says, and the moments it was shown."""
+
+    question: str
+    text: str
+    moments: tuple[Moment, ...]
+    fuse: str
+    fuse_note: str
+    frame_count: int
+    video_bytes_read: int

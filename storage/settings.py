@@ -1,0 +1,90 @@
+"""archive.json: what an archive is, and whether a folder is one."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+
+from storage.errors import ArchiveError, UsageError
+from storage.files import exists, join, list_names, local_path, read_bytes, source_text, to_uri, write_bytes, writing
+
+FORMAT_VERSION = 1
+SETTINGS_NAME = "archive.json"
+TABLES = ("frames", "videos", "numbers")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an archive was made with."""
+
+    format_version: int
+    model_id: str
+    model_name: str
+
+
+def is_archive(uri: str) -> bool:
+    """Whether the folder is a whole archive: archive.json is written last."""
+    return exists(join(uri, SETTINGS_NAME))
+
+
+def write_settings(uri: str, settings: Settings) -> None:
+    """Makes the folder an archive.
+
+    Raises:
+        ArchiveError: it cannot be written.
+    """
+    place = join(uri, SETTINGS_NAME)
+    with writing(place):
+        write_bytes(place, json.dumps(asdict(settings), indent=2).encode() + b"\n")
+
+
+def read_settings(uri: str) -> Settings:
+    """What the archive says of itself; keys of later versions of the same format are passed over.
+
+    Raises:
+        ArchiveError: it is of a newer format, damaged, or cannot be read.
+    """
+    place = join(uri, SETTINGS_NAME)
+    try:
+        values = json.loads(read_bytes(place))
+        version = int(values["format_version"])
+        if version > FORMAT_VERSION:
+            known = f"this vidx reads up to {FORMAT_VERSION}"
+            raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
+        return Settings(version, str(values["model_id"]), str(values["model_name"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArchiveError(f"{source_text(place)}: damaged archive: {type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise ArchiveError(f"{source_text(place)}: cannot be read: {error.strerror}") from error
+
+
+def archive_uri(name: str) -> str:
+    """The URI of an archive that a user names.
+
+    Raises:
+        UsageError: Delta's library cannot open such a path.
+    """
+    uri = to_uri(name)
+    path = local_path(uri) or b""
+    if any(byte < 32 for byte in path) or source_text(uri).encode() != (path or uri.encode()):
+        raise UsageError(f"--archive {source_text(uri)!r}: the path of an archive must be UTF-8 text in one line")
+    if re.search(rb"%[0-9A-Fa-f]{2}", path):  # deltalake 1.6 decodes it twice and looks elsewhere
+        raise UsageError(f"--archive {source_text(uri)}: the path of an archive must not hold % and two digits")
+    return uri
+
+
+def refuse_foreign_folder(uri: str) -> None:
+    """Keeps an archive's tables out of folders that hold something else.
+
+    Raises:
+        UsageError: a file or folder is in the way.
+    """
+    path = local_path(uri)
+    if path is not None and exists(uri) and not os.path.isdir(path):
+        raise UsageError(f"{source_text(uri)}: is a file; an archive is a folder, name a new one with --archive")
+    for name in TABLES:
+        names = list_names(join(uri, name))
+        if names and "_delta_log" not in names:
+            raise UsageError(
+                f"{source_text(uri)}: cannot be an archive, its folder `{name}` holds other files; name a new folder"
+            )

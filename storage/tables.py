@@ -1,0 +1,299 @@
+"""Delta tables: opening, committing with a guard, and small tables that are rewritten a little at each change."""
+
+import contextlib
+import io
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+
+from storage.errors import ArchiveError
+from storage.files import (
+    exists,
+    join,
+    list_names,
+    local_path,
+    open_for_read,
+    read_bytes,
+    remove,
+    source_text,
+    sync_file,
+    sync_folder,
+    write_bytes,
+    writing,
+)
+from storage.records import Part
+
+LOG = "_delta_log"
+ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
+_GUARD = "rows"  # the application id under which every change of a RowTable is numbered
+
+
+class Conflict(Exception):
+    """Another process committed first what this commit was guarded against; look again, then try again."""
+
+
+def create_table(uri: str, schema: pa.Schema) -> None:
+    """An empty Delta table that any Delta reader understands; an existing one stays as it is.
+
+    Raises:
+        ArchiveError: the place cannot be written.
+    """
+    if exists(join(uri, LOG)):
+        return
+    with _plain_errors(uri), contextlib.suppress(CommitFailedError):  # lost the race to another creator
+        DeltaTable.create(uri, schema, mode="ignore")
+
+
+def open_table(uri: str) -> DeltaTable:
+    """The newest version of a table.
+
+    Raises:
+        ArchiveError: it is missing or damaged; the message names the damaged file of its log.
+    """
+    if not exists(join(uri, LOG)):
+        raise ArchiveError(f"{source_text(uri)}: damaged archive: the table is missing")
+    with _plain_errors(uri):
+        table = DeltaTable(uri)
+    _refuse_empty_log_files(uri)
+    return table
+
+
+def refresh(table: DeltaTable) -> None:
+    """Moves to the newest version."""
+    with _plain_errors(table.table_uri):
+        table.update_incremental()
+
+
+def live_files(table: DeltaTable) -> pa.Table:
+    """One row per data file of this version: path, size_bytes, num_records and bounds as min.x and max.x."""
+    with _plain_errors(table.table_uri):
+        return pa.table(table.get_add_actions(flatten=True))
+
+
+def commit(
+    table: DeltaTable, parts: Sequence[Part], removed: Sequence[tuple[str, int]], guards: dict[str, int]
+) -> None:
+    """One new version: files added and taken away, and the guards' application transactions, or nothing.
+
+    Args:
+        table: the version that the change was worked out from; afterwards the newest one.
+        parts: written files, relative to the table.
+        removed: (path, bytes) of files that this version holds no more.
+        guards: application id -> version. A commit since `table`'s version under the same id is a conflict.
+    Raises:
+        Conflict: nothing was committed.
+        ArchiveError: the log cannot be written.
+    """
+    now = int(time.time() * 1000)
+    actions = [AddAction(part.path, part.size_bytes, {}, now, True, part.stats_json) for part in parts]
+    actions += [RemoveAction(path, True, now, size=size) for path, size in removed]
+    transactions = [Transaction(app_id, version, now) for app_id, version in guards.items()]
+    version = table.version()
+    with _plain_errors(table.table_uri):
+        try:
+            table.create_write_transaction(
+                actions, "append", table.schema(), commit_properties=CommitProperties(app_transactions=transactions)
+            )
+        except CommitFailedError as error:
+            raise Conflict(str(error)) from error
+        table.update_incremental()
+        _sync_log(table.table_uri, range(version + 1, table.version() + 1))
+
+
+def attempts() -> Iterator[int]:
+    """Numbers the tries of a commit, with a growing random pause between them.
+
+    Raises:
+        ArchiveError: too many lost races.
+    """
+    for attempt in range(ATTEMPTS):
+        yield attempt
+        time.sleep(random.uniform(0, min(0.5, 0.01 * 1.5**attempt)))
+    raise ArchiveError("the archive is too busy: other jobs committed first 50 times; run again when they are done")
+
+
+class RowTable:
+    """A small Delta table that is read whole and changed by copy on write.
+
+    A change rewrites the files that hold changed rows and folds in files smaller than what it writes, so that
+    their number grows with the logarithm of the rows. Changes are strictly one after the other.
+    """
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        self._table = open_table(uri)
+        self._files: dict[str, pa.Table] = {}  # they never change, so each is read once
+        self._rows: tuple[int, pa.Table] | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the rows last read."""
+        return self._table.version()
+
+    def refresh(self) -> None:
+        """Moves to the newest version."""
+        refresh(self._table)
+
+    def rows(self) -> pa.Table:
+        """All rows of the current version."""
+        if self._rows is None or self._rows[0] != self.version:
+            self._rows = (self.version, pa.concat_tables([self._schema().empty_table(), *self._load().values()]))
+        return self._rows[1]
+
+    def change(self, plan: Callable[[pa.Table], tuple[np.ndarray, pa.Table]]) -> None:
+        """Commits a change that is worked out again whenever another process was faster.
+
+        Args:
+            plan: all rows -> (which to keep, bool of their number; rows to add).
+        Raises:
+            ArchiveError: the table cannot be written.
+        """
+        for _ in attempts():
+            self.refresh()
+            keep, added = plan(self.rows())
+            if keep.all() and not added.num_rows:
+                return
+            part, removed = self._rewrite(keep, added)
+            guard = {_GUARD: self.version + 1}
+            try:
+                commit(self._table, [part] if part else [], removed, guard)
+            except Conflict:
+                self._remove(part)
+                continue
+            except BaseException:
+                self._remove(part)
+                raise
+            return
+
+    def _schema(self) -> pa.Schema:
+        return pa.schema(self._table.schema().to_arrow())
+
+    def _load(self) -> dict[str, pa.Table]:
+        paths = sorted(live_files(self._table).column("path").to_pylist())
+        schema = self._schema()
+        self._files = {path: self._files.get(path) or _read_rows(join(self.uri, path), schema) for path in paths}
+        return self._files
+
+    def _rewrite(self, keep: np.ndarray, added: pa.Table) -> tuple[Part | None, list[tuple[str, int]]]:
+        """Writes the new file; says which files it replaces, with their sizes."""
+        replaced, pieces, others, start = [], [added], [], 0
+        for path, rows in self._load().items():
+            kept = keep[start : start + rows.num_rows]
+            start += rows.num_rows
+            if kept.all():
+                others.append((path, rows))
+            else:
+                replaced.append(path)
+                pieces.append(rows.filter(pa.array(kept)))
+        count = sum(piece.num_rows for piece in pieces)
+        for path, rows in sorted(others, key=lambda item: item[1].num_rows):
+            if rows.num_rows > count:
+                break
+            replaced.append(path)
+            pieces.append(rows)
+            count += rows.num_rows
+        files = live_files(self._table)
+        sizes = dict(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
+        part = _write_rows(self.uri, pa.concat_tables(pieces)) if count else None
+        return part, [(path, sizes[path]) for path in replaced]
+
+    def _remove(self, part: Part | None) -> None:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                remove(join(self.uri, part.path))
+
+
+def _read_rows(uri: str, schema: pa.Schema) -> pa.Table:
+    try:
+        with open_for_read(uri) as file:
+            return pq.ParquetFile(file, page_checksum_verification=True).read().select(schema.names).cast(schema)
+    except FileNotFoundError as error:
+        raise ArchiveError(f"{source_text(uri)}: missing, though the archive names it") from error
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ArchiveError(f"{source_text(uri)}: damaged or unreadable: {' '.join(str(error).split())}") from error
+
+
+def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="snappy", write_page_checksum=True)
+    path = f"{uuid.uuid4().hex}.parquet"
+    uri = join(folder_uri, path)
+    with writing(uri):
+        write_bytes(uri, buffer.getbuffer())
+    return Part(path, rows.num_rows, buffer.tell(), json.dumps({"numRecords": rows.num_rows}))
+
+
+@contextlib.contextmanager
+def _plain_errors(uri: str) -> Iterator[None]:
+    """Turns what deltalake says into one line for people."""
+    try:
+        yield
+    except CommitFailedError:
+        raise
+    except TableNotFoundError as error:
+        raise ArchiveError(f"{source_text(uri)}: cannot be opened or written: {_first_lines(error)}") from error
+    except OSError as error:
+        raise ArchiveError(f"{source_text(uri)}: cannot be read or written: {_first_lines(error)}") from error
+    except DeltaError as error:
+        damaged = _damaged_log_file(uri)
+        place = uri if damaged is None else join(uri, LOG, damaged)
+        raise ArchiveError(f"{source_text(place)}: damaged archive: {_first_lines(error)}") from error
+
+
+def _first_lines(error: Exception) -> str:
+    """Deltalake's messages are trees with colours and back traces: the causes in one line."""
+    lines = [line.replace("\x1b[31m↳\x1b[0m", "").strip() for line in str(error).splitlines()]
+    causes = []
+    for line in lines:
+        if line.startswith("0:"):  # the back trace
+            break
+        if line:
+            causes.append(line)
+    return ": ".join(causes)[:300]
+
+
+def _refuse_empty_log_files(uri: str) -> None:
+    """A power cut can leave the newest commit empty, and Delta takes that for a commit of nothing."""
+    path = local_path(uri)
+    if path is None:
+        return
+    for name in _commits_since_checkpoint(uri):
+        if not read_bytes(join(uri, LOG, name)).strip():
+            raise ArchiveError(f"{source_text(join(uri, LOG, name))}: damaged archive: this commit is empty")
+
+
+def _commits_since_checkpoint(uri: str) -> list[str]:
+    names = list_names(join(uri, LOG))
+    newest = max((name for name in names if ".checkpoint" in name), default="")
+    return [name for name in names if name.endswith(".json") and name[:20].isdigit() and name[:20] > newest[:20]]
+
+
+def _damaged_log_file(uri: str) -> str | None:
+    for name in list_names(join(uri, LOG)):
+        data = read_bytes(join(uri, LOG, name))
+        try:
+            if name.endswith(".checkpoint.parquet"):
+                pq.read_metadata(io.BytesIO(data))
+            elif name.endswith(".json"):
+                [json.loads(line) for line in data.splitlines()]
+        except (ValueError, pa.ArrowException, OSError):
+            return name
+    return None
+
+
+def _sync_log(uri: str, versions: Iterable[int]) -> None:
+    """Deltalake leaves a commit to the page cache; what we call committed shall survive a power cut."""
+    folder = join(uri, LOG)
+    for version in versions:
+        with contextlib.suppress(FileNotFoundError):
+            sync_file(join(folder, f"{version:020}.json"))
+    sync_folder(folder)

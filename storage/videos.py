@@ -1,0 +1,137 @@
+"""The videos table: one row per video, whose publication makes the video's frames visible."""
+
+from collections.abc import Sequence
+from datetime import UTC
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+
+from storage.records import Probe, Problem, Reason, Status, VideoRow
+
+# `cuts` of a Probe are not kept: they serve the job that splits the video, and there are thousands in a long one.
+SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string()),  # null where the file could not be read
+        pa.field("video_number", pa.int32()),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("frame_count", pa.int64(), nullable=False),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("mtime_ns", pa.int64()),
+        pa.field("decoder", pa.string()),  # this and the next are null where no video stream was found
+        pa.field("container", pa.string()),
+        pa.field("codec", pa.string()),
+        pa.field("stream_index", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("rotation_degrees", pa.int32()),
+        pa.field("time_base_num", pa.int64()),
+        pa.field("time_base_den", pa.int64()),
+        pa.field("first_ticks", pa.int64()),
+        pa.field("clock_offset_seconds", pa.float64()),
+        pa.field("duration_seconds", pa.float64()),
+        pa.field("captured_at", pa.timestamp("us", tz="UTC")),
+        pa.field("tags", pa.map_(pa.string(), pa.string())),
+    ]
+)
+_PROBED = (
+    "decoder",
+    "container",
+    "codec",
+    "stream_index",
+    "width",
+    "height",
+    "rotation_degrees",
+    "first_ticks",
+    "clock_offset_seconds",
+    "duration_seconds",
+)
+
+
+def to_arrow(rows: Sequence[VideoRow]) -> pa.Table:
+    """Rows as they are stored."""
+    return pa.Table.from_pylist([_as_dict(row) for row in rows], SCHEMA)
+
+
+def to_rows(table: pa.Table) -> list[VideoRow]:
+    """Rows as they were published, but for the cuts of their probes, which are empty."""
+    return [_as_row(values) for values in table.to_pylist(maps_as_pydicts="strict")]
+
+
+def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray, pa.Table]:
+    """What to keep of the table, and what to add, so that each row takes the place of those it renews.
+
+    A row renews, within its model's rows, the one of the same content (whatever its sampling or uri) and the one of
+    the same uri (whatever its content). Nothing searchable is lost to a file that could not be read this time: a row
+    of unknown content, or without frames, does not take the place of a row of the same uri with known content, or of
+    the same content with frames.
+    """
+    known = list(zip(*(table.column(name).to_pylist() for name in ("model_id", "video_id", "uri", "frame_count"))))
+    known += [(row.model_id, row.video_id, row.uri, row.frame_count) for row in rows]
+    alive = np.arange(len(known)) < table.num_rows
+    by_content: dict[tuple, int] = {}
+    by_uri: dict[tuple, int] = {}
+    for place, (model_id, video_id, uri, frame_count) in enumerate(known):
+        same_content = None if video_id is None else by_content.get((model_id, video_id))
+        same_uri = by_uri.get((model_id, uri))
+        if place >= table.num_rows:
+            rivals = [rival for rival in (same_content, same_uri) if rival is not None and alive[rival]]
+            if any(_outlasts(known[rival], video_id, frame_count) for rival in rivals):
+                continue
+            alive[rivals] = False
+            alive[place] = True
+        by_uri[model_id, uri] = place
+        if video_id is not None:
+            by_content[model_id, video_id] = place
+    added = [row for row, stays in zip(rows, alive[table.num_rows :], strict=True) if stays]
+    return alive[: table.num_rows], to_arrow(added)
+
+
+def _outlasts(rival: tuple, video_id: str | None, frame_count: int) -> bool:
+    _, rival_id, _, rival_frames = rival
+    if video_id is None:
+        return rival_id is not None
+    return rival_id == video_id and frame_count == 0 and rival_frames > 0
+
+
+def _as_dict(row: VideoRow) -> dict:
+    values = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
+    values["status"] = str(row.status)
+    if row.captured_at is not None:
+        values["captured_at"] = row.captured_at.astimezone(UTC)
+    values["tags"] = list(row.tags.items())
+    if row.problem is not None:
+        values |= {"reason": str(row.problem.reason), "detail": row.problem.detail}
+    if row.probe is not None:
+        values |= {name: getattr(row.probe, name) for name in _PROBED}
+        values |= {"time_base_num": row.probe.time_base.numerator, "time_base_den": row.probe.time_base.denominator}
+    return values
+
+
+def _as_row(values: dict) -> VideoRow:
+    probe = problem = None
+    if values["decoder"] is not None:
+        time_base = Fraction(values["time_base_num"], values["time_base_den"])
+        probe = Probe(time_base=time_base, cuts=(), **{name: values[name] for name in _PROBED})
+    if values["reason"] is not None:
+        problem = Problem(Reason(values["reason"]), values["detail"])
+    return VideoRow(
+        video_id=values["video_id"],
+        video_number=values["video_number"],
+        uri=values["uri"],
+        status=Status(values["status"]),
+        problem=problem,
+        model_id=values["model_id"],
+        sampling=values["sampling"],
+        frame_count=values["frame_count"],
+        size_bytes=values["size_bytes"],
+        mtime_ns=values["mtime_ns"],
+        probe=probe,
+        captured_at=values["captured_at"],
+        tags=values["tags"] or {},
+    )

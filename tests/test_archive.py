@@ -1,0 +1,576 @@
+"""What an archive keeps and shows: commits, races, publication, and what happens when the disk does not play along."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_archive import (
+    MODEL_ID,
+    PROBE,
+    SAMPLING,
+    add_video,
+    failed_row,
+    new_writer,
+    random_rows,
+    receipt_for,
+    reserve,
+    row_for,
+    video_id_of,
+)
+
+from storage.archive import archive_exists, create_archive, open_archive
+from storage.cells import read_tokens
+from storage.errors import ArchiveError, UsageError
+from storage.files import join, local_path, source_text, to_uri
+from storage.records import Hit, Problem, Reason, Sampling, Segment, Status
+
+SPAWN = multiprocessing.get_context("spawn")  # deltalake does not survive a fork
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
+
+
+def again(archive):
+    """The archive as another process sees it now."""
+    return open_archive(archive.uri)
+
+
+def frame_files(archive):
+    return sorted(name for name in os.listdir(local_path(archive.frames_uri).decode()) if name != "_delta_log")
+
+
+# Places
+
+
+@pytest.mark.parametrize("name", [b"a b.mp4", b"\xff\xfe.mp4", "ü日.mp4".encode(), b"100%.mp4", b"a#b?c", b"new\nline"])
+def test_a_uri_holds_the_bytes_of_any_path(name):
+    uri = to_uri(b"/clips/" + name)
+    assert uri.isascii()
+    assert uri.startswith("file:///clips/")
+    assert local_path(uri) == b"/clips/" + name
+    assert to_uri(uri) == uri
+    assert to_uri(os.fsdecode(b"/clips/" + name)) == uri
+
+
+def test_a_place_is_shown_as_readable_text(tmp_path, monkeypatch):
+    assert source_text(to_uri(b"/clips/caf\xe9.mp4")) == r"/clips/caf\xe9.mp4"
+    assert source_text(to_uri("/clips/café.mp4")) == "/clips/café.mp4"
+    assert source_text("s3://bucket/a%20b.mp4") == "s3://bucket/a%20b.mp4"
+    assert local_path("s3://bucket/a.mp4") is None
+    monkeypatch.chdir(tmp_path)
+    assert to_uri("./x/../a.mp4") == to_uri(str(tmp_path / "a.mp4"))
+
+
+# Opening
+
+
+def test_an_archive_is_opened_as_it_was_created(archive, tmp_path):
+    found = open_archive(str(tmp_path / "archive"), write=True)
+    assert (found.uri, found.model_id, found.model_name) == (archive.uri, MODEL_ID, "tiny")
+    assert archive_exists(str(tmp_path / "archive"))
+    assert not archive_exists(str(tmp_path))
+    again_created = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
+    assert again_created.frame_count() == 0
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "ü日", "a#b?c=d", "q'\"", "[x]*"])
+def test_an_archive_may_lie_in_a_folder_of_any_name(tmp_path, name):
+    archive = create_archive(str(tmp_path / name / "archive"), model_id=MODEL_ID, model_name="tiny")
+    rows = add_video(archive, 1)
+    frames = again(archive).frames()
+    assert np.array_equal(read_tokens(archive.frames_uri, frames), rows.tokens.token)
+    assert (tmp_path / name / "archive" / "archive.json").is_file()
+
+
+@pytest.mark.parametrize("name", [b"new\nline", b"\xff", b"a%20b"])
+def test_a_folder_that_delta_cannot_open_is_refused_by_name(tmp_path, name):
+    with pytest.raises(UsageError, match=r"--archive .*the path of an archive must") as error:
+        create_archive(to_uri(os.fsencode(tmp_path) + b"/" + name), model_id=MODEL_ID, model_name="tiny")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_without_archive_is_wrong_usage(tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UsageError, match=r"no archive at .* run `vidx index` first"):
+            open_archive(str(place))
+
+
+def test_an_archive_does_not_settle_in_a_folder_of_other_files(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "holiday.mp4").write_bytes(b"")
+    with pytest.raises(UsageError, match="`videos` holds other files"):
+        create_archive(str(tmp_path), model_id=MODEL_ID, model_name="tiny")
+    assert os.listdir(tmp_path) == ["videos"]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="is a file"):
+        create_archive(str(tmp_path / "file"), model_id=MODEL_ID, model_name="tiny")
+
+
+def test_an_archive_of_another_model_or_a_newer_format_is_refused_by_name(archive, tmp_path):
+    add_video(archive, 1)
+    with pytest.raises(UsageError, match=r"model tiny \(a1a1a1a1a1a1\), not of big \(b2b2b2b2b2b2\)"):
+        create_archive(archive.uri, model_id="b2" * 32, model_name="big")
+    settings = tmp_path / "archive" / "archive.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "format_version": 2}))
+    with pytest.raises(ArchiveError, match="format version 2"):
+        open_archive(archive.uri)
+
+
+def test_an_empty_archive_takes_another_model(archive):
+    assert create_archive(archive.uri, model_id="b2" * 32, model_name="big").model_name == "big"
+    assert again(archive).model_id == "b2" * 32
+
+
+def test_a_half_created_archive_is_created_whole_by_the_next_job(archive, tmp_path):
+    os.remove(tmp_path / "archive" / "archive.json")
+    shutil.rmtree(tmp_path / "archive" / "numbers")
+    whole = create_archive(archive.uri, model_id=MODEL_ID, model_name="tiny")
+    add_video(whole, 1)
+    assert whole.frame_count() == 5
+
+
+# Numbers
+
+
+def test_a_number_is_given_once(archive):
+    other = Sampling(Fraction(2), 0)
+    first = archive.reserve([(video_id_of(1), SAMPLING), (video_id_of(2), SAMPLING), (video_id_of(1), SAMPLING)])
+    assert first == {(video_id_of(1), str(SAMPLING)): 1, (video_id_of(2), str(SAMPLING)): 2}
+    second = again(archive).reserve([(video_id_of(3), SAMPLING), (video_id_of(2), SAMPLING), (video_id_of(1), other)])
+    assert list(second.values()) == [3, 2, 4]
+
+
+# Commits
+
+
+def test_frames_are_seen_once_their_video_is_published(archive):
+    rows = random_rows(5)
+    assert archive.commit_frames([receipt_for(archive, 1, rows)]) == [True]
+    assert archive.committed_frame_count(reserve(archive, 1)) == 5
+    assert (again(archive).frames(), again(archive).frame_count(), again(archive).parts()) == ([], 0, [])
+    archive.publish([row_for(archive, 1, 5)])
+    frames = again(archive).frames()
+    assert [frame.ticks for frame in frames] == rows.columns.ticks.tolist()
+    assert [frame.time_seconds for frame in frames] == rows.columns.time_seconds.tolist()
+    assert np.array_equal(read_tokens(archive.frames_uri, frames), rows.tokens.token)
+
+
+def test_a_committed_segment_remembers_why_it_is_not_whole(archive):
+    problem = Problem(Reason.CORRUPT, "damaged in 3 places")
+    whole = receipt_for(archive, 1, random_rows(3), (None, 100))
+    rows = random_rows(3, start=10)
+    writer = new_writer(archive.frames_uri, video_id=video_id_of(1), number=whole.video_number, key="100..")
+    writer.append(rows.columns, rows.tokens, rows.thumbnails)
+    damaged = replace(whole, segment=Segment(video_id_of(1), 100, None, 3), part=writer.close(problem), problem=problem)
+    assert archive.commit_frames([whole, damaged]) == [True, True]
+    assert again(archive).problems(whole.video_number) == [problem]
+
+
+def test_a_segment_is_committed_once(archive):
+    first, second = (receipt_for(archive, 1, random_rows(5, seed)) for seed in (1, 2))
+    other = receipt_for(archive, 1, random_rows(5, 3, start=5), segment=(50, None))
+    empty = receipt_for(archive, 1, None, segment=(100, None))
+    assert archive.commit_frames([first, second, other, empty]) == [True, False, True, False]
+    late = receipt_for(archive, 1, random_rows(5, 4))
+    assert again(archive).commit_frames([late]) == [False]
+    keys = ["..", "50..", "100..", "7..9"]
+    assert archive.committed(video_id_of(1), SAMPLING, keys) == {"..", "50.."}
+    assert archive.committed(video_id_of(1), Sampling(Fraction(2), 0), keys) == set()
+    assert archive.committed(video_id_of(2), SAMPLING, keys) == set()
+    assert frame_files(archive) == sorted([first.part.path, other.part.path])  # the losers' are gone
+
+
+def commit_at(uri, names, start_at, results):
+    """One of several jobs that index the same videos at the same time."""
+    archive = open_archive(uri)
+    receipts = [receipt_for(archive, name, random_rows(5, name)) for name in names]
+    time.sleep(max(0.0, start_at - time.time()))
+    landed = archive.commit_frames(receipts)
+    archive.publish([row_for(archive, name, 5) for name in names])
+    results.put([name for name, is_in in zip(names, landed, strict=True) if is_in])
+
+
+def test_of_racing_commits_of_a_segment_exactly_one_lands(archive):
+    results, start_at = SPAWN.Queue(), time.time() + 4
+    shared, own = [1, 2, 3], [[10], [20], [30]]
+    jobs = [SPAWN.Process(target=commit_at, args=(archive.uri, shared + mine, start_at, results)) for mine in own]
+    for job in jobs:
+        job.start()
+    landed = sorted(name for _ in jobs for name in results.get(timeout=60))
+    for job in jobs:
+        job.join(60)
+        assert job.exitcode == 0
+    assert landed == [1, 2, 3, 10, 20, 30]
+    found = again(archive)
+    assert [row.video_id for row in found.videos()] == [video_id_of(name) for name in sorted(landed, key=str)]
+    assert len({row.video_number for row in found.videos()}) == 6
+    assert (len(found.frames()), found.frame_count(), len(frame_files(archive))) == (30, 30, 6)
+
+
+def index_for_ever(uri):
+    """A job that adds one video after the other until it is killed."""
+    archive = open_archive(uri)
+    for name in range(1, 10_000):
+        add_video(archive, name)
+
+
+def test_a_killed_job_leaves_a_whole_archive_that_goes_on(archive):
+    for pause in (0.0, 0.037, 0.081):
+        before = again(archive).version
+        job = SPAWN.Process(target=index_for_ever, args=(archive.uri,))
+        if before:
+            shutil.rmtree(local_path(archive.uri).decode())
+            create_archive(archive.uri, model_id=MODEL_ID, model_name="tiny")
+            before = 0
+        job.start()
+        deadline = time.time() + 60
+        while again(archive).version < before + 3 and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(pause)
+        os.kill(job.pid, signal.SIGKILL)
+        job.join(10)
+        found = again(archive)
+        assert found.frame_count() == len(found.frames()) == 5 * len(found.videos()) >= 15
+        for row in found.videos():
+            name = int(row.video_id[:8], 16)
+            tokens = read_tokens(found.frames_uri, found.frames(row.video_number))
+            assert np.array_equal(tokens, random_rows(5, seed=name).tokens.token)
+        add_video(found, 50_000)
+        assert again(archive).frame_count() == found.frame_count()
+
+
+# Publication
+
+
+def test_a_video_row_comes_back_as_it_was_published(archive):
+    add_video(archive, 1, tags={"camera": "north", "a b": "ü'\""}, captured_at=datetime(2024, 5, 1, 1, 2, 3, 456, UTC))
+    problem = Problem(Reason.TRUNCATED, "ends early")
+    archive.commit_frames([receipt_for(archive, 2, random_rows(3))])
+    rows = [
+        row_for(archive, 2, 3, status=Status.PARTIAL, problem=problem, captured_at=None, tags={}),
+        failed_row(archive, "file:///clips/secret%FF.mp4"),
+    ]
+    archive.publish(rows)
+    found = {row.uri: row for row in again(archive).videos()}
+    assert [found[row.uri] for row in rows] == rows
+    first = again(archive).video_by_id(video_id_of(1))
+    assert first.tags == {"camera": "north", "a b": "ü'\""}
+    assert first.captured_at == datetime(2024, 5, 1, 1, 2, 3, 456, UTC)
+    assert first.probe == PROBE
+    assert again(archive).by_uri("file:///clips/1.mp4") == first
+    assert again(archive).video_by_number(first.video_number) == first
+    assert again(archive).by_uri("file:///clips/none.mp4") is None
+
+
+def test_changed_content_retires_what_the_file_held_before(archive):
+    add_video(archive, 1, uri="file:///clips/a.mp4")
+    add_video(archive, 2, uri="file:///clips/a.mp4")
+    found = again(archive)
+    assert [row.video_id for row in found.videos()] == [video_id_of(2)]
+    assert {frame.video_id for frame in found.frames()} == {video_id_of(2)}
+    assert {part.video_number for part in found.parts()} == {reserve(found, 2)}
+    assert found.frame_count() == 5
+
+
+def test_another_sampling_takes_the_place_of_the_first(archive):
+    add_video(archive, 1)
+    twice = Sampling(Fraction(2), 0)
+    number = archive.reserve([(video_id_of(1), twice)])[video_id_of(1), str(twice)]
+    archive.publish([row_for(archive, 1, 7, video_number=number, sampling=str(twice))])
+    assert [(row.video_number, row.sampling) for row in again(archive).videos()] == [(number, str(twice))]
+    archive.publish([row_for(archive, 1, 5)])  # and back: the frames of the first are still there
+    assert len(again(archive).frames()) == 5
+
+
+def test_a_moved_and_retagged_video_keeps_its_frames(archive):
+    add_video(archive, 1)
+    archive.publish([row_for(archive, 1, 5, uri="file:///new/1.mp4", tags={"camera": "south"})])
+    (row,) = again(archive).videos()
+    assert (row.uri, row.tags) == ("file:///new/1.mp4", {"camera": "south"})
+    assert len(again(archive).frames(row.video_number)) == 5
+
+
+def test_a_file_that_cannot_be_read_today_loses_nothing(archive):
+    add_video(archive, 1)
+    archive.publish([failed_row(archive, "file:///clips/1.mp4"), failed_row(archive, "file:///clips/2.mp4")])
+    crashed = Problem(Reason.CRASHED, "the decoder died")
+    archive.publish([row_for(archive, 1, 0, status=Status.FAILED, problem=crashed, uri="file:///copy.mp4")])
+    found = again(archive)
+    assert [(row.uri, row.status) for row in found.videos()] == [
+        ("file:///clips/1.mp4", Status.INDEXED),
+        ("file:///clips/2.mp4", Status.FAILED),
+    ]
+    assert len(found.frames()) == 5
+    add_video(archive, 2)  # readable again: the row without content makes way
+    assert [row.status for row in again(archive).videos()] == [Status.INDEXED, Status.INDEXED]
+
+
+def test_many_publications_keep_the_table_in_few_files(archive):
+    numbers = archive.reserve([(video_id_of(name), SAMPLING) for name in range(60)])
+    for name in range(60):
+        number = numbers[video_id_of(name), str(SAMPLING)]
+        archive.publish([row_for(archive, name, 0, video_number=number, tags={"round": "1"})])
+    folder = Path(os.fsdecode(local_path(join(archive.uri, "videos"))))
+    live = again(archive)
+    from storage.tables import live_files, open_table
+
+    files = live_files(open_table(join(archive.uri, "videos"))).column("path").to_pylist()
+    assert len(files) <= 7
+    assert sum(pq.read_metadata(folder / file).num_rows for file in files) == 60
+    assert sorted(row.video_id for row in live.videos()) == sorted(video_id_of(name) for name in range(60))
+
+
+# Looking up
+
+
+def test_frames_of_a_time_range_are_those_whose_span_meets_it(archive):
+    rows = random_rows(300)
+    archive.commit_frames([receipt_for(archive, 1, rows.cut(0, 120), (None, 1200))])
+    archive.commit_frames([receipt_for(archive, 1, rows.cut(120, 300), (1200, None))])
+    archive.publish([row_for(archive, 1, 300)])
+    add_video(archive, 2)
+    number = reserve(archive, 1)
+    seconds, spans = rows.columns.time_seconds, rows.columns.duration_seconds
+    for start, end in (
+        (None, None),
+        (119.5, 121),
+        (119, 120),
+        (0, 0.25),
+        (None, 3),
+        (298.5, None),
+        (300, None),
+        (5, 5),
+    ):
+        wanted = [
+            index
+            for index in range(300)
+            if (end is None or seconds[index] < end) and (start is None or seconds[index] + spans[index] > start)
+        ]
+        found = archive.frames(number, start, end)
+        assert [frame.frame_index for frame in found] == [25 * index for index in wanted], (start, end)
+    assert np.array_equal(read_tokens(archive.frames_uri, archive.frames(number)), rows.tokens.token)
+    assert [frame.frame_index for frame in archive.frames([number], frame_indexes=[7475, 25, 26])] == [25, 7475]
+    assert [(frame.video_number, frame.frame_index) for frame in archive.frames(None, 3.5, 4.5)] == [
+        (number, 75),
+        (number, 100),
+        (reserve(archive, 2), 75),
+        (reserve(archive, 2), 100),
+    ]
+    assert archive.frames(999) == []
+
+
+def test_hits_lead_to_their_frames_in_order(archive):
+    for name in (1, 2):
+        add_video(archive, name)
+    hits = [Hit(reserve(archive, 2), 50, 0.9), Hit(reserve(archive, 1), 100, 0.8), Hit(reserve(archive, 2), 0, 0.7)]
+    found = archive.hit_frames(hits)
+    assert [(frame.video_number, frame.frame_index) for frame in found] == [
+        (hit.video_number, hit.frame_index) for hit in hits
+    ]
+    with pytest.raises(ArchiveError, match="in the index but not among the frames"):
+        archive.hit_frames([Hit(reserve(archive, 1), 1, 0.5)])
+
+
+def test_a_video_is_named_by_path_uri_or_the_first_digits_of_its_id(archive, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (0xAB000001, 0xAB000002, 0xCD000003):
+        add_video(archive, name, uri=to_uri(str(tmp_path / f"{name:x}.mp4")))
+    for text in ("cd000003.mp4", str(tmp_path / "cd000003.mp4"), to_uri("cd000003.mp4"), "cd0000", "CD000003"):
+        assert archive.find_video(text).video_id == video_id_of(0xCD000003), text
+    with pytest.raises(UsageError, match=r"more than one .*ab000001.*ab000002"):
+        archive.find_video("ab0000")
+    for text in ("cd000", "none.mp4", "ffffff"):
+        with pytest.raises(UsageError, match="no such video"):
+            archive.find_video(text)
+
+
+def test_the_status_counts_what_is_published(archive):
+    assert archive.status().model_ids == (MODEL_ID,)
+    add_video(archive, 1)
+    archive.commit_frames([receipt_for(archive, 2, random_rows(3))])
+    problem = Problem(Reason.CORRUPT, "bad packet")
+    archive.publish([row_for(archive, 2, 3, status=Status.PARTIAL, problem=problem)])
+    archive.publish([failed_row(archive, "file:///clips/x.mp4")])
+    archive.commit_frames([receipt_for(archive, 3, random_rows(9))])  # not published
+    status = again(archive).status()
+    assert (status.videos_indexed, status.videos_partial, status.videos_failed, status.frames) == (1, 1, 1, 8)
+    assert (status.version, status.format_version, status.model_ids) == (3, 1, (MODEL_ID,))
+    on_disk = sum(file.stat().st_size for file in Path(local_path(archive.uri).decode()).rglob("*") if file.is_file())
+    assert status.size_bytes == on_disk
+
+
+def test_any_delta_reader_and_plain_parquet_see_the_same_rows(archive):
+    rows = add_video(archive, 1)
+    from deltalake import DeltaTable
+
+    for name in ("frames", "videos", "numbers"):
+        table = DeltaTable(join(archive.uri, name))
+        protocol = table.protocol()
+        assert (protocol.min_reader_version, protocol.min_writer_version) == (1, 2), name
+    frames = DeltaTable(archive.frames_uri).to_pyarrow_table()
+    assert frames.column("token").to_pylist() == [token.tobytes() for token in rows.tokens.token]
+    assert frames.column("patches").null_count == 5
+
+
+# Trouble
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert error.value.exit_code == 5
+
+
+def test_a_damaged_log_is_named(archive, tmp_path):
+    add_video(archive, 1)
+    log = tmp_path / "archive" / "frames" / "_delta_log" / f"{1:020}.json"
+    whole = log.read_bytes()
+    for damaged in (whole[:-50], b"", os.urandom(300)):
+        log.write_bytes(damaged)
+        with pytest.raises(ArchiveError, match=rf"{log.name}: damaged") as error:
+            again(archive)
+        one_line(error)
+    log.write_bytes(whole)
+    shutil.rmtree(tmp_path / "archive" / "videos")
+    with pytest.raises(ArchiveError, match="videos: damaged"):
+        again(archive)
+
+
+def test_damaged_settings_and_rows_are_named(archive, tmp_path):
+    add_video(archive, 1)
+    (file,) = (tmp_path / "archive" / "videos").glob("*.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArchiveError, match=rf"{file.name}: damaged") as error:
+        again(archive)
+    one_line(error)
+    file.unlink()
+    with pytest.raises(ArchiveError, match=rf"{file.name}: missing"):
+        again(archive)
+    (tmp_path / "archive" / "archive.json").write_text("{")
+    with pytest.raises(ArchiveError, match=r"archive\.json: damaged") as error:
+        again(archive)
+    one_line(error)
+
+
+def test_a_missing_part_is_named(archive, tmp_path):
+    add_video(archive, 1)
+    os.remove(tmp_path / "archive" / "frames" / frame_files(archive)[0])
+    with pytest.raises(ArchiveError, match=r"\.parquet: missing, though the archive names it"):
+        again(archive).frames()
+
+
+AS_NOBODY = """
+import os
+import sys
+from storage.archive import create_archive, open_archive
+from storage.errors import VidxError
+open_archive(sys.argv[3]).frames()  # what is imported late lies where nobody else may look
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    if sys.argv[1] == "create":
+        create_archive(sys.argv[2], model_id="a1" * 32, model_name="tiny")
+    else:
+        archive = open_archive(sys.argv[2], write=sys.argv[1] == "write")
+        print(archive.frame_count(), len(archive.frames()))
+except VidxError as error:
+    print(type(error).__name__, error.exit_code, error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody without permission")
+def test_no_permission_is_one_clear_line():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        archive = create_archive(folder + "/archive", model_id=MODEL_ID, model_name="tiny")
+        add_video(archive, 1)
+
+        def run(*arguments):
+            command = [sys.executable, "-c", AS_NOBODY, *arguments, folder + "/archive"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.stderr == ""
+            return done.stdout.strip()
+
+        assert run("read", folder + "/archive") == "5 5"
+        assert run("write", folder + "/archive") == (
+            f"ArchiveError 5 {folder}/archive/frames: cannot be written: Permission denied"
+        )
+        assert run("create", folder + "/other") == (
+            f"ArchiveError 5 {folder}/other: cannot be written: Permission denied"
+        )
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 512 kB, full but for what is asked."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True, check=False
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(place):
+    """Takes all the space that is left."""
+    with open(place / "ballast", "wb", buffering=0) as file:
+        for size in (4096, 512, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+
+
+def test_a_full_disk_loses_nothing_that_was_committed(tiny_disk):
+    archive = create_archive(str(tiny_disk / "archive"), model_id=MODEL_ID, model_name="tiny")
+    add_video(archive, 1)
+    receipt = receipt_for(archive, 2, random_rows(5))
+    row = row_for(archive, 2, 5)
+    fill(tiny_disk)
+    for write in (lambda: archive.commit_frames([receipt]), lambda: archive.publish([row])):
+        with pytest.raises(ArchiveError, match="No space left on device") as error:
+            write()
+        one_line(error)
+        assert str(tiny_disk) in str(error.value)
+    assert len(again(archive).frames()) == 5
+    os.remove(tiny_disk / "ballast")
+    assert archive.commit_frames([receipt]) == [True]
+    archive.publish([row])
+    assert len(again(archive).frames()) == 10
+
+
+def test_a_read_only_disk_can_be_read_but_not_written(tiny_disk):
+    archive = create_archive(str(tiny_disk / "archive"), model_id=MODEL_ID, model_name="tiny")
+    add_video(archive, 1)
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
+    assert len(again(archive).frames()) == 5
+    with pytest.raises(ArchiveError, match="cannot be written: Read-only file system"):
+        open_archive(archive.uri, write=True)
+    with pytest.raises(ArchiveError, match="Read-only file system") as error:
+        archive.reserve([(video_id_of(9), SAMPLING)])
+    one_line(error)

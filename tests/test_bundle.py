@@ -1,0 +1,251 @@
+"""A model is found by name, directory or hub id, known by one id, and refused by name where it does not fit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from storage.errors import UsageError
+from workers.bundle import find_bundle, list_bundles, read_bundle
+from workers.llava_mini import load_model, load_vision
+
+REFERENCE = Path(__file__).parent / "reference"
+TINY = REFERENCE / "llava-mini-tiny" / "checkpoint"
+HIGH_RESOLUTION = REFERENCE / "llava-mini-tiny-c2-hd" / "checkpoint"
+OPS = Path(__file__).parents[1] / "ops"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def change_weights(directory: Path, change) -> None:
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(directory: Path, **values) -> None:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(json.dumps(config | values), encoding="utf-8")
+
+
+def shard(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: weights[name] for name in part}, directory / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    (directory / "model.safetensors").unlink()
+
+
+def test_a_bundle_says_what_its_files_say():
+    bundle = find_bundle(str(HIGH_RESOLUTION))
+    assert (bundle.config.compressor_size, bundle.config.resolution_ratio) == (2, 2)
+    assert (bundle.tokens_per_frame, bundle.patches_per_picture, bundle.patches_per_frame) == (4, 16, 80)
+    assert bundle.context_length == 131072
+    assert bundle.config.eos_ids == (503, 505, 508)
+    assert bundle.default_patch_rows == 1
+    assert bundle.has_search_key
+    assert not bundle.has_text_search  # a text tower, but no tokenizer
+    assert not find_bundle(str(TINY)).has_search_key
+    assert bundle.card.licence == "unknown"
+    assert 0.1 <= bundle.search_floor <= 0.2
+
+
+def test_the_built_in_model_says_that_it_knows_nothing():
+    bundle = find_bundle("random")
+    assert bundle.card.answers_mean_nothing
+    assert bundle.search_floor == -1
+    assert bundle.card.licence == "Apache-2.0"
+    assert bundle.card.knows == "nothing: its weights are random"
+    assert bundle.has_text_search
+    assert "random" in [found.name for found in list_bundles()]
+
+
+def test_the_built_in_model_is_made_again_byte_for_byte(tmp_path):
+    subprocess.run([sys.executable, OPS / "make_random_bundle", tmp_path], check=True)
+    shipped = find_bundle("random").directory
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert len(files) == 9
+    assert all((tmp_path / file).read_bytes() == (shipped / file).read_bytes() for file in files)
+    assert sum((tmp_path / file).stat().st_size for file in files) <= 1_500_000
+
+
+def test_finding_a_model_does_not_load_torch():
+    code = (
+        "import sys; from workers.bundle import find_bundle; import workers.prompt, workers.clip_text;"
+        "find_bundle('random').model_id; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_id_does_not_hang_on_place_or_sharding(checkpoint):
+    before = read_bundle("x", checkpoint).model_id
+    assert before == find_bundle(str(TINY)).model_id
+    assert len(before) == 16
+    shard(checkpoint)
+    assert read_bundle("x", checkpoint).model_id == before
+    vision = load_vision(read_bundle("x", checkpoint), "cpu", "float32")
+    np.testing.assert_array_equal(
+        vision.projector[0].weight, load_file(TINY / "model.safetensors")["model.mm_projector.0.weight"]
+    )
+
+
+def test_the_id_changes_with_a_weight_and_with_a_setting_that_changes_numbers(checkpoint):
+    ids = {read_bundle("x", checkpoint).model_id}
+    change_weights(checkpoint, lambda weights: weights["model.norm.weight"].__setitem__(0, 2.0))
+    ids.add(read_bundle("x", checkpoint).model_id)
+    change_config(checkpoint, mm_vision_select_layer=-1)
+    ids.add(read_bundle("x", checkpoint).model_id)
+    change_config(checkpoint, rope_theta=10000.0)
+    ids.add(read_bundle("x", checkpoint).model_id)
+    change_config(checkpoint / "vision_tower", hidden_act="gelu")
+    ids.add(read_bundle("x", checkpoint).model_id)
+    assert len(ids) == 5
+    change_config(checkpoint, transformers_version="5.0.0")
+    assert read_bundle("x", checkpoint).model_id in ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.prefusion_layers.1.mlp.up_proj.weight"), r"up_proj.weight of shape \(160, 64\) is mis"),
+        (lambda w: w.update(new=np.zeros((2, 3), np.float32)), r"new of shape \(2, 3\) is one key too many"),
+        (
+            lambda w: w.update({"model.compressor.query": np.zeros((4, 64), np.float32)}),
+            r"compressor.query has shape \(4, 64\), config.json asks for \(1, 64\)",
+        ),
+        (
+            lambda w: w.update({"lm_head.weight": np.zeros((512, 64), np.int32)}),
+            "lm_head.weight is I32; only floating-point",
+        ),
+    ],
+)
+def test_a_missing_extra_or_misshapen_key_is_named(checkpoint, change, message):
+    change_weights(checkpoint, change)
+    with pytest.raises(UsageError, match=message):
+        load_vision(read_bundle("x", checkpoint), "cpu", "float32")
+
+
+def test_a_tower_that_does_not_fit_is_named(checkpoint):
+    change_weights(checkpoint / "vision_tower", lambda w: w.pop("vision_model.post_layernorm.bias"))
+    with pytest.raises(UsageError, match=r"vision_model.post_layernorm.bias of shape \(64,\) is missing"):
+        load_vision(read_bundle("x", checkpoint), "cpu", "float32")
+
+
+def test_the_second_copy_of_the_tower_is_not_read_by_design(checkpoint):
+    tower = load_file(checkpoint / "vision_tower" / "model.safetensors")
+    copy = {f"model.vision_tower.vision_tower.{name}": value * 2 for name, value in tower.items()}
+    change_weights(checkpoint, lambda weights: weights.update(copy))
+    vision = load_vision(read_bundle("x", checkpoint), "cpu", "float32")
+    name = "vision_model.post_layernorm.weight"
+    np.testing.assert_array_equal(vision.tower.state_dict()[name], tower[name])
+
+
+def test_tied_output_weights_need_no_key(checkpoint):
+    change_config(checkpoint, tie_word_embeddings=True)
+    change_weights(checkpoint, lambda weights: weights.pop("lm_head.weight"))
+    model = load_model(read_bundle("x", checkpoint), "cpu", "float32")
+    assert model.llm.lm_head.weight.data_ptr() == model.llm.model.embed_tokens.weight.data_ptr()
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(checkpoint):
+    (checkpoint / "vision_tower" / "model.safetensors").rename(checkpoint / "vision_tower" / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="weights_only=True") as error:
+        read_bundle("x", checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_files_are_named(checkpoint):
+    weights = checkpoint / "model.safetensors"
+    whole = weights.read_bytes()
+    for broken in (b"", whole[:1000], whole[:-1], b"\xff" * 100):
+        weights.write_bytes(broken)
+        with pytest.raises(UsageError, match=r"model.safetensors: .*(no safetensors|lies outside)"):
+            load_vision(read_bundle("x", checkpoint), "cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../model.safetensors"}, "no file name of a shard"),
+        ({"a": "gone.safetensors"}, "gone.safetensors, which"),
+    ],
+)
+def test_an_index_cannot_lead_elsewhere(checkpoint, weight_map, message):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        _ = read_bundle("x", checkpoint).model_id
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llava"}, "only llava_mini_llama can be loaded"),
+        ({"compressor_size": 0}, "compressor_size is 0"),
+        ({"mm_vision_tower": "nowhere"}, "mm_vision_tower 'nowhere' is no directory"),
+        ({"mm_vision_select_layer": 3}, "must count from the end"),
+        ({"vidx": {"knows": "all"}}, "vidx needs licence"),
+        ({"vidx": {"licence": "MIT", "search_floor": "low"}}, "vidx.search_floor is 'low'"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_named(checkpoint, values, message):
+    change_config(checkpoint, **values)
+    with pytest.raises(UsageError, match=message):
+        read_bundle("x", checkpoint)
+
+
+def test_a_name_that_means_nothing_lists_what_is_built_in(tmp_path):
+    with pytest.raises(UsageError, match=r"no model named nothing: .*built-in names: .*random"):
+        find_bundle("nothing")
+
+
+def test_a_hub_repository_in_the_local_cache_needs_no_network(tmp_path):
+    cache = tmp_path / "hub"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    for name, source in (("models--someone--mini", TINY), ("models--someone--clip", TINY / "vision_tower")):
+        shutil.copytree(source, cache / name / "snapshots" / revision)
+        (cache / name / "refs").mkdir()
+        (cache / name / "refs" / "main").write_text(revision, encoding="utf-8")
+    snapshot = cache / "models--someone--mini" / "snapshots" / revision
+    shutil.rmtree(snapshot / "vision_tower")
+    change_config(snapshot, mm_vision_tower="someone/clip@main")
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", encoding="utf-8")
+    code = (
+        "from workers.bundle import find_bundle, list_bundles\n"
+        "bundle = find_bundle('someone/mini')\n"
+        "print(bundle.model_id, bundle.card.licence, [b.name for b in list_bundles()])\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = f"{find_bundle(str(TINY)).model_id} apache-2.0 "
+    assert result.stdout.startswith(expected)
+    assert f"someone/mini@{revision}" in result.stdout
+    missing = "from workers.bundle import find_bundle\nfind_bundle('someone/else')"
+    result = subprocess.run([sys.executable, "-c", missing], env=environment, capture_output=True, text=True)
+    assert "UsageError: no model named someone/else: not in the local hub cache" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_act": 3}, "does not describe Llama blocks"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "does not describe Llama blocks"),
+        ({"mm_projector_type": "resampler"}, "mm_projector_type is 'resampler'"),
+        ({"intermediate_size": 96}, r"gate_proj.weight has shape \(160, 64\), config.json asks for \(96, 64\)"),
+    ],
+)
+def test_settings_that_no_model_can_be_built_of_are_named(checkpoint, values, message):
+    change_config(checkpoint, **values)
+    with pytest.raises(UsageError, match=message):
+        load_vision(read_bundle("x", checkpoint), "cpu", "float32")

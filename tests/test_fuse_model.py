@@ -1,0 +1,227 @@
+"""A question is fused, asked and answered as in the published model, from each of the three sources."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from storage.errors import UsageError
+from workers.bundle import find_bundle
+from workers.encode import encode_pixels, exact_inputs
+from workers.llava_mini import (
+    FusionInputs,
+    answer_embeds,
+    embed_text,
+    fuse_frames,
+    fuse_question,
+    generate,
+    greedy_logits,
+    load_model,
+    patches_inputs,
+    tokens_inputs,
+)
+from workers.preprocess import resize_nearest
+from workers.prompt import (
+    PLACEHOLDER_ID,
+    build_prompt,
+    context_needed,
+    decode_ids,
+    frames_that_fit,
+    load_tokenizer,
+    prompt_ids,
+    stream_text,
+)
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="module", params=["llava-mini-tiny", "llava-mini-tiny-c2-hd"])
+def reference(request):
+    directory = REFERENCE / request.param
+    golden = load_file(directory / "golden.safetensors")
+    about = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
+    model = load_model(find_bundle(str(directory / "checkpoint")), "cpu", "float32")
+    return model, golden, about, resize_nearest(golden["video.landscape.frames_u8"])
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    return load_model(find_bundle("random"), "cpu", "float32")
+
+
+def cases(about: dict) -> list[dict]:
+    return [case for case in about["cases"] if case["tensor_prefix"].startswith("video.landscape")]
+
+
+def test_prompts_are_the_published_ones(reference):
+    model, _, about, _ = reference
+    for case in about["cases"]:
+        assert build_prompt(model.tokenizer, case["question"]) == case["prompt"]
+        assert prompt_ids(model.tokenizer, case["question"]) == case["input_ids"]
+    begin = model.tokenizer.tokenizer.token_to_id("<|begin_of_text|>")
+    assert case["input_ids"][:2] == [begin, begin]
+    assert case["input_ids"].index(PLACEHOLDER_ID) == case["image_placeholder_index"]
+
+
+def test_an_exact_answer_is_the_published_one_to_the_id(reference):
+    model, golden, about, pixels = reference
+    tokens = golden["video.landscape.q0.compressed_after_prefusion"]
+    for case in cases(about):
+        prefix, ids = case["tensor_prefix"], case["input_ids"]
+        fused = fuse_question(model, ids, exact_inputs(model.vision, pixels))
+        embeds = answer_embeds(model, ids, fused, tokens)
+        np.testing.assert_allclose(embeds[0], golden[prefix + "inputs_embeds"], atol=5e-5)
+        logits = torch.stack(list(islice(greedy_logits(model, embeds), 12)))
+        np.testing.assert_allclose(logits, golden[prefix + "step_logits"], atol=5e-5)
+        stop = next((i for i, token in enumerate(case["generated_ids"]) if token in (503, 505, 508)), 12)
+        assert list(generate(model, embeds, 12)) == case["generated_ids"][:stop]
+
+
+def test_tokens_stored_in_float16_leave_the_answer_near_the_published_one(reference):
+    model, golden, about, pixels = reference
+    stored = encode_pixels(model.vision, pixels, patch_rows=0)
+    case = cases(about)[0]
+    fused = fuse_question(model, case["input_ids"], exact_inputs(model.vision, pixels))
+    embeds = answer_embeds(model, case["input_ids"], fused, stored.token)
+    np.testing.assert_allclose(embeds[0], golden[case["tensor_prefix"] + "inputs_embeds"], atol=0.02)
+
+
+def test_all_patches_unquantised_are_the_exact_source(reference):
+    model, golden, about, pixels = reference
+    exact = next(exact_inputs(model.vision, pixels))
+    count = exact.patches.shape[1]
+    source = FusionInputs(exact.patches, torch.arange(count).expand(5, -1), exact.compressed)
+    for case in cases(about):
+        fused = fuse_question(model, case["input_ids"], [source])
+        np.testing.assert_allclose(fused, golden[case["tensor_prefix"] + "fused_text_mean"], atol=5e-5)
+
+
+def test_the_whole_patch_tier_differs_from_exact_by_its_rounding_alone(reference):
+    model, _, about, pixels = reference
+    stored = encode_pixels(model.vision, pixels, model.vision.bundle.patches_per_picture)
+    ids = cases(about)[0]["input_ids"]
+    exact = fuse_question(model, ids, exact_inputs(model.vision, pixels))
+    patches = fuse_question(model, ids, [patches_inputs(model.vision, stored.compressor_out, stored.patches)])
+    tokens = fuse_question(model, ids, [tokens_inputs(model.vision, stored.compressor_out)])
+    error = (patches - exact).abs()
+    assert error.mean() < 0.02
+    assert error.mean() < (tokens - exact).abs().mean() / 10
+
+
+def masked_way(model, ids, inputs: FusionInputs, all_patches: torch.Tensor) -> torch.Tensor:
+    """One frame's fused text with all patches in the sequence, and those that were not kept hidden by a mask."""
+    vision = model.vision
+    rows = [vision.projector(part) for part in (all_patches, inputs.compressed[0])]
+    sequence = torch.cat([*rows, embed_text(model, ids)])[None]
+    size, count = sequence.shape[1], len(all_patches)
+    hidden = torch.ones(size, dtype=torch.bool)
+    hidden[inputs.positions[0]] = False
+    hidden[count:] = torch.tensor([False] * inputs.compressed.shape[1] + [token <= 0 for token in ids])
+    masked_text = torch.zeros(size, dtype=torch.bool)
+    masked_text[-len(ids) :] = torch.tensor([token <= 0 for token in ids])
+    positions = ((~masked_text).long().cumsum(0) - 1).masked_fill(masked_text, 1)
+    blocked = torch.ones(size, size, dtype=torch.bool).triu(1) | hidden
+    blocked.fill_diagonal_(False)  # a row sees itself at least; hidden rows are not read
+    mask = torch.zeros(size, size).masked_fill(blocked, torch.finfo(torch.float32).min)[None, None]
+    rotary = vision.rotary(sequence, positions[None])
+    for block in vision.prefusion:
+        sequence = block(sequence, attention_mask=mask, position_embeddings=rotary)
+    fused = sequence[0, -len(ids) :].clone()
+    raw = embed_text(model, ids)
+    unread = masked_text[-len(ids) :]
+    fused[unread] = raw[unread]
+    return fused
+
+
+@pytest.mark.parametrize("kept", [[], [0], [3, 7, 12], [1, 2, 15]])
+def test_fewer_patches_leave_every_part_at_its_published_position(reference, kept):
+    model, _, about, pixels = reference
+    ids = cases(about)[1]["input_ids"]
+    exact = next(exact_inputs(model.vision, pixels[:1]))
+    places = torch.tensor([kept], dtype=torch.int64)
+    inputs = FusionInputs(exact.patches[:, kept], places, exact.compressed)
+    with torch.inference_mode():
+        wanted = masked_way(model, ids, inputs, exact.patches[0])
+        torch.testing.assert_close(fuse_frames(model, ids, inputs)[0], wanted, atol=5e-5, rtol=0)
+
+
+def test_frames_given_in_batches_have_the_mean_of_all(random_model):
+    pixels = np.random.default_rng(3).integers(0, 256, (5, 336, 336, 3), dtype=np.uint8)
+    stored = encode_pixels(random_model.vision, pixels, patch_rows=0)
+    ids = prompt_ids(random_model.tokenizer, "When does it start?")
+    parts = [tokens_inputs(random_model.vision, stored.compressor_out[part]) for part in (slice(0, 2), slice(2, 5))]
+    whole = tokens_inputs(random_model.vision, stored.compressor_out)
+    single = fuse_frames(random_model, ids, whole)
+    torch.testing.assert_close(fuse_question(random_model, ids, parts), single.mean(dim=0), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="at least one frame"):
+        fuse_question(random_model, ids, [])
+
+
+def test_greedy_answers_equal_those_of_transformers(random_model):
+    ids = prompt_ids(random_model.tokenizer, "What is shown?")
+    embeds = embed_text(random_model, ids)[None]
+    with torch.inference_mode():
+        wanted = random_model.llm.generate(
+            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), do_sample=False, max_new_tokens=24
+        )[0].tolist()
+    eos = random_model.vision.bundle.config.eos_ids
+    stop = next((i for i, token in enumerate(wanted) if token in eos), len(wanted))
+    assert list(generate(random_model, embeds, 24)) == wanted[:stop]
+
+
+@given(st.text())
+def test_any_question_is_encoded_and_comes_back(question):
+    tokenizer = load_tokenizer(find_bundle("random"))
+    ids = prompt_ids(tokenizer, question)
+    assert ids.count(PLACEHOLDER_ID) == 1
+    text = tokenizer.tokenizer.decode([token for token in ids if token >= 0], skip_special_tokens=False)
+    assert question.strip() in text
+
+
+def test_a_placeholder_in_the_question_is_text():
+    tokenizer = load_tokenizer(find_bundle("random"))
+    ids = prompt_ids(tokenizer, "what does <image> mean?")
+    assert ids.count(PLACEHOLDER_ID) == 1
+    assert "<image> mean" in decode_ids(tokenizer, ids[ids.index(PLACEHOLDER_ID) + 1 :])
+
+
+@given(st.lists(st.integers(0, 511), max_size=30))
+def test_streamed_text_is_the_whole_text(ids):
+    tokenizer = load_tokenizer(find_bundle(str(REFERENCE / "llava-mini-tiny" / "checkpoint")))
+    assert "".join(stream_text(tokenizer, ids)) == decode_ids(tokenizer, ids)
+
+
+def test_the_random_model_answers_in_printable_text(random_model):
+    pixels = np.zeros((1, 336, 336, 3), np.uint8)
+    ids = prompt_ids(random_model.tokenizer, "What is this?")
+    stored = encode_pixels(random_model.vision, pixels, patch_rows=0)
+    fused = fuse_question(random_model, ids, [tokens_inputs(random_model.vision, stored.compressor_out)])
+    answer = generate(random_model, answer_embeds(random_model, ids, fused, stored.token), 40)
+    text = decode_ids(random_model.tokenizer, list(answer))
+    assert text
+    assert text.isprintable()
+
+
+def test_the_room_in_the_context_is_known_before_a_model_is_loaded():
+    bundle = find_bundle(str(REFERENCE / "llava-mini-tiny-c2-hd" / "checkpoint"))
+    ids = prompt_ids(load_tokenizer(bundle), "What happens in this video?")
+    assert (len(ids), bundle.tokens_per_frame) == (74, 4)
+    assert context_needed(bundle, ids, frame_count=5, max_new_tokens=0) == 93  # golden.json: llm_length
+    most = frames_that_fit(bundle, ids, max_new_tokens=256)
+    assert context_needed(bundle, ids, most, 256) <= 131072 < context_needed(bundle, ids, most + 1, 256)
+
+
+def test_a_broken_chat_template_is_named(tmp_path):
+    bundle = find_bundle(str(REFERENCE / "llava-mini-tiny" / "checkpoint"))
+    tokenizer = load_tokenizer(bundle)
+    for template, message in (("{{ raise_exception('no system turn') }}", "no system turn"), ("nothing", "drops")):
+        environment = tokenizer.template.environment
+        broken = type(tokenizer)(tokenizer.tokenizer, environment.from_string(template), {}, "", False)
+        with pytest.raises(UsageError, match=message):
+            build_prompt(broken, "Why?")

@@ -1,0 +1,109 @@
+"""The thin Ray shells around probing and encoding; all work is done by the modules they call."""
+
+import queue
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from storage.errors import VideoProblem
+from storage.files import local_path
+from storage.records import Content, Probe, Problem, Receipt, SegmentTask
+from workers.content import identify
+from workers.decode import Decoder
+
+SEGMENTS_AT_ONCE = 2  # per encoder: one decodes while the other encodes
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What every worker of a job is started with."""
+
+    frames_uri: str
+    model: str
+    device: str
+    dtype: str
+    batch: int
+    threads: int
+    max_pixels: int
+    decode_threads: int
+    timeout_seconds: float
+
+    def new_decoder(self) -> Decoder:
+        """A decoder process of its own for one user at a time."""
+        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A source after its first look: its content where that could be read, its stream where it has one."""
+
+    content: Content | None
+    probe: Probe | None
+    problem: Problem | None
+
+
+class Examiner:
+    """Hashes and probes sources, one at a time."""
+
+    def __init__(self, settings: WorkerSettings):
+        self._decoder = settings.new_decoder()
+
+    def examine(self, uri: str, content: Content | None) -> Examined:
+        """Identity and stream of one source; content is given where the caller has hashed it already."""
+        path = local_path(uri)
+        try:
+            content = content or identify(path)
+            return Examined(content, self._decoder.probe(path), None)
+        except VideoProblem as error:
+            return Examined(content, None, Problem(error.reason, error.detail))
+
+
+class Encoder:
+    """Owns a model and as many decoders as segments run at once."""
+
+    def __init__(self, settings: WorkerSettings):
+        self._settings = settings
+        self._vision = None
+        self._loading = threading.Lock()
+        self._model_turn = threading.Lock()
+        self._decoders = queue.SimpleQueue()
+        for _ in range(SEGMENTS_AT_ONCE):
+            self._decoders.put(settings.new_decoder())
+
+    def load(self) -> None:
+        """Loads the model, once; not in the constructor, so that its errors reach the job as they are.
+
+        Raises:
+            UsageError: the model cannot be loaded.
+        """
+        with self._loading:
+            if self._vision is None:
+                self._vision = _load_vision(self._settings)
+
+    def encode(self, task: SegmentTask) -> Receipt:
+        """One segment: decode, encode, write its part."""
+        self.load()
+        from workers.segment import index_segment  # after it: transformers' lazy imports do not bear two threads
+
+        settings = self._settings
+        with self._borrowed_decoder() as decoder:
+            return index_segment(task, decoder, self._vision, self._model_turn, settings.frames_uri, settings.batch)
+
+    @contextmanager
+    def _borrowed_decoder(self):
+        decoder = self._decoders.get()
+        try:
+            yield decoder
+        finally:
+            self._decoders.put(decoder)
+
+
+def _load_vision(settings: WorkerSettings):
+    import torch  # here, so that examiners and the driver stay light
+
+    from workers.bundle import find_bundle
+    from workers.llava_mini import load_vision
+
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.threads)
+    return load_vision(find_bundle(settings.model), settings.device, settings.dtype)

@@ -1,0 +1,83 @@
+"""Identity of a source by its bytes, and whether it is still what it was; no decoder is involved."""
+
+import errno
+import hashlib
+import os
+import stat
+
+from storage.errors import VideoProblem
+from storage.records import Content, Reason
+
+
+def identify(path: str | bytes) -> Content:
+    """The SHA-256 of a file's bytes, with the size and time by which a later change shows.
+
+    Raises:
+        VideoProblem: the file is missing, may not be read, is no regular file, or changes while it is read.
+    """
+    descriptor = open_source(path)
+    with open(descriptor, "rb", buffering=0) as file:
+        before = os.fstat(descriptor)
+        try:
+            video_id = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise problem_of(error) from error
+        after = os.fstat(descriptor)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise VideoProblem(Reason.CHANGED, "the file changed while it was read; try again when it is written")
+    return Content(video_id, after.st_size, after.st_mtime_ns)
+
+
+def check_unchanged(path: str | bytes, content: Content) -> None:
+    """Nothing, where the file still has the size and modification time that it was identified with.
+
+    Raises:
+        VideoProblem: CHANGED, VANISHED or PERMISSION.
+    """
+    try:
+        now = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise problem_of(error) from error
+    if (now.st_size, now.st_mtime_ns) != (content.size_bytes, content.mtime_ns):
+        raise VideoProblem(
+            Reason.CHANGED, f"the file changed: {content.size_bytes} bytes when hashed, {now.st_size} bytes now"
+        )
+
+
+def open_source(path: str | bytes) -> int:
+    """A descriptor for reading a regular file; pipes, devices and folders are refused without waiting on them.
+
+    Raises:
+        VideoProblem: the file is missing, may not be read, or is no regular file.
+    """
+    try:
+        _refuse_irregular(os.stat(path).st_mode)
+        # Between stat and open the name may come to mean a pipe: do not block on it, and look again.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise problem_of(error) from error
+    try:
+        _refuse_irregular(os.fstat(descriptor).st_mode)
+    except VideoProblem:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def problem_of(error: OSError | ValueError) -> VideoProblem:
+    """What a failed system call on a source means for the video."""
+    if isinstance(error, ValueError):
+        return VideoProblem(Reason.VANISHED, f"no file can have this name: {error}")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
+        return VideoProblem(Reason.VANISHED, f"there is no such file ({error.strerror})")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return VideoProblem(Reason.PERMISSION, "the file may not be read (permission denied)")
+    return VideoProblem(Reason.UNKNOWN, f"the file cannot be read: {error.strerror}")
+
+
+def _refuse_irregular(mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise VideoProblem(Reason.NOT_A_VIDEO, f"this is {kind}, not a file")

@@ -1,0 +1,308 @@
+"""decode: one segment of a video -> batches of frames, through a process that can be killed.
+
+This is the owner's side and loads no decoder: a file that hangs or crashes one costs that process, not the job.
+"""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from storage.errors import VideoProblem
+from storage.records import FRAME_SIDE, FrameBatch, Probe, Reason, Segment
+from workers.content import open_source
+from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
+
+FRAME_BYTES = FRAME_SIDE * FRAME_SIDE * 3
+FRAMES_AHEAD = 64  # at most so many decoded frames (22 MB) wait for the consumer
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+class Decoder:
+    """Owns one decoder process, started when first needed and again after a hang or a crash; a context manager.
+
+    For one user at a time: a new call ends what is left of the one before.
+
+    Args:
+        max_pixels: of one frame; larger ones are TOO_LARGE before they are decoded.
+        timeout_seconds: without any progress, after which the process is killed and the video is at TIMEOUT.
+        threads: of the codec; the frames are the same for any number.
+
+    Attributes:
+        library: that the last decoding ended with; PyAV takes over where decord meets damage.
+    """
+
+    def __init__(self, max_pixels: int = 100_000_000, timeout_seconds: float = 60, threads: int = 1):
+        if max_pixels < 1 or timeout_seconds <= 0 or threads < 1:
+            raise ValueError(f"Decoder({max_pixels=}, {timeout_seconds=}, {threads=}): each must be positive")
+        self._max_pixels = max_pixels
+        self._timeout_seconds = timeout_seconds
+        self._threads = threads
+        self._child: _Child | None = None
+        self._call: _Call | None = None
+        self.library = ""
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def probe(self, path: str | bytes) -> Probe:
+        """What the file's video stream says about itself.
+
+        Raises:
+            VideoProblem: the file is gone, closed to us, no video, or nothing in it can be decoded.
+        """
+        with self._ask(path, {"kind": "probe"}) as call:
+            for header, _ in call:
+                if header["kind"] == "probe":
+                    found = probe_from_json(header["probe"])
+        return found
+
+    def decode(
+        self, path: str | bytes, probe: Probe, segment: Segment, fps: Fraction, batch: int
+    ) -> Iterator[FrameBatch]:
+        """The segment's frames at fps per second, `batch` at a time, decoded ahead of the consumer.
+
+        Instants are the video's first frame + k / fps, exactly; of each the frame then shown is taken, each frame
+        once. Closing the iterator early ends the decoding.
+
+        Raises:
+            VideoProblem: after every good frame, where the segment is not whole; what came before stays valid.
+        """
+        fps = Fraction(fps)
+        if fps <= 0 or batch < 1:
+            raise ValueError(f"decode(fps={fps}, batch={batch}): both must be positive")
+        request = {
+            "kind": "decode",
+            "probe": probe_to_json(probe),
+            "start_ticks": segment.start_ticks,
+            "end_ticks": segment.end_ticks,
+            "first_index": segment.first_index,
+            "fps": [fps.numerator, fps.denominator],
+        }
+        self.library = probe.decoder
+        waiting: list[tuple[dict, bytearray]] = []
+        problem = None
+        with self._ask(path, request) as call:
+            try:
+                for header, body in call:
+                    if header["kind"] == "frame":
+                        waiting.append((header, body))
+                    if header["kind"] == "taken_over":
+                        self.library = "pyav"
+                    if len(waiting) == batch:
+                        yield _batch_of(waiting)
+                        waiting = []
+            except VideoProblem as error:
+                problem = error
+            if waiting:
+                yield _batch_of(waiting)
+        if problem is not None:
+            raise problem
+
+    def frames_at(self, path: str | bytes, probe: Probe, ticks: Sequence[int]) -> tuple[np.ndarray, int]:
+        """Exactly the frames at these presentation times, in the order asked for, and the bytes read for them.
+
+        Returns:
+            (T, 336, 336, 3) uint8, and how many bytes of the file were read.
+        Raises:
+            VideoProblem: the file cannot be read, or has no frame at one of these times.
+        """
+        wanted = [int(tick) for tick in ticks]
+        pictures: dict[int, np.ndarray] = {}
+        bytes_read = 0
+        with self._ask(path, {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}) as call:
+            for header, body in call:
+                if header["kind"] == "pixels":
+                    pictures[header["ticks"]] = _pixels_of(body)
+                bytes_read = header.get("bytes_read", bytes_read)
+        if not wanted:
+            return np.empty((0, FRAME_SIDE, FRAME_SIDE, 3), np.uint8), bytes_read
+        return np.stack([pictures[tick] for tick in wanted]), bytes_read
+
+    def close(self) -> None:
+        """Ends the process; the decoder may be used again and starts another."""
+        if self._call is not None:
+            self._call.abandon()
+            self._call = None
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def _ask(self, path: str | bytes, request: dict) -> "_Call":
+        if self._call is not None and not self._call.finished:
+            self.close()
+        if self._child is not None and not self._child.usable:
+            self.close()
+        descriptor = open_source(path)
+        try:
+            if self._child is None:
+                self._child = _Child(self._max_pixels, self._threads)
+            self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
+        finally:
+            os.close(descriptor)
+        return self._call
+
+
+def _batch_of(frames: list[tuple[dict, bytearray]]) -> FrameBatch:
+    def column(name: str) -> np.ndarray:
+        return np.array([header[name] for header, _ in frames], np.int64)
+
+    return FrameBatch(
+        pixels=np.stack([_pixels_of(body) for _, body in frames]),
+        ticks=column("ticks"),
+        end_ticks=column("end_ticks"),
+        frame_index=column("frame_index"),
+        thumbnails=tuple(bytes(body[FRAME_BYTES:]) for _, body in frames),
+    )
+
+
+def _pixels_of(body: bytearray) -> np.ndarray:
+    return np.frombuffer(body, np.uint8, FRAME_BYTES).reshape(FRAME_SIDE, FRAME_SIDE, 3)
+
+
+class _Child:
+    """The decoder process and the socket to it."""
+
+    def __init__(self, max_pixels: int, threads: int):
+        self.connection, theirs = socket.socketpair()
+        lifeline_theirs, self._lifeline = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill)
+        # -P and PYTHONPATH: our own package is found from any folder, and a folder's av.py is not.
+        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        settings = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
+        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "workers.decode_child", *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=(theirs.fileno(), lifeline_theirs),
+                env=os.environ | settings,
+            )
+        finally:
+            theirs.close()
+            os.close(lifeline_theirs)
+        self._closed = False
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def usable(self) -> bool:
+        """Whether it runs."""
+        return not self._closed and self._process.poll() is None
+
+    def kill(self) -> None:
+        """Ends the process at once and waits for that; does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
+        self._errors.close()
+        os.close(self._lifeline)
+
+    def describe_death(self) -> str:
+        """How it ended, in one line."""
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "the decoder process stopped answering"
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return f"the decoder process {how}" + (f": {lines[-1]}" if lines else "")
+
+
+class _Call:
+    """One request and the messages that answer it; a context manager that kills the child when left early.
+
+    A thread takes the messages off the socket into a bounded queue, so that the child decodes while the consumer
+    is busy elsewhere, and no further ahead than the queue is long.
+    """
+
+    def __init__(self, child: _Child, request: dict, descriptor: int, timeout_seconds: float):
+        self._child = child
+        self._timeout_seconds = timeout_seconds
+        self._messages: queue.Queue = queue.Queue(FRAMES_AHEAD)
+        self._abandoned = threading.Event()
+        self.finished = False
+        child.connection.settimeout(timeout_seconds)
+        self._thread = threading.Thread(target=self._pump, args=(request, os.dup(descriptor)), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not self.finished:
+            self.abandon()
+
+    def __iter__(self) -> Iterator[tuple[dict, bytearray]]:
+        """The answer's messages; a problem that the child reports is raised when the answer is complete."""
+        problem = None
+        while not self.finished:
+            header, body = self._messages.get()
+            if isinstance(header, Exception):
+                self.finished = True
+                raise header
+            if header["kind"] == "problem":
+                problem = VideoProblem(Reason(header["reason"]), header["detail"])
+            elif header["kind"] == "bug":
+                raise RuntimeError(f"the decoder process failed:\n{header['traceback']}")
+            self.finished = header["kind"] == "done"
+            yield header, body
+        if problem is not None:
+            raise problem
+
+    def abandon(self) -> None:
+        """Kills the child, so that nothing of this answer is left on the way."""
+        self._abandoned.set()
+        self._child.kill()
+        self.finished = True
+        self._put((RuntimeError("this decoding was ended by a later call or by close()"), b""))
+
+    def _pump(self, request: dict, descriptor: int) -> None:
+        try:
+            try:
+                send(self._child.connection, request, descriptors=(descriptor,))
+            finally:
+                os.close(descriptor)
+            kind = None
+            while kind != "done":
+                header, body, _ = receive(self._child.connection)
+                kind = header["kind"]
+                if kind not in ("alive", "ready"):
+                    self._put((header, body))
+        except TimeoutError:
+            self._child.kill()
+            detail = f"no progress for {self._timeout_seconds:g} s; the decoder was stopped"
+            self._put((VideoProblem(Reason.TIMEOUT, detail), b""))
+        except (Closed, OSError, KeyError):
+            detail = "" if self._abandoned.is_set() else self._child.describe_death()
+            self._child.kill()
+            self._put((VideoProblem(Reason.CRASHED, detail), b""))
+
+    def _put(self, message: tuple) -> None:
+        while not self._abandoned.is_set():
+            try:
+                self._messages.put(message, timeout=0.2)
+                return
+            except queue.Full:
+                continue

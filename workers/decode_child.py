@@ -1,0 +1,130 @@
+"""The decoder process: `python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS`, started by workers.decode.
+
+It gets one open file at a time and answers with frames. It may be killed at any moment: it owns nothing.
+"""
+
+import importlib
+import os
+import pkgutil
+import socket
+import sys
+import time
+import traceback
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from storage.errors import VideoProblem
+from storage.records import Segment
+from workers import decode_decord, decode_pyav
+from workers.decode_open import out_of_memory
+from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
+from workers.picture import thumbnail
+from workers.probe import probe
+from workers.sample import KeptFrame
+from workers.sandbox import die_with_owner, leave_network_and_files, limit_memory
+from workers.video_file import VideoFile
+
+ALIVE_SECONDS = 0.5
+# A decoder keeps up to 17 pictures of 1.5 to 3 bytes a pixel; RGB and its copies come on top.
+BASE_BYTES, BYTES_PER_PIXEL = 1 << 30, 24
+
+
+class Answer:
+    """The way back to the owner."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._last = 0.0
+
+    def send(self, kind: str, values: dict | None = None, body: bytes = b"") -> None:
+        """One message."""
+        send(self._connection, {"kind": kind} | (values or {}), body)
+        self._last = time.monotonic()
+
+    def alive(self) -> None:
+        """Shows progress, at most every ALIVE_SECONDS."""
+        if time.monotonic() - self._last > ALIVE_SECONDS:
+            self.send("alive")
+
+    def frame(self, kept: KeptFrame) -> None:
+        """A frame: pixels, then its thumbnail."""
+        values = {"ticks": kept.ticks, "end_ticks": kept.end_ticks, "frame_index": kept.frame_index}
+        self.send("frame", values, kept.picture.pixels.tobytes() + kept.picture.thumbnail)
+
+
+def main(arguments: list[str]) -> None:
+    """Answers requests until the owner is gone."""
+    descriptor, lifeline, max_pixels, threads = map(int, arguments)
+    die_with_owner(lifeline)
+    connection = socket.socket(fileno=descriptor)
+    _load_everything()
+    limit_memory(BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
+    steps = leave_network_and_files()
+    answer = Answer(connection)
+    answer.send("ready", {"sandbox": steps})
+    while True:
+        request, _, source = receive(connection, with_descriptor=True)
+        try:
+            _handle(request, VideoFile(source), max_pixels, threads, answer)
+        finally:
+            os.close(source)
+
+
+def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answer: Answer) -> None:
+    """Answers one request with its result, a problem of the video, or a traceback of ours; then "done"."""
+    try:
+        if request["kind"] == "probe":
+            answer.send("probe", {"probe": probe_to_json(probe(file, max_pixels, threads, answer.alive))})
+        elif request["kind"] == "decode":
+            segment = Segment("", request["start_ticks"], request["end_ticks"], request["first_index"])
+            known, fps = probe_from_json(request["probe"]), Fraction(*request["fps"])
+            _decode(known.decoder, answer, (file, known, segment, fps, threads, max_pixels, answer.alive))
+        elif request["kind"] == "frames_at":
+            known, ticks = probe_from_json(request["probe"]), request["ticks"]
+            for at, pixels in decode_pyav.frames_at(file, known, ticks, threads, max_pixels, answer.alive):
+                answer.send("pixels", {"ticks": at}, pixels.tobytes())
+        else:
+            raise ValueError(f"unknown request {request['kind']!r}")
+    except VideoProblem as problem:
+        answer.send("problem", {"reason": problem.reason, "detail": problem.detail})
+    except MemoryError:
+        problem = out_of_memory()
+        answer.send("problem", {"reason": problem.reason, "detail": problem.detail})
+    except Closed:
+        raise
+    except Exception:
+        answer.send("bug", {"traceback": traceback.format_exc()})
+    answer.send("done", {"bytes_read": file.bytes_read})
+
+
+def _decode(decoder: str, answer: Answer, arguments: tuple) -> None:
+    """Sends a segment's frames: decord's where it is the one, and PyAV's from where decord gets unsure."""
+    last_ticks = None
+    if decoder == "decord":
+        try:
+            for kept in decode_decord.decode(*arguments):
+                answer.frame(kept)
+                last_ticks = kept.ticks
+            return
+        except decode_decord.Unsure:
+            answer.send("taken_over")
+    for kept in decode_pyav.decode(*arguments):
+        if last_ticks is None or kept.ticks > last_ticks:
+            answer.frame(kept)
+
+
+def _load_everything() -> None:
+    """Loads what libraries load on first use: no file can be opened later."""
+    thumbnail(np.zeros((8, 8, 3), np.uint8))  # Pillow's JPEG writer
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if not module.name.endswith(("__main__", "datasets")):
+            importlib.import_module(module.name)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Closed:
+        sys.exit(0)

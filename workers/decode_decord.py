@@ -1,0 +1,194 @@
+"""Decoding through decord: MP4 and Matroska files whose frames it is seen to number and show as PyAV does.
+
+decord gives frames by rank alone: no times, no flags, and it follows its own idea of a broken file. So the times come
+from a pass over the packets, and whatever it says on stderr, or raises, ends its part: PyAV takes over and judges.
+It takes no options and no file object; it is given the open file as descriptor 0, through FFmpeg's `fd:`.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import decord
+import numpy as np
+
+from storage.records import Probe, Segment
+from workers.decode_open import OpenVideo
+from workers.decode_pyav import model_pixels_at
+from workers.packets import PacketTable, scan_packets
+from workers.picture import StoredPicture, model_pixels, store_form
+from workers.sample import Grid, KeptFrame, Tally, TimedFrame, sample
+from workers.video_file import VideoFile
+
+PIXEL_FORMATS = ("yuv420p", "yuvj420p")  # of others its RGB is not PyAV's to the last bit
+MAX_PIXELS = 3840 * 2160  # it holds several RGB copies of a frame
+MAX_BYTES = 128 << 20  # it reads the whole file ahead, into memory
+MAX_FRAMES = 9000  # `skip_frames` gives up after 10000 packets read ahead without a frame
+STEP_FRAMES = 16  # decoded between two signs of life
+FRAME_SECONDS = 0.002  # by which its times, float32 seconds from the first frame, may differ
+# At this level FFmpeg says when it conceals what it could not read; decord itself passes over that.
+decord.logging.set_level(decord.logging.INFO)
+# What it says of any file: a frame tells its colours, which the container did not (its size is the same).
+_HARMLESS = re.compile(
+    r"Changing video frame properties on the fly|deprecated pixel format used"
+    r"|filter context - w: (\d+) h: (\d+) fmt: (\d+) .*incoming frame - w: \1 h: \2 fmt: \3 "
+)
+
+
+class Unsure(Exception):
+    """decord met something that it does not report in detail; PyAV has to look."""
+
+
+class Reader:
+    """decord on one open file, reading frames in order; a context manager.
+
+    Raises:
+        Unsure: decord raises, or FFmpeg inside it has something to say.
+    """
+
+    def __init__(self, file: VideoFile, threads: int):
+        self._heard = os.fstat(2).st_size  # stderr is a file: the owner of this process reads it after a crash
+        self._stdin = os.dup(0)
+        os.dup2(file.descriptor, 0)
+        os.lseek(0, 0, os.SEEK_SET)
+        self._next = 0
+        try:
+            self._reader = self._guarded(decord.VideoReader, "fd:", decord.cpu(0), -1, -1, threads)
+        except Unsure:
+            self._close()
+            raise
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._reader = None
+        os.dup2(self._stdin, 0)
+        os.close(self._stdin)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def start_seconds(self) -> np.ndarray:
+        """(N,) float: when each frame is shown, by decord's own table."""
+        return self._reader.get_frame_timestamp(np.arange(len(self)))[:, 0].astype(np.float64)
+
+    def keyframes(self) -> list[int]:
+        """Where decord believes that decoding can begin, by rank."""
+        return self._reader.get_key_indices()
+
+    def go_to(self, rank: int) -> np.ndarray:
+        """Moves to a frame and reads it: after a seek, decord forgets to skip unless a frame was read."""
+        self._guarded(self._reader.seek_accurate, rank)
+        self._next = rank
+        return self.read()
+
+    def skip_to(self, rank: int, alive: Callable[[], None]) -> None:
+        """Decodes up to a frame, so that no damage on the way goes unnoticed."""
+        while self._next < rank:
+            alive()
+            count = min(STEP_FRAMES, rank - self._next)
+            self._guarded(self._reader.skip_frames, count)
+            self._next += count
+
+    def read(self) -> np.ndarray:
+        """The next frame, (height, width, 3) uint8 RGB."""
+        frame = self._guarded(self._reader.next).asnumpy()
+        self._next += 1
+        return frame
+
+    def _guarded(self, call: Callable, *arguments):
+        try:
+            result = call(*arguments)
+        except (RuntimeError, StopIteration, AssertionError) as error:  # decord's own errors are RuntimeErrors
+            raise Unsure(str(error)) from error
+        self._check()
+        return result
+
+    def _check(self) -> None:
+        size = os.fstat(2).st_size
+        if size == self._heard:
+            return
+        text = os.pread(2, min(size - self._heard, 1 << 16), self._heard).decode("utf-8", "replace")
+        self._heard = size
+        words = next((line for line in text.splitlines() if line and not _HARMLESS.search(line)), None)
+        if words is not None:
+            raise Unsure(words)
+
+
+def reads_right(
+    file: VideoFile, facts: dict, table: PacketTable, rank: int, expected: np.ndarray, threads: int
+) -> bool:
+    """Whether decord's frame table is that of the packets, and one of its frames PyAV's to the last bit.
+
+    Args:
+        file: the file.
+        facts: of the probe: width, height, time_base, first_ticks.
+        table: of the packets.
+        rank: of the frame to compare.
+        expected: (336, 336, 3) uint8, that frame as PyAV gives it.
+        threads: of the decoder.
+    """
+    large = facts["width"] * facts["height"] > MAX_PIXELS or file.size > MAX_BYTES
+    if large or len(table.ticks) > MAX_FRAMES:
+        return False
+    try:
+        with Reader(file, threads) as reader:
+            if len(reader) != len(table.ticks):
+                return False
+            seconds = (np.array(table.ticks) - facts["first_ticks"]) * float(facts["time_base"])
+            allowed = FRAME_SECONDS + seconds * 2.0**-22
+            # Of an open group of pictures decord takes the place in the file for the rank, and lands elsewhere.
+            if reader.keyframes() != table.keyframe_ranks():
+                return False
+            if np.any(np.abs(reader.start_seconds() - reader.start_seconds()[0] - seconds) > allowed):
+                return False
+            reader.skip_to(rank, lambda: None)
+            frame = reader.read()
+    except Unsure:
+        return False
+    right_size = frame.shape[:2] == (facts["height"], facts["width"])
+    return right_size and np.array_equal(model_pixels(frame), expected)
+
+
+def decode(
+    file: VideoFile,
+    probe: Probe,
+    segment: Segment,
+    fps: Fraction,
+    threads: int,
+    max_pixels: int,
+    alive: Callable[[], None],
+) -> Iterator[KeptFrame]:
+    """The segment's kept frames, in order; pictures are StoredPicture.
+
+    Raises:
+        Unsure: PyAV must decode the segment; what came before is right.
+    """
+    with OpenVideo(file, max_pixels, threads) as video:
+        table = scan_packets(video, alive)
+    start, end = segment.start_ticks, segment.end_ticks
+    ranks = range(segment.first_index, len(table.ticks))
+    if not table.plain or not ranks or (start is not None and table.ticks[ranks[0]] != start):
+        raise Unsure("the packets are not those of the probe")
+    timed = (TimedFrame(table.ticks[rank], table.end_ticks - table.ticks[rank], rank) for rank in ranks)
+    with Reader(file, threads) as reader:
+        if len(reader) != len(table.ticks):
+            raise Unsure("its frame table is not that of the packets")
+        first = store_form(reader.read() if start is None else reader.go_to(ranks[0]))
+        if start is not None and not np.array_equal(first.pixels, model_pixels_at(file, probe, start, max_pixels)):
+            raise Unsure("it does not land on the frame it was sent to")
+
+        def read(rank: int) -> StoredPicture:
+            if rank == ranks[0]:
+                return first
+            reader.skip_to(rank, alive)
+            return store_form(reader.read())
+
+        yield from sample(timed, Grid.of(probe, fps), start, end, segment.first_index, read, Tally())
+        last = len(table.ticks) if end is None else table.ticks.index(end) if end in table.ticks else ranks[0]
+        reader.skip_to(last, alive)

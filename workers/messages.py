@@ -1,0 +1,83 @@
+"""What the decoder process and its owner say to each other: a JSON header, then raw bytes; never pickle.
+
+The child reads hostile files, so nothing that comes from it is executed, and every size is checked.
+"""
+
+import json
+import socket
+import struct
+from fractions import Fraction
+
+from storage.records import Probe
+
+_HEADER = struct.Struct("<II")
+MAX_HEADER_BYTES = 64 << 20  # the cuts of a very long video
+MAX_BODY_BYTES = 16 << 20
+
+
+class Closed(Exception):
+    """The other side is gone."""
+
+
+def send(connection: socket.socket, header: dict, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
+    """One message; descriptors travel with it.
+
+    Raises:
+        Closed: nobody reads any more.
+    """
+    text = json.dumps(header).encode()
+    lengths = _HEADER.pack(len(text), len(body))
+    try:
+        if descriptors:
+            socket.send_fds(connection, [lengths], list(descriptors))
+            connection.sendall(text + body)
+        else:
+            connection.sendall(b"".join((lengths, text, body)))
+    except (BrokenPipeError, ConnectionError) as error:
+        raise Closed from error
+
+
+def receive(connection: socket.socket, with_descriptor: bool = False) -> tuple[dict, bytearray, int | None]:
+    """One message and its descriptor, if one is expected.
+
+    Raises:
+        Closed: the other side is gone, or what it says is no message.
+        TimeoutError: the socket's timeout passed without a byte.
+    """
+    start, descriptor = b"", None
+    try:
+        if with_descriptor:
+            start, descriptors, _, _ = socket.recv_fds(connection, _HEADER.size, 1)
+            descriptor = descriptors[0] if descriptors else None
+            if not start:
+                raise Closed
+        header_bytes, body_bytes = _HEADER.unpack(start + _receive_exactly(connection, _HEADER.size - len(start)))
+        if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
+            raise Closed
+        header = json.loads(_receive_exactly(connection, header_bytes))
+        return header, _receive_exactly(connection, body_bytes), descriptor
+    except (ConnectionError, ValueError) as error:
+        raise Closed from error
+
+
+def _receive_exactly(connection: socket.socket, count: int) -> bytearray:
+    data = bytearray(count)
+    view, got = memoryview(data), 0
+    while got < count:
+        part = connection.recv_into(view[got:])
+        if part == 0:
+            raise Closed
+        got += part
+    return data
+
+
+def probe_to_json(probe: Probe) -> dict:
+    """A Probe as plain values."""
+    base = probe.time_base
+    return vars(probe) | {"time_base": [base.numerator, base.denominator], "cuts": list(probe.cuts)}
+
+
+def probe_from_json(values: dict) -> Probe:
+    """The Probe again, checked by itself."""
+    cuts = tuple((int(ticks), int(rank)) for ticks, rank in values["cuts"])
+    return Probe(**values | {"time_base": Fraction(*values["time_base"]), "cuts": cuts})

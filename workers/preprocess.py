@@ -1,0 +1,209 @@
+"""Pictures as the vision tower wants them: 336 x 336 by nearest neighbour, cut into parts, resized by the CLIP rule.
+
+Source: LLaVA-Mini (arXiv 2501.03895), released code: `load_video` and its callers resize every frame to 336 x 336
+with nearest neighbour, aspect ratio ignored, before the CLIP image processor; with `resolution_ratio` r the model sees
+the r x r blocks of that picture and then the picture itself. Pillow does the CLIP processor's bicubic resize, as in the
+published run; on a tower of 336 pixels and ratio 1 nothing is left to resize.
+
+Imports no torch: the decode layer uses `nearest_index` in a process of its own.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from storage.errors import UsageError
+from storage.records import FRAME_SIDE
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What the tower's image processor does to a picture.
+
+    Attributes:
+        resize_side: shortest edge after the resize, in pixels.
+        crop_side: side of the centre crop, in pixels: what the tower sees.
+        resample: Pillow's number of the resize filter (3 is bicubic).
+        rescale: factor from 0..255 to the range of mean and std.
+        mean, std: per channel, red first.
+    """
+
+    resize_side: int
+    crop_side: int
+    resample: int
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def nearest_index(source_size: int, side: int = FRAME_SIDE) -> np.ndarray:
+    """The source pixel that each of `side` output pixels shows along one axis.
+
+    The published resize computes floor(i * scale) in float32; integer division gives another pixel at
+    some sizes (2 of 336 rows at 1080), so float32 it stays.
+
+    Returns:
+        (side,) int64, ascending, each in [0, source_size).
+    """
+    if source_size < 1 or side < 1:
+        raise ValueError(f"nearest_index wants sizes of at least 1, not {source_size} -> {side}")
+    scale = np.float32(source_size) / np.float32(side)
+    index = np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64)
+    return np.minimum(index, source_size - 1)
+
+
+def resize_nearest(pixels: np.ndarray, side: int = FRAME_SIDE) -> np.ndarray:
+    """Pictures as side x side, nearest neighbour, aspect ratio ignored.
+
+    Args:
+        pixels: (T, height, width, 3) uint8.
+    Returns:
+        (T, side, side, 3) uint8.
+    """
+    rows = nearest_index(pixels.shape[1], side)
+    columns = nearest_index(pixels.shape[2], side)
+    return pixels[:, rows[:, None], columns[None, :]]
+
+
+def split_blocks(pixels: np.ndarray, ratio: int) -> np.ndarray:
+    """The r x r blocks of each picture, row-major; rows and columns left over at the far edges are dropped.
+
+    Args:
+        pixels: (T, height, width, 3) uint8.
+    Returns:
+        (T, r*r, height // r, width // r, 3) uint8.
+    """
+    count, height, width = pixels.shape[0], pixels.shape[1] // ratio, pixels.shape[2] // ratio
+    pixels = pixels[:, : height * ratio, : width * ratio]
+    grid = pixels.reshape(count, ratio, height, ratio, width, 3)  # (T, rows, height, columns, width, 3)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(count, ratio * ratio, height, width, 3)  # (T, r*r, h, w, 3)
+
+
+def frame_parts(pixels: np.ndarray, ratio: int, settings: PictureSettings) -> np.ndarray:
+    """Frames of a video as the tower sees them, not yet normalised.
+
+    Args:
+        pixels: (T, 336, 336, 3) uint8.
+        ratio: the model's resolution_ratio.
+    Returns:
+        (T, P, S, S, 3) uint8, S = settings.crop_side; P = 1, or r*r blocks in row-major order and the whole picture.
+    """
+    if ratio == 1:
+        return _clip_resize(pixels, settings)[:, None]  # (T, 1, S, S, 3)
+    count, blocks = len(pixels), split_blocks(pixels, ratio)
+    blocks = _clip_resize(blocks.reshape(-1, *blocks.shape[2:]), settings)  # (T*r*r, S, S, 3)
+    blocks = blocks.reshape(count, ratio * ratio, *blocks.shape[1:])  # (T, r*r, S, S, 3)
+    return np.concatenate([blocks, _clip_resize(pixels, settings)[:, None]], axis=1)  # (T, r*r + 1, S, S, 3)
+
+
+def picture_parts(picture: np.ndarray, ratio: int, pad: bool, settings: PictureSettings) -> np.ndarray:
+    """A still picture as the published code shows it to the tower: never through 336 x 336.
+
+    Source: released code, `split_image` and `process_images`: blocks are cut from the picture in its own size, and
+    each is padded to a square with the mean colour where config.json says `image_aspect_ratio: pad`; otherwise the
+    CLIP processor's centre crop drops what does not fit.
+
+    Args:
+        picture: (height, width, 3) uint8.
+    Returns:
+        (1, P, S, S, 3) uint8, as `frame_parts`.
+    """
+    parts = [*split_blocks(picture[None], ratio)[0], picture] if ratio > 1 else [picture]
+    if pad:
+        parts = [_pad_to_square(part, settings) for part in parts]
+    return np.concatenate([_clip_resize(part[None], settings) for part in parts])[None]  # (1, P, S, S, 3)
+
+
+def _pad_to_square(picture: np.ndarray, settings: PictureSettings) -> np.ndarray:
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), dtype=np.uint8)
+    square[:] = [int(value * 255) for value in settings.mean]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square
+
+
+def _clip_resize(pictures: np.ndarray, settings: PictureSettings) -> np.ndarray:
+    """The CLIP processor's geometry: shortest edge to resize_side, centre crop. (n, h, w, 3) -> (n, S, S, 3)."""
+    height, width = pictures.shape[1:3]
+    short, crop = settings.resize_side, settings.crop_side
+    new_height = short if height <= width else int(short * height / width)
+    new_width = short if width <= height else int(short * width / height)
+    if (new_height, new_width) != (height, width):
+        resized = [Image.fromarray(p).resize((new_width, new_height), settings.resample) for p in pictures]
+        pictures = np.stack([np.asarray(picture) for picture in resized])  # (n, new_height, new_width, 3)
+    top, left = (new_height - crop) // 2, (new_width - crop) // 2
+    return pictures[:, top : top + crop, left : left + crop]
+
+
+def read_settings(tower_directory: Path) -> PictureSettings:
+    """The settings in a tower's preprocessor_config.json.
+
+    Raises:
+        UsageError: the file is missing, no JSON, or asks for something a square 336 x 336 frame cannot get.
+    """
+    path = tower_directory / "preprocessor_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read; a vision tower needs its image processor's settings") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    for step in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
+        if not values.get(step, True):
+            raise UsageError(f"{path}: {step} is false; only towers with the standard CLIP steps are supported")
+    try:
+        settings = PictureSettings(
+            resize_side=_side(values["size"], "shortest_edge"),
+            crop_side=_side(values["crop_size"], "height"),
+            resample=int(values.get("resample", Image.Resampling.BICUBIC)),
+            rescale=float(values.get("rescale_factor", 1 / 255)),
+            mean=_three(values["image_mean"]),
+            std=_three(values["image_std"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error} is missing or malformed") from error
+    if settings.crop_side > settings.resize_side:
+        raise UsageError(
+            f"{path}: crop_size {settings.crop_side} is larger than size {settings.resize_side}; "
+            "the crop must lie inside the resized picture"
+        )
+    return settings
+
+
+def _side(value: int | dict[str, int], name: str) -> int:
+    """The square side that a size entry states; older files write a bare number."""
+    if isinstance(value, dict):
+        return int(value[name] if name in value else value["height"])
+    return int(value)
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
+
+
+def published_sample(frame_count: int, fps: float) -> list[int]:
+    """The frame indices that the published code samples from a video: about one per second.
+
+    Kept for comparison with the published numbers; our own job samples by presentation time instead.
+    Source: released code, `load_video`: n = min(total, int(total // fps)), then `middle_of_segments`.
+    """
+    return middle_of_segments(frame_count, min(frame_count, int(frame_count // fps)))
+
+
+def middle_of_segments(frame_count: int, sample_count: int) -> list[int]:
+    """The middle of each of `sample_count` equal stretches of [0, frame_count - 1].
+
+    Source: released code, `get_seq_frames`: borders are rounded half to even, the middle rounded down.
+    """
+    if sample_count < 1:
+        return []
+    length = (frame_count - 1) / sample_count
+    borders = [round(length * i) for i in range(sample_count + 1)]
+    return [(start + end) // 2 for start, end in pairwise(borders)]

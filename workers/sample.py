@@ -1,0 +1,139 @@
+"""Which frames are kept: those shown at the instants of an even grid, each once, with the span it stands for."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from storage.records import Probe
+
+
+@dataclass(frozen=True)
+class TimedFrame:
+    """One decoded frame: presentation time and duration in ticks, and the decoder's own picture."""
+
+    ticks: int
+    duration_ticks: int
+    picture: Any
+
+
+@dataclass(frozen=True)
+class KeptFrame:
+    """A frame that is stored, standing for [ticks, end_ticks); picture is what `convert` made of it."""
+
+    ticks: int
+    end_ticks: int
+    frame_index: int
+    picture: Any
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The instants first_ticks + k * step, k = 0, 1, 2 ..., in ticks, exactly."""
+
+    first_ticks: int
+    step: Fraction
+
+    @classmethod
+    def of(cls, probe: Probe, fps: Fraction) -> "Grid":
+        """Instants at fps per second from the video's first frame on."""
+        return cls(probe.first_ticks, 1 / (fps * probe.time_base))
+
+    def meets(self, start_ticks: int, end_ticks: int) -> bool:
+        """Whether an instant lies in [start_ticks, end_ticks); never counts through the instants before."""
+        step = self.step.numerator, self.step.denominator
+        # The first k with first + k * step >= start, by ceiling division in integers.
+        k = max(0, -((self.first_ticks - start_ticks) * step[1] // step[0]))
+        return k * step[0] < (end_ticks - self.first_ticks) * step[1]
+
+
+@dataclass
+class Tally:
+    """What `sample` saw on its way.
+
+    Attributes:
+        frame_count: frames of the segment, kept or not.
+        jump_ticks: the largest step back of the clock, and where it happened; frames before the clock's
+            highest mark have no place on it and are not kept.
+    """
+
+    frame_count: int = 0
+    jump_ticks: int = 0
+    jump_at_ticks: int = 0
+
+
+def sample(
+    frames: Iterable[TimedFrame],
+    grid: Grid,
+    start_ticks: int | None,
+    end_ticks: int | None,
+    first_index: int,
+    convert: Callable[[Any], Any],
+    tally: Tally,
+) -> Iterator[KeptFrame]:
+    """The segment's frames that are shown at an instant of the grid, in order.
+
+    Reads on past end_ticks until it is known where the last kept frame's span ends; of the video's last
+    frame that is its own end.
+
+    Args:
+        frames: all frames from start_ticks or earlier on, in presentation order.
+        grid: the instants.
+        start_ticks, end_ticks: the segment; None is open.
+        first_index: rank of the segment's first frame.
+        convert: called once for each kept frame, as soon as it is known to be kept.
+        tally: filled in on the way.
+    """
+    waiting: KeptFrame | None = None  # kept, but the end of its span is not known yet
+    shown: TimedFrame | None = None  # its own end is not known before the next frame
+    shown_index = first_index
+    low_mark: int | None = None  # the time before that of `shown`
+    index = first_index - 1
+
+    def keep(end: int) -> KeptFrame | None:
+        if not grid.meets(shown.ticks, end):
+            return None
+        inside = end_ticks is None or shown.ticks < end_ticks
+        return KeptFrame(shown.ticks, end, shown_index, convert(shown.picture) if inside else None)
+
+    for frame in frames:
+        if start_ticks is not None and frame.ticks < start_ticks:
+            continue
+        index += 1
+        tally.frame_count += end_ticks is None or frame.ticks < end_ticks
+        if shown is not None and frame.ticks <= shown.ticks:
+            # A step back. Of two frames at one time the later one is shown; a single frame with a time far
+            # ahead was wrong by itself; otherwise this frame has no place.
+            _note_jump(tally, shown.ticks, frame.ticks)
+            if low_mark is None or frame.ticks > low_mark:
+                shown, shown_index = frame, index
+            continue
+        if shown is not None:
+            kept = keep(frame.ticks)
+            if kept is not None:
+                if waiting is not None:
+                    yield _ending(waiting, kept.ticks)
+                waiting = kept
+            low_mark = shown.ticks
+            if end_ticks is not None and shown.ticks >= end_ticks and (waiting is None or waiting.ticks >= end_ticks):
+                return
+        shown, shown_index = frame, index
+    if shown is None:
+        return
+    end = shown.ticks + max(shown.duration_ticks, 1)
+    kept = keep(end)
+    if kept is not None:
+        if waiting is not None:
+            yield _ending(waiting, kept.ticks)
+        waiting = kept
+    if waiting is not None and (end_ticks is None or waiting.ticks < end_ticks):
+        yield _ending(waiting, end)
+
+
+def _ending(frame: KeptFrame, end_ticks: int) -> KeptFrame:
+    return KeptFrame(frame.ticks, end_ticks, frame.frame_index, frame.picture)
+
+
+def _note_jump(tally: Tally, high_ticks: int, ticks: int) -> None:
+    if high_ticks - ticks > tally.jump_ticks:
+        tally.jump_ticks, tally.jump_at_ticks = high_ticks - ticks, high_ticks

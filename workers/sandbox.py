@@ -1,0 +1,60 @@
+"""What the decoder process gives up before it sees a hostile file: memory without end, files, the network.
+
+Each step is the kernel's to grant; where it does not (an old kernel, a container's own rules, another system),
+the process goes on without that step: no decoder is handed a path or an address in the first place.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import resource
+import signal
+import sys
+
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446  # the same numbers on every architecture
+_LANDLOCK_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights that each version knows
+_LANDLOCK_TCP = 0b11  # bind and connect, from version 4 on
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+
+
+def die_with_owner(lifeline: int) -> None:
+    """Has the kernel kill this process when the other end of the pipe closes, whatever it is busy with.
+
+    PR_SET_PDEATHSIG would do so when the owner's *thread* ends.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Allocations beyond limit_bytes fail; no core dump is written."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS) if sys.platform != "linux" else (resource.RLIMIT_DATA,):
+        _, hard = resource.getrlimit(kind)
+        wanted = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (wanted, wanted))
+
+
+def leave_network_and_files() -> list[str]:
+    """From here on no file can be opened and no address reached; names the steps that the kernel took."""
+    if sys.platform != "linux":
+        return []
+    libc = ctypes.CDLL(None, use_errno=True)
+    taken = []
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0:
+        taken.append("network")
+    version = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    if version >= 1 and libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
+        rights = (ctypes.c_uint64 * 2)(_LANDLOCK_FILES[min(version, 3)], _LANDLOCK_TCP if version >= 4 else 0)
+        size = ctypes.c_size_t(16 if version >= 4 else 8)
+        ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, rights, size, 0)
+        if ruleset >= 0:
+            if libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0:
+                taken.append("files")
+            os.close(ruleset)
+    return taken

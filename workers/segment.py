@@ -1,0 +1,134 @@
+"""One segment from file to Parquet part: decode -> encode -> store, without Ray."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from storage.errors import VideoProblem
+from storage.files import local_path
+from storage.parts import FrameColumns, PartWriter
+from storage.records import FrameBatch, Probe, Problem, Reason, Receipt, SegmentTask
+from workers.content import check_unchanged
+from workers.decode import Decoder
+from workers.encode import encode_frames
+
+# A decoder that hung or died is tried once more from the segment's start, in a new process: a second time the
+# file is to blame, and what came out before is kept.
+RETRIED = (Reason.TIMEOUT, Reason.CRASHED)
+
+
+def index_segment(
+    task: SegmentTask,
+    decoder: Decoder,
+    model,
+    model_turn: AbstractContextManager,
+    frames_uri: str,
+    batch: int,
+) -> Receipt:
+    """Writes the segment's rows as one part and says what became of it; nothing is committed.
+
+    Args:
+        task: what to index.
+        decoder: this task's own until the function returns.
+        model: a workers.llava_mini.VisionPart, shared with other tasks.
+        model_turn: a lock held while the model computes, so that decoding of one segment overlaps encoding of another.
+        frames_uri: the archive's frames table.
+        batch: frames per forward pass; fixed, so that the same segment gives the same rows again.
+    Raises:
+        ArchiveError: the part cannot be written.
+    """
+    receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch)
+    if receipt.problem is not None and receipt.problem.reason in RETRIED:
+        if receipt.part is not None:
+            PartWriter.discard(frames_uri, receipt.part)
+        receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch)
+    return receipt
+
+
+def _attempt(task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri: str, batch: int) -> Receipt:
+    path = local_path(task.uri)
+    writer = PartWriter(
+        frames_uri,
+        video_id=task.content.video_id,
+        video_number=task.video_number,
+        segment_key=task.segment.key,
+        time_base=task.probe.time_base,
+        model_id=model.bundle.model_id,
+        sampling=str(task.sampling),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    clock = _Clock()
+    problem, frame_count = None, 0
+    try:
+        try:
+            check_unchanged(path, task.content)
+            batches = decoder.decode(path, task.probe, task.segment, task.sampling.fps, batch)
+            for frames in clock.iterate("decode", batches):
+                with model_turn, clock.measure("encode"):
+                    tokens = encode_frames(model, frames, task.sampling.patches)
+                with clock.measure("store"):
+                    writer.append(_columns(task.probe, frames), tokens, frames.thumbnails)
+                frame_count += len(frames)
+            check_unchanged(path, task.content)
+        except VideoProblem as error:
+            problem = Problem(error.reason, error.detail)
+        if problem is not None and problem.reason is Reason.CHANGED:
+            writer.abort()  # rows of two contents under one identity would be wrong
+            part, frame_count = None, 0
+        else:
+            with clock.measure("store"):
+                part = writer.close(problem)
+    except BaseException:
+        writer.abort()
+        raise
+    return Receipt(
+        segment=task.segment,
+        video_number=task.video_number,
+        part=part,
+        problem=problem,
+        decoder=decoder.library or task.probe.decoder,
+        frame_count=frame_count,
+        decode_seconds=clock.seconds["decode"],
+        encode_seconds=clock.seconds["encode"],
+        store_seconds=clock.seconds["store"],
+    )
+
+
+def _columns(probe: Probe, frames: FrameBatch) -> FrameColumns:
+    pts_seconds = probe.pts_seconds(frames.ticks)
+    return FrameColumns(
+        ticks=frames.ticks,
+        frame_index=frames.frame_index,
+        pts_seconds=pts_seconds,
+        time_seconds=pts_seconds - probe.clock_offset_seconds,
+        duration_seconds=probe.pts_seconds(frames.end_ticks) - pts_seconds,
+    )
+
+
+class _Clock:
+    """Seconds spent waiting for the decoder, computing, and writing, apart."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("decode", "encode", "store"), 0.0)
+
+    def measure(self, step: str) -> "_Stopwatch":
+        return _Stopwatch(self.seconds, step)
+
+    def iterate(self, step: str, batches: Iterator[FrameBatch]) -> Iterator[FrameBatch]:
+        while True:
+            with self.measure(step):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+class _Stopwatch:
+    def __init__(self, seconds: dict[str, float], step: str):
+        self.seconds, self.step = seconds, step
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds[self.step] += time.perf_counter() - self.start

@@ -1,0 +1,243 @@
+"""What a file's own bytes say without decoding: what it is not, and whether it ends before it says it does.
+
+FFmpeg reads a cut file to its last whole packet and calls that the end, so the container's own sizes are held
+against the file's: boxes of MP4, the segment of Matroska, chunks of AVI, pages of Ogg, packets of MPEG-TS,
+tags of FLV, the header of ASF.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Callable
+
+from storage.errors import VideoProblem
+from storage.records import Reason
+from workers.video_file import VideoFile
+
+_HEAD_BYTES = 4096
+
+# Text that names other files or addresses: never opened, whatever the file is called.
+_REFUSED = (
+    (rb"#EXTM3U", "an HLS playlist"),
+    (rb"ffconcat version", "an ffconcat script"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<([a-z0-9]+:)?MPD[\s>]", "a DASH manifest"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<SmoothStreamingMedia", "a Smooth Streaming manifest"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(smil|playlist|asx)[\s>]", "a playlist"),
+    (rb"\[playlist\]|\[Reference\]|#EXTINF", "a playlist"),
+    (rb"v=0\r?\n[a-z]=", "a session description (SDP)"),
+    (rb"(file|ffconcat|inpoint|outpoint)\s+['\"]?[^\n]+\n", "a list of files"),
+    (rb"rtsptext", "a stream reference"),
+)
+_PICTURES = (
+    (rb"\x89PNG\r\n", "a PNG picture"),
+    (rb"\xff\xd8\xff", "a JPEG picture"),
+    (rb"GIF8[79]a", "a GIF picture"),
+    (rb"RIFF....WEBP", "a WebP picture"),
+    (rb"BM....\x00\x00\x00\x00", "a BMP picture"),
+    (rb"II\*\x00|MM\x00\*", "a TIFF picture"),
+    (rb"....ftyp(heic|heix|heim|heis|mif1|avif)", "a HEIF picture"),
+    (rb"\x00\x00\x00\x0cJXL |\xff\x0a", "a JPEG XL picture"),
+    (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture"),
+    (rb"8BPS", "a Photoshop picture"),
+    (rb"P[1-7]\s", "a PNM picture"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg|<svg)", "an SVG picture"),
+)
+_OTHER = (
+    (rb"PK\x03\x04|PK\x05\x06", "a ZIP archive"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive"),
+    (rb"%PDF", "a PDF document"),
+    (rb"\x7fELF|MZ", "a program"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!DOCTYPE\s+html|html)", "an HTML page"),
+)
+
+
+def refuse_scripts(file: VideoFile) -> None:
+    """Raises VideoProblem where the file is empty or text that names other files, before FFmpeg sees it."""
+    head = file.read_at(0, _HEAD_BYTES)
+    if not head:
+        raise VideoProblem(Reason.NOT_A_VIDEO, "the file is empty")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    kind = _match(_REFUSED, text)
+    if kind is not None:
+        raise VideoProblem(Reason.REFUSED_FORMAT, f"this is {kind}, which names other files; index those themselves")
+
+
+def name_content(file: VideoFile) -> str | None:
+    """What the file is where it is clearly no video, such as "a PNG picture"; None where that is open."""
+    head = file.read_at(0, _HEAD_BYTES)
+    kind = _match(_PICTURES, head) or _match(_OTHER, head.removeprefix(b"\xef\xbb\xbf").lstrip())
+    if kind is None and len(head) < 16:
+        return f"a file of {len(head)} bytes"
+    if kind is None and not head.strip(b"\0"):
+        return "a file that begins with zeros"
+    if kind is None and _is_text(head):
+        return "text"
+    return kind
+
+
+def is_picture(file: VideoFile) -> str | None:
+    """The kind of picture, where the file is one."""
+    return _match(_PICTURES, file.read_at(0, _HEAD_BYTES))
+
+
+def cut_short(file: VideoFile) -> str | None:
+    """How the file shows that its end is missing, or None where it shows no such thing."""
+    now = os.fstat(file.descriptor).st_size
+    if now < file.size:
+        return f"it shrank from {file.size} to {now} bytes while it was read"
+    head = file.read_at(0, 64)
+    for pattern, check in _CHECKS:
+        if re.match(pattern, head, re.DOTALL):
+            return check(file)
+    return None
+
+
+def _match(table: tuple[tuple[bytes, str], ...], head: bytes) -> str | None:
+    return next((kind for pattern, kind in table if re.match(pattern, head, re.DOTALL | re.IGNORECASE)), None)
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
+def _missing(file: VideoFile, end: int, what: str) -> str | None:
+    if end <= file.size:
+        return None
+    return f"{what} ends at byte {end}, the file at {file.size}"
+
+
+def _mp4_cut(file: VideoFile) -> str | None:
+    """Walks the top-level boxes. Source: ISO/IEC 14496-12, 4.2."""
+    offset, seen = 0, set()
+    while offset + 8 <= file.size:
+        size, kind = struct.unpack(">I4s", file.read_at(offset, 8))
+        if not kind.replace(b" ", b"").isalnum():  # padding or junk after the last box
+            break
+        if size == 1:
+            size = int.from_bytes(file.read_at(offset + 8, 8), "big")
+        if size == 0:  # up to the end of the file
+            seen.add(kind)
+            break
+        if size < 8:
+            break
+        missing = _missing(file, offset + size, f"box '{kind.decode('ascii')}'")
+        if missing:
+            return missing
+        seen.add(kind)
+        offset += size
+    if b"mdat" in seen and b"moov" not in seen:
+        return "its index (moov) is missing, as after an interrupted recording or upload"
+    return None
+
+
+def _matroska_cut(file: VideoFile) -> str | None:
+    """Holds the segment's size against the file's. Source: RFC 8794, 4 and 6."""
+    offset = 0
+    for _ in range(16):
+        element, id_length = _ebml_number(file.read_at(offset, 12), keep_marker=True)
+        size, size_length = _ebml_number(file.read_at(offset + id_length, 12), keep_marker=False)
+        if not id_length or not size_length:
+            return None
+        start = offset + id_length + size_length
+        if size is None:  # unknown: a live recording, which ends where it ends
+            return None
+        if element == 0x18538067:
+            return _missing(file, start + size, "the segment")
+        offset = start + size
+    return None
+
+
+def _ebml_number(data: bytes, keep_marker: bool) -> tuple[int | None, int]:
+    """An EBML variable-length integer and its length in bytes; None where all bits are one (unknown)."""
+    if not data or data[0] == 0:
+        return 0, 0
+    length = 9 - data[0].bit_length()
+    if len(data) < length:
+        return 0, 0
+    value = int.from_bytes(data[:length], "big")
+    if keep_marker:
+        return value, length
+    value &= (1 << 7 * length) - 1
+    return (None if value == (1 << 7 * length) - 1 else value), length
+
+
+def _avi_cut(file: VideoFile) -> str | None:
+    """Walks the RIFF chunks (one per gigabyte in OpenDML)."""
+    offset = 0
+    while offset + 12 <= file.size:
+        kind, size, form = struct.unpack("<4sI4s", file.read_at(offset, 12))
+        if kind != b"RIFF":
+            return None
+        if size == 0 and form in (b"AVI ", b"AVIX"):
+            return "its header was never completed, as after an interrupted recording"
+        missing = _missing(file, offset + 8 + size, "the RIFF chunk")
+        if missing:
+            return missing
+        offset += 8 + size + size % 2
+    return None
+
+
+def _ogg_cut(file: VideoFile) -> str | None:
+    """Looks at the last page: it must be whole, and one of the pages near the end must close a stream.
+
+    Source: RFC 3533, 6.
+    """
+    tail_start = max(0, file.size - 5 * 65307)  # five pages of the largest size
+    tail = file.read_at(tail_start, file.size - tail_start)
+    closed, last = False, None
+    for match in re.finditer(rb"OggS\x00", tail):
+        page = tail[match.start() :]
+        if len(page) < 27 or len(page) < 27 + page[26]:
+            return "its last page is cut"
+        closed |= bool(page[5] & 4)
+        last = match.start() + 27 + page[26] + sum(page[27 : 27 + page[26]])
+    if last is None:
+        return None
+    if last > len(tail):
+        return "its last page is cut"
+    return None if closed else "its last page does not close the stream"
+
+
+def _ts_cut(file: VideoFile) -> str | None:
+    head = file.read_at(0, 204 * 4)
+    for size, first in ((188, 0), (192, 4), (204, 0)):
+        if len(head) > 3 * size + first and all(head[first + i * size] == 0x47 for i in range(4)):
+            rest = file.size % size
+            return f"its last packet has {rest} of {size} bytes" if rest else None
+    return None
+
+
+def _flv_cut(file: VideoFile) -> str | None:
+    """The last four bytes give the length of the last tag."""
+    length = int.from_bytes(file.read_at(file.size - 4, 4), "big")
+    tag = file.read_at(file.size - 4 - length, 4)
+    whole = len(tag) == 4 and tag[0] & 0x1F in (8, 9, 18) and int.from_bytes(tag[1:4], "big") + 11 == length
+    return None if whole else "its last tag is cut"
+
+
+def _asf_cut(file: VideoFile) -> str | None:
+    """Holds the file properties' size against the file's. Source: ASF specification 3.2."""
+    header = file.read_at(0, 1 << 16)
+    place = header.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    if place < 0 or len(header) < place + 92:
+        return None
+    broadcast = header[place + 88] & 1
+    size = int.from_bytes(header[place + 40 : place + 48], "little")
+    return None if broadcast else _missing(file, size, "the data")
+
+
+_CHECKS: tuple[tuple[bytes, Callable[[VideoFile], str | None]], ...] = (
+    (rb"....(ftyp|moov|mdat|free|skip|wide|styp|moof|pnot)", _mp4_cut),
+    (rb"\x1a\x45\xdf\xa3", _matroska_cut),
+    (rb"RIFF....AVI ", _avi_cut),
+    (rb"OggS", _ogg_cut),
+    (rb"\x47|....\x47", _ts_cut),
+    (rb"FLV\x01", _flv_cut),
+    (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", _asf_cut),
+)
