@@ -100,7 +100,7 @@ def warn_of_bundle(bundle: Any) -> None:
     from pipeline.cli_print import note
 
     if bundle.card.answers_mean_nothing:
-        note(f"model {bundle.name}: hits and answers mean nothing; it knows {bundle.card.knows}")
+        note(f"model {bundle.name} knows {bundle.card.knows}; its hits and answers mean nothing")
 
 
 def _result_json(result: Any, model_id: str) -> dict[str, Any]:
