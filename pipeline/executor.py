@@ -58,7 +58,7 @@ class Executor:
 
     def __enter__(self) -> "Executor":
         _start_ray(self._address)
-        self._counts["encode"] = self._counts["encode"] or _suggested_workers(self._settings.device)
+        self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
         self._counts["examine"] = max(1, self._counts["encode"] // 2)
         for kind, count in self._counts.items():
             for worker in range(count):
@@ -163,12 +163,19 @@ def _is_dead(handle: Any) -> bool:
     return False
 
 
-def _suggested_workers(device: str) -> int:
-    """One per GPU; on CPUs one per eight cores, since a model copy computes on several of them."""
-    resources = ray.cluster_resources()
-    if device == "cuda":
-        return max(1, int(resources.get("GPU", 0)))
-    return max(1, int(resources.get("CPU", 1)) // 8)
+def _worker_count(device: str, wanted: int | None) -> int:
+    """As many as wanted; else one per GPU, or on CPUs one per eight cores, on several of which a model computes.
+
+    Raises:
+        UsageError: the cluster has not as many GPUs or cores, so that some would wait for ever.
+    """
+    kind, cores_each = ("GPU", 1) if device == "cuda" else ("CPU", 8)
+    have = int(ray.cluster_resources().get(kind, 0))
+    if have == 0 and kind == "GPU":
+        raise UsageError("--device cuda: Ray finds no GPU on this machine or cluster; use --device cpu")
+    if wanted is not None and wanted > have:
+        raise UsageError(f"--workers {wanted}: there are {have} {kind}s; give at most as many")
+    return wanted or max(1, have // cores_each)
 
 
 def _start_ray(address: str | None) -> None:

@@ -30,6 +30,7 @@ def one_line(run):
         (["index", TRACTOR, "--fps", "0"], 2, "--fps: must be more than 0"),
         (["index", TRACTOR, "--patches", "100000"], 2, "--patches 100000"),
         (["index", TRACTOR, "--config", "nowhere.toml"], 2, "--config nowhere.toml"),
+        (["index", TRACTOR, "--workers", "1000"], 2, "--workers 1000: there are"),
         (["index", TRACTOR, "--address", "127.0.0.1:1"], 2, "--address 127.0.0.1:1"),
         (["search", "x", "--archive", "/nowhere/archive"], 2, "no archive at /nowhere/archive"),
         (["status", "--archive", "/nowhere/archive"], 2, "no archive at /nowhere/archive"),
@@ -41,7 +42,7 @@ def test_a_wrong_command_says_what_is_wrong(vidx, tmp_path, arguments, code, say
     assert run.code == code, run.err
     assert says in run.err
     assert "Traceback" not in run.err
-    assert not (tmp_path / "archive").exists()
+    assert not list((tmp_path / "archive").glob("frames/*.parquet"))
 
 
 @pytest.mark.parametrize(
