@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from pipeline.fuse import fuse as fuse_frames
-from pipeline.search import Range, search
+from pipeline.search import Range, check_text, search
 from storage.archive import Archive
 from storage.cells import read_tokens
-from storage.errors import NothingFound, UsageError
+from storage.errors import UsageError
 from storage.records import Answer, FrameRef, Moment
 from workers.bundle import Bundle
 from workers.llava_mini import answer_embeds, generate, load_model
@@ -17,7 +17,7 @@ MOMENTS = 8  # asked of the search; the best ones fill the frames
 EDGE_SECONDS = 5e-4  # shrinks a moment, so that the rounding of ticks to seconds takes in no neighbour
 
 
-def ask(
+def answer(
     archive: Archive,
     bundle: Bundle,
     question: str,
@@ -48,8 +48,7 @@ def ask(
     Raises:
         UsageError: an empty question, or more frames than the model's context holds.
     """
-    if not question.strip():
-        raise UsageError("the question is empty; ask about what the videos show")
+    check_text("question", question)
     moments, frames = _choose(archive, bundle, question, within, frame_limit)
     if not frames:
         return None
@@ -82,10 +81,7 @@ def _choose(
         frames = within.frames(archive)
         uris = archive.uris({frame.video_number for frame in frames})
         return _stretches(frames, uris), frames
-    try:
-        found = search(archive, bundle, question, within, MOMENTS, None).moments
-    except NothingFound:
-        return (), []
+    found = search(archive, bundle, question, within, MOMENTS, None).moments
     return _frames_of_moments(archive, found, frame_limit)
 
 

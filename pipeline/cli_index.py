@@ -58,7 +58,7 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     Exit codes: 0 well, 3 some of the videos tried failed or are partial, 2 wrong usage, 5 the archive cannot be
     written, 130 interrupted.
     """
-    from pipeline.cli_print import note, print_json
+    from pipeline.cli_print import note, print_json, printable
     from pipeline.config import load_config
     from pipeline.index import run_index
     from pipeline.scan import scan
@@ -71,6 +71,8 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     found = scan(sources)
     if found.passed_over:
         note(f"left out of folders for not being named like a video: {found.passed_over} file(s)")
+    for folder in found.unreadable:
+        note(f"{printable(folder)}: this folder cannot be read and was left out")
     bundle = find_bundle(settings.model)
     warn_of_bundle(bundle)
     sampling = Sampling(settings.fps, bundle.default_patch_rows if settings.patches is None else settings.patches)
@@ -114,6 +116,9 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "frames": result.frame_count,
         "model_id": model_id,
         "seconds": round(result.seconds, 3),
+        "decode_seconds": round(result.decode_seconds, 3),
+        "encode_seconds": round(result.encode_seconds, 3),
+        "store_seconds": round(result.store_seconds, 3),
         "interrupted": result.interrupted,
         "failures": [
             {
@@ -134,7 +139,7 @@ def _print_result(result: Any, archive_dir: str) -> None:
 
     tried = result.indexed + result.partial + result.failed
     if tried == 0 and not result.interrupted:
-        click.echo(f"Nothing to index: all {result.skipped} videos are in {archive_dir} already.")
+        click.echo(f"Nothing to index: {archive_dir} knows all of the {result.skipped} videos; `vidx status` shows it.")
         return
     counts = f"{result.indexed} indexed, {result.partial} partial, {result.failed} failed, {result.skipped} skipped"
     click.echo(f"{counts}; {result.frame_count} frames in {result.seconds:.1f} s; archive: {archive_dir}")

@@ -1,5 +1,7 @@
 """`vidx models`."""
 
+import contextlib
+
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, json_option
@@ -19,10 +21,13 @@ def models(archive_dir: str, as_json: bool) -> None:
     """
     from pipeline.cli_print import print_json, print_table
     from storage.archive import archive_exists, open_archive
+    from storage.errors import ArchiveError
     from workers.bundle import list_bundles
 
     uri = archive_uri(archive_dir)
-    used = open_archive(uri).model_id if archive_exists(uri) else None
+    used = None
+    with contextlib.suppress(ArchiveError):  # a damaged archive has nothing to say of models; others have
+        used = open_archive(uri).model_id if archive_exists(uri) else None
     bundles = list_bundles()
     if as_json:
         print_json(

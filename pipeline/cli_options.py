@@ -13,8 +13,8 @@ archive_option = click.option(
     "--archive",
     "archive_dir",
     envvar="VIDX_ARCHIVE",
-    default="vidx-archive",
-    show_default="./vidx-archive",
+    default="./vidx-archive",
+    show_default=True,
     metavar="DIR",
     help="The archive; the environment variable VIDX_ARCHIVE sets it too.",
 )

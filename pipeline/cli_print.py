@@ -58,7 +58,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Se
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    width = None if sys.stdout.isatty() else 160  # a pipe or a file has no width of its own
+    width = None if sys.stdout.isatty() else 100_000  # in a pipe or a file a row stays one line
     Console(width=width, highlight=False).print(table)
 
 

@@ -15,6 +15,9 @@ from pipeline.cli_options import (
     range_options,
 )
 
+DEFAULT_FRAMES = 32
+NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
+
 model_option = click.option(
     "--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now; the one that made it."
 )
@@ -68,7 +71,9 @@ def search(
         note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
     if not result.moments:
         least = bundle.search_floor if floor is None else floor
-        note(f"nothing found: none of {result.frames_searched} frames reaches a cosine of {least:g} (--floor)")
+        searched = result.frames_searched
+        why = f"none of {searched} frames reaches a cosine of {least:g} (--floor)" if searched else NO_FRAMES
+        note(f"nothing found: {why}")
         sys.exit(4)
 
 
@@ -79,9 +84,8 @@ def search(
 @click.option(
     "--frames",
     type=click.IntRange(1, 100_000),
-    default=32,
-    show_default=True,
-    help="Show the model at most so many frames.",
+    default=None,
+    help="Show the model at most so many frames; 32.",
 )
 @click.option("--all", "take_all", is_flag=True, help="Take every frame of the chosen range instead of searching.")
 @click.option(
@@ -107,12 +111,15 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
 
     Exit code 4: nothing found to answer from.
     """
-    from pipeline.answer import ask as run_ask
+    from pipeline.answer import answer as run_answer
     from pipeline.cli_index import warn_of_bundle
     from pipeline.cli_print import moment_json, note, print_json, print_moments
     from pipeline.search import bundle_of
     from storage.archive import open_archive
+    from storage.errors import UsageError
 
+    if options["take_all"] and options["frames"] is not None:
+        raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
     warn_of_bundle(bundle)
@@ -122,12 +129,12 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         if not as_json:
             click.echo(text, nl=False)
 
-    answer = run_ask(
+    answer = run_answer(
         archive,
         bundle,
         question,
         where,
-        frame_limit=None if options["take_all"] else options["frames"],
+        frame_limit=None if options["take_all"] else options["frames"] or DEFAULT_FRAMES,
         fuse=options["fuse"],
         max_tokens=options["max_tokens"],
         device=options["device"] or "auto",
@@ -164,14 +171,14 @@ def _range(archive: Any, video: str | None, from_text: str | None, to_text: str 
     from pipeline.search import Range
     from storage.errors import UsageError
 
-    name, start, end = parse_moment(video) if video else (None, None, None)
-    if start is not None and (from_text or to_text):
+    name, start, end = parse_moment(video) if video is not None else (None, None, None)
+    if start is not None and not (from_text is None and to_text is None):
         raise UsageError(f"--video {video} names a moment already; leave out --from and --to, or the part after @")
-    start = parse_time("--from", from_text) if from_text else start
-    end = parse_time("--to", to_text) if to_text else end
+    start = parse_time("--from", from_text) if from_text is not None else start
+    end = parse_time("--to", to_text) if to_text is not None else end
     if start is not None and end is not None and end <= start:
-        raise UsageError(f"--from {from_text} --to {to_text}: the range ends before it starts")
-    row = archive.find_video(name) if name else None
+        raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
+    row = archive.find_video(name) if name is not None else None
     if start is not None and end is None and video and from_text is None:
         end = start + 1e-6  # a moment of one instant: the frame shown then
     return Range(row, start, end)

@@ -1,5 +1,6 @@
 """Settings of an index job: one validated model, values from presets, a file and the command line."""
 
+import re
 import tomllib
 from fractions import Fraction
 from importlib.resources import files
@@ -34,8 +35,11 @@ class IndexConfig(BaseModel):
     @field_validator("fps", mode="before")
     @classmethod
     def _exact_fps(cls, value: Any) -> Fraction:
+        text = str(value)
+        if not re.fullmatch(r"-?[\d.]{1,20}(/\d{1,20})?", text):  # an exponent could make it as large as it likes
+            raise ValueError("must be a number or a ratio such as 30000/1001")
         try:
-            fps = Fraction(str(value))
+            fps = Fraction(text)
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError("must be a number or a ratio such as 30000/1001") from error
         if not 0 < fps <= 1000:

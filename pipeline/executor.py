@@ -5,11 +5,11 @@ import os
 import signal
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from storage.errors import UsageError, VidxError
 from storage.records import Content, Problem, Reason, SegmentTask
@@ -59,6 +59,8 @@ class Executor:
     def __enter__(self) -> "Executor":
         _start_ray(self._address)
         self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        self._settings = replace(self._settings, threads=max(1, cores // self._counts["encode"]))
         self._counts["examine"] = max(1, self._counts["encode"] // 2)
         for kind, count in self._counts.items():
             for worker in range(count):
@@ -112,9 +114,11 @@ class Executor:
         except RayActorError as error:
             return self._after_death(task, error)
         except RayTaskError as error:
-            if isinstance(error.cause, VidxError) or task.kind == "load":
+            if isinstance(error.cause, VidxError):
                 raise error.cause from None
-            print(error, file=sys.stderr)  # our own mistake: its traceback is shown, and the job goes on
+            if task.kind == "load":
+                raise
+            sys.stderr.write(f"{error}\n")  # our own mistake: its traceback is shown, and the job goes on
             detail = f"{type(error.cause).__name__}: {error.cause}"
             return Outcome(task.kind, task.key, None, Problem(Reason.UNKNOWN, detail))
         return None if task.kind == "load" else Outcome(task.kind, task.key, result, None)
@@ -160,6 +164,8 @@ def _is_dead(handle: Any) -> bool:
         ray.get(handle.__ray_ready__.remote(), timeout=60)
     except RayActorError:
         return True
+    except GetTimeoutError:
+        return False  # busy
     return False
 
 
@@ -191,4 +197,6 @@ def _start_ray(address: str | None) -> None:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the job without a last commit
     except (ConnectionError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
+        if address is None:
+            raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error

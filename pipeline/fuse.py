@@ -1,7 +1,7 @@
 """fuse: a question's text with the frames it is asked about, from the best source of pre-fusion at hand."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,7 +11,7 @@ from storage.archive import Archive
 from storage.cells import cell_shape, keeps, read_compressor_out, read_patches
 from storage.errors import VideoProblem
 from storage.files import local_path, source_text
-from storage.records import Content, FrameRef, Reason, VideoRow
+from storage.records import FrameRef, Reason, VideoRow
 from workers.content import identify
 from workers.decode import Decoder
 from workers.encode import exact_inputs
@@ -50,25 +50,25 @@ def fuse(archive: Archive, model: LlavaMini, ids: Sequence[int], frames: Sequenc
             every frame is replaced by the best that is, and the note says so.
     """
     stored = "patches" if keeps(archive.frames_uri, "patches", frames) else "tokens"
-    note, meter = "", _Meter()
+    note, bytes_read = "", 0
     if wanted == "exact":
-        try:
-            features = fuse_question(model, ids, _exact(archive, model, frames, meter))
-            return Fused(features, "exact", "", meter.video_bytes_read)
-        except VideoProblem as problem:
-            note = f"fused with {stored} instead of exact: {problem.detail}"
+        numbers = {frame.video_number for frame in frames}
+        rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers}
+        largest = max(row.probe.width * row.probe.height for row in rows.values())  # allowed when it was indexed
+        with Decoder(max_pixels=largest) as decoder:
+            try:
+                features = fuse_question(model, ids, _exact(rows, model, frames, decoder))
+                return Fused(features, "exact", "", decoder.bytes_read)
+            except VideoProblem as problem:
+                note = f"fused with {stored} instead of exact: {problem.detail}"
+            bytes_read = decoder.bytes_read
     elif wanted == "patches" and stored == "tokens":
         note = (
             "fused with tokens instead of patches: not all of these frames were indexed with a patch tier (--patches)"
         )
     source = "tokens" if wanted == "tokens" else stored
     features = fuse_question(model, ids, _stored(archive, model, frames, source))
-    return Fused(features, source, note, meter.video_bytes_read)
-
-
-@dataclass
-class _Meter:
-    video_bytes_read: int = 0
+    return Fused(features, source, note, bytes_read)
 
 
 def _stored(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], source: str) -> Iterator[FusionInputs]:
@@ -82,38 +82,43 @@ def _stored(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], sour
             yield patches_inputs(model.vision, read_compressor_out(uri, batch), read_patches(uri, batch))
 
 
-def _exact(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], meter: _Meter) -> Iterator[FusionInputs]:
+def _exact(
+    rows: Mapping[int, VideoRow], model: LlavaMini, frames: Sequence[FrameRef], decoder: Decoder
+) -> Iterator[FusionInputs]:
     """The frames decoded and encoded once more.
 
     Raises:
-        VideoProblem: a video is gone, changed, or does not give its frames again.
+        VideoProblem: a video is gone, changed, or does not give its frames again; the detail names it.
     """
-    rows = {row.video_number: row for row in archive.videos() if row.video_number is not None}
-    numbers = sorted({frame.video_number for frame in frames})
-    for number in numbers:  # all first: a video out of reach is found before anything is decoded
-        _check_reachable(rows[number])
-    with Decoder() as decoder:
-        for number, group in groupby(frames, key=lambda frame: frame.video_number):
-            row = rows[number]
-            for batch in _chunks(list(group), DECODED_AT_ONCE):
-                ticks = [frame.ticks for frame in batch]
-                pixels, bytes_read = decoder.frames_at(local_path(row.uri), row.probe, ticks)
-                meter.video_bytes_read += bytes_read
-                yield from exact_inputs(model.vision, pixels)
+    for row in rows.values():
+        _check_reachable(row)  # all first: a video out of reach is found before anything is decoded
+    for number, group in groupby(frames, key=lambda frame: frame.video_number):
+        row = rows[number]
+        for batch in _chunks(list(group), DECODED_AT_ONCE):
+            try:
+                pixels = decoder.frames_at(local_path(row.uri), row.probe, [frame.ticks for frame in batch])
+            except VideoProblem as problem:
+                raise _named(row, problem) from problem
+            yield from exact_inputs(model.vision, pixels)
 
 
 def _check_reachable(row: VideoRow) -> None:
     path = local_path(row.uri)
     try:
         stat = os.stat(path)
+        same = stat.st_size == row.size_bytes
+        if same and stat.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
+            same = identify(path).video_id == row.video_id
     except OSError as error:
-        raise VideoProblem(Reason.VANISHED, f"{source_text(row.uri)}: {error.strerror}") from error
-    same = stat.st_size == row.size_bytes
-    if same and stat.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
-        content: Content = identify(path)
-        same = content.video_id == row.video_id
+        raise _named(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error
+    except VideoProblem as problem:
+        raise _named(row, problem) from problem
     if not same:
-        raise VideoProblem(Reason.CHANGED, f"{source_text(row.uri)}: changed since it was indexed")
+        raise _named(row, VideoProblem(Reason.CHANGED, "changed since it was indexed"))
+
+
+def _named(row: VideoRow, problem: VideoProblem) -> VideoProblem:
+    return VideoProblem(problem.reason, f"{source_text(row.uri)}: {problem.detail}")
 
 
 def _chunks(frames: Sequence[FrameRef], size: int) -> Iterable[Sequence[FrameRef]]:

@@ -1,18 +1,18 @@
 """index: sources -> the committed, searchable archive. The job's flow; the work itself happens in workers."""
 
+import contextlib
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipeline.config import IndexConfig
+from pipeline.known import Known, drop_known
 from pipeline.split import split
 from storage.archive import Archive
-from storage.errors import VideoProblem
-from storage.files import local_path
+from storage.errors import VidxError
 from storage.records import (
     Content,
     Probe,
@@ -28,7 +28,6 @@ from storage.records import (
 from storage.vectors import update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle
-from workers.content import identify
 
 if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
     from pipeline.executor import Executor, Outcome
@@ -41,7 +40,8 @@ READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver ho
 class IndexResult:
     """What a job did; the four kinds of videos are disjoint and add up to the sources.
 
-    `failures` lists this run's partial and failed videos.
+    `failures` lists this run's partial and failed videos. The seconds of the stages are summed over workers: waiting
+    for the decoder, computing, and writing.
     """
 
     indexed: int = 0
@@ -50,6 +50,9 @@ class IndexResult:
     skipped: int = 0
     frame_count: int = 0
     seconds: float = 0.0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    store_seconds: float = 0.0
     failures: list[VideoRow] = field(default_factory=list)
     interrupted: bool = False
 
@@ -107,17 +110,22 @@ def run_index(
     """
     start = time.monotonic()
     result = IndexResult()
-    todo, contents = _drop_known(list(assets), archive, bundle, sampling, result)
-    if todo:
+    known = drop_known(list(assets), archive, bundle, sampling, config.max_pixels)
+    result.skipped = known.skipped
+    if known.todo:
         from pipeline.executor import Executor
 
-        job = _Job(todo, contents, archive, bundle, sampling, result, report)
+        job = _Job(known, archive, bundle, sampling, result, report)
         try:
             with Executor(worker_settings(archive, bundle, config), config.address, config.workers) as executor:
                 job.run(executor)
         except KeyboardInterrupt:
             result.interrupted = True
             job.commit()
+        except VidxError:
+            with contextlib.suppress(VidxError):  # what other workers had finished; a full disk refuses it too
+                job.commit()
+            raise
     update_index(archive)
     result.seconds = time.monotonic() - start
     return result
@@ -132,7 +140,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig) -> Wo
         device="cuda" if on_gpu else "cpu",
         dtype=config.dtype,
         batch=config.batch,
-        threads=max(1, (os.cpu_count() or 1) // (config.workers or 1)),
+        threads=1,  # the executor divides the cores once it has counted the workers
         max_pixels=config.max_pixels,
         decode_threads=config.decode_threads,
         timeout_seconds=config.timeout_seconds,
@@ -143,74 +151,24 @@ def _has_gpu() -> bool:
     return os.path.exists("/dev/nvidiactl")  # asking torch would cost its import in a driver that needs none
 
 
-def _drop_known(
-    assets: list[VideoAsset], archive: Archive, bundle: Bundle, sampling: Sampling, result: IndexResult
-) -> tuple[list[VideoAsset], dict[str, Content]]:
-    """The assets that need work, and the hashes already computed.
-
-    Only files of a size that the archive knows are hashed here (they are probably known, and then no cluster
-    need be started); the others are hashed by the workers.
-    """
-    rows = archive.videos()
-    by_id = {row.video_id: row for row in rows if row.video_id is not None}
-    sizes = {row.size_bytes for row in by_id.values()}
-
-    def content_if_size_known(asset: VideoAsset) -> Content | None:
-        path = local_path(asset.uri)
-        try:
-            return identify(path) if os.path.isfile(path) and os.stat(path).st_size in sizes else None
-        except (OSError, VideoProblem):
-            return None  # the worker meets it again and gives it its reason
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
-        found = list(pool.map(content_if_size_known, assets))
-    todo, contents, changed_rows = [], {}, []
-    for asset, content in zip(assets, found, strict=True):
-        row = by_id.get(content.video_id) if content else None
-        if content:
-            contents[asset.uri] = content
-        if row is None or not _is_settled(row, bundle, sampling):
-            todo.append(asset)
-            continue
-        result.skipped += 1
-        if (renewed := _renewed(row, asset, content)) is not None:
-            by_id[row.video_id] = renewed
-            changed_rows.append(renewed)
-    if changed_rows:
-        archive.publish(changed_rows)
-    return todo, contents
-
-
-def _is_settled(row: VideoRow, bundle: Bundle, sampling: Sampling) -> bool:
-    """Whether trying again would give the same rows."""
-    same_settings = row.model_id == bundle.model_id and row.sampling == str(sampling)
-    return same_settings and (row.problem is None or not row.problem.reason.may_pass)
-
-
-def _renewed(row: VideoRow, asset: VideoAsset, content: Content) -> VideoRow | None:
-    """The row with what the source says differently now: moved, retagged, redated; None where nothing is."""
-    changes = {}
-    if asset.uri != row.uri and not os.path.exists(local_path(row.uri)):
-        changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns}
-    if asset.uri == row.uri and content.mtime_ns != row.mtime_ns:
-        changes["mtime_ns"] = content.mtime_ns
-    if asset.captured_at is not None and asset.captured_at != row.captured_at:
-        changes["captured_at"] = asset.captured_at
-    if asset.tags and dict(asset.tags) != dict(row.tags):
-        changes["tags"] = asset.tags
-    return replace(row, **changes) if changes else None
-
-
 class _Job:
     """The loop over examinations and segments: gives out work, collects it, commits it."""
 
-    def __init__(self, todo, contents, archive, bundle, sampling, result, report):
-        self._unexamined = deque(todo)
-        self._contents = contents
-        self._archive: Archive = archive
-        self._bundle: Bundle = bundle
-        self._sampling: Sampling = sampling
-        self._result: IndexResult = result
+    def __init__(
+        self,
+        known: Known,
+        archive: Archive,
+        bundle: Bundle,
+        sampling: Sampling,
+        result: IndexResult,
+        report: Callable[[Progress], None],
+    ):
+        self._known = known
+        self._unexamined = deque(known.todo)
+        self._archive = archive
+        self._bundle = bundle
+        self._sampling = sampling
+        self._result = result
         self._report = report
         self._examined: list[tuple[VideoAsset, Content, Probe]] = []
         self._ready: deque[SegmentTask] = deque()
@@ -218,7 +176,7 @@ class _Job:
         self._receipts: list[Receipt] = []
         self._finished: list[VideoRow] = []
         self._last_commit = time.monotonic()
-        self._video_count = len(todo)
+        self._video_count = len(known.todo)
         self._seen: dict[str, str] = {}
         self._expected_frames = 0.0
 
@@ -241,6 +199,9 @@ class _Job:
         landed = self._archive.commit_frames(receipts)
         self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
         for receipt in receipts:
+            self._result.decode_seconds += receipt.decode_seconds
+            self._result.encode_seconds += receipt.encode_seconds
+            self._result.store_seconds += receipt.store_seconds
             self._settle(receipt)
         finished, self._finished = self._finished, []
         if finished:
@@ -255,7 +216,7 @@ class _Job:
             executor.encode(task, task)
         while self._unexamined and executor.free("examine") > 0 and len(self._ready) < READY_SEGMENTS:
             asset = self._unexamined.popleft()
-            executor.examine(asset, asset.uri, self._contents.get(asset.uri))
+            executor.examine(asset, asset.uri, self._known.contents.get(asset.uri))
 
     def _take_in(self, outcome: "Outcome") -> None:
         if outcome.kind == "encode":
@@ -269,6 +230,7 @@ class _Job:
         if content is not None:
             if content.video_id in self._seen:  # the same bytes under a second name in this very job
                 self._result.skipped += 1
+                self._video_count -= 1
                 return
             self._seen[content.video_id] = asset.uri
         if examined.probe is None:
@@ -287,9 +249,6 @@ class _Job:
             segments = split(content.video_id, probe)
             done = self._archive.committed(content.video_id, self._sampling, [segment.key for segment in segments])
             waiting = [segment for segment in segments if segment.key not in done]
-            if not waiting and number in self._archive.published():  # whatever passed has left nothing to try
-                self._result.skipped += 1
-                continue
             video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=bool(done))
             self._videos[content.video_id] = video
             self._expected_frames += (probe.duration_seconds or 0.0) * float(self._sampling.fps)
@@ -303,8 +262,8 @@ class _Job:
         video.waiting.discard(receipt.segment.key)
         if receipt.problem is not None and video.problem is None:
             video.problem = receipt.problem
-        if receipt.decoder != video.probe.decoder:  # it met damage; that the other one took over is told
-            video.probe = replace(video.probe, decoder=receipt.decoder)
+        if receipt.decoder == "pyav":  # it took over where decord met damage, if only in this segment
+            video.probe = replace(video.probe, decoder="pyav")
         if not video.waiting:
             self._finish(video)
 
@@ -319,7 +278,16 @@ class _Job:
         row = self._row(video.asset, video.content, video.probe, video.number, frame_count, problem)
         self._finished.append(row)
 
-    def _row(self, asset, content, probe, number, frame_count, problem) -> VideoRow:
+    def _row(
+        self,
+        asset: VideoAsset,
+        content: Content | None,
+        probe: Probe | None,
+        number: int | None,
+        frame_count: int,
+        problem: Problem | None,
+    ) -> VideoRow:
+        asset = self._known.inherit(asset, content)
         damaged = Status.PARTIAL if frame_count else Status.FAILED
         return VideoRow(
             video_id=content.video_id if content else None,

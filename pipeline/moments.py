@@ -39,6 +39,11 @@ def moments_of(
     return sorted(moments, key=lambda moment: (-moment.score, moment.video_number, moment.start_seconds))
 
 
+def fallen(peak: float) -> float:
+    """The score below which a moment with that peak ends."""
+    return peak - FALL * abs(peak)
+
+
 def _adjoin(earlier: FrameRef, later: FrameRef) -> bool:
     """Spans tile a video, so neighbours touch; half a millisecond allows for the rounding of ticks to seconds."""
     return later.time_seconds - (earlier.time_seconds + earlier.duration_seconds) < 5e-4
@@ -51,7 +56,7 @@ def _grow(run: list[tuple[Hit, FrameRef]], uri: str) -> list[Moment]:
     while left:
         frames = left.pop()
         peak = max(range(len(frames)), key=lambda i: frames[i][0].score)
-        floor = frames[peak][0].score - FALL * abs(frames[peak][0].score)
+        floor = fallen(frames[peak][0].score)
         start, end = peak, peak + 1
         while start > 0 and frames[start - 1][0].score >= floor:
             start -= 1

@@ -23,10 +23,17 @@ MANIFEST_SUFFIXES = (".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class Scan:
-    """The videos to look at, in order, and how many files in folders were passed over for their suffix."""
+    """The videos to look at, in order.
+
+    Attributes:
+        assets: the videos.
+        passed_over: how many files in folders are not named like videos.
+        unreadable: folders below those named that could not be listed.
+    """
 
     assets: tuple[VideoAsset, ...]
     passed_over: int
+    unreadable: tuple[str, ...]
 
 
 def scan(sources: Iterable[str]) -> Scan:
@@ -38,26 +45,31 @@ def scan(sources: Iterable[str]) -> Scan:
         UsageError: a source does not exist or holds no video, or a manifest cannot be read.
     """
     assets: dict[str, VideoAsset] = {}
-    passed_over = 0
+    passed_over, unreadable = 0, []
     for source in sources:
-        found, others = _scan_source(source)
+        found, others = _scan_source(source, unreadable)
         passed_over += others
         for asset in found:
             if asset.uri not in assets or asset.tags or asset.captured_at:  # a manifest's row says more than a path
                 assets[asset.uri] = asset
-    return Scan(tuple(assets.values()), passed_over)
+    return Scan(tuple(assets.values()), passed_over, tuple(unreadable))
 
 
-def _scan_source(source: str) -> tuple[list[VideoAsset], int]:
+def _scan_source(source: str, unreadable: list[str]) -> tuple[list[VideoAsset], int]:
     path = _as_path(source)
     if os.path.isdir(path):
-        return _scan_folder(source, path)
+        videos, others = _scan_folder(path, unreadable)
+        if not videos:
+            raise UsageError(
+                f"{source}: no video in this folder ({others} other files); name files themselves to try them"
+            )
+        return videos, others
     if os.path.lexists(path):
         if path.lower().endswith(MANIFEST_SUFFIXES):
             return list(_scan_manifest(path)), 0
         return [VideoAsset(to_uri(path))], 0
     if glob.has_magic(path):
-        return _scan_glob(source, path)
+        return _scan_glob(source, path, unreadable)
     raise UsageError(f"{source}: no such file or folder")
 
 
@@ -70,37 +82,35 @@ def _as_path(source: str) -> str:
     return os.fsdecode(path)
 
 
-def _scan_folder(source: str, folder: str) -> tuple[list[VideoAsset], int]:
+def _scan_folder(folder: str, unreadable: list[str]) -> tuple[list[VideoAsset], int]:
+    def refuse(error: OSError) -> None:
+        if os.fsdecode(error.filename) == folder:  # the one that the user named
+            raise UsageError(f"{folder}: {error.strerror}") from error
+        unreadable.append(os.fsdecode(error.filename))
+
     videos, others = [], 0
-    for parent, folders, names in os.walk(os.fsencode(folder), onerror=_refuse_folder):
+    for parent, folders, names in os.walk(os.fsencode(folder), onerror=refuse):
         folders.sort()
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
                 videos.append(VideoAsset(to_uri(os.path.join(parent, name))))
             else:
                 others += 1
-    if not videos:
-        raise UsageError(f"{source}: no video in this folder ({others} other files); name files themselves to try them")
     return videos, others
 
 
-def _refuse_folder(error: OSError) -> None:
-    raise UsageError(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
-
-
-def _scan_glob(source: str, pattern: str) -> tuple[list[VideoAsset], int]:
+def _scan_glob(source: str, pattern: str, unreadable: list[str]) -> tuple[list[VideoAsset], int]:
     matches = sorted(glob.glob(os.fsencode(pattern), recursive=True))
-    if not matches:
-        raise UsageError(f"{source}: matches nothing")
     assets, others = [], 0
     for match in matches:
-        if os.path.isdir(match):
-            if b"**" not in os.fsencode(pattern):  # ** lists what lies below the folder by itself
-                found, passed_over = _scan_folder(os.fsdecode(match), os.fsdecode(match))
-                assets += found
-                others += passed_over
-        else:
+        if not os.path.isdir(match):
             assets.append(VideoAsset(to_uri(match)))
+        elif "**" not in pattern:  # ** lists what lies below a folder by itself
+            found, passed_over = _scan_folder(os.fsdecode(match), unreadable)
+            assets += found
+            others += passed_over
+    if not assets:
+        raise UsageError(f"{source}: matches no video")
     return assets, others
 
 
@@ -151,6 +161,8 @@ def _manifest_asset(where: str, row: dict, folder: Path) -> VideoAsset:
         for name, value in row.items()
         if name not in ("source", "captured_at") and value not in (None, "")
     }
+    if any("\ud800" <= character <= "\udfff" for text in (*tags, *tags.values()) for character in text):
+        raise UsageError(f"{where}: a tag is no valid text (a lone surrogate)")
     path = _as_path(source)
     return VideoAsset(to_uri(os.path.join(folder, path)), _captured_at(where, row.get("captured_at")), tags)
 
@@ -160,6 +172,6 @@ def _captured_at(where: str, text: object) -> datetime | None:
         return None
     try:
         moment = datetime.fromisoformat(str(text))
-    except ValueError as error:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{where}: captured_at {text!r} is not ISO 8601, e.g. 2024-05-01T12:00:00Z") from error
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 
-from pipeline.moments import moments_of
+import numpy as np
+
+from pipeline.moments import fallen, moments_of
 from storage.archive import Archive
-from storage.errors import NothingFound, UsageError
+from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import FrameRef, Moment, VideoRow
-from storage.vectors import ids_of, open_index
+from storage.vectors import Index, ids_of, open_index
 from workers.bundle import Bundle, find_bundle
 from workers.clip_text import TextEncoder
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
+MOST_HITS = 8192  # a moment of more frames than that may be shown in pieces
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ class Range:
         return self.video is None and self.start_seconds is None and self.end_seconds is None
 
     def frames(self, archive: Archive) -> list[FrameRef]:
-        """The stored frames in the range, in order of video and time."""
+        """The stored frames in the range, in order of video and time; a failed video has none."""
         number = self.video.video_number if self.video else None
+        if self.video is not None and number is None:
+            return []
         return archive.frames(
             video_numbers=None if number is None else [number],
             start_seconds=self.start_seconds,
@@ -65,6 +70,18 @@ def bundle_of(archive: Archive, model: str | None) -> Bundle:
     return bundle
 
 
+def check_text(what: str, text: str) -> None:
+    """Refuses what no tokenizer takes.
+
+    Raises:
+        UsageError: the text is empty, or not text.
+    """
+    if not text.strip():
+        raise UsageError(f"the {what} is empty; say what the videos show")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"the {what} holds bytes that are no UTF-8; type it as text")
+
+
 def search(archive: Archive, bundle: Bundle, text: str, within: Range, limit: int, floor: float | None) -> SearchResult:
     """The moments within a range that a text describes best.
 
@@ -77,10 +94,8 @@ def search(archive: Archive, bundle: Bundle, text: str, within: Range, limit: in
         floor: cosine below which a frame is no hit; None takes the model's.
     Raises:
         UsageError: an empty text, or a model without text tower.
-        NothingFound: the range holds no frames that can be searched.
     """
-    if not text.strip():
-        raise UsageError("the text to search is empty; describe what the moment shows")
+    check_text("text to search", text)
     if not bundle.has_text_search:
         raise UsageError(
             f"model {bundle.name} has no text tower, so text cannot be searched; "
@@ -93,12 +108,22 @@ def search(archive: Archive, bundle: Bundle, text: str, within: Range, limit: in
     else:
         frames = [frame for frame in within.frames(archive) if index.covers(frame.part)]
         ids, searched = ids_of(frames), len(frames)
-    if searched == 0:
-        where = "the archive" if within.is_everything else "the chosen range"
-        raise NothingFound(f"{where} holds no searchable frames ({pending} pending); index videos with `vidx index`")
     floor = bundle.search_floor if floor is None else floor
-    query = TextEncoder(bundle).embed(text)
-    hits = [hit for hit in index.search(query, limit * HITS_PER_MOMENT, ids=ids) if hit.score >= floor]
-    shown = {(frame.video_number, frame.frame_index): frame for frame in archive.hit_frames(hits)}
-    moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))
-    return SearchResult(tuple(moments[:limit]), searched, pending)
+    moments = _find(archive, index, TextEncoder(bundle).embed(text), ids, limit, floor) if searched else []
+    return SearchResult(tuple(moments), searched, pending)
+
+
+def _find(
+    archive: Archive, index: Index, query: np.ndarray, ids: np.ndarray | None, limit: int, floor: float
+) -> list[Moment]:
+    """The best moments, whole: more hits are asked for until each moment's neighbours are known to have fallen."""
+    count = limit * HITS_PER_MOMENT
+    while True:
+        found = index.search(query, count, ids=ids)
+        hits = [hit for hit in found if hit.score >= floor]
+        shown = {(frame.video_number, frame.frame_index): frame for frame in archive.hit_frames(hits)}
+        moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))[:limit]
+        everything = len(found) < count or len(hits) < len(found) or count >= MOST_HITS
+        if everything or (len(moments) == limit and found[-1].score <= min(fallen(m.score) for m in moments)):
+            return moments
+        count *= 4

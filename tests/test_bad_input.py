@@ -51,11 +51,14 @@ def test_a_wrong_command_says_what_is_wrong(vidx, tmp_path, arguments, code, say
         (["search", "  "], 2, "the text to search is empty"),
         (["search", "x", "--video", "nonesuch.mp4"], 2, "nonesuch.mp4"),
         (["search", "x", "--video", "abc"], 2, "abc"),
+        (["search", "x", "--video", ""], 2, "no such video"),
+        (["search", "x", "--from", ""], 2, "--from : not a time"),
+        (["search", b"x\xff"], 2, "no UTF-8"),
         (["search", "x", "--from", "soon"], 2, "--from soon: not a time"),
         (["search", "x", "--from", "0:75:00"], 2, "up to 59"),
-        (["search", "x", "--from", "20", "--to", "10"], 2, "the range ends before it starts"),
+        (["search", "x", "--from", "20", "--to", "10"], 2, "the range must end after it starts"),
         (["search", "x", "--video", f"{TRACTOR}@5-2"], 2, "ends before it starts"),
-        (["search", "x", "--from", "1000000"], 4, "holds no searchable frames"),
+        (["search", "x", "--from", "1000000"], 4, "no searchable frames"),
         (["search", "x", "--floor", "1"], 4, "nothing found"),
         (["ask", " "], 2, "empty"),
         (["ask", "x", "--from", "1000000", "--all"], 4, "nothing found"),
@@ -79,6 +82,22 @@ def test_a_question_to_an_empty_archive_finds_nothing(vidx, tmp_path):
         run = vidx(*command, "--archive", archive)
         assert run.code == 4, run.err
         assert "Traceback" not in run.err
+
+
+def test_a_failed_video_has_nothing_to_search_or_ask(vidx, archive_copy):
+    broken = str(BROKEN / "text.mp4")
+    assert vidx("index", broken, "--archive", str(archive_copy)).code == 3
+    search = vidx("search", "x", "--video", broken, "--archive", str(archive_copy), "--json")
+    assert (search.code, search.json["moments"], search.json["frames_searched"]) == (4, [], 0)
+    ask = vidx("ask", "x", "--video", broken, "--all", "--archive", str(archive_copy), "--json")
+    assert (ask.code, ask.json["found"], ask.json["frames_used"]) == (4, False, 0)
+
+
+def test_a_larger_limit_on_pixels_tries_a_refused_video_again(vidx, tmp_path):
+    command = ["index", str(SAMPLES / "highway.avi"), "--archive", str(tmp_path / "archive"), "--json"]
+    assert vidx(*command, "--max-pixels", "1000").json["failures"][0]["reason"] == "too_large"
+    assert vidx(*command, "--max-pixels", "1000").json["videos_skipped"] == 1
+    assert vidx(*command).json["videos_indexed"] == 1
 
 
 def test_frames_beyond_the_context_are_refused_with_the_numbers(vidx, tmp_path):

@@ -32,6 +32,7 @@ def test_frame_rates_are_exact(text):
     ("options", "says"),
     [
         ({"fps": "0"}, "--fps: must be more than 0"),
+        ({"fps": "1e99999999"}, "--fps: must be a number or a ratio"),
         ({"fps": "fast"}, "--fps: must be a number or a ratio"),
         ({"batch": 0}, "--batch: input should be greater than or equal to 1, not 0"),
         ({"patches": -1}, "--patches: "),

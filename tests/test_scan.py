@@ -94,7 +94,7 @@ def test_a_file_missing_from_a_manifest_is_left_for_the_job_to_report(folder):
     ("make", "source", "says"),
     [
         (None, "gone.mp4", "gone.mp4: no such file"),
-        (None, "b/*.mp4", "matches nothing"),
+        (None, "b/*.mp4", "matches no video"),
         (("empty/readme.md", "x"), "empty", "no video in this folder"),
         (("m.csv", "path\nz.mp4\n"), "m.csv", "no column `source`"),
         (("m.csv", "source\n"), "m.csv", "no rows"),
@@ -105,6 +105,8 @@ def test_a_file_missing_from_a_manifest_is_left_for_the_job_to_report(folder):
         ),
         (("m.csv", "source,a\nz.mp4,1,2\n"), "m.csv", "line 2: more cells than columns"),
         (("m.jsonl", '{"source": "z.mp4"}\n{"source"\n'), "m.jsonl", "line 2: no JSON"),
+        (("m.jsonl", '{"source": "z.mp4", "tag": "\\ud83d"}\n'), "m.jsonl", "line 1: a tag is no valid text"),
+        (("m.csv", "source,captured_at\nz.mp4,0001-01-01T00:00:00+02:00\n"), "m.csv", "line 2: captured_at"),
         (("m.jsonl", "[1]\n"), "m.jsonl", "line 1: a line must be a JSON object"),
         (("m.jsonl", '{"x": 1}\n'), "m.jsonl", "line 1: no `source`"),
     ],

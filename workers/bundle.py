@@ -5,6 +5,7 @@ that its `mm_vision_tower` names. What it knows and does not know is a text in i
 config.json. Imports no torch: finding a small bundle takes milliseconds.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -193,10 +194,15 @@ def find_bundle(name: str) -> Bundle:
 
 
 def list_bundles() -> list[Bundle]:
-    """What is at hand without a download: built-in bundles, then LLaVA-Mini repositories in the local hub cache."""
-    return [find_bundle(name) for name in built_in_names()] + [
-        read_bundle(name, directory) for name, directory in cached_repositories(MODEL_TYPE)
-    ]
+    """What is at hand without a download: built-in bundles, then LLaVA-Mini repositories in the local hub cache.
+
+    A cached repository that cannot be read as a model (half a download, say) is not at hand.
+    """
+    found = [find_bundle(name) for name in built_in_names()]
+    for name, directory in cached_repositories(MODEL_TYPE):
+        with contextlib.suppress(UsageError):
+            found.append(read_bundle(name, directory))
+    return found
 
 
 def built_in_names() -> list[str]:

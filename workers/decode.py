@@ -39,6 +39,7 @@ class Decoder:
 
     Attributes:
         library: that the last decoding ended with; PyAV takes over where decord meets damage.
+        bytes_read: of video files, by all calls of frames_at.
     """
 
     def __init__(self, max_pixels: int = 100_000_000, timeout_seconds: float = 60, threads: int = 1):
@@ -50,6 +51,7 @@ class Decoder:
         self._child: _Child | None = None
         self._call: _Call | None = None
         self.library = ""
+        self.bytes_read = 0
 
     def __enter__(self) -> "Decoder":
         return self
@@ -111,25 +113,24 @@ class Decoder:
         if problem is not None:
             raise problem
 
-    def frames_at(self, path: str | bytes, probe: Probe, ticks: Sequence[int]) -> tuple[np.ndarray, int]:
-        """Exactly the frames at these presentation times, in the order asked for, and the bytes read for them.
+    def frames_at(self, path: str | bytes, probe: Probe, ticks: Sequence[int]) -> np.ndarray:
+        """Exactly the frames at these presentation times, in the order asked for; adds to `bytes_read`.
 
         Returns:
-            (T, 336, 336, 3) uint8, and how many bytes of the file were read.
+            (T, 336, 336, 3) uint8.
         Raises:
             VideoProblem: the file cannot be read, or has no frame at one of these times.
         """
         wanted = [int(tick) for tick in ticks]
         pictures: dict[int, np.ndarray] = {}
-        bytes_read = 0
         with self._ask(path, {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}) as call:
             for header, body in call:
                 if header["kind"] == "pixels":
                     pictures[header["ticks"]] = _pixels_of(body)
-                bytes_read = header.get("bytes_read", bytes_read)
+                self.bytes_read += header.get("bytes_read", 0)
         if not wanted:
-            return np.empty((0, FRAME_SIDE, FRAME_SIDE, 3), np.uint8), bytes_read
-        return np.stack([pictures[tick] for tick in wanted]), bytes_read
+            return np.empty((0, FRAME_SIDE, FRAME_SIDE, 3), np.uint8)
+        return np.stack([pictures[tick] for tick in wanted])
 
     def close(self) -> None:
         """Ends the process; the decoder may be used again and starts another."""

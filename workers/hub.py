@@ -50,7 +50,11 @@ def cached_repositories(model_type: str) -> list[tuple[str, Path]]:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     found = []
     for config in sorted(cache.glob("models--*--*/snapshots/*/config.json")):
-        snapshot, values = config.parent, read_json(config)
+        snapshot = config.parent
+        try:
+            values = read_json(config)
+        except UsageError:
+            continue  # some other program's half download
         if values.get("model_type") != model_type or not _is_complete(snapshot):
             continue
         if _is_at_hand(snapshot, str(values.get("mm_vision_tower"))):

@@ -58,6 +58,7 @@ def _attempt(task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri:
         dtype=str(model.dtype).removeprefix("torch."),
     )
     clock = _Clock()
+    decoder.library = task.probe.decoder
     problem, frame_count = None, 0
     try:
         try:
@@ -86,7 +87,7 @@ def _attempt(task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri:
         video_number=task.video_number,
         part=part,
         problem=problem,
-        decoder=decoder.library or task.probe.decoder,
+        decoder=decoder.library,
         frame_count=frame_count,
         decode_seconds=clock.seconds["decode"],
         encode_seconds=clock.seconds["encode"],
@@ -100,7 +101,7 @@ def _columns(probe: Probe, frames: FrameBatch) -> FrameColumns:
         ticks=frames.ticks,
         frame_index=frames.frame_index,
         pts_seconds=pts_seconds,
-        time_seconds=pts_seconds - probe.clock_offset_seconds,
+        time_seconds=probe.time_seconds(frames.ticks),
         duration_seconds=probe.pts_seconds(frames.end_ticks) - pts_seconds,
     )
 
