@@ -25,6 +25,7 @@ from storage.records import (
     VideoAsset,
     VideoRow,
 )
+from storage.sweep import sweep
 from storage.vectors import update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle
@@ -127,6 +128,7 @@ def run_index(
                 job.commit()
             raise
     update_index(archive)
+    sweep(archive)
     result.seconds = time.monotonic() - start
     return result
 

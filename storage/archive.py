@@ -73,8 +73,12 @@ class ArchiveStatus:
 
 
 def archive_exists(uri: str) -> bool:
-    """Whether there is a whole archive at a path or URI."""
-    return is_archive(to_uri(uri))
+    """Whether there is a whole archive at a path or URI.
+
+    Raises:
+        UsageError: no archive can be there.
+    """
+    return is_archive(archive_uri(uri))
 
 
 def create_archive(uri: str, *, model_id: str, model_name: str) -> "Archive":
@@ -156,8 +160,9 @@ class Archive:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no job has committed anything."""
-        return self._videos.rows().num_rows == 0 and len(self._part_bounds()) == 0
+        """Whether no job has committed anything, or reserved a number for what it will commit."""
+        tables_empty = self._videos.rows().num_rows == 0 and self._numbers.rows().num_rows == 0
+        return tables_empty and len(self._part_bounds()) == 0
 
     @property
     def version(self) -> int:
@@ -210,13 +215,19 @@ class Archive:
     # Frames
 
     def committed(self, video_id: str, sampling: Sampling, segment_keys: Iterable[str]) -> set[str]:
-        """Those of the segments whose rows are in."""
+        """Those of the segments whose rows are in, for good: not those that another try may make whole.
+
+        Raises:
+            ArchiveError: a part of the video is missing or damaged.
+        """
         number = self._known_numbers(self._numbers.rows()).get((video_id, str(sampling)))
         if number is None:
             return set()
         tables.refresh(self._frames)
         bounds = self._part_bounds()
-        return set(bounds.segment[bounds.of(number)]) & set(segment_keys)
+        wanted = set(segment_keys)
+        places = [place for place in bounds.of(number).tolist() if bounds.segment[place] in wanted]
+        return {bounds.segment[place] for place in places if not self._may_be_replaced(bounds.path[place])}
 
     def committed_frame_count(self, video_number: int) -> int:
         """Frames committed under a number, published or not."""
@@ -233,43 +244,72 @@ class Archive:
         """Commits the parts of a group of segments at once; says of each whether it landed.
 
         A segment whose rows are in already, also by a process that commits at this very moment, does not land, and
-        its part is removed. So each (video, segment, model, sampling) is in at most once. A receipt without a part
-        has nothing to land.
+        its part is removed. So each (video, segment, model, sampling) is in at most once. Rows that are not whole
+        for a reason that may pass make way, in the same commit, for whole ones or for more. A receipt without a
+        part has nothing to land; one whose very part is in has landed, however often it is committed.
 
         Raises:
-            ArchiveError: the archive cannot be written; nothing of the group is in.
+            ArchiveError: the archive cannot be written, or a part to be replaced not be read. The group is in, whole,
+                or not at all, and no part is removed; committing it again tells.
         """
-        landed = [False] * len(receipts)
+        landed: set[str] = set()
         for _ in tables.attempts():
             tables.refresh(self._frames)
-            waiting = self._not_committed(receipts)
+            waiting, replaced = self._not_committed(receipts)
             if not waiting:
                 break
-            guards = {_segment_id(receipts[place]): 1 for place in waiting}
+            guards = {_segment_id(receipt): 1 for receipt in waiting}
+            for guard in guards.keys() & replaced.keys():
+                guards[guard] = (self._frames.transaction_version(guard) or 0) + 1
+            parts = [receipt.part for receipt in waiting]
             try:
-                tables.commit(self._frames, [receipts[place].part for place in waiting], [], guards)
+                tables.commit(self._frames, parts, list(replaced.values()), guards)
             except Conflict:
                 continue
-            for place in waiting:
-                landed[place] = True
+            landed = {part.path for part in parts}
             break
-        for receipt, is_in in zip(receipts, landed, strict=True):
-            if receipt.part is not None and not is_in:
+        landed |= set(self._part_bounds().path)  # also what was in before, or landed in a try that seemed to fail
+        written = [receipt.part for receipt in receipts if receipt.part is not None]
+        for part in written:
+            if part.path not in landed:
                 with contextlib.suppress(OSError):
-                    PartWriter.discard(self.frames_uri, receipt.part)
-        return landed
+                    PartWriter.discard(self.frames_uri, part)
+        return [receipt.part is not None and receipt.part.path in landed for receipt in receipts]
 
-    def _not_committed(self, receipts: Sequence[Receipt]) -> list[int]:
+    def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], dict[str, tuple[str, int]]]:
+        """The receipts to commit, and by segment the path and size of each part that makes way for one of them."""
         bounds = self._part_bounds()
-        numbers = {receipt.video_number for receipt in receipts}
-        seen = {(number, key) for number in numbers for key in bounds.segment[bounds.of(number)]}
-        places = []
-        for place, receipt in enumerate(receipts):
+        places = {
+            (number, bounds.segment[place]): place
+            for number in {receipt.video_number for receipt in receipts}
+            for place in bounds.of(number).tolist()
+        }
+        waiting, replaced, seen = [], {}, set()
+        for receipt in receipts:
             key = (receipt.video_number, receipt.segment.key)
-            if receipt.part is not None and key not in seen:
-                seen.add(key)
-                places.append(place)
-        return places
+            if receipt.part is None or key in seen:
+                continue
+            place = places.get(key)
+            if place is not None:
+                path, row_count = bounds.path[place], int(bounds.row_count[place])
+                if path == receipt.part.path or not self._is_better(receipt, path, row_count):
+                    continue
+                replaced[_segment_id(receipt)] = (path, int(bounds.size_bytes[place]))
+            seen.add(key)
+            waiting.append(receipt)
+        return waiting, replaced
+
+    def _is_better(self, receipt: Receipt, path: str, row_count: int) -> bool:
+        """Whether a segment's rows are to take the place of those that are in."""
+        if not self._may_be_replaced(path):
+            return False
+        settled = receipt.problem is None or not receipt.problem.reason.may_pass
+        return settled or receipt.part.row_count > row_count
+
+    def _may_be_replaced(self, path: str) -> bool:
+        """Whether a part is not whole for a reason that may pass."""
+        problem = part_problem(self.frames_uri, path)
+        return problem is not None and problem.reason.may_pass
 
     def _part_bounds(self) -> PartBounds:
         version = self._frames.version()
@@ -289,7 +329,6 @@ class Archive:
         video_numbers: int | Iterable[int] | None = None,
         start_seconds: float | None = None,
         end_seconds: float | None = None,
-        frame_indexes: Iterable[int] | None = None,
     ) -> list[FrameRef]:
         """Published frames, by (video_number, ticks).
 
@@ -297,7 +336,6 @@ class Archive:
             video_numbers: one video, several, or None for all.
             start_seconds, end_seconds: half-open range of positions; a frame is in it if its span
                 [time, time + duration) meets it. None: open.
-            frame_indexes: only frames of these ranks.
         Raises:
             ArchiveError: a part is missing or damaged.
         """
@@ -305,7 +343,7 @@ class Archive:
         if video_numbers is not None:
             chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
             ids = {number: ids[number] for number in chosen if number in ids}
-        return find_frames(self.frames_uri, self._part_bounds(), ids, start_seconds, end_seconds, frame_indexes)
+        return find_frames(self.frames_uri, self._part_bounds(), ids, start_seconds, end_seconds, None)
 
     def hit_frames(self, hits: Sequence[Hit]) -> list[FrameRef]:
         """The frames that a search found, in the order of the hits."""
@@ -338,14 +376,6 @@ class Archive:
         """All rows as stored (videos.SCHEMA)."""
         return self._videos.rows()
 
-    def video_by_id(self, video_id: str) -> VideoRow | None:
-        """The row of a content."""
-        return self._row("video_id", video_id)
-
-    def by_uri(self, uri: str) -> VideoRow | None:
-        """The row of a place."""
-        return self._row("uri", uri)
-
     def uris(self, video_numbers: Iterable[int]) -> dict[int, str]:
         """The uri of each published number."""
         wanted = set(video_numbers)
@@ -353,19 +383,11 @@ class Archive:
         columns = (rows.column(name).to_pylist() for name in ("video_number", "uri"))
         return {number: uri for number, uri in zip(*columns, strict=True) if number in wanted}
 
-    def video_by_number(self, video_number: int) -> VideoRow | None:
-        """The row of a number."""
-        return self._row("video_number", video_number)
-
-    def _row(self, column: str, value: object) -> VideoRow | None:
-        values = self._videos.rows().column(column).to_pylist()
-        return self._row_at(values.index(value)) if value in values else None
-
     def _row_at(self, place: int) -> VideoRow:
         return videos.to_rows(self._videos.rows().slice(place, 1))[0]
 
     def find_video(self, name: str) -> VideoRow:
-        """The video that a person means by a path, a URI, or the first digits (six or more) of its id.
+        """The video that a person means by a path, a URI, a file name, or the first digits (six or more) of its id.
 
         Raises:
             UsageError: there is none, or more than one.
@@ -375,6 +397,9 @@ class Archive:
         uri = to_uri(name)
         if uri in uris:
             return self._row_at(uris.index(uri))
+        same_name = [place for place, other in enumerate(uris) if other.rsplit("/", 1)[-1] == uri.rsplit("/", 1)[-1]]
+        if "/" not in name and len(same_name) == 1:
+            return self._row_at(same_name[0])
         digits = name.lower()
         is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
         found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]

@@ -32,10 +32,14 @@ def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
     columns of `frames` (token, compressor_out, search_key, patches, thumbnail, checksums) are there only when the
     statement names them.
 
+    Column names are unique: repeated ones are numbered, as DuckDB does in a subquery.
+
     Raises:
         UsageError: the statement is wrong, is not one reading statement, or reaches for files or settings.
         ArchiveError: a part is missing or damaged.
     """
+    if any("\ud800" <= character <= "\udfff" for character in statement):
+        raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
     connection = duckdb.connect(":memory:")
     try:
         _offer_views(connection, archive, statement)
@@ -45,7 +49,7 @@ def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
         relation = connection.sql(statement)
         if relation is None:
             return [], []
-        return list(relation.columns), _rows(relation)
+        return _unique(relation.columns), _rows(relation)
     except duckdb.Error as error:
         raise _plain_error(archive, error) from error
     except OSError as error:
@@ -103,6 +107,20 @@ def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, statement: s
     kind = statements[0].type.name
     if kind not in _READING:
         raise UsageError(f"{kind} is not possible here: the archive is only read; write a SELECT on videos and frames")
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Numbers repeated names, whatever their case, as DuckDB does for the columns of a subquery."""
+    counts: dict[str, int] = {}
+    unique = []
+    for name in names:
+        new = name
+        while new.lower() in counts:
+            new = f"{name}_{counts[name.lower()]}"
+            counts[name.lower()] += 1
+        counts[new.lower()] = 1
+        unique.append(new)
+    return unique
 
 
 def _rows(relation: duckdb.DuckDBPyRelation) -> list[tuple]:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from storage.errors import ArchiveError
+from storage.errors import ArchiveError, UsageError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # FUSE and some network mounts cannot sync a directory or a file; the data is as safe there as they make it.
@@ -246,4 +246,7 @@ def writing(uri: str) -> Iterator[None]:
 def _remote(uri: str) -> tuple:
     import fsspec  # here, so that a command on a local archive does not pay for it
 
-    return fsspec.core.url_to_fs(uri)
+    try:
+        return fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{uri!r}: places of this kind cannot be reached: {' '.join(str(error).split())}") from error

@@ -62,11 +62,13 @@ def archive_uri(name: str) -> str:
     """The URI of an archive that a user names.
 
     Raises:
-        UsageError: Delta's library cannot open such a path.
+        UsageError: it is no local place, or Delta's library cannot open such a path.
     """
     uri = to_uri(name)
-    path = local_path(uri) or b""
-    if any(byte < 32 for byte in path) or source_text(uri).encode() != (path or uri.encode()):
+    path = local_path(uri)
+    if path is None:
+        raise UsageError(f"--archive {uri!r}: only local folders (or file:// URIs) can hold an archive")
+    if any(byte < 32 for byte in path) or source_text(uri).encode() != path:
         raise UsageError(f"--archive {source_text(uri)!r}: the path of an archive must be UTF-8 text in one line")
     if re.search(rb"%[0-9A-Fa-f]{2}", path):  # deltalake 1.6 decodes it twice and looks elsewhere
         raise UsageError(f"--archive {source_text(uri)}: the path of an archive must not hold % and two digits")
@@ -82,6 +84,11 @@ def refuse_foreign_folder(uri: str) -> None:
     path = local_path(uri)
     if path is not None and exists(uri) and not os.path.isdir(path):
         raise UsageError(f"{source_text(uri)}: is a file; an archive is a folder, name a new one with --archive")
+    others = [name for name in list_names(uri) if name not in (*TABLES, "index", SETTINGS_NAME) and ".tmp" not in name]
+    if others:
+        raise UsageError(
+            f"{source_text(uri)}: no archive, and not empty (it holds {others[0]!r}); name a new or an empty folder"
+        )
     for name in TABLES:
         names = list_names(join(uri, name))
         if names and "_delta_log" not in names:

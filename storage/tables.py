@@ -79,6 +79,16 @@ def live_files(table: DeltaTable) -> pa.Table:
         return pa.table(table.get_add_actions(flatten=True))
 
 
+def unnamed_files(uri: str, hours: int) -> list[str]:
+    """Files of a table's folder, older than so many hours, that no version younger than that names.
+
+    Only asked for, not done by deltalake, whose vacuum adds two versions to the log.
+    """
+    table = open_table(uri)
+    with _plain_errors(uri):
+        return table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
+
+
 def commit(
     table: DeltaTable, parts: Sequence[Part], removed: Sequence[tuple[str, int]], guards: dict[str, int]
 ) -> None:
@@ -90,8 +100,8 @@ def commit(
         removed: (path, bytes) of files that this version holds no more.
         guards: application id -> version. A commit since `table`'s version under the same id is a conflict.
     Raises:
-        Conflict: nothing was committed.
-        ArchiveError: the log cannot be written.
+        Conflict: another commit was faster.
+        ArchiveError: the log cannot be written or read; whether the change is in, `may_be_in` tells.
     """
     now = int(time.time() * 1000)
     actions = [AddAction(part.path, part.size_bytes, {}, now, True, part.stats_json) for part in parts]
@@ -107,6 +117,19 @@ def commit(
             raise Conflict(str(error)) from error
         table.update_incremental()
         _sync_log(table.table_uri, range(version + 1, table.version() + 1))
+
+
+def may_be_in(table: DeltaTable, path: str) -> bool:
+    """Whether the newest version names a file, after a commit of it failed; True where that cannot be told.
+
+    A commit can fail after it has landed, as when the checkpoint that follows finds the disk full. A file that the
+    log names must never be removed; one too many only takes up space.
+    """
+    try:
+        refresh(table)
+        return path in live_files(table).column("path").to_pylist()
+    except (ArchiveError, DeltaError, OSError):
+        return True
 
 
 def attempts() -> Iterator[int]:
@@ -167,11 +190,14 @@ class RowTable:
             try:
                 commit(self._table, [part] if part else [], removed, guard)
             except Conflict:
+                if part is not None and may_be_in(self._table, part.path):
+                    return
                 self._remove(part)
                 continue
-            except BaseException:
-                self._remove(part)
-                raise
+            except Exception:
+                if part is not None and not may_be_in(self._table, part.path):
+                    self._remove(part)
+                raise  # after an interrupt nothing is removed: it may have come when the commit was in
             return
 
     def _schema(self) -> pa.Schema:

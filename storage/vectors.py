@@ -5,8 +5,8 @@
 
 A file is never changed. Additions go to a new one, which takes in those that are not larger than itself, so that an
 addition costs what it adds and the files' number grows with the logarithm of the keys. Search is exact: each file is
-mapped and scanned. What is not published any more is left out at search, whatever the files hold. The index is
-derived: a missing or damaged one is built again from the parts.
+mapped and scanned. What is not published any more, and parts that others have replaced, are left out at search,
+whatever the files hold. The index is derived: a missing or damaged one is built again from the parts.
 """
 
 import contextlib
@@ -83,13 +83,14 @@ class Index:
     """
 
     def __init__(self, archive: Archive, files: Sequence[tuple[_KeyFile, faiss.IndexIDMap]], rebuilt: bool):
-        self._published = frozenset(archive.published())
+        self._live = frozenset(part.path for part in archive.parts())
         self._files = files
         self.rebuilt = rebuilt
 
     @cached_property
     def _covered(self) -> frozenset[str]:
-        return frozenset(part.path for file, _ in self._files for part in file.covered if part.key_count)
+        covered = {part.path for file, _ in self._files for part in file.covered if part.key_count}
+        return self._live & covered
 
     def covers(self, part: str) -> bool:
         """Whether the frames of a part can be found."""
@@ -98,31 +99,25 @@ class Index:
     @cached_property
     def frame_count(self) -> int:
         """Published frames that a search compares."""
-        return sum(
-            part.key_count for file, _ in self._files for part in file.covered if part.video_number in self._published
-        )
+        return sum(part.key_count for file, _ in self._files for part in file.covered if part.path in self._live)
 
     def pending_count(self, archive: Archive) -> int:
         """Published frames that no search finds yet, or ever where the model gives no search keys."""
-        return archive.frame_count() - self.frame_count
+        return sum(part.row_count for part in archive.parts() if not self.covers(part.path))
 
-    def search(
-        self, query: np.ndarray, k: int, video_numbers: Iterable[int] | None = None, ids: np.ndarray | None = None
-    ) -> list[Hit]:
+    def search(self, query: np.ndarray, k: int, ids: np.ndarray | None = None) -> list[Hit]:
         """The k frames whose keys have the greatest inner product with the query, best first.
 
         Args:
             query: (E,) float32, L2-normalised.
             k: at most so many.
-            video_numbers: only these videos; None: all.
             ids: (F,) int64, only these frames, as `ids_of` makes them; None: all.
         Raises:
             ValueError: the query is not as wide as the keys.
         """
-        wanted = self._published if video_numbers is None else self._published & set(video_numbers)
         found: list[tuple[float, int]] = []
         for file, index in self._files:
-            found += _search_file(file, index, query, k, wanted, ids)
+            found += _search_file(file, index, query, k, self._live, ids)
         found.sort(key=lambda hit: (-hit[0], hit[1]))  # equal scores in order of video and time
         return [Hit(row_id >> 32, row_id & 0xFFFFFFFF, score) for score, row_id in found[:k]]
 
@@ -289,6 +284,14 @@ def _read_manifest(archive: Archive) -> list[_KeyFile]:
         raise _Damaged(str(error)) from error
 
 
+def named_files(archive: Archive) -> set[str]:
+    """Names of the FAISS files that the manifest names; none where it is missing or damaged."""
+    try:
+        return {file.name for file in _read_manifest(archive)}
+    except _Damaged:
+        return set()
+
+
 def _text_checksum(content: dict) -> int:
     return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
 
@@ -335,18 +338,16 @@ def _tidy(archive: Archive, replaced: Iterable[_KeyFile] | None, named: set[str]
 
 
 def _search_file(
-    file: _KeyFile, index: faiss.IndexIDMap, query: np.ndarray, k: int, wanted: frozenset[int], ids: np.ndarray | None
+    file: _KeyFile, index: faiss.IndexIDMap, query: np.ndarray, k: int, live: frozenset[str], ids: np.ndarray | None
 ) -> list[tuple[float, int]]:
-    """(score, row id) of the best keys of one file."""
+    """(score, row id) of the best keys of one file, those of its parts that are live."""
     if query.shape != (index.d,):
         raise ValueError(f"query is {query.shape}, keys are ({index.d},)")
     parameters = None
     row_ids = faiss.vector_to_array(index.id_map)
-    if ids is not None or any(part.video_number not in wanted for part in file.covered):
-        numbers = row_ids >> 32
-        allowed = np.zeros(int(numbers.max()) + 1, bool)
-        allowed[[number for number in wanted if number < len(allowed)]] = True
-        mask = allowed[numbers]
+    is_live = [part.path in live for part in file.covered]
+    if ids is not None or not all(is_live):
+        mask = np.repeat(is_live, [part.key_count for part in file.covered])  # keys lie in the order of their parts
         if ids is not None:
             mask &= np.isin(row_ids, ids)
         bits = np.packbits(mask, bitorder="little")

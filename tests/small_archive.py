@@ -1,6 +1,6 @@
 """Small archives with random rows, written by the real writers; every row is kept beside them to compare with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 
@@ -123,6 +123,14 @@ def receipt_for(archive: Archive, name: int, rows: Rows | None, segment: tuple =
     if rows is not None:
         part = write_part(archive.frames_uri, rows, video_id=cut.video_id, number=number, key=cut.key)
     return Receipt(cut, number, part, None, "pyav", 0 if rows is None else len(rows.columns), 0.0, 0.0, 0.0)
+
+
+def partial_receipt(archive: Archive, name: int, rows: Rows, reason: Reason = Reason.TIMEOUT) -> Receipt:
+    """A written segment that is not whole, not yet committed."""
+    problem, number = Problem(reason, "gave up"), reserve(archive, name)
+    writer = new_writer(archive.frames_uri, video_id=video_id_of(name), number=number)
+    writer.append(rows.columns, rows.tokens, rows.thumbnails)
+    return replace(receipt_for(archive, name, None), part=writer.close(problem), problem=problem)
 
 
 def row_for(archive: Archive, name: int, frame_count: int, **changes) -> VideoRow:

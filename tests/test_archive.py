@@ -1,5 +1,6 @@
 """What an archive keeps and shows: commits, races, publication, and what happens when the disk does not play along."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError
 from small_archive import (
     MODEL_ID,
     PROBE,
@@ -24,6 +27,7 @@ from small_archive import (
     add_video,
     failed_row,
     new_writer,
+    partial_receipt,
     random_rows,
     receipt_for,
     reserve,
@@ -31,6 +35,7 @@ from small_archive import (
     video_id_of,
 )
 
+from storage import tables
 from storage.archive import archive_exists, create_archive, open_archive
 from storage.cells import read_tokens
 from storage.errors import ArchiveError, UsageError
@@ -137,6 +142,21 @@ def test_an_empty_archive_takes_another_model(archive):
     assert again(archive).model_id == "b2" * 32
 
 
+def test_an_archive_in_which_a_job_has_reserved_numbers_keeps_its_model(archive):
+    reserve(archive, 1)
+    assert not again(archive).is_empty
+    with pytest.raises(UsageError, match="model tiny"):
+        create_archive(archive.uri, model_id="b2" * 32, model_name="big")
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/x", "foo://x", "file://host/x", "foo://x\ny"])
+def test_only_a_local_folder_can_hold_an_archive(place):
+    for use in (archive_exists, open_archive, lambda uri: create_archive(uri, model_id=MODEL_ID, model_name="tiny")):
+        with pytest.raises(UsageError, match=r"--archive .*only local folders \(or file:// URIs\)") as error:
+            use(place)
+        assert "\n" not in str(error.value)
+
+
 def test_a_half_created_archive_is_created_whole_by_the_next_job(archive, tmp_path):
     os.remove(tmp_path / "archive" / "archive.json")
     shutil.rmtree(tmp_path / "archive" / "numbers")
@@ -223,6 +243,163 @@ def test_of_racing_commits_of_a_segment_exactly_one_lands(archive):
     assert (len(found.frames()), found.frame_count(), len(frame_files(archive))) == (30, 30, 6)
 
 
+# Commits that fail after they have landed
+
+
+class Interrupted:
+    """Lets a commit land, or not, and then raises."""
+
+    def __init__(self, monkeypatch, error, lands=True):
+        self._commit, self._error, self._lands = DeltaTable.create_write_transaction, error, lands
+        monkeypatch.setattr(tables.DeltaTable, "create_write_transaction", lambda *a, **k: self.commit(*a, **k))
+
+    def commit(self, *arguments, **named):
+        error, self._error = self._error, None
+        if error is None or self._lands:
+            self._commit(*arguments, **named)
+        if error is not None:
+            raise error
+
+
+LATE_ERRORS = [KeyboardInterrupt(), OSError(28, "No space left on device"), DeltaError("checkpoint failed")]
+
+
+@pytest.mark.parametrize("error", LATE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_row_change_that_fails_after_it_has_landed_loses_nothing(archive, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        Interrupted(patch, error)
+        with pytest.raises((KeyboardInterrupt, ArchiveError)):
+            reserve(archive, 1)
+    number = reserve(archive, 2)
+    assert (reserve(again(archive), 1), reserve(again(archive), 2)) == (1, number)
+
+
+def test_a_row_change_whose_log_cannot_be_read_or_synced_afterwards_loses_nothing(archive, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_sync_log", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(ArchiveError, match="Input/output error"):
+            reserve(archive, 1)
+    assert reserve(again(archive), 1) == 1
+
+
+def test_a_row_change_that_landed_and_seemed_to_lose_its_race_is_made_once(archive, monkeypatch):
+    with monkeypatch.context() as patch:
+        Interrupted(patch, CommitFailedError("ambiguous"))
+        assert reserve(archive, 1) == 1
+    assert reserve(again(archive), 1) == 1
+    assert DeltaTable(join(archive.uri, "numbers")).to_pyarrow_table().num_rows == 1
+
+
+def test_a_row_change_that_did_not_land_leaves_no_file(archive, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        Interrupted(patch, OSError(28, "No space left on device"), lands=False)
+        with pytest.raises(ArchiveError, match="No space left"):
+            reserve(archive, 1)
+    assert list((tmp_path / "archive" / "numbers").glob("*.parquet")) == []
+
+
+@pytest.mark.parametrize(
+    "error", [*LATE_ERRORS, CommitFailedError("ambiguous")], ids=lambda error: type(error).__name__
+)
+def test_parts_whose_commit_landed_and_failed_are_never_removed(archive, monkeypatch, error):
+    receipt = receipt_for(archive, 1, random_rows(5))
+    with monkeypatch.context() as patch:
+        Interrupted(patch, error)
+        with contextlib.suppress(KeyboardInterrupt, ArchiveError):
+            assert archive.commit_frames([receipt]) == [True]
+    assert archive.commit_frames([receipt, receipt]) == [True, True]  # and again: it is in, once
+    archive.publish([row_for(archive, 1, 5)])
+    assert len(again(archive).frames()) == 5
+    assert frame_files(archive) == [receipt.part.path]
+
+
+# Segments that another try makes whole
+
+
+def test_a_segment_that_may_be_made_whole_is_not_done_and_makes_way(archive):
+    rows = random_rows(9)
+    part = partial_receipt(archive, 1, rows.cut(0, 4))
+    assert archive.commit_frames([part]) == [True]
+    archive.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
+    before = again(archive)
+    assert before.committed(video_id_of(1), SAMPLING, [".."]) == set()
+    assert len(before.frames()) == 4
+    whole = receipt_for(archive, 1, rows)
+    assert archive.commit_frames([whole]) == [True]
+    archive.publish([row_for(archive, 1, 9)])
+    found = again(archive)
+    assert found.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
+    assert found.problems(whole.video_number) == []
+    assert np.array_equal(read_tokens(found.frames_uri, found.frames()), rows.tokens.token)
+    assert len(before.frames()) == 4  # a reader of the version before is not disturbed
+    actions = [json.loads(line) for line in newest_commit(archive).splitlines()]
+    assert [action["add"]["path"] for action in actions if "add" in action] == [whole.part.path]
+    assert [action["remove"]["path"] for action in actions if "remove" in action] == [part.part.path]
+    assert [action["txn"]["version"] for action in actions if "txn" in action] == [2]
+    assert archive.commit_frames([receipt_for(archive, 1, rows)]) == [False]
+
+
+def newest_commit(archive):
+    folder = Path(local_path(archive.frames_uri).decode()) / "_delta_log"
+    return max(folder.glob("*.json")).read_text()
+
+
+def test_a_segment_that_is_partial_for_good_stays(archive):
+    part = partial_receipt(archive, 1, random_rows(4), Reason.CORRUPT)
+    archive.commit_frames([part])
+    assert archive.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
+    assert archive.commit_frames([receipt_for(archive, 1, random_rows(9))]) == [False]
+    assert frame_files(archive) == [part.part.path]
+
+
+def test_a_second_try_that_gave_up_too_replaces_fewer_rows_alone(archive):
+    rows = random_rows(9)
+    tries = [partial_receipt(archive, 1, rows.cut(0, count)) for count in (4, 3, 4, 7)]
+    assert [archive.commit_frames([receipt]) for receipt in tries] == [[True], [False], [False], [True]]
+    assert archive.committed_frame_count(tries[0].video_number) == 7
+
+
+def replace_at(uri, start_at, results):
+    """One of several jobs that make a segment whole at the same time."""
+    archive = open_archive(uri)
+    receipt = receipt_for(archive, 1, random_rows(9))
+    time.sleep(max(0.0, start_at - time.time()))
+    results.put(archive.commit_frames([receipt]))
+
+
+def test_of_racing_replacements_exactly_one_lands(archive):
+    part = partial_receipt(archive, 1, random_rows(4))
+    archive.commit_frames([part])
+    results, start_at = SPAWN.Queue(), time.time() + 4
+    jobs = [SPAWN.Process(target=replace_at, args=(archive.uri, start_at, results)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    assert sorted(results.get(timeout=60) for _ in jobs) == [[False], [False], [True]]
+    for job in jobs:
+        job.join(60)
+    assert again(archive).committed_frame_count(part.video_number) == 9
+    assert len(frame_files(archive)) == 2  # what was replaced stays for readers of the versions before
+
+
+def test_a_replacement_worked_out_from_an_older_version_conflicts(archive, monkeypatch):
+    archive.commit_frames([partial_receipt(archive, 1, random_rows(4))])
+    other, late, fast = again(archive), receipt_for(archive, 1, random_rows(9)), receipt_for(archive, 1, random_rows(9))
+    commit, tries = tables.commit, []
+
+    def overtaken(*arguments):
+        tries.append(arguments)
+        if len(tries) == 1:
+            monkeypatch.setattr(tables, "commit", commit)
+            assert other.commit_frames([fast]) == [True]
+            monkeypatch.setattr(tables, "commit", overtaken)
+        return commit(*arguments)
+
+    monkeypatch.setattr(tables, "commit", overtaken)
+    assert archive.commit_frames([late]) == [False]
+    assert len(tries) == 1
+    assert again(archive).committed_frame_count(late.video_number) == 9
+
+
 def index_for_ever(uri):
     """A job that adds one video after the other until it is killed."""
     archive = open_archive(uri)
@@ -269,13 +446,11 @@ def test_a_video_row_comes_back_as_it_was_published(archive):
     archive.publish(rows)
     found = {row.uri: row for row in again(archive).videos()}
     assert [found[row.uri] for row in rows] == rows
-    first = again(archive).video_by_id(video_id_of(1))
+    first = found["file:///clips/1.mp4"]
+    assert first.video_id == video_id_of(1)
     assert first.tags == {"camera": "north", "a b": "ü'\""}
     assert first.captured_at == datetime(2024, 5, 1, 1, 2, 3, 456, UTC)
     assert first.probe == PROBE
-    assert again(archive).by_uri("file:///clips/1.mp4") == first
-    assert again(archive).video_by_number(first.video_number) == first
-    assert again(archive).by_uri("file:///clips/none.mp4") is None
 
 
 def test_changed_content_retires_what_the_file_held_before(archive):
@@ -365,7 +540,6 @@ def test_frames_of_a_time_range_are_those_whose_span_meets_it(archive):
         found = archive.frames(number, start, end)
         assert [frame.frame_index for frame in found] == [25 * index for index in wanted], (start, end)
     assert np.array_equal(read_tokens(archive.frames_uri, archive.frames(number)), rows.tokens.token)
-    assert [frame.frame_index for frame in archive.frames([number], frame_indexes=[7475, 25, 26])] == [25, 7475]
     assert [(frame.video_number, frame.frame_index) for frame in archive.frames(None, 3.5, 4.5)] == [
         (number, 75),
         (number, 100),
@@ -417,8 +591,6 @@ def test_the_status_counts_what_is_published(archive):
 
 def test_any_delta_reader_and_plain_parquet_see_the_same_rows(archive):
     rows = add_video(archive, 1)
-    from deltalake import DeltaTable
-
     for name in ("frames", "videos", "numbers"):
         table = DeltaTable(join(archive.uri, name))
         protocol = table.protocol()

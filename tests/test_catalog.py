@@ -106,10 +106,24 @@ def test_binary_columns_are_there_only_when_named(archive):
 
 def test_values_are_plain_python_values(archive):
     query = "SELECT sum(frames) AS total, avg(frames) AS mean, now() IS NULL AS nothing, 1 AS a, 2 AS a FROM videos"
-    assert run_sql(archive, query) == (["total", "mean", "nothing", "a", "a"], [(12, 3.0, False, 1, 2)])
+    assert run_sql(archive, query) == (["total", "mean", "nothing", "a", "a_1"], [(12, 3.0, False, 1, 2)])
     total = run_sql(archive, query)[1][0][0]
     assert type(total) is int
     assert run_sql(archive, "SELECT TIMESTAMPTZ '2024-05-01 12:00:00+00' AS t")[1][0][0].utcoffset() is not None
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a", "A", "a"], ["a", "a", "A", "a_1"], ["a", "a_1", "a"], ["b", "a"]])
+def test_repeated_column_names_are_numbered_as_in_a_subquery(archive, names):
+    statement = "SELECT " + ", ".join(f"{value} AS {name}" for value, name in enumerate(names))
+    columns, rows = run_sql(archive, statement)
+    assert columns == run_sql(archive, f"SELECT * FROM ({statement})")[0]
+    assert len(set(columns)) == len(names)
+    assert rows == [tuple(range(len(names)))]
+
+
+def test_a_statement_of_bytes_that_are_no_text_is_refused_in_one_line(archive):
+    with pytest.raises(UsageError, match="holds bytes that are no UTF-8"):
+        run_sql(archive, os.fsdecode(b"SELECT '\xff'"))
 
 
 def test_both_views_are_there_in_an_empty_archive(tmp_path):

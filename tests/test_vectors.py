@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_archive import MODEL_ID, add_video, random_rows, receipt_for, reserve, row_for
+from small_archive import MODEL_ID, add_video, partial_receipt, random_rows, receipt_for, reserve, row_for
 
 from storage import cells
 from storage.archive import create_archive, open_archive
 from storage.cells import read_keys
 from storage.errors import ArchiveError
 from storage.files import local_path
+from storage.records import Status
+from storage.sweep import sweep
 from storage.vectors import ids_of, open_index, update_index
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -95,8 +97,8 @@ def indexed(tmp_path_factory):
 def test_a_filter_leaves_what_brute_force_leaves(indexed, seed, k, videos, span):
     archive, index = indexed
     frames = archive.frames(videos, *(sorted(span) if span else (None, None)))
-    ids = None if span is None else ids_of(frames)
-    hits = index.search(unit(seed), k, videos, ids)
+    ids = None if videos is None and span is None else ids_of(frames)
+    hits = index.search(unit(seed), k, ids)
     wanted = brute_force(archive, unit(seed), k, frames) if frames else []
     assert_same(hits, wanted)
 
@@ -128,6 +130,33 @@ def test_retired_videos_are_never_found(archive):
         assert index.frame_count == len(hits)
         update_index(archive)
     assert index.frame_count == 105
+
+
+def test_keys_of_a_replaced_part_are_never_found(archive):
+    add_video(archive, 2, 50)
+    old, new = random_rows(6, seed=1), random_rows(9, seed=77, start=3)
+    part = partial_receipt(archive, 1, old)
+    archive.commit_frames([part])
+    archive.publish([row_for(archive, 1, 6, status=Status.PARTIAL, problem=part.problem)])
+    update_index(archive)
+    assert open_index(archive).frame_count == 56
+    assert archive.commit_frames([receipt_for(archive, 1, new)]) == [True]
+    for published in (False, True):
+        index = open_index(open_archive(archive.uri))  # which does not know the new part yet
+        assert (index.frame_count, index.pending_count(archive), index.covers(part.part.path)) == (50, 9, False)
+        for row in (0, 4):  # only in the old part; in both, with another key
+            hits = index.search(old.tokens.search_key[row].astype(np.float32), 100)
+            assert {hit.video_number for hit in hits} == {reserve(archive, 2)}
+            assert len(open_archive(archive.uri).hit_frames(hits)) == 50
+        if not published:
+            archive.publish([row_for(archive, 1, 9)])
+    assert update_index(archive) == 9
+    found = open_archive(archive.uri)
+    index = open_index(found)
+    assert (index.frame_count, index.pending_count(found)) == (59, 0)
+    assert_same(index.search(unit(4), 100), brute_force(found, unit(4), 100))
+    ids = ids_of(found.frames(reserve(archive, 1)))
+    assert len(index.search(unit(4), 100, ids)) == len(found.hit_frames(index.search(unit(4), 100, ids))) == 9
 
 
 def test_a_file_of_mostly_retired_keys_is_written_again(archive):
@@ -288,3 +317,38 @@ def test_jobs_that_end_together_leave_every_frame_searchable(archive):
     index = open_index(found)
     assert (index.frame_count, index.pending_count(found), index.rebuilt) == (30, 0, False)
     assert_same(index.search(unit(5), 30), brute_force(found, unit(5), 30))
+
+
+def test_a_sweep_removes_what_nothing_names_for_a_week_and_nothing_else(archive):
+    add_video(archive, 1, 20)
+    archive.commit_frames([partial_receipt(archive, 2, random_rows(4))])
+    archive.publish([row_for(archive, 2, 4)])
+    update_index(archive)
+    reader = open_archive(archive.uri)
+    archive.commit_frames([receipt_for(archive, 2, random_rows(9))])
+    archive.publish([row_for(archive, 2, 9)])
+    archive.commit_frames([receipt_for(archive, 3, random_rows(5))])  # not published
+    update_index(archive)
+    root = local_path(archive.uri).decode()
+    week_ago = time.time() - 8 * 24 * 3600
+    orphans = ["frames/a.parquet", "frames/a.parquet.b.tmp", "videos/c.parquet", "numbers/d.parquet", "index/e.faiss"]
+    for name in [*orphans, "frames/young.parquet", "index/young.faiss"]:
+        with open(os.path.join(root, name), "wb") as file:
+            file.write(b"x")
+
+    def files():
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+        return {os.path.relpath(path, root) for path in found}
+
+    before = files()
+    for name in before:
+        if "young" not in name:
+            os.utime(os.path.join(root, name), (week_ago, week_ago))
+    assert sweep(archive) == len(orphans)
+    assert files() == before - set(orphans)  # also what was replaced just now, for readers of older versions
+    assert len(reader.frames()) == 24
+    assert open_archive(archive.uri).version == archive.version
+    found = open_archive(archive.uri)
+    assert (len(found.frames()), found.committed_frame_count(reserve(archive, 3))) == (29, 5)
+    assert not open_index(found).rebuilt
+    assert sweep(archive) == 0

@@ -1,0 +1,47 @@
+"""Removes files that nothing names any more: what killed jobs left behind, and what was replaced long ago."""
+
+import contextlib
+import math
+import os
+import time
+
+from storage.archive import Archive
+from storage.files import join, list_names, local_path, remove
+from storage.settings import TABLES
+from storage.tables import unnamed_files
+from storage.vectors import MANIFEST, named_files
+
+SWEEP_AGE_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
+
+
+def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
+    """Removes unnamed files that were written, or have been unnamed, for so long; says how many.
+
+    Every version of a table that became an old one less than that ago can still be read.
+
+    Raises:
+        ArchiveError: a table cannot be read.
+    """
+    found = []
+    for name in TABLES:
+        table_uri = join(archive.uri, name)
+        found += [join(table_uri, path) for path in unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))]
+    kept = {MANIFEST, *named_files(archive)}
+    newest = time.time() - older_than_seconds
+    for name in list_names(archive.index_uri):
+        uri = join(archive.index_uri, name)
+        if name not in kept and _modified(uri) < newest:
+            found.append(uri)
+    removed = 0
+    for uri in found:
+        with contextlib.suppress(OSError):
+            remove(uri)
+            removed += 1
+    return removed
+
+
+def _modified(uri: str) -> float:
+    try:
+        return os.stat(local_path(uri)).st_mtime
+    except FileNotFoundError:  # a running job tidies up
+        return math.inf
