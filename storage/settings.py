@@ -84,7 +84,8 @@ def refuse_foreign_folder(uri: str) -> None:
     path = local_path(uri)
     if path is not None and exists(uri) and not os.path.isdir(path):
         raise UsageError(f"{source_text(uri)}: is a file; an archive is a folder, name a new one with --archive")
-    others = [name for name in list_names(uri) if name not in (*TABLES, "index", SETTINGS_NAME) and ".tmp" not in name]
+    ours = (*TABLES, "index", SETTINGS_NAME, "lost+found")  # the last stands at the root of a disk of its own
+    others = [name for name in list_names(uri) if name not in ours and ".tmp" not in name and name[0] != "."]
     if others:
         raise UsageError(
             f"{source_text(uri)}: no archive, and not empty (it holds {others[0]!r}); name a new or an empty folder"

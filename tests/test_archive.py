@@ -116,6 +116,15 @@ def test_a_folder_without_archive_is_wrong_usage(tmp_path):
             open_archive(str(place))
 
 
+def test_an_archive_does_not_settle_among_videos(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    create_archive(str(tmp_path), model_id=MODEL_ID, model_name="tiny")
+    (tmp_path / "videos2").mkdir()
+    (tmp_path / "videos2" / "a.mp4").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"videos2: no archive, and not empty \(it holds 'a\.mp4'\)"):
+        create_archive(str(tmp_path / "videos2"), model_id=MODEL_ID, model_name="tiny")
+
+
 def test_an_archive_does_not_settle_in_a_folder_of_other_files(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "holiday.mp4").write_bytes(b"")
