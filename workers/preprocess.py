@@ -9,6 +9,8 @@ Imports no torch: the decode layer uses `nearest_index` in a process of its own.
 """
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,8 @@ from PIL import Image
 
 from storage.errors import UsageError
 from storage.records import FRAME_SIDE
+
+RESIZE_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,10 @@ def _clip_resize(pictures: np.ndarray, settings: PictureSettings) -> np.ndarray:
     new_height = short if height <= width else int(short * height / width)
     new_width = short if width <= height else int(short * width / height)
     if (new_height, new_width) != (height, width):
-        resized = [Image.fromarray(p).resize((new_width, new_height), settings.resample) for p in pictures]
+        with ThreadPoolExecutor(RESIZE_THREADS) as pool:  # Pillow resizes without the interpreter lock
+            resized = list(
+                pool.map(lambda p: Image.fromarray(p).resize((new_width, new_height), settings.resample), pictures)
+            )
         pictures = np.stack([np.asarray(picture) for picture in resized])  # (n, new_height, new_width, 3)
     top, left = (new_height - crop) // 2, (new_width - crop) // 2
     return pictures[:, top : top + crop, left : left + crop]
