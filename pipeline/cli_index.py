@@ -63,7 +63,6 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     from pipeline.index import run_index
     from pipeline.scan import scan
     from storage.archive import create_archive
-    from storage.errors import UsageError
     from storage.records import Sampling
     from workers.bundle import find_bundle
 
@@ -76,10 +75,7 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     bundle = find_bundle(settings.model)
     warn_of_bundle(bundle)
     sampling = Sampling(settings.fps, bundle.default_patch_rows if settings.patches is None else settings.patches)
-    if sampling.patches > bundle.patches_per_picture:
-        raise UsageError(
-            f"--patches {sampling.patches}: {bundle.name} has {bundle.patches_per_picture} patches a picture"
-        )
+    bundle.check_patch_rows(sampling.patches)
     if settings.address is not None:
         from pipeline.address import check_address
 

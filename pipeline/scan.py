@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from storage.errors import UsageError
-from storage.files import local_path, to_uri
+from storage.files import is_text, local_path, to_uri
 from storage.records import VideoAsset
 
 # What a folder is searched for; a file named by itself, by a glob or in a manifest may end as it likes.
@@ -161,7 +161,7 @@ def _manifest_asset(where: str, row: dict, folder: Path) -> VideoAsset:
         for name, value in row.items()
         if name not in ("source", "captured_at") and value not in (None, "")
     }
-    if any("\ud800" <= character <= "\udfff" for text in (*tags, *tags.values()) for character in text):
+    if not all(map(is_text, (*tags, *tags.values()))):
         raise UsageError(f"{where}: a tag is no valid text (a lone surrogate)")
     path = _as_path(source)
     return VideoAsset(to_uri(os.path.join(folder, path)), _captured_at(where, row.get("captured_at")), tags)

@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.moments import fallen, moments_of
 from storage.archive import Archive
 from storage.errors import UsageError
-from storage.files import source_text
+from storage.files import is_text, source_text
 from storage.records import FrameRef, Moment, VideoRow
 from storage.vectors import Index, ids_of, open_index
 from workers.bundle import Bundle, find_bundle
@@ -78,7 +78,7 @@ def check_text(what: str, text: str) -> None:
     """
     if not text.strip():
         raise UsageError(f"the {what} is empty; say what the videos show")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise UsageError(f"the {what} holds bytes that are no UTF-8; type it as text")
 
 

@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from storage.archive import Archive
 from storage.errors import ArchiveError, UsageError
-from storage.files import local_path, source_text
+from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
 
 # Timestamps are plain TIMESTAMPs in UTC, so that neither the machine's time zone nor an extension has a say.
@@ -38,7 +38,7 @@ def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
         UsageError: the statement is wrong, is not one reading statement, or reaches for files or settings.
         ArchiveError: a part is missing or damaged.
     """
-    if any("\ud800" <= character <= "\udfff" for character in statement):
+    if not is_text(statement):
         raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
     connection = duckdb.connect(":memory:")
     try:

@@ -20,12 +20,6 @@ class UsageError(VidxError):
     exit_code = 2
 
 
-class NothingFound(VidxError):
-    """The request was right, but nothing in the archive answers it."""
-
-    exit_code = 4
-
-
 class ArchiveError(VidxError):
     """The archive cannot be written, or what it holds is damaged or too new for this version."""
 

@@ -39,6 +39,11 @@ def local_path(uri: str) -> bytes | None:
     return None
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; other bytes of a command line stand in it as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def source_text(uri: str) -> str:
     r"""A place as people read it: a local file's path, with bytes that are no UTF-8 as \xNN; else the URI."""
     path = local_path(uri)

@@ -15,17 +15,6 @@ SAMPLES = ROOT / "ops" / "samples"
 VIDX = Path(sys.executable).parent / "vidx"
 
 
-def pytest_addoption(parser):
-    parser.addoption("--runslow", action="store_true", help="run the tests that take minutes")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--runslow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))
-
-
 @dataclass(frozen=True)
 class Run:
     """A finished command."""

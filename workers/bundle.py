@@ -137,6 +137,16 @@ class Bundle:
         """Rows per picture in the patch tier unless a user says otherwise: 1/9 of its patches (64 of 576)."""
         return max(1, self.patches_per_picture // 9)
 
+    def check_patch_rows(self, patch_rows: int) -> None:
+        """Refuses a patch tier that the model cannot give.
+
+        Raises:
+            UsageError: names the number and the most allowed.
+        """
+        most = self.patches_per_picture
+        if not 0 <= patch_rows <= most:
+            raise UsageError(f"--patches {patch_rows}: {self.name} has {most} patches a picture; give 0 to {most}")
+
     @property
     def search_floor(self) -> float:
         """The least cosine that counts as found."""

@@ -54,7 +54,7 @@ def encode_frames(vision: VisionPart, batch: FrameBatch, patch_rows: int) -> Tok
 
 def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> TokenBatch:
     """As `encode_frames`, of pixels alone: (T, 336, 336, 3) uint8."""
-    check_patch_rows(vision, patch_rows)
+    vision.bundle.check_patch_rows(patch_rows)
     pieces = [_encode(vision, piece, patch_rows) for piece in _pieces(vision, pixels)]
     if len(pieces) == 1:
         return pieces[0]
@@ -65,17 +65,6 @@ def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> To
         search_key=None if keys[0] is None else np.concatenate(keys),
         patches=_join([piece.patches for piece in pieces]) if patch_rows else None,
     )
-
-
-def check_patch_rows(vision: VisionPart, patch_rows: int) -> None:
-    """Refuses a patch tier that the model cannot give.
-
-    Raises:
-        UsageError: names the number and the most allowed.
-    """
-    most = vision.bundle.patches_per_picture
-    if not 0 <= patch_rows <= most:
-        raise UsageError(f"--patches {patch_rows}: {vision.bundle.name} has {most} patches a picture; give 0 to {most}")
 
 
 def exact_inputs(vision: VisionPart, pixels: np.ndarray) -> Iterator[FusionInputs]:
