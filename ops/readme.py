@@ -1,4 +1,4 @@
-"""Fills the README's generated blocks: each command's --help, and the benchmarks' tables from their JSON.
+"""Fills the README's generated blocks: each command's --help, and the tables from the measurements' JSON.
 
 Usage: python ops/readme.py [--check]; with --check nothing is written and a stale README is exit code 1.
 """
@@ -13,6 +13,10 @@ from click.testing import CliRunner
 from pipeline.cli import COMMANDS, vidx
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ops.nano.tables import markdown  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- (?P<name>[a-z -]+): made by ops/readme\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,12 +38,20 @@ def benchmark_table() -> str:
     return "\n".join(rows) + f"\n\nMeasured on: {'; '.join(sorted(machines))}.\n"
 
 
+def nano_tables() -> str:
+    """What ops/nano/evaluate measured."""
+    result = json.loads((ROOT / "ops" / "nano" / "evaluation.json").read_text(encoding="utf-8"))
+    where = f"`ops/nano/evaluate --seed {result['seed']}`, {result['minutes']:g} minutes of video"
+    return f"{markdown(result)}\n\n{where}; {result['machine']}, {result['date']}.\n"
+
+
 def render(text: str) -> str:
     """The README with its generated blocks made anew."""
 
     def block(match: re.Match) -> str:
         name = match["name"]
-        body = benchmark_table() if name == "benchmarks" else help_text(name.removeprefix("help "))
+        tables = {"benchmarks": benchmark_table, "nano": nano_tables}
+        body = tables[name]() if name in tables else help_text(name.removeprefix("help "))
         return f"{match[1]}{body}{match[3]}"
 
     return BLOCK.sub(block, text)

@@ -37,14 +37,15 @@ def answer(
         bundle: the archive's model.
         question: any text.
         within: the part of the archive that is asked.
-        frame_limit: at most so many frames, those of the best moments; None takes every frame within the range.
+        frame_limit: at most so many frames. A narrowed range that holds no more is taken whole, without a search; of
+            anything else, those of the best moments. None takes every frame within the range.
         fuse: the source of pre-fusion; None takes the best at hand for found frames, the best stored for all.
         max_tokens: length of the answer at most.
         device: for the model, as workers.load.choose_device takes it.
         dtype: for the model, as workers.load.choose_dtype takes it.
         stream: gets the answer's text piece by piece.
     Returns:
-        The answer, or None where nothing in the range fits the question.
+        The answer, or None where the range has no frames or none of them fits the question.
     Raises:
         UsageError: an empty question, or more frames than the model's context holds.
     """
@@ -76,11 +77,15 @@ def answer(
 def _choose(
     archive: Archive, bundle: Bundle, question: str, within: Range, frame_limit: int | None
 ) -> tuple[Sequence[Moment], list[FrameRef]]:
-    """Moments, and their frames in order of video and time."""
-    if frame_limit is None:
+    """Moments, and their frames in order of video and time.
+
+    A search would only lose frames where all of a chosen range can be shown, and many a question ("how many are
+    there?") says nothing of what a frame shows.
+    """
+    if frame_limit is None or not within.is_everything:
         frames = within.frames(archive)
-        uris = archive.uris({frame.video_number for frame in frames})
-        return _stretches(frames, uris), frames
+        if frame_limit is None or len(frames) <= frame_limit:
+            return _stretches(frames, archive.uris({frame.video_number for frame in frames})), frames
     found = search(archive, bundle, question, within, MOMENTS, None).moments
     return _frames_of_moments(archive, found, frame_limit)
 

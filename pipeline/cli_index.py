@@ -58,6 +58,7 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     Exit codes: 0 well, 3 some of the videos tried failed or are partial, 2 wrong usage, 5 the archive cannot be
     written, 130 interrupted.
     """
+    from pipeline.cli_models import limits_of
     from pipeline.cli_print import note, print_json, printable
     from pipeline.config import load_config
     from pipeline.index import run_index
@@ -73,7 +74,8 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     for folder in found.unreadable:
         note(f"{printable(folder)}: this folder cannot be read and was left out")
     bundle = find_bundle(settings.model)
-    warn_of_bundle(bundle)
+    if bundle.card.states_limits:
+        note(limits_of(bundle))
     sampling = Sampling(settings.fps, bundle.default_patch_rows if settings.patches is None else settings.patches)
     bundle.check_patch_rows(sampling.patches)
     if settings.address is not None:
@@ -91,14 +93,6 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
         note("vidx: interrupted; what was finished is committed, run the same command again to go on")
         sys.exit(130)
     sys.exit(3 if result.failures else 0)
-
-
-def warn_of_bundle(bundle: Any) -> None:
-    """One line where the model's answers mean nothing, so that nobody takes them for real."""
-    from pipeline.cli_print import note
-
-    if bundle.card.answers_mean_nothing:
-        note(f"model {bundle.name} knows {bundle.card.knows}; its hits and answers mean nothing")
 
 
 def _result_json(result: Any, model_id: str) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""`vidx models`."""
+"""`vidx models`, and what the other commands say of a model's limits."""
 
 import contextlib
+from typing import Any
 
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, json_option
+
+ANOTHER = (
+    "to use another model, index into another archive with --model DIR|HUB-ID, "
+    "for instance ICTNLP/llava-mini-llama-3.1-8b"
+)
 
 
 @click.command()
@@ -19,7 +25,7 @@ def models(archive_dir: str, as_json: bool) -> None:
     vidx models
     vidx models --json
     """
-    from pipeline.cli_print import print_json, print_table
+    from pipeline.cli_print import first_sentence, print_json, print_table
     from storage.archive import archive_exists, open_archive
     from storage.errors import ArchiveError
     from workers.bundle import list_bundles
@@ -38,6 +44,10 @@ def models(archive_dir: str, as_json: bool) -> None:
                     "licence": bundle.card.licence,
                     "knows": bundle.card.knows,
                     "does_not_know": bundle.card.does_not_know,
+                    "trained": bundle.card.trained,
+                    "accuracy": bundle.card.accuracy,
+                    "unknown_answers": bundle.card.unknown_answers,
+                    "search_floor": bundle.search_floor,
                     "used_by_archive": bundle.model_id == used,
                 }
                 for bundle in bundles
@@ -49,10 +59,59 @@ def models(archive_dir: str, as_json: bool) -> None:
             bundle.name + (" *" if bundle.model_id == used else ""),
             bundle.model_id,
             bundle.card.licence,
-            bundle.card.knows,
+            first_sentence(bundle.card.knows),
         )
         for bundle in bundles
     ]
     print_table(("name", "id", "licence", "knows"), rows)
     if used is not None:
         click.echo(f"* made the archive {archive_dir}")
+    for bundle in bundles:
+        _print_details(bundle)
+
+
+def _print_details(bundle: Any) -> None:
+    """What a model's files say besides, and nothing where they say nothing."""
+    from pipeline.cli_print import print_table
+    from workers.bundle import NOT_STATED
+
+    card = bundle.card
+    stated = [
+        (what, text)
+        for what, text in (("knows", card.knows), ("does not know", card.does_not_know), ("trained", card.trained))
+        if text != NOT_STATED
+    ]
+    if stated or card.accuracy:
+        click.echo(f"\n{bundle.name}")
+    if stated:
+        print_table(("", ""), stated)
+    if card.accuracy:
+        click.echo()
+        kinds = dict.fromkeys(kind for kinds in card.accuracy.values() for kind in kinds)  # in order, each once
+        rows = [(kind, *(_percent(kinds.get(kind)) for kinds in card.accuracy.values())) for kind in kinds]
+        print_table(("% right", *card.accuracy), rows, right=tuple(card.accuracy))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def limits_of(bundle: Any) -> str:
+    """One line: what a model knows and does not know, and how to name another one."""
+    from pipeline.cli_print import first_sentence
+
+    return f"model {bundle.name} {_knows(bundle)}does not know {first_sentence(bundle.card.does_not_know)}; {ANOTHER}"
+
+
+def hint_of_unknown(bundle: Any, why: str) -> str:
+    """One line for an answer that says that the model does not know: why, what it knows, how to name another one."""
+    from pipeline.cli_print import first_sentence
+
+    return f"model {bundle.name} {_knows(bundle)}does not know this: {first_sentence(why)}; {ANOTHER}"
+
+
+def _knows(bundle: Any) -> str:
+    from pipeline.cli_print import first_sentence
+    from workers.bundle import NOT_STATED
+
+    return "" if bundle.card.knows == NOT_STATED else f"knows {first_sentence(bundle.card.knows)}; it "

@@ -97,6 +97,11 @@ def note(message: str) -> None:
     click.echo(message, err=True)
 
 
+def first_sentence(text: str) -> str:
+    """A text cut down to go into a line, its full stop taken off."""
+    return printable(text.strip().split(". ")[0].removesuffix("."))
+
+
 def moment_json(moment: Moment) -> dict[str, Any]:
     """A moment as `search --json` and `ask --json` give it."""
     return {

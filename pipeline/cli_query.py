@@ -44,7 +44,7 @@ def search(
 
     Exit code 4: nothing found.
     """
-    from pipeline.cli_index import warn_of_bundle
+    from pipeline.cli_models import limits_of
     from pipeline.cli_print import moment_json, note, print_json, print_moments
     from pipeline.search import bundle_of
     from pipeline.search import search as run_search
@@ -52,7 +52,6 @@ def search(
 
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, model)
-    warn_of_bundle(bundle)
     result = run_search(archive, bundle, text, _range(archive, **where), limit, floor)
     if as_json:
         moments = [moment_json(moment) for moment in result.moments]
@@ -73,7 +72,8 @@ def search(
         least = bundle.search_floor if floor is None else floor
         searched = result.frames_searched
         why = f"none of {searched} frames reaches a cosine of {least:g} (--floor)" if searched else NO_FRAMES
-        note(f"nothing found: {why}")
+        limits = f"; {limits_of(bundle)}" if searched and bundle.card.states_limits else ""
+        note(f"nothing found: {why}{limits}")
         sys.exit(4)
 
 
@@ -85,9 +85,11 @@ def search(
     "--frames",
     type=click.IntRange(1, 100_000),
     default=None,
-    help="Show the model at most so many frames; 32.",
+    help="Show the model at most so many frames; 32. A chosen range of no more is shown whole, without a search.",
 )
-@click.option("--all", "take_all", is_flag=True, help="Take every frame of the chosen range instead of searching.")
+@click.option(
+    "--all", "take_all", is_flag=True, help="Take every frame of the chosen range, however many, instead of searching."
+)
 @click.option(
     "--fuse",
     type=click.Choice(["exact", "patches", "tokens"]),
@@ -104,6 +106,8 @@ def search(
 def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     """Answer a question from the frames that fit it best, and cite their moments.
 
+    A range chosen with --video, --from or --to is shown to the model whole, in order, where --frames allows.
+
     \b
     vidx ask "When does the white van leave?"
     vidx ask "What is on the table?" --video bottles.mp4 --from 12 --to 0:00:30
@@ -112,7 +116,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     Exit code 4: nothing found to answer from.
     """
     from pipeline.answer import answer as run_answer
-    from pipeline.cli_index import warn_of_bundle
+    from pipeline.cli_models import hint_of_unknown
     from pipeline.cli_print import moment_json, note, print_json, print_moments
     from pipeline.search import bundle_of
     from storage.archive import open_archive
@@ -122,7 +126,6 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
-    warn_of_bundle(bundle)
     where = _range(archive, options["video"], options["from_text"], options["to_text"])
 
     def stream(text: str) -> None:
@@ -142,11 +145,15 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         stream=stream,
     )
     found = answer is not None
+    why_unknown = bundle.card.why_unknown(answer.text) if found else None
+    hint = "" if why_unknown is None else hint_of_unknown(bundle, why_unknown)
     if as_json:
         print_json(
             {
                 "question": question,
                 "answer": answer.text if found else "",
+                "answer_known": found and why_unknown is None,
+                "hint": hint,
                 "found": found,
                 "moments": [moment_json(moment) for moment in answer.moments] if found else [],
                 "fuse": answer.fuse if found else None,
@@ -161,10 +168,13 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         print_moments(answer.moments)
         click.echo(f"from {answer.frame_count} frames, fused with {answer.fuse}")
     if not found:
-        note("nothing found: no frame fits the question; --all takes every frame of --video or --from/--to")
+        fits = "no frame fits the question; --all takes every frame of --video or --from/--to"
+        note(f"nothing found: {fits if where.frames(archive) else NO_FRAMES}")
         sys.exit(4)
     if answer.fuse_note:
         note(answer.fuse_note)
+    if hint:
+        note(hint)
 
 
 def _range(archive: Any, video: str | None, from_text: str | None, to_text: str | None) -> Any:

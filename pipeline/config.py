@@ -20,7 +20,7 @@ class IndexConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = "random"
+    model: str = "nano"
     fps: Fraction = Fraction(1)
     patches: int | None = Field(default=None, ge=0)
     address: str | None = None

@@ -19,6 +19,7 @@ from workers.llava_mini import FusionInputs, LlavaMini, fuse_question, patches_i
 
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together
 DECODED_AT_ONCE = 64  # frames whose pixels are: 338 kB each
+PADDING_PIXELS = 128  # FFmpeg pads each side of a picture (800 to 832, say) before it compares with its limit
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,9 @@ def fuse(archive: Archive, model: LlavaMini, ids: Sequence[int], frames: Sequenc
     if wanted == "exact":
         numbers = {frame.video_number for frame in frames}
         rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers}
-        largest = max(row.probe.width * row.probe.height for row in rows.values())  # allowed when it was indexed
-        with Decoder(max_pixels=largest) as decoder:
+        with Decoder(max_pixels=_allowed_pixels(rows.values())) as decoder:
             try:
-                features = fuse_question(model, ids, _exact(rows, model, frames, decoder))
+                features = fuse_question(model, ids, decoded_inputs(rows, model, frames, decoder))
                 return Fused(features, "exact", "", decoder.bytes_read)
             except VideoProblem as problem:
                 note = f"fused with {stored} instead of exact: {problem.detail}"
@@ -67,11 +67,19 @@ def fuse(archive: Archive, model: LlavaMini, ids: Sequence[int], frames: Sequenc
             "fused with tokens instead of patches: not all of these frames were indexed with a patch tier (--patches)"
         )
     source = "tokens" if wanted == "tokens" else stored
-    features = fuse_question(model, ids, _stored(archive, model, frames, source))
+    features = fuse_question(model, ids, stored_inputs(archive, model, frames, source))
     return Fused(features, source, note, bytes_read)
 
 
-def _stored(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], source: str) -> Iterator[FusionInputs]:
+def _allowed_pixels(rows: Iterable[VideoRow]) -> int:
+    """Room for the largest of these videos, all of which were allowed when they were indexed."""
+    return max((row.probe.width + PADDING_PIXELS) * (row.probe.height + PADDING_PIXELS) for row in rows)
+
+
+def stored_inputs(
+    archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], source: str
+) -> Iterator[FusionInputs]:
+    """What is stored of the frames: "patches", or "tokens" alone."""
     uri = archive.frames_uri
     if source == "tokens":
         for batch in _chunks(frames, STORED_AT_ONCE):
@@ -82,7 +90,7 @@ def _stored(archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], sour
             yield patches_inputs(model.vision, read_compressor_out(uri, batch), read_patches(uri, batch))
 
 
-def _exact(
+def decoded_inputs(
     rows: Mapping[int, VideoRow], model: LlavaMini, frames: Sequence[FrameRef], decoder: Decoder
 ) -> Iterator[FusionInputs]:
     """The frames decoded and encoded once more.

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.config import IndexConfig
 from storage.errors import UsageError
 from workers.bundle import find_bundle, list_bundles, read_bundle
 from workers.llava_mini import load_model, load_vision
@@ -18,7 +20,6 @@ from workers.llava_mini import load_model, load_vision
 REFERENCE = Path(__file__).parent / "reference"
 TINY = REFERENCE / "llava-mini-tiny" / "checkpoint"
 HIGH_RESOLUTION = REFERENCE / "llava-mini-tiny-c2-hd" / "checkpoint"
-OPS = Path(__file__).parents[1] / "ops"
 
 
 @pytest.fixture
@@ -62,29 +63,56 @@ def test_a_bundle_says_what_its_files_say():
     assert 0.1 <= bundle.search_floor <= 0.2
 
 
-def test_the_built_in_model_says_that_it_knows_nothing():
-    bundle = find_bundle("random")
-    assert bundle.card.answers_mean_nothing
-    assert bundle.search_floor == -1
+def test_the_default_model_is_built_in_and_can_be_searched_by_text():
+    bundle = find_bundle(IndexConfig().model)
     assert bundle.card.licence == "Apache-2.0"
-    assert bundle.card.knows == "nothing: its weights are random"
     assert bundle.has_text_search
-    assert "random" in [found.name for found in list_bundles()]
+    assert bundle.name in [found.name for found in list_bundles()]
 
 
-def test_the_built_in_model_is_made_again_byte_for_byte(tmp_path):
-    subprocess.run([sys.executable, OPS / "make_random_bundle", tmp_path], check=True)
-    shipped = find_bundle("random").directory
-    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 9
-    assert all((tmp_path / file).read_bytes() == (shipped / file).read_bytes() for file in files)
-    assert sum((tmp_path / file).stat().st_size for file in files) <= 1_500_000
+CARD = {
+    "licence": "MIT",
+    "knows": "drawn shapes",
+    "does_not_know": "photographs",
+    "trained": "for a day",
+    "accuracy": {"exact": {"colour": 98, "count": 71.5}, "tokens": {"colour": 60}},
+    "unknown_answers": {"I do not know that": "the question is outside", "Nothing.": "the footage is outside"},
+    "search_floor": 0,
+}
+
+
+def test_a_card_says_what_config_json_says(checkpoint):
+    change_config(checkpoint, vidx=CARD)
+    card = read_bundle("x", checkpoint).card
+    assert asdict(card) == CARD
+    assert card.states_limits
+    assert read_bundle("x", checkpoint).model_id == find_bundle(str(TINY)).model_id  # a card changes no number
+    change_config(checkpoint, vidx={"licence": "MIT"})
+    plain = read_bundle("x", checkpoint).card
+    assert (plain.trained, plain.accuracy, plain.unknown_answers) == (plain.knows, {}, {})
+    assert not plain.states_limits
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("I do not know that", "the question is outside"),
+        ("  i do NOT know that. \n", "the question is outside"),
+        ("nothing", "the footage is outside"),
+        ("I do not know that ball", None),
+        ("I do not know that..", None),
+        ("", None),
+    ],
+)
+def test_an_answer_that_says_that_the_model_does_not_know_has_its_reason(checkpoint, answer, why):
+    change_config(checkpoint, vidx=CARD)
+    assert read_bundle("x", checkpoint).card.why_unknown(answer) == why
 
 
 def test_finding_a_model_does_not_load_torch():
     code = (
         "import sys; from workers.bundle import find_bundle; import workers.prompt, workers.clip_text;"
-        "find_bundle('random').model_id; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+        "find_bundle('nano').model_id; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -196,7 +224,18 @@ def test_an_index_cannot_lead_elsewhere(checkpoint, weight_map, message):
         ({"mm_vision_tower": "nowhere"}, "mm_vision_tower 'nowhere' is no directory"),
         ({"mm_vision_select_layer": 3}, "must count from the end"),
         ({"vidx": {"knows": "all"}}, "vidx needs licence"),
-        ({"vidx": {"licence": "MIT", "search_floor": "low"}}, "vidx.search_floor is 'low'"),
+        ({"vidx": {"licence": "MIT", "search_floor": "low"}}, "vidx.search_floor is 'low'; it must be a number"),
+        ({"vidx": {"licence": "MIT", "search_floor": True}}, "vidx.search_floor is True; it must be a number"),
+        ({"vidx": {"licence": "MIT", "trained": ["long"]}}, r"vidx.trained is \['long'\]; it must be text"),
+        (
+            {"vidx": {"licence": "MIT", "unknown_answers": ["no"]}},
+            "vidx.unknown_answers is .*gives a text to each text",
+        ),
+        ({"vidx": {"licence": "MIT", "unknown_answers": {"no": 1}}}, "vidx.unknown_answers is .*a text to each text"),
+        ({"vidx": {"licence": "MIT", "accuracy": {"exact": 90}}}, "vidx.accuracy is .*source -> kind of question"),
+        ({"vidx": {"licence": "MIT", "accuracy": {"exact": {"all": "90"}}}}, "vidx.accuracy is .*a number, per cent"),
+        ({"vidx": {"licence": "MIT", "random": True}}, "vidx needs licence and knows only .* found licence, random"),
+        ({"vidx": "Apache-2.0"}, "vidx is 'Apache-2.0'; it must be an object"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_named(checkpoint, values, message):
@@ -206,7 +245,7 @@ def test_settings_that_cannot_be_followed_are_named(checkpoint, values, message)
 
 
 def test_a_name_that_means_nothing_lists_what_is_built_in(tmp_path):
-    with pytest.raises(UsageError, match=r"no model named nothing: .*built-in names: .*random"):
+    with pytest.raises(UsageError, match=r"no model named nothing: .*built-in names: .*nano"):
         find_bundle("nothing")
 
 

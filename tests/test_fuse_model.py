@@ -51,8 +51,8 @@ def reference(request):
 
 
 @pytest.fixture(scope="module")
-def random_model():
-    return load_model(find_bundle("random"), "cpu", "float32")
+def built_in_model():
+    return load_model(find_bundle("nano"), "cpu", "float32")
 
 
 def cases(about: dict) -> list[dict]:
@@ -151,41 +151,48 @@ def test_fewer_patches_leave_every_part_at_its_published_position(reference, kep
         torch.testing.assert_close(fuse_frames(model, ids, inputs)[0], wanted, atol=5e-5, rtol=0)
 
 
-def test_frames_given_in_batches_have_the_mean_of_all(random_model):
+def test_frames_given_in_batches_have_the_mean_of_all(built_in_model):
     pixels = np.random.default_rng(3).integers(0, 256, (5, 336, 336, 3), dtype=np.uint8)
-    stored = encode_pixels(random_model.vision, pixels, patch_rows=0)
-    ids = prompt_ids(random_model.tokenizer, "When does it start?")
-    parts = [tokens_inputs(random_model.vision, stored.compressor_out[part]) for part in (slice(0, 2), slice(2, 5))]
-    whole = tokens_inputs(random_model.vision, stored.compressor_out)
-    single = fuse_frames(random_model, ids, whole)
-    torch.testing.assert_close(fuse_question(random_model, ids, parts), single.mean(dim=0), atol=1e-5, rtol=0)
+    stored = encode_pixels(built_in_model.vision, pixels, patch_rows=0)
+    ids = prompt_ids(built_in_model.tokenizer, "When does it start?")
+    parts = [tokens_inputs(built_in_model.vision, stored.compressor_out[part]) for part in (slice(0, 2), slice(2, 5))]
+    whole = tokens_inputs(built_in_model.vision, stored.compressor_out)
+    single = fuse_frames(built_in_model, ids, whole)
+    torch.testing.assert_close(fuse_question(built_in_model, ids, parts), single.mean(dim=0), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="at least one frame"):
-        fuse_question(random_model, ids, [])
+        fuse_question(built_in_model, ids, [])
 
 
-def test_greedy_answers_equal_those_of_transformers(random_model):
-    ids = prompt_ids(random_model.tokenizer, "What is shown?")
-    embeds = embed_text(random_model, ids)[None]
+def test_greedy_answers_equal_those_of_transformers(built_in_model):
+    ids = prompt_ids(built_in_model.tokenizer, "What is shown?")
+    embeds = embed_text(built_in_model, ids)[None]
     with torch.inference_mode():
-        wanted = random_model.llm.generate(
+        wanted = built_in_model.llm.generate(
             inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), do_sample=False, max_new_tokens=24
         )[0].tolist()
-    eos = random_model.vision.bundle.config.eos_ids
+    eos = built_in_model.vision.bundle.config.eos_ids
     stop = next((i for i, token in enumerate(wanted) if token in eos), len(wanted))
-    assert list(generate(random_model, embeds, 24)) == wanted[:stop]
+    assert list(generate(built_in_model, embeds, 24)) == wanted[:stop]
 
 
 @given(st.text())
 def test_any_question_is_encoded_and_comes_back(question):
-    tokenizer = load_tokenizer(find_bundle("random"))
+    tokenizer = load_tokenizer(find_bundle(str(REFERENCE / "llava-mini-tiny" / "checkpoint")))
     ids = prompt_ids(tokenizer, question)
     assert ids.count(PLACEHOLDER_ID) == 1
     text = tokenizer.tokenizer.decode([token for token in ids if token >= 0], skip_special_tokens=False)
     assert question.strip() in text
 
 
+def test_case_and_spaces_of_a_question_do_not_count_for_the_built_in_model():
+    tokenizer = load_tokenizer(find_bundle("nano"))
+    ids = prompt_ids(tokenizer, "is the ball red?")
+    assert prompt_ids(tokenizer, " Is the  BALL\nred? ") == ids
+    assert decode_ids(tokenizer, [token for token in ids if token >= 0]) == "is the ball red?"
+
+
 def test_a_placeholder_in_the_question_is_text():
-    tokenizer = load_tokenizer(find_bundle("random"))
+    tokenizer = load_tokenizer(find_bundle("nano"))
     ids = prompt_ids(tokenizer, "what does <image> mean?")
     assert ids.count(PLACEHOLDER_ID) == 1
     assert "<image> mean" in decode_ids(tokenizer, ids[ids.index(PLACEHOLDER_ID) + 1 :])
@@ -197,13 +204,13 @@ def test_streamed_text_is_the_whole_text(ids):
     assert "".join(stream_text(tokenizer, ids)) == decode_ids(tokenizer, ids)
 
 
-def test_the_random_model_answers_in_printable_text(random_model):
+def test_the_built_in_model_answers_in_printable_text(built_in_model):
     pixels = np.zeros((1, 336, 336, 3), np.uint8)
-    ids = prompt_ids(random_model.tokenizer, "What is this?")
-    stored = encode_pixels(random_model.vision, pixels, patch_rows=0)
-    fused = fuse_question(random_model, ids, [tokens_inputs(random_model.vision, stored.compressor_out)])
-    answer = generate(random_model, answer_embeds(random_model, ids, fused, stored.token), 40)
-    text = decode_ids(random_model.tokenizer, list(answer))
+    ids = prompt_ids(built_in_model.tokenizer, "What is this?")
+    stored = encode_pixels(built_in_model.vision, pixels, patch_rows=0)
+    fused = fuse_question(built_in_model, ids, [tokens_inputs(built_in_model.vision, stored.compressor_out)])
+    answer = generate(built_in_model, answer_embeds(built_in_model, ids, fused, stored.token), 40)
+    text = decode_ids(built_in_model.tokenizer, list(answer))
     assert text
     assert text.isprintable()
 

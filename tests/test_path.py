@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLES, VIDX
 
-SAMPLE_NAMES = sorted(path.name for path in SAMPLES.iterdir() if path.suffix != ".md")
+SAMPLE_NAMES = sorted(path.name for path in SAMPLES.iterdir() if path.suffix not in (".md", ".png"))
 
 
 def sql(vidx, archive, statement):
@@ -91,7 +91,7 @@ def test_search_cites_moments_and_scores_them_by_the_cosine_of_the_keys(vidx, sa
     from workers.bundle import find_bundle
     from workers.clip_text import TextEncoder
 
-    query = TextEncoder(find_bundle("random")).embed("a car on a road")
+    query = TextEncoder(find_bundle("nano")).embed("a car on a road")
     rows = sql(
         vidx, samples_archive[0], "SELECT source, time_seconds, search_key FROM frames JOIN videos USING (video_id)"
     )
@@ -146,6 +146,28 @@ def test_all_frames_of_a_range_are_used_without_a_search(vidx, samples_archive):
     assert run.json["frames_used"] == count["frames"] == 9
     assert run.json["video_bytes_read"] == 0
     assert [moment["source"] for moment in run.json["moments"]] == [source]
+
+
+def test_a_chosen_range_is_shown_whole_where_it_fits_and_searched_where_not(vidx, samples_archive):
+    source = str(SAMPLES / "bottles_on_table.mp4")
+    ask = ["ask", "How many are there?", "--archive", str(samples_archive[0]), "--max-tokens", "1", "--json", "--video"]
+    part = vidx(*ask, f"{source}@10-12.5").json  # of 29.83 frames/s: those at 9.989, 10.994 and 12.000, up to 12.972
+    (moment,) = part["moments"]
+    assert (part["frames_used"], part["fuse"], moment["score"]) == (3, "exact", None)
+    assert (moment["start_seconds"], moment["end_seconds"]) == pytest.approx((9.989, 12.972), abs=1e-3)
+    whole = vidx(*ask, source, "--frames", "40").json
+    assert (whole["frames_used"], [moment["score"] for moment in whole["moments"]]) == (40, [None])
+    for frames in (["--frames", "39"], []):  # 32 without the option
+        found = vidx(*ask, source, *frames).json
+        assert 0 < found["frames_used"] <= int((frames or [32])[-1])
+        assert None not in [moment["score"] for moment in found["moments"]]
+
+
+def test_exact_takes_pictures_whose_sides_ffmpeg_pads(vidx, samples_archive):
+    """800 x 640 is 832 x 640 to FFmpeg's limit on pixels, which was that of the largest picture asked for."""
+    video = str(SAMPLES / "bird_first_frame_at_10s.mp4")
+    run = vidx("ask", "What?", "--archive", str(samples_archive[0]), "--video", video, "--max-tokens", "1", "--json")
+    assert (run.json["fuse"], run.json["fuse_note"]) == ("exact", "")
 
 
 def test_the_same_question_gets_the_same_answer(vidx, samples_archive):

@@ -43,7 +43,7 @@ def test_every_other_command_line_runs_as_far_as_this_machine_can(command, tmp_p
         "~/archive": tmp_path / "a",
         "/shared/archive": tmp_path / "b",
     }
-    places |= {"~/models/llava-mini-llama-3.1-8b": small, "--model MODEL": "--model random"}
+    places |= {"~/models/llava-mini-llama-3.1-8b": small, "--model MODEL": "--model nano"}
     for word, place in places.items():
         command = command.replace(word, str(place))
     if command.startswith("pip install"):

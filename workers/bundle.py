@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +27,7 @@ MODEL_TYPE = "llava_mini_llama"
 # Cosine below which a hit counts as nothing found, for a CLIP that states no floor of its own: a text and the picture
 # it describes reach 0.2 to 0.3 (the modality gap keeps them far below 1), unrelated ones mostly stay under 0.15.
 CLIP_SEARCH_FLOOR = 0.15
+NOT_STATED = "not stated by its files"
 _TOWER_DEFAULTS = {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num_hidden_layers": 12}  # CLIPVisionConfig
 
 
@@ -36,16 +37,32 @@ class Card:
 
     Attributes:
         licence: of the weights.
-        knows, does_not_know: for people, one or two sentences each.
-        answers_mean_nothing: True where the weights are random, so that commands say so.
+        knows, does_not_know: for people, one or two sentences each; a note in one line gives the first of them.
+        trained: for people, how and on what.
+        accuracy: source of pre-fusion ("exact", "patches", "tokens") -> kind of question -> per cent answered right.
+        unknown_answers: the answers that say that the model does not know -> why it gives them.
         search_floor: the least cosine that counts as found.
     """
 
     licence: str
-    knows: str = "not stated by its files"
-    does_not_know: str = "not stated by its files"
-    answers_mean_nothing: bool = False
+    knows: str = NOT_STATED
+    does_not_know: str = NOT_STATED
+    trained: str = NOT_STATED
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    unknown_answers: Mapping[str, str] = field(default_factory=dict)
     search_floor: float = CLIP_SEARCH_FLOOR
+
+    @property
+    def states_limits(self) -> bool:
+        """Whether the files say what the model does not know, so that it is worth telling."""
+        return self.does_not_know != NOT_STATED
+
+    def why_unknown(self, answer: str) -> str | None:
+        """Why the model gives an answer that says that it does not know; None for any other answer.
+
+        Case, surrounding space and a full stop at the end do not count.
+        """
+        return next((why for text, why in self.unknown_answers.items() if _bare(text) == _bare(answer)), None)
 
 
 @dataclass(frozen=True)
@@ -330,15 +347,46 @@ def _card(path: Path, values: dict[str, Any], directory: Path) -> Card:
     given = values.get("vidx")
     if given is None:
         return Card(licence=_readme_licence(directory))
+    if not isinstance(given, dict):
+        raise UsageError(f"{path}: vidx is {given!r}; it must be an object")
     known = {field.name: field.type for field in fields(Card)}
     unknown = set(given) - set(known)
     if unknown or "licence" not in given:
         raise UsageError(f"{path}: vidx needs licence and knows only {', '.join(known)}; found {', '.join(given)}")
     for name, value in given.items():
-        allowed = (int, float) if known[name] is float else known[name]
-        if not isinstance(value, allowed) or (known[name] is float and isinstance(value, bool)):
-            raise UsageError(f"{path}: vidx.{name} is {value!r}; it must be {known[name].__name__}")
+        holds, wanted = _CARD_VALUES[known[name]]
+        if not holds(value):
+            raise UsageError(f"{path}: vidx.{name} is {value!r}; it must be {wanted}")
     return Card(**given)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_object_of(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(holds(item) for item in value.values())
+
+
+# The type of a card's field -> whether a value of config.json is of it, and its name for people.
+_CARD_VALUES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (_is_text, "text"),
+    float: (_is_number, "a number"),
+    Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object that gives a text to each text"),
+    Mapping[str, Mapping[str, float]]: (
+        lambda value: _is_object_of(value, lambda kinds: _is_object_of(kinds, _is_number)),
+        "an object of source -> kind of question -> a number, per cent",
+    ),
+}
+
+
+def _bare(answer: str) -> str:
+    """An answer as it is compared with others."""
+    return answer.strip().removesuffix(".").rstrip().casefold()
 
 
 def _readme_licence(directory: Path) -> str:

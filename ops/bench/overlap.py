@@ -32,7 +32,7 @@ COPIES = 2  # of the minute; each is one segment
 
 def main() -> None:
     """Measures each stage alone and all together, and writes results/overlap.json."""
-    bundle = find_bundle("random")
+    bundle = find_bundle("nano")
     vision = load_vision(bundle, "cpu", "float32")
     sampling = Sampling(Fraction(8), bundle.default_patch_rows)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def main() -> None:
     best = min(runs, key=lambda run: run["whole"])
     slowest = max(best["decode_alone"], best["encode_alone"])
     ratio = slowest / best["whole"]
-    what = f"whole job over {COPIES} segments of {len(batches) * 32} frames, decoding included (2 cores, model random)"
+    what = f"whole job over {COPIES} segments of {len(batches) * 32} frames, decoding included (2 cores, model nano)"
     save("overlap", [figure(what, "its slowest stage alone", f"{ratio:.2f}", "≥ 0.9 on a GPU", runs=runs)])
 
 

@@ -1,0 +1,235 @@
+"""Batches: frames, packed questions with their answers, and captions. A batch follows from its phase and step alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
+
+from ops.nano.captions import Claim, truth_table, word_caption
+from ops.nano.data import SLIDES, WINDOWS, Pool, Shard
+from ops.nano.layout import BEGIN, END
+from ops.nano.pictograms import THINGS
+from ops.nano.questions import (
+    UNKNOWN,
+    UNKNOWN_ANSWER,
+    Question,
+    moment_questions,
+    time_questions,
+    word,
+)
+from ops.nano.scenes import COLOURS, OUTSIDE, Sight
+from ops.nano.unknown import unknown_caption, word_unknown
+
+IGNORED = -100  # as torch's cross entropy has it
+CASUAL = 0.35
+UNKNOWN_CAPTIONS = 8  # so many captions that are true of a picture to one that is true of none
+PREFIX_SEGMENT, PADDING_SEGMENT = 0, -1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a batch of a phase holds.
+
+    Attributes:
+        groups: questions are about groups of frames.
+        frames: per group, drawn anew for each batch.
+        questions: per group.
+        captions: per group; only where a group is one frame.
+    """
+
+    groups: int
+    frames: tuple[int, ...] = (1,)
+    questions: int = 6
+    captions: int = 1
+
+
+@dataclass(repr=False)
+class Batch:
+    """Arrays of a batch of B groups of T frames.
+
+    Attributes:
+        pixels: (B*T, S, S, 3) uint8.
+        patch_words: (B*T, N) int64, index into things + colours of what covers each patch, or IGNORED.
+        text_ids, text_segments, text_positions: (B, R), the prompts' words after the begin token at 0; a segment is a
+            question's number from 1 on, 0 what all of them see, -1 padding.
+        llm_rows: (B, M), the row of the fused text that enters the LLM there, or -1 for the raw word in llm_ids.
+        llm_ids, llm_segments, llm_positions, labels: (B, M), behind the begin token and the frames.
+        kinds: (B, M), the kind of question that a label belongs to, as an index into KINDS; -1 elsewhere.
+        caption_ids: (C, L), padded with the end id. truth: (C, B*T) bool.
+    """
+
+    pixels: np.ndarray
+    patch_words: np.ndarray
+    frames: int
+    text_ids: np.ndarray
+    text_segments: np.ndarray
+    text_positions: np.ndarray
+    llm_rows: np.ndarray
+    llm_ids: np.ndarray
+    llm_segments: np.ndarray
+    llm_positions: np.ndarray
+    labels: np.ndarray
+    questions: list[list[tuple[Question, str, str]]]
+    caption_ids: np.ndarray
+    truth: np.ndarray
+
+
+class Batches(Dataset):
+    """Batch number i of a phase."""
+
+    def __init__(
+        self,
+        plans: Sequence[BatchPlan],
+        pools: dict[str, Pool],
+        bundle_directory: Path,
+        seed: int,
+        grid: int,
+        augment: bool = True,
+    ):
+        self._plans = plans
+        self._pools = pools
+        self._directory = bundle_directory
+        self._seed = seed
+        self._grid = grid
+        self._augment = augment
+        self._tokenizers: tuple[Tokenizer, Tokenizer, Tokenizer] | None = None
+
+    def __getitem__(self, step: int) -> Batch:
+        source = np.random.default_rng([self._seed, step])
+        plan = self._plans[step % len(self._plans)]
+        frames = int(plan.frames[source.integers(len(plan.frames))])
+        groups = [self._group(source, step, frames) for _ in range(plan.groups)]
+        pixels = np.concatenate([pixels for pixels, _ in groups])
+        if self._augment:
+            pixels = shake(source, pixels)
+        sights = [sights for _, sights in groups]
+        flat = [sight for group in sights for sight in group]
+        asked = [self._questions(source, group, plan.questions) for group in sights]
+        captions = [word_caption(sight, source, 0.15) for sight in flat for _ in range(plan.captions)]
+        captions += [(unknown_caption(source), Claim(never=True)) for _ in range(len(captions) // UNKNOWN_CAPTIONS)]
+        return Batch(
+            pixels=pixels,
+            patch_words=np.stack([patch_words(sight, self._grid) for sight in flat]),
+            frames=frames,
+            **self._pack(asked, frames),
+            questions=asked,
+            caption_ids=self._caption_ids([text for text, _ in captions]),
+            truth=truth_table([claim for _, claim in captions], flat),
+        )
+
+    def _group(self, source: np.random.Generator, step: int, frames: int) -> tuple[np.ndarray, list[Sight]]:
+        """Frames of one moment or window; single ones are of either kind of shard, but none half in sight."""
+        kind = SLIDES if frames == 1 and source.random() < 0.75 else WINDOWS
+        shards = self._pools[kind].at(step)
+        while True:
+            shard: Shard = shards[source.integers(len(shards))]
+            stride = int(source.choice([1, 2, 2, 2, 3, 4]))  # half seconds
+            first = int(source.integers(len(shard.sights)))
+            chosen = [first + number * stride for number in range(frames)]
+            if chosen[-1] >= len(shard.sights) or shard.clip[first] != shard.clip[chosen[-1]]:
+                continue
+            if frames > 1 and source.random() < 0.06:  # a film of nothing that is known
+                return self._outside(source, step, frames)
+            sights = [shard.sights[number] for number in chosen]
+            if frames > 1 or (not sights[0].partial and sights[0].background is not None):
+                return shard.pixels[chosen], sights
+
+    def _outside(self, source: np.random.Generator, step: int, frames: int) -> tuple[np.ndarray, list[Sight]]:
+        shards = self._pools[SLIDES].at(step)
+        pixels, sights = [], []
+        while len(sights) < frames:
+            shard = shards[source.integers(len(shards))]
+            number = int(source.integers(len(shard.sights)))
+            if shard.sights[number].background == OUTSIDE:
+                again = 1 if source.random() < 0.5 else frames - len(sights)
+                pixels += [shard.pixels[number]] * again
+                sights += [shard.sights[number]] * again
+        return np.stack(pixels), sights
+
+    def _questions(self, source: np.random.Generator, sights: list[Sight], wanted: int) -> list:
+        """(question, its words, the answer)."""
+        of_time = 0 if len(sights) == 1 else max(1, round(wanted * 0.65))
+        found = moment_questions(source, sights, wanted - of_time)
+        if of_time:
+            found += time_questions(source, sights, of_time)
+        if len(sights) == 1 and source.random() < 0.15:  # "ever" of a single frame
+            found += [(q, a) for q, a in time_questions(source, sights, 1) if q.kind in ("ever", "different")]
+        worded = [(question, word(question, source, CASUAL), answer) for question, answer in found]
+        if source.random() < 0.6 or not worded:
+            worded.append((Question(UNKNOWN), word_unknown(source, CASUAL), UNKNOWN_ANSWER))
+        return worded
+
+    def _pack(self, asked: list, frames: int) -> dict[str, np.ndarray]:
+        tokenizer, raw, _ = self._load()
+        begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+        texts, llms = [], []
+        for group in asked:
+            text = [(begin, PREFIX_SEGMENT, 0)]
+            llm = []  # row, id, segment, position, label
+            for number, (_, question, answer) in enumerate(group, 1):
+                prompt = [*tokenizer.encode(f" {question.strip()}").ids, end]
+                reply = raw.encode(f" {answer}").ids
+                labels = [*[IGNORED] * (len(prompt) - 1), *reply, end]
+                for i, token in enumerate([*prompt, *reply]):
+                    row = len(text) if i < len(prompt) else -1
+                    llm.append((row, token, number, 1 + frames + i, labels[i]))
+                    if i < len(prompt):
+                        text.append((token, number, 1 + i))
+            texts.append(text)
+            llms.append(llm)
+        text = _pad(texts, (0, PADDING_SEGMENT, 0))
+        llm = _pad(llms, (-1, 0, PADDING_SEGMENT, 0, IGNORED))
+        names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
+        packed = dict(zip(("text_ids", "text_segments", "text_positions"), np.moveaxis(text, -1, 0), strict=True))
+        return packed | dict(zip(names, np.moveaxis(llm, -1, 0), strict=True))
+
+    def _caption_ids(self, texts: list[str]) -> np.ndarray:
+        _, _, clip = self._load()
+        rows = [encoding.ids for encoding in clip.encode_batch(texts)]
+        longest = max((len(row) for row in rows), default=1)
+        return np.array([[*row, *[row[-1]] * (longest - len(row))] for row in rows], np.int64).reshape(-1, longest)
+
+    def _load(self) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
+        """For prompts, for answers (which keep their case) and for captions."""
+        if self._tokenizers is None:
+            path = str(self._directory / "tokenizer.json")
+            raw = Tokenizer.from_file(path)
+            raw.normalizer = None
+            clip = Tokenizer.from_file(str(self._directory / "vision_tower" / "tokenizer.json"))
+            self._tokenizers = (Tokenizer.from_file(path), raw, clip)
+        return self._tokenizers
+
+
+def _pad(rows: list[list[tuple[int, ...]]], filler: tuple[int, ...]) -> np.ndarray:
+    longest = max(len(row) for row in rows)
+    return np.array([[*row, *[filler] * (longest - len(row))] for row in rows], np.int64)
+
+
+def patch_words(sight: Sight, grid: int) -> np.ndarray:
+    """What covers each patch: a thing's number, len(THINGS) + a colour's where nothing is, IGNORED in between."""
+    if sight.background in (None, OUTSIDE) or sight.partial:
+        return np.full(grid * grid, IGNORED)
+    words = np.full((grid, grid), len(THINGS) + sight.background)
+    edges = np.arange(grid + 1) / grid
+    for thing, (x, y, width, height) in zip(sight.things, sight.boxes, strict=True):
+        across, down = (
+            np.clip(np.minimum(edges[1:], place + size / 2) - np.maximum(edges[:-1], place - size / 2), 0, None) * grid
+            for place, size in ((x, width), (y, height))
+        )
+        covered = down[:, None] * across[None]
+        words[(covered > 0) & (covered < 0.5)] = IGNORED
+        words[covered >= 0.5] = thing
+    assert len(COLOURS) + len(THINGS) > words.max()
+    return words.reshape(-1)
+
+
+def shake(source: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Small changes of light and grain, so that a frame that is drawn again is not quite the same."""
+    count = len(pixels)
+    gain = source.uniform(0.94, 1.06, (count, 1, 1, 1)).astype(np.float32)
+    shift = source.uniform(-6, 6, (count, 1, 1, 3)).astype(np.float32)
+    grain = source.integers(-4, 5, pixels.shape[1:], np.int8)
+    return np.clip(pixels * gain + shift + grain, 0, 255).astype(np.uint8)

@@ -1,0 +1,245 @@
+"""nano in training: the product's own layers, with gradients, on packed questions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPTextModelWithProjection
+
+from ops.nano.batches import IGNORED, PADDING_SEGMENT, PREFIX_SEGMENT, Batch
+from ops.nano.pictograms import THINGS
+from ops.nano.scenes import COLOURS
+from workers.bundle import find_bundle
+from workers.clip import pixel_values
+from workers.encode import FrameFeatures, frame_features
+from workers.llava_mini import LlavaMini, block_rows, fold, load_model, prefuse_vision
+from workers.visionzip import keep_patches
+from workers.weights import read_json
+
+EXACT, PATCHES, TOKENS = "exact", "patches", "tokens"
+_PLACES = (("top", "middle", "bottom"), ("left", "middle", "right"))
+
+
+class Learner(nn.Module):
+    """Every weight of a bundle, trainable, and the forward passes that its losses need."""
+
+    def __init__(self, directory: Path, device: str):
+        super().__init__()
+        self.model: LlavaMini = load_model(find_bundle(str(directory)), device, "float32")
+        vision = self.model.vision
+        self.parts = nn.ModuleDict(
+            {
+                "tower": vision.tower,
+                "compressor": vision.compressor.module,
+                "projector": vision.projector,
+                "prefusion": vision.prefusion,
+                "llm": self.model.llm,
+            }
+        )
+        tower = load_file(directory / "vision_tower" / "model.safetensors")
+        config = CLIPConfig(**read_json(directory / "vision_tower" / "config.json")).text_config
+        self.text = CLIPTextModelWithProjection(config).to(vision.device)
+        wanted = {name: values.float() for name, values in tower.items() if name.startswith("text_")}
+        self.text.load_state_dict(wanted, strict=True)
+        self.logit_scale = nn.Parameter(tower["logit_scale"].float().to(vision.device))
+        self.register_buffer("word_ids", self._one_token_each((*_thing_words(), *COLOURS)))
+        self.register_buffer("place_ids", torch.stack([self._one_token_each(words) for words in _PLACES]))
+        self.requires_grad_(True)
+        self.train()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.logit_scale.device
+
+    def _one_token_each(self, words: Sequence[str]) -> Tensor:
+        ids = [self.model.tokenizer.tokenizer.encode(f" {word}").ids for word in words]
+        if any(len(tokens) != 1 for tokens in ids):
+            raise ValueError(f"not one token each: {', '.join(words)}")
+        return torch.tensor(ids, device=self.device)[:, 0]
+
+    # --- forward
+
+    def see(self, pixels: np.ndarray) -> FrameFeatures:
+        """Tower and compressor, (T, S, S, 3) uint8 in."""
+        vision = self._vision()
+        pictures = pixel_values(pixels[:, None], vision.bundle.pictures, vision.device, vision.dtype)
+        return frame_features(vision, pictures)
+
+    def naming_loss(self, features: FrameFeatures, patch_words: np.ndarray) -> Tensor:
+        """Projected patches against the LLM's embeddings of the words for what covers them."""
+        rows = self.parts["projector"](features.patches).flatten(0, 1)
+        wanted = torch.from_numpy(patch_words).to(self.device).flatten()
+        known = wanted != IGNORED
+        embeddings = self.model.llm.model.embed_tokens.weight[self.word_ids]
+        return functional.cross_entropy(rows[known] @ embeddings.T, wanted[known])
+
+    def placing_loss(self, features: FrameFeatures) -> Tensor:
+        """Projected patches against the embeddings of the words for their place: top ... bottom and left ... right."""
+        rows = self.parts["projector"](features.patches)  # (T, N, H)
+        side = round(rows.shape[1] ** 0.5)
+        thirds = (2 * torch.arange(side, device=self.device) + 1) * 3 // (2 * side)  # (side,), each in 0..2
+        embeddings = self.model.llm.model.embed_tokens.weight[self.place_ids]  # (2, 3, H)
+        logits = torch.einsum("tnh,awh->atnw", rows, embeddings)  # (2, T, N, 3)
+        wanted = torch.stack([thirds.repeat_interleave(side), thirds.repeat(side)])  # (2, N)
+        return functional.cross_entropy(logits.movedim(-1, 1), wanted[:, None].expand(-1, len(rows), -1))
+
+    def caption_loss(self, features: FrameFeatures, batch: Batch) -> Tensor:
+        """CLIP's loss where several pictures may fit a text and several texts a picture (truth as targets)."""
+        ids = torch.from_numpy(batch.caption_ids).to(self.device)
+        texts = functional.normalize(self.text(input_ids=ids).text_embeds, dim=-1)
+        scores = texts @ features.tower.search_key.T * self.logit_scale.clamp(max=4.6).exp()  # (C, B)
+        truth = torch.from_numpy(batch.truth).to(self.device).float()
+        losses = []
+        for logits, fits in ((scores, truth), (scores.T, truth.T)):
+            some = fits.sum(dim=1) > 0
+            chances = logits[some].log_softmax(dim=1)
+            losses.append(-((chances * fits[some]).sum(dim=1) / fits[some].sum(dim=1)).mean())
+        return sum(losses) / 2
+
+    def answer_logits(self, features: FrameFeatures, batch: Batch, sources: dict[str, slice], rows: int) -> Tensor:
+        """The LLM's logits at every labelled place, in the order of `batch.labels`' rows: (labels, V).
+
+        Args:
+            sources: which groups are asked with which source of pre-fusion; together all of them, in order.
+            rows: of the patch tier, per picture.
+        """
+        outputs = [self._ask(features, batch, source, groups, rows) for source, groups in sources.items()]
+        return torch.cat(outputs)
+
+    def _ask(self, features: FrameFeatures, batch: Batch, source: str, groups: slice, rows: int) -> Tensor:
+        vision, count = self._vision(), batch.frames
+        part = slice(groups.start * count, groups.stop * count)
+        text = {
+            name: torch.from_numpy(getattr(batch, name)[groups]).to(self.device)
+            for name in ("text_ids", "text_segments", "text_positions")
+        }
+        compressed = vision.projector(features.compressed[part])  # (T, 1, H)
+        projected = vision.projector(features.patches[part])  # (T, N, H)
+        grid = projected.shape[1]
+        embedded = self.model.llm.model.embed_tokens(text["text_ids"]).repeat_interleave(count, dim=0)  # (T, R, H)
+        if source == EXACT:
+            first, places = projected, torch.arange(grid, device=self.device).expand(len(projected), -1)
+        elif source == PATCHES:
+            first, places = self._stored_patches(features, part, rows)
+            first = vision.projector(first)
+        else:
+            first, places = projected[:, :0], torch.empty(len(projected), 0, dtype=torch.int64, device=self.device)
+        positions = grid + 1 + text["text_positions"].repeat_interleave(count, dim=0)
+        positions = torch.cat([places, torch.full_like(positions[:, :1], grid), positions], dim=1)
+        segments = text["text_segments"].repeat_interleave(count, dim=0)
+        segments = functional.pad(segments, (first.shape[1] + 1, 0), value=PREFIX_SEGMENT)
+        sequence = torch.cat([first, compressed, embedded], dim=1)
+        rotary = vision.rotary(sequence, positions)
+        allowed = block_mask(segments)
+        kept = 1 + embedded.shape[1]
+        for block in vision.prefusion[:-1]:
+            sequence = block_rows(block, sequence, rotary, sequence.shape[1], allowed)
+        sequence = block_rows(vision.prefusion[-1], sequence, rotary, kept, allowed[:, :, -kept:])
+        tokens = sequence[:, :1] if source == EXACT else prefuse_vision(vision, projected, compressed)
+        fused = sequence[:, 1:].unflatten(0, (-1, count)).mean(dim=1)  # (B, R, H)
+        return self._answer(batch, groups, tokens.unflatten(0, (-1, count)).flatten(1, 2), fused)
+
+    def _answer(self, batch: Batch, groups: slice, tokens: Tensor, fused: Tensor) -> Tensor:
+        names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
+        rows, ids, segments, positions, labels = (
+            torch.from_numpy(getattr(batch, name)[groups]).to(self.device) for name in names
+        )
+        raw = self.model.llm.model.embed_tokens(ids)
+        taken = fused.gather(1, rows.clamp(min=0)[..., None].expand_as(raw))
+        words = torch.where((rows >= 0)[..., None], taken, raw)
+        sequence = torch.cat([fused[:, :1], tokens, words], dim=1)  # (B, 1 + T + M, H)
+        front = 1 + tokens.shape[1]
+        segments = functional.pad(segments, (front, 0), value=PREFIX_SEGMENT)
+        places = torch.arange(front, device=self.device).expand(len(sequence), -1)
+        rotary = self.model.vision.rotary(sequence, torch.cat([places, positions], dim=1))
+        allowed = block_mask(segments)
+        for block in self.model.llm.model.layers:
+            sequence = block_rows(block, sequence, rotary, sequence.shape[1], allowed)
+        wanted = sequence[:, front:][labels != IGNORED]
+        return self.model.llm.lm_head(self.model.llm.model.norm(wanted))
+
+    def _stored_patches(self, features: FrameFeatures, part: slice, rows: int) -> tuple[Tensor, Tensor]:
+        """The patch tier as it comes back from an archive: VisionZip's rows after int8."""
+        tower = features.tower
+        piece = replace(tower, hidden=tower.hidden[part], class_query=tower.class_query[part], keys=tower.keys[part])
+        values, places = keep_patches(piece, rows)
+        scales = values.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+        rounded = (values.detach() / scales).round() * scales
+        return values + (rounded - values.detach()), places
+
+    def _vision(self):
+        vision = self.model.vision
+        return replace(vision, compressor=fold(vision.compressor.module, vision.bundle.patches_per_frame))
+
+    # --- files
+
+    def save(self, directory: Path) -> None:
+        """Writes the weights, float16, in the published layout."""
+        llm = self.model.llm.state_dict()
+        llm.pop("lm_head.weight")  # tied
+        names = {
+            "model.compressor.": "compressor",
+            "model.mm_projector.": "projector",
+            "model.prefusion_layers.": "prefusion",
+        }
+        for prefix, part in names.items():
+            llm |= {f"{prefix}{name}": values for name, values in self.parts[part].state_dict().items()}
+        tower = dict(self.parts["tower"].state_dict()) | dict(self.text.state_dict())
+        tower["logit_scale"] = self.logit_scale.data
+        tower = {name: values for name, values in tower.items() if not name.endswith("position_ids")}
+        for path, tensors in ((directory, llm), (directory / "vision_tower", tower)):
+            halves = {name: values.detach().cpu().half().contiguous() for name, values in tensors.items()}
+            save_file(halves, str(path / "model.safetensors"), {"format": "pt"})
+            (path / "model.safetensors").chmod(0o644)  # the library leaves it to its owner alone
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """Causal, and each row sees its own segment and the prefix alone: (B, S) -> (B, 1, S, S) bool."""
+    same = segments[:, :, None] == segments[:, None, :]
+    prefix = (segments == PREFIX_SEGMENT)[:, None, :]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return (
+        (same | prefix) & causal & (segments != PADDING_SEGMENT)[:, None, :]
+        | torch.eye(length, dtype=torch.bool, device=segments.device)
+    )[:, None]
+
+
+@dataclass
+class Scores:
+    """Questions asked and rightly answered, by kind."""
+
+    right: dict[str, int]
+    asked: dict[str, int]
+
+    def add(self, kind: str, is_right: bool) -> None:
+        """Counts one."""
+        self.asked[kind] = self.asked.get(kind, 0) + 1
+        self.right[kind] = self.right.get(kind, 0) + is_right
+
+    def text(self) -> str:
+        """In one line, per cent."""
+        kinds = sorted(self.asked)
+        total = 100 * sum(self.right.values()) / max(1, sum(self.asked.values()))
+        return f"all {total:.1f} | " + " ".join(f"{k} {100 * self.right[k] / self.asked[k]:.0f}" for k in kinds)
+
+
+def score(batch: Batch, logits: Tensor, groups: slice, scores: Scores) -> None:
+    """Counts whole answers: right if every one of their words is the likeliest after those before it."""
+    labels, segments = batch.labels[groups], batch.llm_segments[groups]
+    hits = (logits.argmax(dim=-1).cpu().numpy() == labels[labels != IGNORED]).astype(bool)
+    group, column = np.nonzero(labels != IGNORED)
+    numbers = segments[group, column]
+    for g in range(labels.shape[0]):
+        for number, (question, _, _) in enumerate(batch.questions[groups][g], 1):
+            scores.add(question.kind, bool(hits[(group == g) & (numbers == number)].all()))
+
+
+def _thing_words() -> list[str]:
+    return [thing.word for thing in THINGS]

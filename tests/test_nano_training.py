@@ -1,0 +1,156 @@
+"""Training computes what the product computes, and an interrupted phase ends as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ops.nano import layout
+from ops.nano.batches import IGNORED, Batches, BatchPlan
+from ops.nano.data import SLIDES, WINDOWS, Pool, make_shards, read_shard
+from ops.nano.learn import EXACT, PATCHES, TOKENS, Learner
+from ops.nano.muon import orthogonal
+from ops.nano.pictograms import FONT
+from workers.bundle import find_bundle
+from workers.llava_mini import FusionInputs, answer_embeds, fuse_question, load_model
+from workers.prompt import prompt_ids
+from workers.visionzip import keep_patches
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not FONT.is_file(), reason="the pictograms' font is not installed")
+PATCH_ROWS = 7
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two small shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    pictures = find_bundle("nano").pictures
+    make_shards([(SLIDES, 0), (WINDOWS, 0)], pictures, folder, clips=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learner():
+    return Learner(find_bundle("nano").directory, "cpu")
+
+
+def batch_of(shards, frames):
+    pools = {kind: Pool(kind, 0, 1, 1, shards) for kind in (SLIDES, WINDOWS)}
+    plan = BatchPlan(groups=3, frames=(frames,), questions=4)
+    return Batches((plan,), pools, find_bundle("nano").directory, 5, 8)[0]
+
+
+def test_a_shard_holds_frames_of_encoded_videos_and_is_made_the_same_again(shards, tmp_path):
+    first = read_shard(shards / "slides-00000.npy")
+    assert first.pixels.shape == (64, 96, 96, 3)
+    assert len(first.sights) == len(first.clip) == 64
+    make_shards([(SLIDES, 0)], find_bundle("nano").pictures, tmp_path, clips=2)
+    again = read_shard(tmp_path / "slides-00000.npy")
+    assert np.array_equal(first.pixels, again.pixels)
+    assert [sight.things for sight in first.sights] == [sight.things for sight in again.sights]
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("source", [EXACT, PATCHES, TOKENS])
+@torch.no_grad()
+def test_packed_questions_give_the_logits_of_the_product(shards, learner, source, frames):
+    """Several questions in one sequence under a mask, against fuse_question and the LLM one by one."""
+    batch = batch_of(shards, frames)
+    features = learner.see(batch.pixels)
+    logits = learner.answer_logits(features, batch, {source: slice(0, 3)}, PATCH_ROWS)
+    model = load_model(find_bundle("nano"), "cpu", "float32")
+    tokenizer = model.tokenizer.tokenizer
+    group_of, _ = np.nonzero(batch.labels != IGNORED)
+    segment_of = batch.llm_segments[batch.labels != IGNORED]
+    tower = features.tower
+    for group, asked in enumerate(batch.questions):
+        part = slice(group * frames, (group + 1) * frames)
+        compressed = features.compressed[part]
+        if source == EXACT:
+            places = torch.arange(64).expand(frames, -1)
+            inputs = FusionInputs(features.patches[part], places, compressed)
+        elif source == PATCHES:
+            piece = type(tower)(tower.hidden[part], tower.class_query[part], tower.keys[part], tower.search_key[part])
+            rows, places = keep_patches(piece, PATCH_ROWS)
+            scales = rows.abs().amax(dim=-1, keepdim=True) / 127
+            inputs = FusionInputs((rows / scales).round() * scales, places, compressed)
+        else:
+            inputs = FusionInputs(features.patches[part, :0], torch.empty(frames, 0, dtype=torch.int64), compressed)
+        tokens = vision_tokens_of(model, features, part)
+        for number, (_, text, answer) in enumerate(asked, 1):
+            ids = prompt_ids(model.tokenizer, text)
+            embeds = answer_embeds(model, ids, fuse_question(model, ids, [inputs]), tokens)
+            normalizer, tokenizer.normalizer = tokenizer.normalizer, None
+            reply = torch.tensor([tokenizer.encode(f" {answer}").ids])
+            tokenizer.normalizer = normalizer
+            sequence = torch.cat([embeds, model.llm.model.embed_tokens(reply)], dim=1)
+            wanted = model.llm(inputs_embeds=sequence).logits[0, embeds.shape[1] - 1 :]
+            ours = logits[torch.from_numpy((group_of == group) & (segment_of == number))]
+            torch.testing.assert_close(ours, wanted, atol=0.03, rtol=0.01)  # tokens are stored in float16
+
+
+def vision_tokens_of(model, features, part):
+    from workers.llava_mini import prefuse_vision
+
+    vision = model.vision
+    patches, compressed = vision.projector(features.patches[part]), vision.projector(features.compressed[part])
+    return prefuse_vision(vision, patches, compressed).half().numpy()
+
+
+def test_what_is_saved_is_what_the_product_loads(learner, tmp_path):
+    directory = tmp_path / "bundle"
+    shutil.copytree(find_bundle("nano").directory, directory)
+    learner.save(directory)
+    for name in ("model.safetensors", "vision_tower/model.safetensors"):
+        before, after = (load_file(folder / name) for folder in (find_bundle("nano").directory, directory))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key].half(), after[key]) for key in before)
+    load_model(find_bundle(str(directory)))
+
+
+def test_orthogonal_steps_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((2, 16, 40), (2, 40, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert float(values.min()) > 0.6
+        assert float(values.max()) < 1.3
+
+
+def test_the_start_is_a_whole_bundle_that_follows_from_the_seed(tmp_path):
+    for name in ("one", "two"):
+        layout.write_start(tmp_path / name, 3)
+    for path in (tmp_path / "one").rglob("*"):
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.is_dir() or path.read_bytes() == other.read_bytes(), path.name
+    load_model(find_bundle(str(tmp_path / "one")))
+
+
+def test_an_interrupted_phase_ends_like_one_that_was_not(tmp_path):
+    def command(out):
+        work = tmp_path / f"{out}-work"
+        work.mkdir(exist_ok=True)
+        if not (work / "shards").exists():
+            (tmp_path / "shards").mkdir(exist_ok=True)
+            (work / "shards").symlink_to(tmp_path / "shards")
+        phase = ["--phase", "see", "--steps", "3", "--clips", "1", "--threads", "1", "--save-every", "0"]
+        return [sys.executable, ROOT / "ops/nano/train", tmp_path / out, "--work", work, *phase]
+
+    subprocess.run(command("whole"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    state = tmp_path / "cut-work" / "see.state"
+    with subprocess.Popen(command("cut"), start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        while not state.is_file() and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(command("cut"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    for name in ("model.safetensors", "vision_tower/model.safetensors"):
+        whole, cut = (load_file(tmp_path / out / name) for out in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
