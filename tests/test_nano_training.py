@@ -45,7 +45,7 @@ def learner():
 
 def batch_of(shards, frames):
     pools = {kind: Pool(kind, 0, 1, 1, shards) for kind in (SLIDES, WINDOWS)}
-    plan = BatchPlan(groups=3, frames=(frames,), questions=4)
+    plan = BatchPlan(groups=3, frames=(frames,), questions=4, captions=int(frames == 1))
     return Batches((plan,), pools, find_bundle("nano").directory, 5, 8)[0]
 
 
