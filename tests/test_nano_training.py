@@ -1,6 +1,7 @@
 """Training computes what the product computes, and an interrupted phase ends as if nothing had happened."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from ops.nano.batches import IGNORED, Batches, BatchPlan
 from ops.nano.data import SLIDES, WINDOWS, Pool, make_shards, read_shard
 from ops.nano.learn import EXACT, PATCHES, TOKENS, Learner
 from ops.nano.muon import orthogonal
-from ops.nano.pictograms import FONT
+from ops.nano.pictograms import FONT, THINGS
+from ops.nano.questions import CELLS, OUTSIDE_ANSWER
 from workers.bundle import find_bundle
 from workers.llava_mini import FusionInputs, answer_embeds, fuse_question, load_model
 from workers.prompt import prompt_ids
@@ -43,9 +45,9 @@ def learner():
     return Learner(find_bundle("nano").directory, "cpu")
 
 
-def batch_of(shards, frames):
+def batch_of(shards, frames, groups=3, questions=4):
     pools = {kind: Pool(kind, 0, 1, 1, shards) for kind in (SLIDES, WINDOWS)}
-    plan = BatchPlan(groups=3, frames=(frames,), questions=4, captions=int(frames == 1))
+    plan = BatchPlan(groups=groups, frames=(frames,), questions=questions, captions=int(frames == 1))
     return Batches((plan,), pools, find_bundle("nano").directory, 5, 8)[0]
 
 
@@ -66,7 +68,7 @@ def test_packed_questions_give_the_logits_of_the_product(shards, learner, source
     """Several questions in one sequence under a mask, against fuse_question and the LLM one by one."""
     batch = batch_of(shards, frames)
     features = learner.see(batch.pixels)
-    logits = learner.answer_logits(features, batch, {source: slice(0, 3)}, PATCH_ROWS)
+    logits = learner.answers(features, batch, {source: slice(0, 3)}, PATCH_ROWS)[0]
     model = load_model(find_bundle("nano"), "cpu", "float32")
     tokenizer = model.tokenizer.tokenizer
     group_of, _ = np.nonzero(batch.labels != IGNORED)
@@ -104,6 +106,36 @@ def vision_tokens_of(model, features, part):
     vision = model.vision
     patches, compressed = vision.projector(features.patches[part]), vision.projector(features.compressed[part])
     return prefuse_vision(vision, patches, compressed).half().numpy()
+
+
+def test_a_word_for_a_thing_is_taught_the_place_that_the_answer_names(shards):
+    batch = batch_of(shards, 1, groups=40, questions=8)
+    taught = 0
+    for group, asked in enumerate(batch.questions):
+        for number, (question, _, answer) in enumerate(asked, 1):
+            places = batch.text_places[group][batch.text_segments[group] == number]
+            (known,) = np.nonzero((places != IGNORED).any(axis=1))
+            if question.kind == "where" and answer in CELLS:
+                (row,) = known
+                assert CELLS[places[row] @ (3, 1)] == answer
+                taught += 1
+            assert len(known) <= len(question.about)
+    assert taught > 5
+    assert (batch_of(shards, 4).text_places == IGNORED).all()
+
+
+def test_what_is_in_sight_is_what_a_list_names(shards):
+    batch = batch_of(shards, 1, groups=40, questions=8)
+    words = [thing.word for thing in THINGS] + [thing.plural for thing in THINGS]
+    lists = 0
+    for group, asked in enumerate(batch.questions):
+        named = {THINGS[number].word for number in np.flatnonzero(batch.frame_words[group][: len(THINGS)])}
+        for question, _, answer in asked:
+            if question.kind == "what" and answer != OUTSIDE_ANSWER:
+                listed = {words.index(word) % len(THINGS) for word in re.findall("[a-z]+", answer) if word in words}
+                assert {THINGS[number].word for number in listed} == named
+                lists += 1
+    assert lists > 5
 
 
 def test_what_is_saved_is_what_the_product_loads(learner, tmp_path):

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from ops.nano.captions import truth_table, whole_caption, word_caption
+from ops.nano.captions import question_caption, truth_table, whole_caption, word_caption
 from ops.nano.films import ENCODINGS, encode_script
 from ops.nano.pictograms import FONT, NUMBER, THINGS
 from ops.nano.questions import (
@@ -172,6 +172,19 @@ def test_captions_are_true_of_their_own_picture_and_of_no_wrong_one():
 
 
 @needs_font
+def test_a_question_to_search_with_fits_what_shows_what_it_asks_about():
+    source = np.random.default_rng(0)
+    other = seen(("cow", 0.2, 0.2))
+    nothing = Sight(OUTSIDE, (), np.zeros((0, 4)), frozenset())
+    for _ in range(300):
+        text, claim = question_caption(SCENE, source)
+        fits = truth_table([claim], [SCENE, other, nothing])[0]
+        assert fits[0]
+        assert not fits[2]
+        assert fits[1] == ("cow" in text.lower() or not any(word in text.lower() for word in ("dog", "bus", "owl")))
+    assert truth_table([question_caption(nothing, source)[1]], [SCENE, nothing])[0].tolist() == [False, True]
+
+
 def test_scripts_never_overlap_what_stands_still_and_show_up_to_four():
     for seed in range(8):
         script = write_script(np.random.default_rng(seed), 60)

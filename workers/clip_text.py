@@ -16,7 +16,7 @@ from workers.bundle import Bundle, sub_config
 from workers.weights import TensorEntry, list_tensors, read_float32
 
 _DEFAULTS = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -175,17 +175,28 @@ def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
     vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    model = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=_END)
+    model = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+    tokenizer = clip_tokenizer(model)
+    enclose_texts(tokenizer)
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def clip_tokenizer(model: models.BPE) -> tokenizers.Tokenizer:
+    """A tokenizer that cleans and splits texts as CLIP's does."""
     tokenizer = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    end, start = (_END, vocabulary[_END]), (_START, vocabulary[_START])
-    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
-    tokenizer.add_special_tokens([_START, _END])
     return tokenizer
+
+
+def enclose_texts(tokenizer: tokenizers.Tokenizer) -> None:
+    """Makes it put CLIP's start and end tokens around every text."""
+    ends = [(token, tokenizer.token_to_id(token)) for token in (END, START)]
+    tokenizer.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
 
 
 def _quick_gelu(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Batches: frames, packed questions with their answers, and captions. A batch follows from its phase and step alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from ops.nano.captions import Claim, truth_table, word_caption
+from ops.nano.captions import CASUAL, Claim, question_caption, truth_table, word_caption
 from ops.nano.data import SLIDES, WINDOWS, Pool, Shard
 from ops.nano.layout import BEGIN, END
 from ops.nano.pictograms import THINGS
@@ -24,7 +24,6 @@ from ops.nano.scenes import COLOURS, OUTSIDE, Sight
 from ops.nano.unknown import unknown_caption, word_unknown
 
 IGNORED = -100  # as torch's cross entropy has it
-CASUAL = 0.35
 UNKNOWN_CAPTIONS = 8  # so many captions that are true of a picture to one that is true of none
 PREFIX_SEGMENT, PADDING_SEGMENT = 0, -1
 
@@ -38,12 +37,14 @@ class BatchPlan:
         frames: per group, drawn anew for each batch.
         questions: per group.
         captions: per group; only where a group is one frame.
+        question_captions: share of the captions that are questions.
     """
 
     groups: int
     frames: tuple[int, ...] = (1,)
     questions: int = 6
     captions: int = 1
+    question_captions: float = 0.0
 
 
 @dataclass(repr=False)
@@ -53,20 +54,26 @@ class Batch:
     Attributes:
         pixels: (B*T, S, S, 3) uint8.
         patch_words: (B*T, N) int64, index into things + colours of what covers each patch, or IGNORED.
+        frame_words: (B*T, things + colours) bool, what is in sight; nothing where that is not clear.
+        frames: T.
         text_ids, text_segments, text_positions: (B, R), the prompts' words after the begin token at 0; a segment is a
             question's number from 1 on, 0 what all of them see, -1 padding.
+        text_places: (B, R, 2) int64, of a word for a thing that a single frame shows once: the third of the picture's
+            height and of its width that it is in, 0 to 2; IGNORED elsewhere.
         llm_rows: (B, M), the row of the fused text that enters the LLM there, or -1 for the raw word in llm_ids.
         llm_ids, llm_segments, llm_positions, labels: (B, M), behind the begin token and the frames.
-        kinds: (B, M), the kind of question that a label belongs to, as an index into KINDS; -1 elsewhere.
+        questions: of each group, with its words and the answer.
         caption_ids: (C, L), padded with the end id. truth: (C, B*T) bool.
     """
 
     pixels: np.ndarray
     patch_words: np.ndarray
+    frame_words: np.ndarray
     frames: int
     text_ids: np.ndarray
     text_segments: np.ndarray
     text_positions: np.ndarray
+    text_places: np.ndarray
     llm_rows: np.ndarray
     llm_ids: np.ndarray
     llm_segments: np.ndarray
@@ -108,13 +115,14 @@ class Batches(Dataset):
         sights = [sights for _, sights in groups]
         flat = [sight for group in sights for sight in group]
         asked = [self._questions(source, group, plan.questions) for group in sights]
-        captions = [word_caption(sight, source, 0.15) for sight in flat for _ in range(plan.captions)]
+        captions = [_caption(source, sight, plan) for sight in flat for _ in range(plan.captions)]
         captions += [(unknown_caption(source), Claim(never=True)) for _ in range(len(captions) // UNKNOWN_CAPTIONS)]
         return Batch(
             pixels=pixels,
             patch_words=np.stack([patch_words(sight, self._grid) for sight in flat]),
+            frame_words=np.stack([frame_words(sight) for sight in flat]),
             frames=frames,
-            **self._pack(asked, frames),
+            **self._pack(asked, sights),
             questions=asked,
             caption_ids=self._caption_ids([text for text, _ in captions]),
             truth=truth_table([claim for _, claim in captions], flat),
@@ -158,18 +166,20 @@ class Batches(Dataset):
         if len(sights) == 1 and source.random() < 0.15:  # "ever" of a single frame
             found += [(q, a) for q, a in time_questions(source, sights, 1) if q.kind in ("ever", "different")]
         worded = [(question, word(question, source, CASUAL), answer) for question, answer in found]
-        if source.random() < 0.6 or not worded:
+        if source.random() < 0.3 or not worded:
             worded.append((Question(UNKNOWN), word_unknown(source, CASUAL), UNKNOWN_ANSWER))
         return worded
 
-    def _pack(self, asked: list, frames: int) -> dict[str, np.ndarray]:
+    def _pack(self, asked: list, sights: list[list[Sight]]) -> dict[str, np.ndarray]:
         tokenizer, raw, _ = self._load()
+        frames = len(sights[0])
         begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
         texts, llms = [], []
-        for group in asked:
-            text = [(begin, PREFIX_SEGMENT, 0)]
+        for group, seen in zip(asked, sights, strict=True):
+            text = [(begin, PREFIX_SEGMENT, 0, IGNORED, IGNORED)]
             llm = []  # row, id, segment, position, label
-            for number, (_, question, answer) in enumerate(group, 1):
+            for number, (about, question, answer) in enumerate(group, 1):
+                places = {self._word_ids[thing]: place for thing, place in _places(about, seen)}
                 prompt = [*tokenizer.encode(f" {question.strip()}").ids, end]
                 reply = raw.encode(f" {answer}").ids
                 labels = [*[IGNORED] * (len(prompt) - 1), *reply, end]
@@ -177,13 +187,16 @@ class Batches(Dataset):
                     row = len(text) if i < len(prompt) else -1
                     llm.append((row, token, number, 1 + frames + i, labels[i]))
                     if i < len(prompt):
-                        text.append((token, number, 1 + i))
+                        text.append((token, number, 1 + i, *places.get(token, (IGNORED, IGNORED))))
             texts.append(text)
             llms.append(llm)
-        text = _pad(texts, (0, PADDING_SEGMENT, 0))
+        text = _pad(texts, (0, PADDING_SEGMENT, 0, IGNORED, IGNORED))
         llm = _pad(llms, (-1, 0, PADDING_SEGMENT, 0, IGNORED))
         names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
-        packed = dict(zip(("text_ids", "text_segments", "text_positions"), np.moveaxis(text, -1, 0), strict=True))
+        packed = dict(
+            zip(("text_ids", "text_segments", "text_positions"), np.moveaxis(text[..., :3], -1, 0), strict=True)
+        )
+        packed["text_places"] = text[..., 3:]
         return packed | dict(zip(names, np.moveaxis(llm, -1, 0), strict=True))
 
     def _caption_ids(self, texts: list[str]) -> np.ndarray:
@@ -200,7 +213,24 @@ class Batches(Dataset):
             raw.normalizer = None
             clip = Tokenizer.from_file(str(self._directory / "vision_tower" / "tokenizer.json"))
             self._tokenizers = (Tokenizer.from_file(path), raw, clip)
+            self._word_ids = [raw.encode(f" {thing.word}").ids[0] for thing in THINGS]
         return self._tokenizers
+
+
+def _caption(source: np.random.Generator, sight: Sight, plan: BatchPlan) -> tuple[str, Claim]:
+    if plan.question_captions and source.random() < plan.question_captions:
+        return question_caption(sight, source)
+    return word_caption(sight, source, 0.15)
+
+
+def _places(question: Question, sights: list[Sight]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The things that a question names and a single frame shows once, each with its row and column of three."""
+    if len(sights) > 1:
+        return
+    for thing in question.about:
+        if sights[0].things.count(thing) == 1:
+            x, y = sights[0].boxes[sights[0].things.index(thing), :2]
+            yield thing, (min(2, int(3 * y)), min(2, int(3 * x)))
 
 
 def _pad(rows: list[list[tuple[int, ...]]], filler: tuple[int, ...]) -> np.ndarray:
@@ -224,6 +254,14 @@ def patch_words(sight: Sight, grid: int) -> np.ndarray:
         words[covered >= 0.5] = thing
     assert len(COLOURS) + len(THINGS) > words.max()
     return words.reshape(-1)
+
+
+def frame_words(sight: Sight) -> np.ndarray:
+    """Which things and which colour of background are in sight, (things + colours,) bool; nothing if half in sight."""
+    words = np.zeros(len(THINGS) + len(COLOURS), bool)
+    if sight.background not in (None, OUTSIDE) and not sight.partial:
+        words[[*sight.things, len(THINGS) + sight.background]] = True
+    return words
 
 
 def shake(source: np.random.Generator, pixels: np.ndarray) -> np.ndarray:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ops.nano.pictograms import THINGS
-from ops.nano.questions import list_things
+from ops.nano.pictograms import THINGS, with_article
+from ops.nano.questions import MOMENT_KINDS, TIME_KINDS, Question, absent, list_things, pick, word
 from ops.nano.scenes import COLOURS, OUTSIDE, Sight
 
 _SIDE_WORDS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 _SIDE_MARGIN = 0.08
+CASUAL = 0.35  # share of questions that are typed carelessly
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Claim:
 
     Attributes:
         counts: things that are there, each with its least number.
+        either: at least one of these things is there, where any is named.
         exact: nothing else is there, and the numbers are exact.
         background: index into COLOURS, or None where it is not named.
         relation: (one, other, axis, direction): one lies before the other along an axis; or None.
@@ -28,6 +30,7 @@ class Claim:
     """
 
     counts: tuple[tuple[int, int], ...] = ()
+    either: tuple[int, ...] = ()
     exact: bool = False
     background: int | None = None
     relation: tuple[int, int, int, int] | None = None
@@ -40,11 +43,7 @@ def whole_caption(sight: Sight) -> str:
     colour = COLOURS[sight.background]
     if not sight.things:
         return f"an empty {colour} background"
-    return f"{list_things(Counter(sight.things))} on {_article(colour)} {colour} background"
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+    return f"{list_things(Counter(sight.things))} on {with_article(colour)} background"
 
 
 def word_caption(sight: Sight, source: np.random.Generator, whole: float) -> tuple[str, Claim]:
@@ -54,20 +53,20 @@ def word_caption(sight: Sight, source: np.random.Generator, whole: float) -> tup
         whole: how often everything is named.
     """
     if sight.background == OUTSIDE:
-        return _pick(source, ("a photo", "something else", "real footage", "none of these")), Claim(outside=True)
+        return pick(source, ("a photo", "something else", "real footage", "none of these")), Claim(outside=True)
     counts = Counter(sight.things)
     colour = COLOURS[sight.background]
     if source.random() < whole or not counts:
         if not counts and source.random() < 0.5:
-            text = _pick(source, ("nothing", "an empty scene", "empty background", "empty"))
+            text = pick(source, ("nothing", "an empty scene", "empty background", "empty"))
             return text, Claim(exact=True)
         if source.random() < 0.4:
             return list_things(counts) if counts else "nothing", Claim(tuple(counts.items()), exact=True)
         return whole_caption(sight), Claim(tuple(counts.items()), exact=True, background=sight.background)
     draw = source.random()
     if draw < 0.12:
-        forms = ("{c} background", "{c}", "{d} {c} background", "something on {c}", "{c} scene")
-        return _pick(source, forms).format(c=colour, d=_article(colour)), Claim(background=sight.background)
+        forms = ("{c} background", "{c}", "{d} background", "something on {c}", "{c} scene")
+        return pick(source, forms).format(c=colour, d=with_article(colour)), Claim(background=sight.background)
     things = [int(thing) for thing in source.permutation(sorted(counts))]
     if draw < 0.27 and len(things) > 1:
         return _relation(sight, source, things)
@@ -87,11 +86,23 @@ def word_caption(sight: Sight, source: np.random.Generator, whole: float) -> tup
     if draw < 0.6 and counts[thing] > 1:
         return list_things(Counter({thing: counts[thing]})), Claim(((thing, counts[thing]),))
     if draw < 0.62:
-        forms = ("{a} on {d} {c} background", "{x} on {c}", "{a} on {c}", "{c} background with {a}")
-        text = _pick(source, forms).format(x=THINGS[thing].word, a=THINGS[thing].one, c=colour, d=_article(colour))
-        return text, Claim(((thing, 1),), background=sight.background)
+        forms = ("{a} on {d} background", "{x} on {c}", "{a} on {c}", "{c} background with {a}")
+        names = {"x": THINGS[thing].word, "a": THINGS[thing].one, "c": colour, "d": with_article(colour)}
+        return pick(source, forms).format(**names), Claim(((thing, 1),), background=sight.background)
     forms = ("{x}", "{x}", "{a}", "{a}", "the {x}", "{s}", "a picture of {a}", "where is the {x}", "there is {a}")
     return _format(source, forms, thing, thing), Claim(((thing, 1),))
+
+
+def question_caption(sight: Sight, source: np.random.Generator) -> tuple[str, Claim]:
+    """A question to be searched with, as `ask` does: it fits the pictures that show what it is about."""
+    kind = pick(source, (*MOMENT_KINDS, *TIME_KINDS))
+    if kind in ("what", "background", "different") or not sight.things or (kind == "count" and source.random() < 0.3):
+        kind = kind if kind in ("what", "background", "different", "count") else "what"
+        return word(Question(kind), source, CASUAL), Claim(outside=sight.background == OUTSIDE)
+    about = (int(source.choice(sight.things)),)
+    if kind == "first":
+        about = tuple(int(thing) for thing in source.permutation([*about, absent(source, about)]))
+    return word(Question(kind, about), source, CASUAL), Claim(either=about)
 
 
 def truth_table(claims: Sequence[Claim], sights: Sequence[Sight]) -> np.ndarray:
@@ -108,6 +119,8 @@ def truth_table(claims: Sequence[Claim], sights: Sequence[Sight]) -> np.ndarray:
             holds &= counts[:, thing] == least if claim.exact else counts[:, thing] >= least
         if claim.exact:
             holds &= totals == sum(count for _, count in claim.counts)
+        if claim.either:
+            holds &= (counts[:, list(claim.either)] > 0).any(axis=1)
         if claim.background is not None:
             holds &= backgrounds == claim.background
         if claim.relation is not None:
@@ -138,8 +151,4 @@ def _related(relation: tuple[int, int, int, int], sight: Sight) -> bool:
 
 def _format(source: np.random.Generator, forms: Sequence[str], one: int, other: int) -> str:
     first, second = THINGS[one], THINGS[other]
-    return _pick(source, forms).format(x=first.word, y=second.word, a=first.one, b=second.one, s=first.plural)
-
-
-def _pick(source: np.random.Generator, choices: Sequence[str]) -> str:
-    return choices[source.integers(len(choices))]
+    return pick(source, forms).format(x=first.word, y=second.word, a=first.one, b=second.one, s=first.plural)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ops.nano.captions import word_caption
 from ops.nano.questions import (
@@ -20,6 +20,7 @@ from ops.nano.questions import (
 )
 from ops.nano.scenes import Sight
 from ops.nano.unknown import word_unknown
+from workers import clip_text
 
 IMAGE_SIDE, PATCH_SIDE = 96, 12
 VISION_WIDTH, VISION_LAYERS, VISION_INNER = 160, 6, 480
@@ -31,14 +32,12 @@ CONTEXT = 16384
 VOCABULARY = 1024
 CLIP_VOCABULARY = 1024
 PAD, BEGIN, END = "<|pad|>", "<|begin_of_text|>", "<|eot_id|>"
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 # One line, no system message: what stands in every prompt need not be learned.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] != 'system' %}"
     "{% if message['role'] == 'user' %}{{ message['content'] | replace('\\n', ' ') | trim }}"
     "{% else %}{{ ' ' + message['content'] | trim }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-_CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 _CORPUS_LINES = 30_000
 
 
@@ -80,7 +79,7 @@ def _llm_tokenizer(source: np.random.Generator) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_llm_corpus(source), trainer)
-    lower = [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(_regex(r"\s+"), " ")]
+    lower = [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " ")]
     tokenizer.normalizer = normalizers.Sequence(lower)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     return tokenizer
@@ -100,17 +99,12 @@ def _llm_corpus(source: np.random.Generator) -> list[str]:
 
 def _clip_tokenizer(source: np.random.Generator) -> Tokenizer:
     """CLIP's kind: lower case, words end in </w>, start and end around a text."""
-    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
-    split = pre_tokenizers.Split(_regex(_CLIP_WORDS), "removed", invert=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    spaces = normalizers.Replace(_regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer = clip_text.clip_tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=CLIP_VOCABULARY,
         initial_alphabet=alphabet,
-        special_tokens=[CLIP_START, CLIP_END, *sorted(f"{letter}</w>" for letter in alphabet)],
+        special_tokens=[clip_text.START, clip_text.END, *sorted(f"{letter}</w>" for letter in alphabet)],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
@@ -119,9 +113,7 @@ def _clip_tokenizer(source: np.random.Generator) -> Tokenizer:
     settings = json.loads(tokenizer.to_str())  # the letters at a word's end are ordinary tokens
     settings["added_tokens"] = settings["added_tokens"][:2]
     tokenizer = Tokenizer.from_str(json.dumps(settings))
-    ids = [(CLIP_END, tokenizer.token_to_id(CLIP_END)), (CLIP_START, tokenizer.token_to_id(CLIP_START))]
-    tokenizer.post_processor = processors.RobertaProcessing(*ids, trim_offsets=False, add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    clip_text.enclose_texts(tokenizer)
     return tokenizer
 
 
@@ -129,12 +121,6 @@ def _example(source: np.random.Generator) -> Sight:
     count = int(source.integers(0, 5))
     things = tuple(int(thing) for thing in source.integers(100, size=count))
     return Sight(int(source.integers(11)), things, source.random((count, 4)), frozenset())
-
-
-def _regex(pattern: str):
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 # --- settings
@@ -193,8 +179,8 @@ def _clip_config(tokenizer: Tokenizer) -> dict:
         "logit_scale_init_value": 2.6592,
         "text_config": {
             "model_type": "clip_text_model",
-            "bos_token_id": tokenizer.token_to_id(CLIP_START),
-            "eos_token_id": tokenizer.token_to_id(CLIP_END),
+            "bos_token_id": tokenizer.token_to_id(clip_text.START),
+            "eos_token_id": tokenizer.token_to_id(clip_text.END),
             "hidden_act": "gelu",
             "hidden_size": TEXT_WIDTH,
             "intermediate_size": TEXT_INNER,

@@ -1,7 +1,8 @@
 """nano in training: the product's own layers, with gradients, on packed questions."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import CLIPConfig, CLIPTextModelWithProjection
 from ops.nano.batches import IGNORED, PADDING_SEGMENT, PREFIX_SEGMENT, Batch
 from ops.nano.pictograms import THINGS
 from ops.nano.scenes import COLOURS
+from ops.nano.tables import SOURCES
 from workers.bundle import find_bundle
 from workers.clip import pixel_values
 from workers.encode import FrameFeatures, frame_features
@@ -21,7 +23,7 @@ from workers.llava_mini import LlavaMini, block_rows, fold, load_model, prefuse_
 from workers.visionzip import keep_patches
 from workers.weights import read_json
 
-EXACT, PATCHES, TOKENS = "exact", "patches", "tokens"
+EXACT, PATCHES, TOKENS = SOURCES
 _PLACES = (("top", "middle", "bottom"), ("left", "middle", "right"))
 
 
@@ -47,7 +49,7 @@ class Learner(nn.Module):
         wanted = {name: values.float() for name, values in tower.items() if name.startswith("text_")}
         self.text.load_state_dict(wanted, strict=True)
         self.logit_scale = nn.Parameter(tower["logit_scale"].float().to(vision.device))
-        self.register_buffer("word_ids", self._one_token_each((*_thing_words(), *COLOURS)))
+        self.register_buffer("word_ids", self._one_token_each((*(thing.word for thing in THINGS), *COLOURS)))
         self.register_buffer("place_ids", torch.stack([self._one_token_each(words) for words in _PLACES]))
         self.requires_grad_(True)
         self.train()
@@ -89,6 +91,17 @@ class Learner(nn.Module):
         wanted = torch.stack([thirds.repeat_interleave(side), thirds.repeat(side)])  # (2, N)
         return functional.cross_entropy(logits.movedim(-1, 1), wanted[:, None].expand(-1, len(rows), -1))
 
+    def telling_loss(self, features: FrameFeatures, frame_words: np.ndarray) -> Tensor:
+        """Vision tokens, compressed and fused, against the embeddings of the words for everything in sight."""
+        vision = self._vision()
+        wanted = torch.from_numpy(frame_words).to(self.device).float()  # (T, W)
+        known = wanted.sum(dim=1) > 0
+        compressed = vision.projector(features.compressed[known])  # (T, 1, H)
+        fused = prefuse_vision(vision, vision.projector(features.patches[known]), compressed)
+        embeddings = self.model.llm.model.embed_tokens.weight[self.word_ids]
+        chances = (torch.stack([compressed, fused])[:, :, 0] @ embeddings.T).log_softmax(dim=-1)  # (2, T, W)
+        return -((chances * wanted[known]).sum(dim=-1) / wanted[known].sum(dim=-1)).mean()
+
     def caption_loss(self, features: FrameFeatures, batch: Batch) -> Tensor:
         """CLIP's loss where several pictures may fit a text and several texts a picture (truth as targets)."""
         ids = torch.from_numpy(batch.caption_ids).to(self.device)
@@ -102,17 +115,36 @@ class Learner(nn.Module):
             losses.append(-((chances * fits[some]).sum(dim=1) / fits[some].sum(dim=1)).mean())
         return sum(losses) / 2
 
-    def answer_logits(self, features: FrameFeatures, batch: Batch, sources: dict[str, slice], rows: int) -> Tensor:
-        """The LLM's logits at every labelled place, in the order of `batch.labels`' rows: (labels, V).
+    def pointing_loss(self, fused: Tensor, batch: Batch) -> Tensor:
+        """A fused word for a thing against the embeddings of the words for the thing's place.
+
+        Args:
+            fused: (B, R, H), as `answers` gives it.
+        """
+        wanted = torch.from_numpy(batch.text_places).to(self.device)  # (B, R, 2)
+        known = wanted[..., 0] != IGNORED
+        embeddings = self.model.llm.model.embed_tokens.weight[self.place_ids]  # (2, 3, H)
+        logits = torch.einsum("rh,awh->raw", fused[known], embeddings)
+        return functional.cross_entropy(logits.flatten(0, 1), wanted[known].flatten())
+
+    def answers(
+        self, features: FrameFeatures, batch: Batch, sources: dict[str, slice], rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """The LLM's logits at every labelled place, in the order of `batch.labels`' rows, and the fused text.
 
         Args:
             sources: which groups are asked with which source of pre-fusion; together all of them, in order.
             rows: of the patch tier, per picture.
+        Returns:
+            (labels, V) and (B, R, H).
         """
         outputs = [self._ask(features, batch, source, groups, rows) for source, groups in sources.items()]
-        return torch.cat(outputs)
+        logits, fused = zip(*outputs, strict=True)
+        return torch.cat(logits), torch.cat(fused)
 
-    def _ask(self, features: FrameFeatures, batch: Batch, source: str, groups: slice, rows: int) -> Tensor:
+    def _ask(
+        self, features: FrameFeatures, batch: Batch, source: str, groups: slice, rows: int
+    ) -> tuple[Tensor, Tensor]:
         vision, count = self._vision(), batch.frames
         part = slice(groups.start * count, groups.stop * count)
         text = {
@@ -143,7 +175,7 @@ class Learner(nn.Module):
         sequence = block_rows(vision.prefusion[-1], sequence, rotary, kept, allowed[:, :, -kept:])
         tokens = sequence[:, :1] if source == EXACT else prefuse_vision(vision, projected, compressed)
         fused = sequence[:, 1:].unflatten(0, (-1, count)).mean(dim=1)  # (B, R, H)
-        return self._answer(batch, groups, tokens.unflatten(0, (-1, count)).flatten(1, 2), fused)
+        return self._answer(batch, groups, tokens.unflatten(0, (-1, count)).flatten(1, 2), fused), fused
 
     def _answer(self, batch: Batch, groups: slice, tokens: Tensor, fused: Tensor) -> Tensor:
         names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
@@ -211,23 +243,23 @@ def block_mask(segments: Tensor) -> Tensor:
     )[:, None]
 
 
-@dataclass
 class Scores:
     """Questions asked and rightly answered, by kind."""
 
-    right: dict[str, int]
-    asked: dict[str, int]
+    def __init__(self) -> None:
+        self.right: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
 
     def add(self, kind: str, is_right: bool) -> None:
         """Counts one."""
-        self.asked[kind] = self.asked.get(kind, 0) + 1
-        self.right[kind] = self.right.get(kind, 0) + is_right
+        self.asked[kind] += 1
+        self.right[kind] += is_right
 
     def text(self) -> str:
         """In one line, per cent."""
+        whole = 100 * self.right.total() / max(1, self.asked.total())
         kinds = sorted(self.asked)
-        total = 100 * sum(self.right.values()) / max(1, sum(self.asked.values()))
-        return f"all {total:.1f} | " + " ".join(f"{k} {100 * self.right[k] / self.asked[k]:.0f}" for k in kinds)
+        return f"all {whole:.1f} | " + " ".join(f"{k} {100 * self.right[k] / self.asked[k]:.0f}" for k in kinds)
 
 
 def score(batch: Batch, logits: Tensor, groups: slice, scores: Scores) -> None:
@@ -239,7 +271,3 @@ def score(batch: Batch, logits: Tensor, groups: slice, scores: Scores) -> None:
     for g in range(labels.shape[0]):
         for number, (question, _, _) in enumerate(batch.questions[groups][g], 1):
             scores.add(question.kind, bool(hits[(group == g) & (numbers == number)].all()))
-
-
-def _thing_words() -> list[str]:
-    return [thing.word for thing in THINGS]

@@ -57,8 +57,12 @@ class Thing:
     @property
     def one(self) -> str:
         """With its article: "an owl"."""
-        vowel = self.word[0] in "aeiou" and self.word != "unicorn"
-        return f"an {self.word}" if vowel else f"a {self.word}"
+        return with_article(self.word)
+
+
+def with_article(word: str) -> str:
+    """Such as "an owl"."""
+    return f"an {word}" if word[0] in "aeiou" and word != "unicorn" else f"a {word}"
 
 
 def _read_things() -> tuple[Thing, ...]:

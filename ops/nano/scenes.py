@@ -176,7 +176,10 @@ def sight(script: Script, time: float) -> Sight:
 
 def draw_colour(source: np.random.Generator, background: int) -> tuple[float, float, float]:
     """A shade of a background's colour: red, green, blue in 0..255."""
-    hue, saturation, value = (float(source.uniform(*bounds)) for bounds in PALETTE[COLOURS[background]])
+    return _levels(*(float(source.uniform(*bounds)) for bounds in PALETTE[COLOURS[background]]))
+
+
+def _levels(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
     red, green, blue = hsv_to_rgb(hue / 360 % 1, saturation, value)
     return red * 255, green * 255, blue * 255
 
@@ -305,9 +308,7 @@ def _add_group(
 
 
 def _middle(background: int) -> tuple[float, float, float]:
-    hue, saturation, value = (sum(bounds) / 2 for bounds in PALETTE[COLOURS[background]])
-    red, green, blue = hsv_to_rgb(hue / 360 % 1, saturation, value)
-    return red * 255, green * 255, blue * 255
+    return _levels(*(sum(bounds) / 2 for bounds in PALETTE[COLOURS[background]]))
 
 
 def _drift(source: np.random.Generator) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """An evaluation of nano as Markdown, for the card and the README."""
 
+SOURCES = ("exact", "patches", "tokens")  # of pre-fusion
+
 
 def markdown(result: dict) -> str:
     """The evaluation as tables."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ops.nano.pictograms import NUMBER, THINGS
+from ops.nano.pictograms import NUMBER, THINGS, with_article
 from ops.nano.questions import careless, pick
 
 _FOLDER = Path(__file__).parent
@@ -74,11 +74,10 @@ def word_unknown(source: np.random.Generator, casual: float, held_out: bool = Fa
         other = THINGS[source.integers(len(THINGS))].word if source.random() < 0.5 else pick(source, things)
         first, second = (name, other) if source.random() < 0.5 else (other, name)
         form = pick(source, _THING_FORMS)
-        article = "an" if name[0] in "aeiou" else "a"
         if "{y}" in form:
             text = form.format(x=first, y=second)
         else:
-            text = form.format(x=name, a=f"{article} {name}", s=f"{name}s")
+            text = form.format(x=name, a=with_article(name), s=f"{name}s")
     text = text[0].upper() + text[1:]
     return careless(text, source) if source.random() < casual else text
 
@@ -88,8 +87,7 @@ def unknown_caption(source: np.random.Generator, held_out: bool = False) -> str:
     draw = source.random()
     names = [word for word in _THINGS if _is_held_out(word) == held_out]
     name = pick(source, names) if draw < 0.7 or held_out else _invent(source)
-    article = "an" if name[0] in "aeiou" else "a"
-    return pick(source, (name, f"{article} {name}", f"{article} {name}", f"{name}s", f"the {name}"))
+    return pick(source, (name, with_article(name), with_article(name), f"{name}s", f"the {name}"))
 
 
 def _is_held_out(text: str) -> bool:
