@@ -16,6 +16,9 @@ COMMANDS = {
     "ask": ("pipeline.cli_query", "Answer a question, citing the moments it was answered from."),
     "status": ("pipeline.cli_archive", "Show what an archive holds."),
     "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),
+    "verify": ("pipeline.cli_care", "Check that every byte of an archive is what was written."),
+    "repair": ("pipeline.cli_care", "Take out what is damaged and index it again."),
+    "clean": ("pipeline.cli_care", "Remove files that nothing names."),
     "models": ("pipeline.cli_models", "List the models at hand."),
 }
 

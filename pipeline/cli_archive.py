@@ -1,18 +1,28 @@
 """`vidx status` and `vidx sql`."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, json_option
 
+if TYPE_CHECKING:
+    from storage.records import VideoRow
+
 
 @click.command()
 @archive_option
+@click.option("--failed", is_flag=True, help="List the videos that failed or are partial, and why.")
 @json_option
-def status(archive_dir: str, as_json: bool) -> None:
+def status(archive_dir: str, failed: bool, as_json: bool) -> None:
     """Show what an archive holds, and what of it can be searched.
 
     \b
     vidx status
+    vidx status --failed
     vidx status --archive /data/archive --json
     """
     from pipeline.cli_print import print_json, print_table, size
@@ -20,6 +30,9 @@ def status(archive_dir: str, as_json: bool) -> None:
     from storage.vectors import open_index
 
     archive = open_archive(archive_uri(archive_dir))
+    if failed:
+        _print_failed([row for row in archive.videos() if row.problem is not None], as_json)
+        return
     found = archive.status()
     pending = open_index(archive).pending_count(archive)
     if as_json:
@@ -49,6 +62,21 @@ def status(archive_dir: str, as_json: bool) -> None:
         ("version", f"{found.version}, format {found.format_version}"),
     )
     print_table(("", ""), rows)
+
+
+def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:
+    from pipeline.cli_print import print_json, print_table
+    from storage.files import source_text
+
+    columns = ("status", "reason", "source", "detail", "attempts")
+    cells = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail, row.attempts) for row in rows]
+    if as_json:
+        listed = [dict(zip(columns, row, strict=True)) for row in cells]
+        print_json([{**entry, "source_uri": row.uri} for entry, row in zip(listed, rows, strict=True)])
+    elif cells:
+        print_table(columns, cells, right=("attempts",))
+    else:
+        click.echo("no video failed or is partial")
 
 
 @click.command()

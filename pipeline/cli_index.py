@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,13 +44,18 @@ from pipeline.cli_options import archive_option, archive_uri, json_option, model
     default=None,
     help="A preset (embedded, one_gpu, cluster) or a TOML file; options win over it.",
 )
+@click.option("--retry-failed", is_flag=True, default=None, help="Try again what failed or is partial.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done with each source, and change nothing.")
 @json_option
-def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_json: bool, **options: Any) -> None:
+def index(
+    sources: tuple[str, ...], archive_dir: str, config: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Index videos into an archive.
 
     SOURCE is a video, a folder (searched recursively), a glob, or a manifest: CSV with a header or JSONL, with the
     column `source`, optionally `captured_at` (ISO 8601), and every other column a tag. What the archive already
-    holds is recognised by content and skipped.
+    holds is recognised by content and skipped; so is what failed in an earlier run (`vidx status --failed` lists it),
+    but for failures that lay with the machine or the moment.
 
     \b
     vidx index ~/videos
@@ -61,9 +67,9 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
     from pipeline.cli_models import limits_of
     from pipeline.cli_print import note, print_json, printable
     from pipeline.config import load_config
-    from pipeline.index import run_index
+    from pipeline.index import plan_index, run_index
     from pipeline.scan import scan
-    from storage.archive import create_archive
+    from storage.archive import archive_exists, create_archive, open_archive
     from storage.records import Sampling
     from workers.bundle import find_bundle
 
@@ -78,11 +84,18 @@ def index(sources: tuple[str, ...], archive_dir: str, config: str | None, as_jso
         note(limits_of(bundle))
     sampling = Sampling(settings.fps, bundle.default_patch_rows if settings.patches is None else settings.patches)
     bundle.check_patch_rows(sampling.patches)
+    place = archive_uri(archive_dir)
+    if dry_run:
+        archive = open_archive(place) if archive_exists(place) else None
+        if archive is not None:
+            archive.check_model(bundle.model_id, bundle.name)
+        _print_plans(plan_index(found.assets, archive, bundle, sampling, settings).plans, as_json)
+        return
     if settings.address is not None:
         from pipeline.address import check_address
 
         check_address(settings.address)
-    archive = create_archive(archive_uri(archive_dir), model_id=bundle.model_id, model_name=bundle.name)
+    archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name)
     with _progress() as report:
         result = run_index(found.assets, archive, bundle, sampling, settings, report)
     if as_json:
@@ -103,6 +116,7 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "videos_partial": result.partial,
         "videos_failed": result.failed,
         "videos_skipped": result.skipped,
+        "videos_failed_before": result.failed_before,
         "frames": result.frame_count,
         "model_id": model_id,
         "seconds": round(result.seconds, 3),
@@ -127,6 +141,11 @@ def _print_result(result: Any, archive_dir: str) -> None:
     from pipeline.cli_print import print_table
     from storage.files import source_text
 
+    if result.failed_before:
+        click.echo(
+            f"{result.failed_before} of the skipped failed or are partial since an earlier run; `vidx status --failed` "
+            "lists them, --retry-failed tries them again"
+        )
     tried = result.indexed + result.partial + result.failed
     if tried == 0 and not result.interrupted:
         click.echo(f"Nothing to index: {archive_dir} knows all of the {result.skipped} videos; `vidx status` shows it.")
@@ -136,6 +155,23 @@ def _print_result(result: Any, archive_dir: str) -> None:
     if result.failures:
         rows = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail) for row in result.failures]
         print_table(("status", "reason", "source", "detail"), rows)
+
+
+def _print_plans(plans: Sequence[tuple[Any, Any]], as_json: bool) -> None:
+    from pipeline.cli_print import print_json, print_table
+    from pipeline.known import Plan
+    from storage.files import source_text
+
+    counts = {str(plan).replace(" ", "_"): sum(other is plan for _, other in plans) for plan in Plan}
+    if as_json:
+        listed = [{"source": source_text(asset.uri), "source_uri": asset.uri, "plan": plan} for asset, plan in plans]
+        print_json({"dry_run": True, "counts": counts, "sources": listed})
+        return
+    rows = [(plan, source_text(asset.uri)) for asset, plan in plans if plan is not Plan.KNOWN]
+    if rows:
+        print_table(("would be", "source"), rows)
+    would = sum(plan.is_work for _, plan in plans)
+    click.echo(f"{would} of {len(plans)} videos would be tried; nothing was changed")
 
 
 @contextmanager

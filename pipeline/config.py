@@ -31,6 +31,7 @@ class IndexConfig(BaseModel):
     max_pixels: int = Field(default=100_000_000, ge=1)
     decode_threads: int = Field(default=1, ge=1, le=64)
     timeout_seconds: float = Field(default=60, gt=0)
+    retry_failed: bool = False
 
     @field_validator("fps", mode="before")
     @classmethod

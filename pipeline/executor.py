@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from storage.errors import UsageError, VidxError
 from storage.records import Content, Problem, Reason, SegmentTask
@@ -111,8 +111,6 @@ class Executor:
         task = self._running.pop(reference)
         try:
             result = ray.get(reference)
-        except RayActorError as error:
-            return self._after_death(task, error)
         except RayTaskError as error:
             if isinstance(error.cause, VidxError):
                 raise error.cause from None
@@ -121,9 +119,11 @@ class Executor:
             sys.stderr.write(f"{error}\n")  # our own mistake: its traceback is shown, and the job goes on
             detail = f"{type(error.cause).__name__}: {error.cause}"
             return Outcome(task.kind, task.key, None, Problem(Reason.UNKNOWN, detail))
+        except RayError as error:  # the worker, its node or its memory
+            return self._after_death(task, error)
         return None if task.kind == "load" else Outcome(task.kind, task.key, result, None)
 
-    def _after_death(self, task: _Task, error: RayActorError) -> Outcome | None:
+    def _after_death(self, task: _Task, error: RayError) -> Outcome | None:
         """A worker died: another takes its place and the task is tried again, up to ATTEMPTS times."""
         reason = str(error).strip().splitlines()[0]
         if task.kind == "load":
@@ -138,7 +138,7 @@ class Executor:
             self._submit(task)
             return None
         detail = f"the worker process died {ATTEMPTS} times on it: {reason}"
-        return Outcome(task.kind, task.key, None, Problem(Reason.CRASHED, detail))
+        return Outcome(task.kind, task.key, None, Problem(Reason.WORKER_LOST, detail))
 
     def _submit(self, task: _Task) -> None:
         task.attempts += 1

@@ -4,15 +4,16 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipeline.config import IndexConfig
-from pipeline.known import Known, drop_known
+from pipeline.known import Known, Plan, Wanted, plan_known, plan_sources
 from pipeline.split import split
 from storage.archive import Archive
 from storage.errors import VidxError
+from storage.jobs import Job
 from storage.records import (
     Content,
     Probe,
@@ -28,12 +29,14 @@ from storage.records import (
 from storage.sweep import sweep
 from storage.vectors import update_index
 from workers.actors import Examined, WorkerSettings
-from workers.bundle import Bundle
+from workers.bundle import Bundle, find_bundle
+from workers.hash_cache import HashCache
 
 if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
     from pipeline.executor import Executor, Outcome
 
 COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
+ELSEWHERE_SECONDS = 0.5  # between two looks at what other jobs are doing
 READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver holds
 
 
@@ -41,14 +44,16 @@ READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver ho
 class IndexResult:
     """What a job did; the four kinds of videos are disjoint and add up to the sources.
 
-    `failures` lists this run's partial and failed videos. The seconds of the stages are summed over workers: waiting
-    for the decoder, computing, and writing.
+    `failures` lists this run's partial and failed videos; failed_before, part of skipped, counts those of earlier runs
+    that this one did not try again. The seconds of the stages are summed over workers: waiting for the decoder,
+    computing, and writing.
     """
 
     indexed: int = 0
     partial: int = 0
     failed: int = 0
     skipped: int = 0
+    failed_before: int = 0
     frame_count: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -93,6 +98,14 @@ class _Video:
     problem: Problem | None = None
 
 
+def plan_index(
+    assets: Iterable[VideoAsset], archive: Archive | None, bundle: Bundle, sampling: Sampling, config: IndexConfig
+) -> Known:
+    """What a job would do with each source; changes nothing. An archive of None is one that is not there yet."""
+    wanted = Wanted(bundle.model_id, sampling, config.max_pixels, config.retry_failed)
+    return plan_sources(list(assets), archive.videos() if archive else [], wanted, HashCache())
+
+
 def run_index(
     assets: Iterable[VideoAsset],
     archive: Archive,
@@ -111,27 +124,46 @@ def run_index(
     """
     start = time.monotonic()
     result = IndexResult()
-    known = drop_known(list(assets), archive, bundle, sampling, config.max_pixels)
-    result.skipped = known.skipped
+    known = plan_index(assets, archive, bundle, sampling, config)
+    if known.renewed:
+        archive.publish(known.renewed)  # before anything new takes the place of what has moved away
+    result.failed_before = known.count(Plan.FAILED)
+    result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.FAILED)
     if known.todo:
         from pipeline.executor import Executor
 
-        job = _Job(known, archive, bundle, sampling, result, report)
-        try:
-            with Executor(worker_settings(archive, bundle, config), config.address, config.workers) as executor:
-                job.run(executor)
-        except KeyboardInterrupt:
-            result.interrupted = True
-            job.commit()
-        except VidxError:
-            with contextlib.suppress(VidxError):  # what other workers had finished; a full disk refuses it too
-                job.commit()
-            raise
+        with Job(archive.uri) as job:
+            run = _Run(known, archive, job, result, report)
+            try:
+                with Executor(worker_settings(archive, bundle, config), config.address, config.workers) as executor:
+                    run.run(executor)
+            except KeyboardInterrupt:
+                result.interrupted = True
+                run.commit()
+            except VidxError:
+                with contextlib.suppress(VidxError):  # what other workers had finished; a full disk refuses it too
+                    run.commit()
+                raise
     update_index(archive)
     if known.todo:  # a run with nothing to do ends in a second
         sweep(archive)
     result.seconds = time.monotonic() - start
     return result
+
+
+def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]) -> list[VideoRow]:
+    """Indexes videos once more, each with the settings of its row; returns those that are still not whole.
+
+    Raises:
+        UsageError: the archive's model is not at hand.
+    """
+    bundle = find_bundle(archive.model_name)
+    archive.check_model(bundle.model_id, bundle.name)
+    for text in sorted({row.sampling for row in rows}):
+        assets = [VideoAsset(row.uri, row.captured_at, row.tags) for row in rows if row.sampling == text]
+        run_index(assets, archive, bundle, Sampling.from_text(text), IndexConfig(model=archive.model_name), report)
+    numbers = {row.video_number for row in rows}
+    return [row for row in archive.videos() if row.video_number in numbers and row.problem is not None]
 
 
 def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig) -> WorkerSettings:
@@ -154,26 +186,27 @@ def _has_gpu() -> bool:
     return os.path.exists("/dev/nvidiactl")  # asking torch would cost its import in a driver that needs none
 
 
-class _Job:
+class _Run:
     """The loop over examinations and segments: gives out work, collects it, commits it."""
 
     def __init__(
         self,
         known: Known,
         archive: Archive,
-        bundle: Bundle,
-        sampling: Sampling,
+        job: Job,
         result: IndexResult,
         report: Callable[[Progress], None],
     ):
         self._known = known
         self._unexamined = deque(known.todo)
         self._archive = archive
-        self._bundle = bundle
-        self._sampling = sampling
+        self._job = job
+        self._wanted = known.wanted
+        self._sampling = known.wanted.sampling
         self._result = result
         self._report = report
         self._examined: list[tuple[VideoAsset, Content, Probe]] = []
+        self._elsewhere: list[tuple[VideoAsset, Content, Probe]] = []  # other jobs have taken them
         self._ready: deque[SegmentTask] = deque()
         self._videos: dict[str, _Video] = {}
         self._receipts: list[Receipt] = []
@@ -185,13 +218,15 @@ class _Job:
 
     def run(self, executor: "Executor") -> None:
         """Until every source is published, failed or skipped."""
-        while self._unexamined or self._ready or executor.running or self._examined:
+        while self._unexamined or self._ready or executor.running or self._examined or self._elsewhere:
             self._give_out(executor)
             for outcome in executor.wait(timeout_seconds=0.5):
                 self._take_in(outcome)
             self._admit()
             if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
                 self.commit()
+            if self._elsewhere and not (self._unexamined or self._ready or executor.running):
+                self._look_elsewhere()
             self._show()
         self.commit()
         self._show()
@@ -211,6 +246,8 @@ class _Job:
             self._archive.publish(finished)
         for row in finished:
             self._result.count(row)
+            if row.video_number is not None:
+                self._job.release(row.video_number)
         self._last_commit = time.monotonic()
 
     def _give_out(self, executor: "Executor") -> None:
@@ -232,8 +269,7 @@ class _Job:
         content = examined.content
         if content is not None:
             if content.video_id in self._seen:  # the same bytes under a second name in this very job
-                self._result.skipped += 1
-                self._video_count -= 1
+                self._skip()
                 return
             self._seen[content.video_id] = asset.uri
         if examined.probe is None:
@@ -247,10 +283,20 @@ class _Job:
         if not examined:
             return
         numbers = self._archive.reserve([(content.video_id, self._sampling) for _, content, _ in examined])
+        self._archive.refresh()
         for asset, content, probe in examined:
             number = numbers[content.video_id, str(self._sampling)]
+            if not self._job.take(number):
+                self._elsewhere.append((asset, content, probe))
+                continue
+            if self._is_done(content):  # by another job, since this one began
+                self._job.release(number)
+                self._skip()
+                continue
             segments = split(content.video_id, probe)
-            done = self._archive.committed(content.video_id, self._sampling, [segment.key for segment in segments])
+            keys = [segment.key for segment in segments]
+            again = self._wanted.retry_failed
+            done = self._archive.committed(content.video_id, self._sampling, keys, whole_only=again)
             waiting = [segment for segment in segments if segment.key not in done]
             video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=bool(done))
             self._videos[content.video_id] = video
@@ -259,6 +305,29 @@ class _Job:
             self._ready.extend(tasks)
             if not waiting:
                 self._finish(video)
+
+    def _look_elsewhere(self) -> None:
+        """What other jobs have finished is done; what they have let go of unfinished, this one takes."""
+        self.commit()
+        time.sleep(ELSEWHERE_SECONDS)
+        self._archive.refresh()
+        elsewhere, self._elsewhere = self._elsewhere, []
+        for asset, content, probe in elsewhere:
+            if self._is_done(content):
+                self._skip()
+            else:
+                self._examined.append((asset, content, probe))
+        self._admit()
+
+    def _is_done(self, content: Content) -> bool:
+        """Whether a row has come since this job began, and leaves nothing to do."""
+        row = self._archive.row_of(content.video_id)
+        is_news = row is not None and row != self._known.by_id.get(content.video_id)
+        return is_news and plan_known(row, replace(self._wanted, retry_failed=False)) is not Plan.SETTINGS
+
+    def _skip(self) -> None:
+        self._result.skipped += 1
+        self._video_count -= 1
 
     def _settle(self, receipt: Receipt) -> None:
         video = self._videos[receipt.segment.video_id]
@@ -290,6 +359,7 @@ class _Job:
         frame_count: int,
         problem: Problem | None,
     ) -> VideoRow:
+        attempts = self._known.attempts(asset, content) + 1
         asset = self._known.inherit(asset, content)
         damaged = Status.PARTIAL if frame_count else Status.FAILED
         return VideoRow(
@@ -298,7 +368,7 @@ class _Job:
             uri=asset.uri,
             status=Status.INDEXED if problem is None else damaged,
             problem=problem,
-            model_id=self._bundle.model_id,
+            model_id=self._wanted.model_id,
             sampling=str(self._sampling),
             frame_count=frame_count,
             size_bytes=content.size_bytes if content else None,
@@ -306,6 +376,7 @@ class _Job:
             probe=probe,
             captured_at=asset.captured_at,
             tags=asset.tags,
+            attempts=attempts,
         )
 
     def _show(self) -> None:

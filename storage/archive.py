@@ -12,14 +12,15 @@ for any reader. `deltalake` does not survive a fork: processes that use an archi
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from storage import tables, videos
-from storage.cells import part_problem
+from storage.cells import part_identity, part_problem
 from storage.errors import UsageError
 from storage.files import (
     join,
@@ -34,7 +35,7 @@ from storage.files import (
 from storage.frames import LivePart, PartBounds, find_frames, find_hits, part_bounds
 from storage.layout import COLUMNS
 from storage.parts import PartWriter
-from storage.records import FrameRef, Hit, Problem, Receipt, Sampling, Status, VideoRow
+from storage.records import FrameRef, Hit, Problem, Reason, Receipt, Sampling, Status, VideoRow
 from storage.settings import (
     FORMAT_VERSION,
     TABLES,
@@ -103,11 +104,7 @@ def create_archive(uri: str, *, model_id: str, model_name: str) -> "Archive":
     if archive.model_id != model_id and archive.is_empty:  # left by a job that could not load its model
         write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name))
         return open_archive(uri)
-    if archive.model_id != model_id:
-        raise UsageError(
-            f"{source_text(uri)}: this archive is of the model {archive.model_name} ({archive.model_id[:12]}), not of "
-            f"{model_name} ({model_id[:12]}); name that model or choose another --archive"
-        )
+    archive.check_model(model_id, model_name)
     return archive
 
 
@@ -162,7 +159,7 @@ class Archive:
     def is_empty(self) -> bool:
         """Whether no job has committed anything, or reserved a number for what it will commit."""
         tables_empty = self._videos.rows().num_rows == 0 and self._numbers.rows().num_rows == 0
-        return tables_empty and len(self._part_bounds()) == 0
+        return tables_empty and len(self.part_bounds()) == 0
 
     @property
     def version(self) -> int:
@@ -173,6 +170,18 @@ class Archive:
         """Moves to the newest version."""
         self._videos.refresh()
         tables.refresh(self._frames)
+
+    def check_model(self, model_id: str, model_name: str) -> None:
+        """Refuses rows of another model.
+
+        Raises:
+            UsageError: the archive is of another one, and not empty.
+        """
+        if self.model_id != model_id and not self.is_empty:
+            raise UsageError(
+                f"{source_text(self.uri)}: this archive is of the model {self.model_name} ({self.model_id[:12]}), not "
+                f"of {model_name} ({model_id[:12]}); name that model or choose another --archive"
+            )
 
     # Numbers
 
@@ -204,6 +213,31 @@ class Archive:
         self._numbers.change(plan)
         return {key: given[key] for key in wanted}
 
+    def numbers(self) -> dict[tuple[str, str], int]:
+        """Every number that was given, by video id and sampling."""
+        return self._known_numbers(self._numbers.rows())
+
+    def restore_numbers(self) -> None:
+        """Gives the numbers of committed frames back to their videos, where the table of numbers lost them.
+
+        Raises:
+            ArchiveError: a part is missing or damaged, or the archive cannot be written.
+        """
+        bounds = self.part_bounds()
+        firsts = dict(zip(bounds.video_number.tolist(), bounds.path.tolist()))
+
+        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            known = set(rows.column("video_number").to_pylist())
+            found = [part_identity(self.frames_uri, path) for number, path in firsts.items() if number not in known]
+            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(found, NUMBERS)
+
+        self._numbers.change(plan)
+
+    def count_without_row(self) -> int:
+        """Videos whose frames are committed and that no row shows."""
+        shown = set(self._videos.rows().column("video_number").to_pylist())
+        return len(set(self.part_bounds().video_number.tolist()) - shown)
+
     def _known_numbers(self, rows: pa.Table) -> dict[tuple[str, str], int]:
         columns = (rows.column(name).to_pylist() for name in NUMBERS.names)
         return {
@@ -214,29 +248,38 @@ class Archive:
 
     # Frames
 
-    def committed(self, video_id: str, sampling: Sampling, segment_keys: Iterable[str]) -> set[str]:
+    def committed(
+        self, video_id: str, sampling: Sampling, segment_keys: Iterable[str], *, whole_only: bool = False
+    ) -> set[str]:
         """Those of the segments whose rows are in, for good: not those that another try may make whole.
 
+        Args:
+            video_id, sampling: of the video.
+            segment_keys: its segments.
+            whole_only: leave out all that are not whole, not only those whose problem may pass by itself.
         Raises:
             ArchiveError: a part of the video is missing or damaged.
         """
-        number = self._known_numbers(self._numbers.rows()).get((video_id, str(sampling)))
+        number = self.numbers().get((video_id, str(sampling)))
         if number is None:
             return set()
         tables.refresh(self._frames)
-        bounds = self._part_bounds()
+        bounds = self.part_bounds()
         wanted = set(segment_keys)
         places = [place for place in bounds.of(number).tolist() if bounds.segment[place] in wanted]
-        return {bounds.segment[place] for place in places if not self._may_be_replaced(bounds.path[place])}
+        problems = {bounds.segment[place]: part_problem(self.frames_uri, bounds.path[place]) for place in places}
+        return {
+            key for key, problem in problems.items() if problem is None or not (whole_only or problem.reason.may_pass)
+        }
 
     def committed_frame_count(self, video_number: int) -> int:
         """Frames committed under a number, published or not."""
-        bounds = self._part_bounds()
+        bounds = self.part_bounds()
         return int(bounds.row_count[bounds.of(video_number)].sum())
 
     def problems(self, video_number: int) -> list[Problem]:
         """What is wrong with the committed segments of a number, as their parts say; opens each one's footer."""
-        bounds = self._part_bounds()
+        bounds = self.part_bounds()
         found = (part_problem(self.frames_uri, path) for path in bounds.path[bounds.of(video_number)])
         return [problem for problem in found if problem is not None]
 
@@ -245,7 +288,8 @@ class Archive:
 
         A segment whose rows are in already, also by a process that commits at this very moment, does not land, and
         its part is removed. So each (video, segment, model, sampling) is in at most once. Rows that are not whole
-        for a reason that may pass make way, in the same commit, for whole ones or for more. A receipt without a
+        make way, in the same commit, for whole ones or for more, and those of a problem that may pass for those of
+        one that does not. A receipt without a
         part has nothing to land; one whose very part is in has landed, however often it is committed.
 
         Raises:
@@ -258,7 +302,7 @@ class Archive:
             waiting, replaced = self._not_committed(receipts)
             if not waiting:
                 break
-            guards = {_segment_id(receipt): 1 for receipt in waiting}
+            guards = {_segment_id(receipt.video_number, receipt.segment.key): 1 for receipt in waiting}
             for guard in guards.keys() & replaced.keys():
                 guards[guard] = (self._frames.transaction_version(guard) or 0) + 1
             parts = [receipt.part for receipt in waiting]
@@ -268,7 +312,7 @@ class Archive:
                 continue
             landed = {part.path for part in parts}
             break
-        landed |= set(self._part_bounds().path)  # also what was in before, or landed in a try that seemed to fail
+        landed |= set(self.part_bounds().path)  # also what was in before, or landed in a try that seemed to fail
         written = [receipt.part for receipt in receipts if receipt.part is not None]
         for part in written:
             if part.path not in landed:
@@ -276,9 +320,53 @@ class Archive:
                     PartWriter.discard(self.frames_uri, part)
         return [receipt.part is not None and receipt.part.path in landed for receipt in receipts]
 
+    def drop_parts(self, paths: Iterable[str]) -> None:
+        """Takes damaged parts out of the archive; `recount` then makes the videos' rows agree.
+
+        Raises:
+            ArchiveError: the archive cannot be written.
+        """
+        wanted = set(paths)
+        for _ in tables.attempts():
+            tables.refresh(self._frames)
+            bounds = self.part_bounds()
+            places = [place for place, path in enumerate(bounds.path) if path in wanted]
+            if not places:
+                return
+            guards = [_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in places]
+            versions = {guard: (self._frames.transaction_version(guard) or 0) + 1 for guard in guards}
+            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
+            with contextlib.suppress(Conflict):
+                tables.commit(self._frames, [], removed, versions)
+
+    def recount(self) -> list[VideoRow]:
+        """Rows that said other frames than are stored: partial or failed now, with what is left, as they are returned.
+
+        Raises:
+            ArchiveError: the archive cannot be written.
+        """
+        tables.refresh(self._frames)
+        changed = []
+
+        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            columns = (table.column(name).to_pylist() for name in ("video_number", "frame_count"))
+            right = [not number or count == self.committed_frame_count(number) for number, count in zip(*columns)]
+            wrong = videos.to_rows(table.filter(pa.array([not is_right for is_right in right], pa.bool_())))
+            changed[:] = [self._without_damage(row) for row in wrong]
+            return np.array(right, bool), videos.to_arrow(changed)
+
+        self._videos.change(plan)
+        return changed
+
+    def _without_damage(self, row: VideoRow) -> VideoRow:
+        count = self.committed_frame_count(row.video_number)
+        problem = Problem(Reason.DAMAGED, f"{row.frame_count - count} of its frames were damaged and taken out")
+        status = Status.PARTIAL if count else Status.FAILED
+        return replace(row, status=status, problem=problem, frame_count=count, attempts=0)
+
     def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], dict[str, tuple[str, int]]]:
         """The receipts to commit, and by segment the path and size of each part that makes way for one of them."""
-        bounds = self._part_bounds()
+        bounds = self.part_bounds()
         places = {
             (number, bounds.segment[place]): place
             for number in {receipt.video_number for receipt in receipts}
@@ -294,24 +382,22 @@ class Archive:
                 path, row_count = bounds.path[place], int(bounds.row_count[place])
                 if path == receipt.part.path or not self._is_better(receipt, path, row_count):
                     continue
-                replaced[_segment_id(receipt)] = (path, int(bounds.size_bytes[place]))
+                replaced[_segment_id(receipt.video_number, receipt.segment.key)] = (path, int(bounds.size_bytes[place]))
             seen.add(key)
             waiting.append(receipt)
         return waiting, replaced
 
     def _is_better(self, receipt: Receipt, path: str, row_count: int) -> bool:
         """Whether a segment's rows are to take the place of those that are in."""
-        if not self._may_be_replaced(path):
+        there = part_problem(self.frames_uri, path)
+        if there is None:
             return False
-        settled = receipt.problem is None or not receipt.problem.reason.may_pass
-        return settled or receipt.part.row_count > row_count
+        if receipt.problem is None or receipt.part.row_count > row_count:
+            return True
+        return there.reason.may_pass and not receipt.problem.reason.may_pass
 
-    def _may_be_replaced(self, path: str) -> bool:
-        """Whether a part is not whole for a reason that may pass."""
-        problem = part_problem(self.frames_uri, path)
-        return problem is not None and problem.reason.may_pass
-
-    def _part_bounds(self) -> PartBounds:
+    def part_bounds(self) -> PartBounds:
+        """All committed parts, whether their videos are published or not."""
         version = self._frames.version()
         if self._bounds is None or self._bounds[0] != version:
             self._bounds = (version, part_bounds(self.frames_uri, tables.live_files(self._frames)))
@@ -319,7 +405,7 @@ class Archive:
 
     def parts(self) -> list[LivePart]:
         """The parts of published videos."""
-        bounds = self._part_bounds()
+        bounds = self.part_bounds()
         shown = np.isin(bounds.video_number, np.fromiter(self.published(), np.int64))
         columns = (bounds.path, bounds.video_number, bounds.row_count)
         return [LivePart(*values) for values in zip(*(column[shown].tolist() for column in columns), strict=True)]
@@ -343,11 +429,11 @@ class Archive:
         if video_numbers is not None:
             chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
             ids = {number: ids[number] for number in chosen if number in ids}
-        return find_frames(self.frames_uri, self._part_bounds(), ids, start_seconds, end_seconds, None)
+        return find_frames(self.frames_uri, self.part_bounds(), ids, start_seconds, end_seconds, None)
 
     def hit_frames(self, hits: Sequence[Hit]) -> list[FrameRef]:
         """The frames that a search found, in the order of the hits."""
-        return find_hits(self.frames_uri, self._part_bounds(), self.published(), hits)
+        return find_hits(self.frames_uri, self.part_bounds(), self.published(), hits)
 
     # Videos
 
@@ -376,12 +462,23 @@ class Archive:
         """All rows as stored (videos.SCHEMA)."""
         return self._videos.rows()
 
+    def sources(self) -> dict[int, str]:
+        """Where each numbered video came from, as people read it."""
+        rows = self._videos.rows()
+        columns = (rows.column(name).to_pylist() for name in ("video_number", "uri"))
+        return {number: source_text(uri) for number, uri in zip(*columns, strict=True) if number is not None}
+
     def uris(self, video_numbers: Iterable[int]) -> dict[int, str]:
         """The uri of each published number."""
         wanted = set(video_numbers)
         rows = self._videos.rows()
         columns = (rows.column(name).to_pylist() for name in ("video_number", "uri"))
         return {number: uri for number, uri in zip(*columns, strict=True) if number in wanted}
+
+    def row_of(self, video_id: str) -> VideoRow | None:
+        """The row of a content, or None."""
+        places = np.flatnonzero(pc.equal(self._videos.rows().column("video_id"), video_id).fill_null(False).to_numpy())
+        return self._row_at(int(places[0])) if len(places) else None
 
     def _row_at(self, place: int) -> VideoRow:
         return videos.to_rows(self._videos.rows().slice(place, 1))[0]
@@ -435,9 +532,9 @@ class Archive:
         )
 
 
-def _segment_id(receipt: Receipt) -> str:
+def _segment_id(video_number: int, segment_key: str) -> str:
     """The guard of a segment: a number stands for (video, model, sampling)."""
-    return f"segment:{receipt.video_number}:{receipt.segment.key}"
+    return f"segment:{video_number}:{segment_key}"
 
 
 def _optional(field: pa.Field) -> pa.Field:

@@ -18,7 +18,7 @@ _VIDEOS_VIEW = """
 CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
     rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
-    CAST(captured_at AS TIMESTAMP) AS captured_at, tags, model_id, sampling
+    CAST(captured_at AS TIMESTAMP) AS captured_at, tags, model_id, sampling, attempts
 FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"

@@ -132,6 +132,14 @@ def part_problem(frames_uri: str, part_name: str) -> Problem | None:
     return _open_part(frames_uri, part_name).problem
 
 
+def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
+    """Whose frames a part holds: video_id, model_id, sampling and video_number."""
+    uri = join(frames_uri, part_name)
+    names = ["video_id", "model_id", "sampling", "video_number"]
+    with damage(uri), open_for_read(uri) as file:
+        return pq.ParquetFile(file).read(columns=names).slice(0, 1).to_pylist()[0]
+
+
 def part_keys(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray] | None:
     """All search keys of a part, (T, E) float16, and their frame indexes, (T,) int64; None where it keeps none."""
     part = _open_part(frames_uri, part_name)

@@ -2,13 +2,18 @@
 
 import contextlib
 import errno
+import io
 import mmap
 import os
 import re
+import shutil
+import tempfile
 import urllib.parse
 import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
+
+import google_crc32c
 
 from storage.errors import ArchiveError, UsageError
 
@@ -142,33 +147,100 @@ class NewFile:
     def __init__(self, uri: str):
         self._uri = uri
         self._path = local_path(uri)
-        if self._path is None:
-            file_system, remote = _remote(uri)
-            self.file: BinaryIO = file_system.open(remote, "wb")
+        if self._path is None:  # it may get another name when it is whole, and an object cannot be renamed
+            self.file = ChecksummedFile(tempfile.TemporaryFile())  # noqa: SIM115  (closed by keep or discard)
         else:
             self._temporary = self._path + b"." + uuid.uuid4().hex.encode() + b".tmp"
-            self.file = open(self._temporary, "xb")  # noqa: SIM115  (closed by keep or discard)
+            self.file = ChecksummedFile(open(self._temporary, "xb"))  # noqa: SIM115
 
-    def keep(self) -> None:
-        """Puts the file in place, instead of what was there."""
+    def keep(self, uri: str | None = None) -> None:
+        """Puts the file in place, instead of what was there.
+
+        Args:
+            uri: under another name in the same folder.
+        """
+        uri = uri or self._uri
         if self._path is None:
+            file_system, remote = _remote(uri)
+            self.file.flush()
+            self.file.raw.seek(0)
+            with file_system.open(remote, "wb") as place:
+                shutil.copyfileobj(self.file.raw, place)
             self.file.close()
             return
         self.file.flush()
         _sync(self.file.fileno())
         self.file.close()
-        os.replace(self._temporary, self._path)
-        sync_folder(self._uri.rsplit("/", 1)[0])
+        os.replace(self._temporary, local_path(uri))
+        sync_folder(uri.rsplit("/", 1)[0])
 
     def discard(self) -> None:
         """Leaves nothing behind."""
-        if self._path is None:
-            self.file.discard()  # fsspec's writers have it: an upload that never completes
-            return
         with contextlib.suppress(OSError):  # a full disk cannot take what is still buffered
             self.file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._temporary)
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self._temporary)
+
+
+class ChecksummedFile(io.BufferedIOBase):
+    """A file that is written from its beginning to its end.
+
+    Attributes:
+        raw: the file itself.
+        checksum: the CRC32C of all that was written.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.raw = file
+        self.checksum = 0
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: bytes) -> int:
+        """Adds bytes at the end."""
+        self.checksum = google_crc32c.extend(self.checksum, bytes(data))
+        return self.raw.write(data)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.raw.tell()
+
+    def fileno(self) -> int:
+        """The system's number of the file."""
+        return self.raw.fileno()
+
+    def flush(self) -> None:
+        """Hands all to the system."""
+        if not self.raw.closed:
+            self.raw.flush()
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self.raw.close()
+        super().close()
+
+
+def name_with_checksum(stem: str, checksum: int, suffix: str) -> str:
+    """A file's name that says what its bytes must be."""
+    return f"{stem}.{checksum:08x}{suffix}"
+
+
+def checksum_in_name(name: str) -> int | None:
+    """The CRC32C that a name says, or None."""
+    match = re.fullmatch(r"[0-9a-f]{32}\.([0-9a-f]{8})\.\w+", name)
+    return None if match is None else int(match[1], 16)
+
+
+def checksum_of(uri: str) -> int:
+    """The CRC32C of a file's bytes."""
+    checksum = 0
+    with open_for_read(uri) as file:
+        while piece := file.read(1 << 22):
+            checksum = google_crc32c.extend(checksum, piece)
+    return checksum
 
 
 def write_bytes(uri: str, data: bytes) -> None:

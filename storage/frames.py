@@ -61,8 +61,8 @@ class PartBounds:
 
 
 @dataclass(frozen=True, repr=False)
-class _Times:
-    """The rows of one part in file order, (T,) each."""
+class Times:
+    """When each row of a part is shown, in file order, (T,) each."""
 
     ticks: np.ndarray
     frame_index: np.ndarray
@@ -121,7 +121,7 @@ def find_frames(
         wanted &= np.searchsorted(indexes, bounds.first_index) < np.searchsorted(indexes, bounds.last_index, "right")
     found = []
     for place in np.flatnonzero(wanted).tolist():
-        times = _read_times(join(frames_uri, bounds.path[place]))
+        times = read_times(join(frames_uri, bounds.path[place]))
         rows = np.ones(len(times.ticks), bool)
         if start_seconds is not None:
             rows &= (times.time_seconds + times.duration_seconds > start_seconds) | (
@@ -156,7 +156,7 @@ def find_hits(frames_uri: str, bounds: PartBounds, video_ids: Mapping[int, str],
     return [found[hit.video_number, hit.frame_index] for hit in hits]
 
 
-def _refs(path: str, number: int, video_id: str, times: _Times, rows: np.ndarray) -> list[FrameRef]:
+def _refs(path: str, number: int, video_id: str, times: Times, rows: np.ndarray) -> list[FrameRef]:
     columns = (times.frame_index, times.ticks, times.time_seconds, times.duration_seconds)
     return [
         FrameRef(video_id, number, frame_index, ticks, time_seconds, duration_seconds, path, row)
@@ -167,8 +167,13 @@ def _refs(path: str, number: int, video_id: str, times: _Times, rows: np.ndarray
 
 
 @lru_cache(maxsize=1024)
-def _read_times(uri: str) -> _Times:
+def read_times(uri: str) -> Times:
+    """The times of a part's rows.
+
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
     names = ["ticks", "frame_index", "time_seconds", "duration_seconds"]
     with damage(uri), open_for_read(uri) as file:
         table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=names)
-        return _Times(*(table.column(name).to_numpy() for name in names))
+        return Times(*(table.column(name).to_numpy() for name in names))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.files import NewFile, join, remove, writing
+from storage.files import NewFile, join, name_with_checksum, remove, writing
 from storage.layout import BINARY, PROBLEM_KEY, as_bytes, cell_shapes, pack_patches, part_schema, row_group_rows
 from storage.records import Part, Problem, TokenBatch
 
@@ -47,8 +47,9 @@ class FrameColumns:
 class PartWriter:
     """Writes the rows of one segment to a new Parquet file; holds one row group in memory.
 
-    The file's bytes depend on the rows alone, not on how they were appended; its name is random, so that two
-    writers of one segment never meet. Nothing is visible to readers until storage.archive commits it.
+    The file's bytes depend on the rows alone, not on how they were appended. Its name is random, so that two writers
+    of one segment never meet, and ends with the CRC32C of its bytes. Nothing is visible to readers until
+    storage.archive commits it.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class PartWriter:
         sampling: str,
         dtype: str,
     ):
-        self._path = f"{uuid.uuid4().hex}.parquet"
-        self._uri = join(frames_uri, self._path)
+        self._frames_uri = frames_uri
+        self._stem = uuid.uuid4().hex
+        self._uri = join(frames_uri, f"{self._stem}.parquet")  # until it is whole and its checksum known
         self._constants = {
             "video_id": video_id,
             "video_number": video_number,
@@ -122,9 +124,10 @@ class PartWriter:
                 self._writer.add_key_value_metadata({PROBLEM_KEY: json.dumps(asdict(problem))})
             self._writer.close()
             size_bytes = self._new.file.tell()
-            self._new.keep()
+            path = name_with_checksum(self._stem, self._new.file.checksum, ".parquet")
+            self._new.keep(join(self._frames_uri, path))
         self._new = None
-        return Part(self._path, self._row_count, size_bytes, self._bounds.as_json(self._row_count))
+        return Part(path, self._row_count, size_bytes, self._bounds.as_json(self._row_count))
 
     def abort(self) -> None:
         """Removes what was written; to be called instead of close, or after append or close failed."""

@@ -42,15 +42,17 @@ class Reason(StrEnum):
     VANISHED = "vanished"
     CHANGED = "changed"
     PERMISSION = "permission"
+    WORKER_LOST = "worker_lost"
+    DAMAGED = "damaged"
     UNKNOWN = "unknown"
 
     @property
     def may_pass(self) -> bool:
-        """True where the next run may end otherwise with the same bytes, so that it tries again."""
+        """True where it lay with the machine or the moment, not with the bytes, so that the next run tries again."""
         return self in _MAY_PASS
 
 
-_MAY_PASS = {Reason.TIMEOUT, Reason.CRASHED, Reason.VANISHED, Reason.CHANGED, Reason.PERMISSION, Reason.UNKNOWN}
+_MAY_PASS = {Reason.VANISHED, Reason.CHANGED, Reason.PERMISSION, Reason.WORKER_LOST, Reason.DAMAGED, Reason.UNKNOWN}
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,12 @@ class Sampling:
 
     def __str__(self) -> str:
         return f"fps={self.fps},patches={self.patches}"
+
+    @classmethod
+    def from_text(cls, text: str) -> "Sampling":
+        """The settings that a row names, as str gives them."""
+        values = dict(pair.split("=") for pair in text.split(","))
+        return cls(Fraction(values["fps"]), int(values["patches"]))
 
 
 @dataclass(frozen=True)
@@ -321,7 +329,8 @@ class Receipt:
 class VideoRow:
     """One row of the videos table; publishing it makes the video's frames visible.
 
-    Fields that only an opened file can tell are None where it could not be opened.
+    Fields that only an opened file can tell are None where it could not be opened. attempts counts the runs that tried
+    this content with these settings.
     """
 
     video_id: str | None
@@ -337,6 +346,7 @@ class VideoRow:
     probe: Probe | None
     captured_at: datetime | None
     tags: Mapping[str, str]
+    attempts: int
 
 
 @dataclass(frozen=True)

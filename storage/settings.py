@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from storage.errors import ArchiveError, UsageError
 from storage.files import exists, join, list_names, local_path, read_bytes, source_text, to_uri, write_bytes, writing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2: attempts of videos
 SETTINGS_NAME = "archive.json"
 TABLES = ("frames", "videos", "numbers")
 
@@ -42,12 +42,17 @@ def read_settings(uri: str) -> Settings:
     """What the archive says of itself; keys of later versions of the same format are passed over.
 
     Raises:
-        ArchiveError: it is of a newer format, damaged, or cannot be read.
+        ArchiveError: it is of another format, damaged, or cannot be read.
     """
     place = join(uri, SETTINGS_NAME)
     try:
         values = json.loads(read_bytes(place))
         version = int(values["format_version"])
+        if version < FORMAT_VERSION:
+            raise ArchiveError(
+                f"{source_text(uri)}: archive of format version {version}, made by an older vidx, and this one reads "
+                f"version {FORMAT_VERSION}; index the videos again into a new --archive"
+            )
         if version > FORMAT_VERSION:
             known = f"this vidx reads up to {FORMAT_VERSION}"
             raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
@@ -84,7 +89,7 @@ def refuse_foreign_folder(uri: str) -> None:
     path = local_path(uri)
     if path is not None and exists(uri) and not os.path.isdir(path):
         raise UsageError(f"{source_text(uri)}: is a file; an archive is a folder, name a new one with --archive")
-    ours = (*TABLES, "index", SETTINGS_NAME, "lost+found")  # the last stands at the root of a disk of its own
+    ours = (*TABLES, "index", "jobs", SETTINGS_NAME, "lost+found")  # the last stands at the root of a disk of its own
     others = [name for name in list_names(uri) if name not in ours and ".tmp" not in name and name[0] != "."]
     if others:
         raise UsageError(

@@ -7,17 +7,21 @@ import time
 
 from storage.archive import Archive
 from storage.files import join, list_names, local_path, remove
+from storage.jobs import oldest_start
 from storage.settings import TABLES
 from storage.tables import unnamed_files
 from storage.vectors import MANIFEST, named_files
 
 SWEEP_AGE_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
 
+MARGIN_SECONDS = 5.0  # clocks and file times are not that exact
+
 
 def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
     """Removes unnamed files that were written, or have been unnamed, for so long; says how many.
 
-    Every version of a table that became an old one less than that ago can still be read.
+    Every version of a table that became an old one less than that ago can still be read. What was written since the
+    oldest running job began is left alone: it may be about to be committed.
 
     Raises:
         ArchiveError: a table cannot be read.
@@ -26,8 +30,11 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
     for name in TABLES:
         table_uri = join(archive.uri, name)
         found += [join(table_uri, path) for path in unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))]
+    started = oldest_start(archive.uri)
+    if started is not None:
+        found = [uri for uri in found if _modified(uri) < started - MARGIN_SECONDS]
     kept = {MANIFEST, *named_files(archive)}
-    newest = time.time() - older_than_seconds
+    newest = min(time.time() - older_than_seconds, math.inf if started is None else started - MARGIN_SECONDS)
     for name in list_names(archive.index_uri):
         uri = join(archive.index_uri, name)
         if name not in kept and _modified(uri) < newest:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from storage.files import (
     join,
     list_names,
     local_path,
+    name_with_checksum,
     open_for_read,
     read_bytes,
     remove,
@@ -200,6 +202,21 @@ class RowTable:
                 raise  # after an interrupt nothing is removed: it may have come when the commit was in
             return
 
+    def drop_file(self, path: str) -> None:
+        """Takes a damaged file out of the table, with the rows in it.
+
+        Raises:
+            ArchiveError: the table cannot be written.
+        """
+        for _ in attempts():
+            self.refresh()
+            files = live_files(self._table)
+            sizes = dict(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
+            if path not in sizes:
+                return
+            with contextlib.suppress(Conflict):
+                commit(self._table, [], [(path, sizes[path])], {_GUARD: self.version + 1})
+
     def _schema(self) -> pa.Schema:
         return pa.schema(self._table.schema().to_arrow())
 
@@ -251,7 +268,7 @@ def _read_rows(uri: str, schema: pa.Schema) -> pa.Table:
 def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, compression="snappy", write_page_checksum=True)
-    path = f"{uuid.uuid4().hex}.parquet"
+    path = name_with_checksum(uuid.uuid4().hex, google_crc32c.value(buffer.getvalue()), ".parquet")
     uri = join(folder_uri, path)
     with writing(uri):
         write_bytes(uri, buffer.getbuffer())
@@ -301,6 +318,20 @@ def _commits_since_checkpoint(uri: str) -> list[str]:
     names = list_names(join(uri, LOG))
     newest = max((name for name in names if ".checkpoint" in name), default="")
     return [name for name in names if name.endswith(".json") and name[:20].isdigit() and name[:20] > newest[:20]]
+
+
+def cut_short_commit(uri: str) -> str | None:
+    """The newest commit of a table, where it is not whole: empty, or ending within a line."""
+    names = _commits_since_checkpoint(uri)
+    newest = max(names, default=None)
+    if newest is None:
+        return None
+    try:
+        lines = read_bytes(join(uri, LOG, newest)).splitlines()
+        [json.loads(line) for line in lines]
+        return None if any(line.strip() for line in lines) else newest
+    except ValueError:
+        return newest
 
 
 def _damaged_log_file(uri: str) -> str | None:

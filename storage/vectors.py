@@ -292,6 +292,62 @@ def named_files(archive: Archive) -> set[str]:
         return set()
 
 
+def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
+    """URI and what is wrong, of every file of the index that is not as it was written or differs from the parts.
+
+    A missing index is none: it is built again.
+
+    Raises:
+        ArchiveError: a part is missing or damaged.
+    """
+    manifest = join(archive.index_uri, MANIFEST)
+    if not exists(manifest):
+        return
+    try:
+        files = _read_manifest(archive)
+    except _Damaged as error:
+        yield manifest, f"damaged: {error}"
+        return
+    live = {part.path for part in archive.parts()}
+    for file in files:
+        uri = join(archive.index_uri, file.name)
+        try:
+            found = _file_keys(uri, file) if file.name else {}
+        except _Damaged as error:
+            yield uri, f"damaged: {error}"
+            continue
+        for part in file.covered:
+            if part.path in live and not _are_stored(archive, part, found.get(part.path)):
+                yield uri, f"its keys of {part.path} are not those that are stored"
+
+
+def _file_keys(uri: str, file: _KeyFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The keys of each part in a FAISS file, (T, E) float16, with their row ids."""
+    index = _read_file(uri, file)
+    scalar = faiss.downcast_index(index.index)
+    row_ids = faiss.vector_to_array(index.id_map)
+    found, start = {}, 0
+    for part in file.covered:
+        end = start + part.key_count
+        keys = scalar.reconstruct_n(start, part.key_count) if part.key_count else np.empty((0, index.d), np.float32)
+        found[part.path] = (keys.astype(np.float16), row_ids[start:end])
+        start = end
+    return found
+
+
+def _are_stored(archive: Archive, part: _Covered, found: tuple[np.ndarray, np.ndarray] | None) -> bool:
+    stored = part_keys(archive.frames_uri, part.path)
+    if stored is None or found is None or part.key_count == 0:
+        return stored is None and part.key_count == 0
+    keys, frame_index = stored
+    return np.array_equal(found[0], keys) and np.array_equal(found[1], _row_ids(part.video_number, frame_index))
+
+
+def drop_index(archive: Archive) -> None:
+    """Forgets the index, so that the next update builds it from the parts."""
+    remove(join(archive.index_uri, MANIFEST))
+
+
 def _text_checksum(content: dict) -> int:
     return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
 

@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         pa.field("duration_seconds", pa.float64()),
         pa.field("captured_at", pa.timestamp("us", tz="UTC")),
         pa.field("tags", pa.map_(pa.string(), pa.string())),
+        pa.field("attempts", pa.int32(), nullable=False),
     ]
 )
 _PROBED = (
@@ -134,4 +135,5 @@ def _as_row(values: dict) -> VideoRow:
         probe=probe,
         captured_at=values["captured_at"],
         tags=values["tags"] or {},
+        attempts=values["attempts"],
     )

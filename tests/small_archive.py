@@ -149,6 +149,7 @@ def row_for(archive: Archive, name: int, frame_count: int, **changes) -> VideoRo
         "probe": PROBE,
         "captured_at": datetime(2024, 5, 1, 12, tzinfo=UTC),
         "tags": {"camera": f"cam{name}"},
+        "attempts": 1,
     }
     return VideoRow(**{**values, **changes})
 

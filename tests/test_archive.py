@@ -41,6 +41,7 @@ from storage.cells import read_tokens
 from storage.errors import ArchiveError, UsageError
 from storage.files import join, local_path, source_text, to_uri
 from storage.records import Hit, Problem, Reason, Sampling, Segment, Status
+from storage.settings import FORMAT_VERSION
 
 SPAWN = multiprocessing.get_context("spawn")  # deltalake does not survive a fork
 
@@ -136,14 +137,15 @@ def test_an_archive_does_not_settle_in_a_folder_of_other_files(tmp_path):
         create_archive(str(tmp_path / "file"), model_id=MODEL_ID, model_name="tiny")
 
 
-def test_an_archive_of_another_model_or_a_newer_format_is_refused_by_name(archive, tmp_path):
+def test_an_archive_of_another_model_or_another_format_is_refused_by_name(archive, tmp_path):
     add_video(archive, 1)
     with pytest.raises(UsageError, match=r"model tiny \(a1a1a1a1a1a1\), not of big \(b2b2b2b2b2b2\)"):
         create_archive(archive.uri, model_id="b2" * 32, model_name="big")
     settings = tmp_path / "archive" / "archive.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "format_version": 2}))
-    with pytest.raises(ArchiveError, match="format version 2"):
-        open_archive(archive.uri)
+    for version, what in ((FORMAT_VERSION + 1, "update vidx"), (1, "made by an older vidx")):
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "format_version": version}))
+        with pytest.raises(ArchiveError, match=f"format version {version}.*{what}"):
+            open_archive(archive.uri)
 
 
 def test_an_empty_archive_takes_another_model(archive):
@@ -325,13 +327,14 @@ def test_parts_whose_commit_landed_and_failed_are_never_removed(archive, monkeyp
 # Segments that another try makes whole
 
 
-def test_a_segment_that_may_be_made_whole_is_not_done_and_makes_way(archive):
+def test_a_segment_that_is_not_whole_makes_way_for_one_that_is(archive):
     rows = random_rows(9)
     part = partial_receipt(archive, 1, rows.cut(0, 4))
     assert archive.commit_frames([part]) == [True]
     archive.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
     before = again(archive)
-    assert before.committed(video_id_of(1), SAMPLING, [".."]) == set()
+    assert before.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
+    assert before.committed(video_id_of(1), SAMPLING, [".."], whole_only=True) == set()
     assert len(before.frames()) == 4
     whole = receipt_for(archive, 1, rows)
     assert archive.commit_frames([whole]) == [True]
@@ -353,12 +356,15 @@ def newest_commit(archive):
     return max(folder.glob("*.json")).read_text()
 
 
-def test_a_segment_that_is_partial_for_good_stays(archive):
-    part = partial_receipt(archive, 1, random_rows(4), Reason.CORRUPT)
-    archive.commit_frames([part])
+def test_a_segment_that_lay_with_the_machine_is_not_done(archive):
+    lost = partial_receipt(archive, 1, random_rows(4), Reason.WORKER_LOST)
+    archive.commit_frames([lost])
+    assert archive.committed(video_id_of(1), SAMPLING, [".."]) == set()
+    corrupt = partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)
+    assert archive.commit_frames([corrupt]) == [True]  # fewer rows, but what is wrong is known now
     assert archive.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
-    assert archive.commit_frames([receipt_for(archive, 1, random_rows(9))]) == [False]
-    assert frame_files(archive) == [part.part.path]
+    assert archive.commit_frames([partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)]) == [False]
+    assert archive.committed_frame_count(lost.video_number) == 3
 
 
 def test_a_second_try_that_gave_up_too_replaces_fewer_rows_alone(archive):
@@ -593,7 +599,7 @@ def test_the_status_counts_what_is_published(archive):
     archive.commit_frames([receipt_for(archive, 3, random_rows(9))])  # not published
     status = again(archive).status()
     assert (status.videos_indexed, status.videos_partial, status.videos_failed, status.frames) == (1, 1, 1, 8)
-    assert (status.version, status.format_version, status.model_ids) == (3, 1, (MODEL_ID,))
+    assert (status.version, status.format_version, status.model_ids) == (3, FORMAT_VERSION, (MODEL_ID,))
     on_disk = sum(file.stat().st_size for file in Path(local_path(archive.uri).decode()).rglob("*") if file.is_file())
     assert status.size_bytes == on_disk
 

@@ -55,6 +55,7 @@ def test_videos_shows_what_the_documentation_names(archive):
         "tags": {"camera": "cam1"},
         "model_id": MODEL_ID,
         "sampling": "fps=1,patches=0",
+        "attempts": 1,
     }
 
 

@@ -10,6 +10,7 @@ from storage.files import local_path
 from storage.records import Content, Probe, Problem, Receipt, SegmentTask
 from workers.content import identify
 from workers.decode import Decoder
+from workers.hash_cache import HashCache
 
 SEGMENTS_AT_ONCE = 2  # per encoder: one decodes while the other encodes
 
@@ -47,12 +48,13 @@ class Examiner:
 
     def __init__(self, settings: WorkerSettings):
         self._decoder = settings.new_decoder()
+        self._hashes = HashCache()
 
     def examine(self, uri: str, content: Content | None) -> Examined:
         """Identity and stream of one source; content is given where the caller has hashed it already."""
         path = local_path(uri)
         try:
-            content = content or identify(path)
+            content = content or identify(path, self._hashes)
             return Examined(content, self._decoder.probe(path), None)
         except VideoProblem as error:
             return Examined(content, None, Problem(error.reason, error.detail))

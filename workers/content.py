@@ -7,17 +7,23 @@ import stat
 
 from storage.errors import VideoProblem
 from storage.records import Content, Reason
+from workers.hash_cache import HashCache
 
 
-def identify(path: str | bytes) -> Content:
+def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
     """The SHA-256 of a file's bytes, with the size and time by which a later change shows.
 
+    Args:
+        path: of the file.
+        cache: of hashes; a file that it knows in its present state is not read.
     Raises:
         VideoProblem: the file is missing, may not be read, is no regular file, or changes while it is read.
     """
     descriptor = open_source(path)
     with open(descriptor, "rb", buffering=0) as file:
         before = os.fstat(descriptor)
+        if cache is not None and (known := cache.get(before)):
+            return Content(known, before.st_size, before.st_mtime_ns)
         try:
             video_id = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
@@ -25,6 +31,8 @@ def identify(path: str | bytes) -> Content:
         after = os.fstat(descriptor)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise VideoProblem(Reason.CHANGED, "the file changed while it was read; try again when it is written")
+    if cache is not None and before.st_ctime_ns == after.st_ctime_ns:
+        cache.put(after, video_id)
     return Content(video_id, after.st_size, after.st_mtime_ns)
 
 

@@ -98,13 +98,21 @@ class Reader:
     def read(self) -> np.ndarray:
         """The next frame, (height, width, 3) uint8 RGB."""
         frame = self._guarded(self._reader.next).asnumpy()
+        if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+            raise Unsure(f"a frame of shape {frame.shape}")
         self._next += 1
         return frame
 
     def _guarded(self, call: Callable, *arguments):
         try:
             result = call(*arguments)
-        except (RuntimeError, StopIteration, AssertionError) as error:  # decord's own errors are RuntimeErrors
+        except (
+            decord.DECORDError,
+            decord.DECORDLimitReachedError,
+            RuntimeError,
+            StopIteration,
+            AssertionError,
+        ) as error:
             raise Unsure(str(error)) from error
         self._check()
         return result

@@ -13,9 +13,13 @@ from ops.nano.data import SLIDES, WINDOWS, Pool, Shard
 from ops.nano.layout import BEGIN, END
 from ops.nano.pictograms import THINGS
 from ops.nano.questions import (
+    NOWHERE,
+    OUTSIDE_ANSWER,
+    SIDES,
     UNKNOWN,
     UNKNOWN_ANSWER,
     Question,
+    beside,
     moment_questions,
     time_questions,
     word,
@@ -26,6 +30,7 @@ from ops.nano.unknown import unknown_caption, word_unknown
 IGNORED = -100  # as torch's cross entropy has it
 UNKNOWN_CAPTIONS = 8  # so many captions that are true of a picture to one that is true of none
 PREFIX_SEGMENT, PADDING_SEGMENT = 0, -1
+EARLY_KINDS = ("exists", "ever", "count", "left", "right", "above", "below")  # one word says the answer
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,16 @@ class Batch:
     Attributes:
         pixels: (B*T, S, S, 3) uint8.
         patch_words: (B*T, N) int64, index into things + colours of what covers each patch, or IGNORED.
+        neighbours: (B*T, N, 4) int64, the thing beside the one that covers a patch, on each of SIDES; len(THINGS) where
+            nothing is, IGNORED where no single thing covers it or the truth is not clear.
         frame_words: (B*T, things + colours) bool, what is in sight; nothing where that is not clear.
         frames: T.
         text_ids, text_segments, text_positions: (B, R), the prompts' words after the begin token at 0; a segment is a
             question's number from 1 on, 0 what all of them see, -1 padding.
         text_places: (B, R, 2) int64, of a word for a thing that a single frame shows once: the third of the picture's
             height and of its width that it is in, 0 to 2; IGNORED elsewhere.
+        text_answers: (B, R) int64, of the word for the thing that a question about a single frame names: the token that
+            answers it ("yes", "two", "owl"); IGNORED elsewhere.
         llm_rows: (B, M), the row of the fused text that enters the LLM there, or -1 for the raw word in llm_ids.
         llm_ids, llm_segments, llm_positions, labels: (B, M), behind the begin token and the frames.
         questions: of each group, with its words and the answer.
@@ -68,12 +77,14 @@ class Batch:
 
     pixels: np.ndarray
     patch_words: np.ndarray
+    neighbours: np.ndarray
     frame_words: np.ndarray
     frames: int
     text_ids: np.ndarray
     text_segments: np.ndarray
     text_positions: np.ndarray
     text_places: np.ndarray
+    text_answers: np.ndarray
     llm_rows: np.ndarray
     llm_ids: np.ndarray
     llm_segments: np.ndarray
@@ -117,9 +128,11 @@ class Batches(Dataset):
         asked = [self._questions(source, group, plan.questions) for group in sights]
         captions = [_caption(source, sight, plan) for sight in flat for _ in range(plan.captions)]
         captions += [(unknown_caption(source), Claim(never=True)) for _ in range(len(captions) // UNKNOWN_CAPTIONS)]
+        covering = np.stack([patch_words(sight, self._grid) for sight in flat])
         return Batch(
             pixels=pixels,
-            patch_words=np.stack([patch_words(sight, self._grid) for sight in flat]),
+            patch_words=covering,
+            neighbours=np.stack([neighbours(*pair) for pair in zip(flat, covering, strict=True)]),
             frame_words=np.stack([frame_words(sight) for sight in flat]),
             frames=frames,
             **self._pack(asked, sights),
@@ -176,10 +189,11 @@ class Batches(Dataset):
         begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
         texts, llms = [], []
         for group, seen in zip(asked, sights, strict=True):
-            text = [(begin, PREFIX_SEGMENT, 0, IGNORED, IGNORED)]
+            text = [(begin, PREFIX_SEGMENT, 0, *[IGNORED] * 3)]
             llm = []  # row, id, segment, position, label
             for number, (about, question, answer) in enumerate(group, 1):
                 places = {self._word_ids[thing]: place for thing, place in _places(about, seen)}
+                answers = self._answer_token(about, answer, seen)
                 prompt = [*tokenizer.encode(f" {question.strip()}").ids, end]
                 reply = raw.encode(f" {answer}").ids
                 labels = [*[IGNORED] * (len(prompt) - 1), *reply, end]
@@ -187,17 +201,28 @@ class Batches(Dataset):
                     row = len(text) if i < len(prompt) else -1
                     llm.append((row, token, number, 1 + frames + i, labels[i]))
                     if i < len(prompt):
-                        text.append((token, number, 1 + i, *places.get(token, (IGNORED, IGNORED))))
+                        place = places.get(token, (IGNORED, IGNORED))
+                        text.append((token, number, 1 + i, *place, answers.get(token, IGNORED)))
             texts.append(text)
             llms.append(llm)
-        text = _pad(texts, (0, PADDING_SEGMENT, 0, IGNORED, IGNORED))
+        text = _pad(texts, (0, PADDING_SEGMENT, 0, *[IGNORED] * 3))
         llm = _pad(llms, (-1, 0, PADDING_SEGMENT, 0, IGNORED))
         names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
         packed = dict(
             zip(("text_ids", "text_segments", "text_positions"), np.moveaxis(text[..., :3], -1, 0), strict=True)
         )
-        packed["text_places"] = text[..., 3:]
+        packed |= {"text_places": text[..., 3:5], "text_answers": text[..., 5]}
         return packed | dict(zip(names, np.moveaxis(llm, -1, 0), strict=True))
+
+    def _answer_token(self, question: Question, answer: str, sights: list[Sight]) -> dict[int, int]:
+        """The token that says the answer, by the tokens that may stand for the thing which the question names."""
+        if len(sights) > 1 or question.kind not in EARLY_KINDS or len(question.about) != 1 or answer == OUTSIDE_ANSWER:
+            return {}
+        thing = THINGS[question.about[0]]
+        _, raw, _ = self._load()
+        (said,) = raw.encode(f" {answer.split()[-1]}").ids
+        names = [raw.encode(f" {name}").ids for name in (thing.word, thing.plural)]
+        return {name[0]: said for name in names if len(name) == 1}
 
     def _caption_ids(self, texts: list[str]) -> np.ndarray:
         _, _, clip = self._load()
@@ -254,6 +279,17 @@ def patch_words(sight: Sight, grid: int) -> np.ndarray:
         words[covered >= 0.5] = thing
     assert len(COLOURS) + len(THINGS) > words.max()
     return words.reshape(-1)
+
+
+def neighbours(sight: Sight, covering: np.ndarray) -> np.ndarray:
+    """What is beside the thing that covers each patch, (N, 4); as Batch has it."""
+    found = np.full((len(covering), len(SIDES)), IGNORED)
+    for thing in set(sight.things):
+        if sight.things.count(thing) == 1:
+            there = [beside(side, thing, sight) for side in SIDES]
+            words = [IGNORED if other is None else len(THINGS) if other == NOWHERE else other for other in there]
+            found[covering == thing] = words
+    return found
 
 
 def frame_words(sight: Sight) -> np.ndarray:

@@ -27,7 +27,8 @@ UNKNOWN_ANSWER = "I do not know that"
 
 _CELL_MARGIN = 0.04  # a centre nearer than this to a border between cells is in neither
 _SIDE_MARGIN = 0.06  # of two centres nearer than this along an axis, none is left of or above the other
-_SIDES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis and direction
+SIDES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis and direction
+NOWHERE = -1
 _LONGEST_LIST = 4
 
 
@@ -109,7 +110,8 @@ def _at_once(question: Question, sight: Sight) -> str | None:
     place = sight.boxes[sight.things.index(thing), :2]
     if question.kind == "where":
         return _cell(place)
-    return _beside(question.kind, thing, place, sight)
+    there = beside(question.kind, thing, sight)
+    return None if there is None else NOTHING if there == NOWHERE else THINGS[there].one
 
 
 def _cell(place: np.ndarray) -> str | None:
@@ -120,19 +122,24 @@ def _cell(place: np.ndarray) -> str | None:
     return CELLS[row * 3 + column]
 
 
-def _beside(side: str, thing: int, place: np.ndarray, sight: Sight) -> str | None:
-    """The nearest thing on a side, by centres along that axis alone."""
-    axis, direction = _SIDES[side]
+def beside(side: str, thing: int, sight: Sight) -> int | None:
+    """The nearest thing on a side of one that is there once, by centres along that axis alone.
+
+    Returns:
+        Its number, NOWHERE where there is nothing, None where that is not clear.
+    """
+    axis, direction = SIDES[side]
+    place = sight.boxes[sight.things.index(thing)]
     distances = (sight.boxes[:, axis] - place[axis]) * direction
     others = [(distance, other) for distance, other in zip(distances, sight.things, strict=True) if other != thing]
     if any(abs(distance) < _SIDE_MARGIN for distance, _ in others):
         return None
     there = sorted((distance, other) for distance, other in others if distance > 0)
     if not there:
-        return NOTHING
+        return NOWHERE
     if len(there) > 1 and there[1][0] - there[0][0] < _SIDE_MARGIN and there[1][1] != there[0][1]:
         return None
-    return THINGS[there[0][1]].one
+    return there[0][1]
 
 
 def _over_time(question: Question, sights: Sequence[Sight]) -> str | None:
@@ -314,7 +321,7 @@ def moment_questions(source: np.random.Generator, sights: Sequence[Sight], wante
         answer = question and reply(question, sights)
         if answer is None or any(question == other for other, _ in found):
             continue
-        if answer == NOTHING and kind in _SIDES and source.random() < 0.75:
+        if answer == NOTHING and kind in SIDES and source.random() < 0.75:
             continue  # with few things in sight most sides are empty
         found.append((question, answer))
     return found

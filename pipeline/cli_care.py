@@ -1,0 +1,136 @@
+"""`vidx verify`, `vidx repair` and `vidx clean`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli_options import archive_option, archive_uri, json_option
+
+if TYPE_CHECKING:
+    from storage.records import VideoRow
+    from storage.verify import Fault
+
+
+@click.command()
+@archive_option
+@json_option
+def verify(archive_dir: str, as_json: bool) -> None:
+    """Read a whole archive and check that every byte is what was written.
+
+    Checks every file against its checksum, the tables against each other and the index against the stored keys, and
+    names each file that is damaged, with the videos whose frames it holds.
+
+    \b
+    vidx verify
+    vidx verify --archive /data/archive --json
+
+    Exit codes: 0 nothing is wrong, 5 something is.
+    """
+    from pipeline.cli_print import print_json, size
+    from storage.verify import verify as verify_archive
+
+    found = verify_archive(archive_uri(archive_dir), _report)
+    if as_json:
+        counts = {"files": found.files, "size_bytes": found.size_bytes, "frames": found.frames}
+        print_json({"ok": not found.faults, **counts, "faults": [_fault_json(fault) for fault in found.faults]})
+    elif found.faults:
+        _print_faults(found.faults)
+        click.echo(f"{len(found.faults)} faults; `vidx repair` takes out what is damaged and indexes it again")
+    else:
+        click.echo(f"{found.files} files, {size(found.size_bytes)}, {found.frames} frames: nothing is wrong")
+    sys.exit(5 if found.faults else 0)
+
+
+@click.command()
+@archive_option
+@click.option("--no-index", is_flag=True, help="Take out what is damaged, and do not index it again.")
+@json_option
+def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
+    """Take damaged frames out of an archive and index their videos again.
+
+    What is whole stays as it is; the index is built anew. A video whose file cannot be reached stays partial, and the
+    next `vidx index` of it completes it.
+
+    \b
+    vidx repair
+    vidx repair --no-index --json
+
+    Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
+    """
+    from pipeline.cli_print import note, print_json
+    from pipeline.index import index_again
+    from storage.archive import open_archive
+    from storage.repair import repair as repair_archive
+
+    uri = archive_uri(archive_dir)
+    done = repair_archive(uri)
+    for line in done.notes:
+        note(line)
+    if not as_json:
+        _print_faults(done.found.faults)
+    incomplete: Sequence[VideoRow] = done.to_index
+    if done.to_index and not no_index:
+        incomplete = index_again(open_archive(uri), done.to_index, lambda progress: None)
+    if as_json:
+        print_json(
+            {
+                "faults": [_fault_json(fault) for fault in done.found.faults],
+                "notes": list(done.notes),
+                "videos_damaged": len(done.to_index),
+                "videos_incomplete": [row.uri for row in incomplete],
+            }
+        )
+    else:
+        whole = len(done.to_index) - len(incomplete)
+        click.echo(f"{len(done.found.faults)} faults; {whole} videos are whole again, {len(incomplete)} are not")
+    sys.exit(3 if incomplete else 0)
+
+
+@click.command()
+@archive_option
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=168.0,
+    show_default=True,
+    metavar="HOURS",
+    help="Leave younger files alone; a job that runs needs its own.",
+)
+@json_option
+def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
+    """Remove files that nothing in an archive names: what killed jobs left, and what was replaced.
+
+    \b
+    vidx clean
+    vidx clean --older-than 24
+    """
+    from pipeline.cli_print import print_json
+    from storage.archive import open_archive
+    from storage.sweep import sweep
+
+    removed = sweep(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
+    if as_json:
+        print_json({"files_removed": removed})
+    else:
+        click.echo(f"{removed} files removed")
+
+
+def _report(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r{done}/{total} files", err=True, nl=done == total)
+
+
+def _fault_json(fault: Fault) -> dict:
+    return {"path": fault.path, "detail": fault.detail, "sources": list(fault.sources)}
+
+
+def _print_faults(faults: Sequence[Fault]) -> None:
+    from pipeline.cli_print import print_table
+
+    if faults:
+        rows = [(fault.path, fault.detail, ", ".join(fault.sources)) for fault in faults]
+        print_table(("file", "fault", "frames of"), rows)

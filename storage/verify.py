@@ -1,0 +1,167 @@
+"""verify: whether every byte of an archive is what was written, and whether its tables agree with one another."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.archive import Archive, archive_exists, open_archive
+from storage.errors import ArchiveError
+from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
+from storage.frames import PartBounds, read_times
+from storage.settings import TABLES, archive_uri
+from storage.tables import live_files, open_table
+from storage.vectors import index_faults
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is not as it was written.
+
+    Attributes:
+        path: of the file or folder, as people read it.
+        detail: what is wrong with it.
+        table: the table that it belongs to, "index", or None for a log.
+        file: its name there, where one file is at fault.
+        sources: the videos whose frames it holds, as people read them.
+    """
+
+    path: str
+    detail: str
+    table: str | None
+    file: str | None = None
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and what is wrong."""
+
+    files: int
+    size_bytes: int
+    frames: int
+    faults: tuple[Fault, ...]
+
+
+def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Reads the whole archive and checks it.
+
+    Every file against its checksum; every part against what the log says of it and against the videos table; every
+    frame against being stored twice; the index against the keys of the parts.
+
+    Args:
+        uri: the archive's.
+        report: is told after each file how many of how many have been read.
+    Raises:
+        UsageError: there is no archive.
+    """
+    if not archive_exists(uri):
+        open_archive(uri)  # which says so
+    faults = [*_log_faults(archive_uri(uri))]
+    if faults:
+        return Verification(0, 0, 0, tuple(faults))  # without its logs nobody can say which files it has
+    files = [(name, path, size) for name in TABLES for path, size in _live_files(join(archive_uri(uri), name))]
+    damaged = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and checksums release the interpreter lock
+        found = pool.map(lambda file: _file_fault(join(archive_uri(uri), file[0], file[1]), file[2]), files)
+        for done, ((name, path, _), detail) in enumerate(zip(files, found, strict=True), 1):
+            report(done, len(files))
+            if detail:
+                damaged[name, path] = detail
+    size_bytes = sum(size for _, _, size in files)
+    if any(name != "frames" for name, _ in damaged):
+        faults = [
+            Fault(source_text(join(archive_uri(uri), name, path)), detail, name, path)
+            for (name, path), detail in damaged.items()
+        ]
+        return Verification(len(files), size_bytes, 0, tuple(faults))  # whose frames they are cannot be told
+    archive = open_archive(uri)
+    bounds = archive.part_bounds()
+    faults = [*_part_faults(archive, bounds, {path: detail for (_, path), detail in damaged.items()})]
+    faults += _row_faults(archive, bounds)
+    if not faults:
+        faults += [Fault(source_text(place), detail, "index") for place, detail in index_faults(archive)]
+    return Verification(len(files), size_bytes, int(bounds.row_count.sum()), tuple(faults))
+
+
+def _log_faults(uri: str) -> Iterator[Fault]:
+    for name in TABLES:
+        try:
+            live_files(open_table(join(uri, name)))
+        except ArchiveError as error:
+            path, _, detail = str(error).partition(": ")
+            yield Fault(path, detail, None)
+
+
+def _live_files(table_uri: str) -> list[tuple[str, int]]:
+    files = live_files(open_table(table_uri))
+    if files.num_rows == 0:
+        return []
+    return list(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
+
+
+def _file_fault(uri: str, size: int) -> str:
+    """What is wrong with the bytes of a file; nothing where they are right."""
+    try:
+        if (found := file_size(uri)) != size:
+            return f"damaged: it has {found} bytes, and {size} were written"
+        wanted = checksum_in_name(uri.rsplit("/", 1)[-1])
+        if wanted is None:
+            return "its name carries no checksum, so another program wrote it"
+        found = checksum_of(uri)
+        return "" if found == wanted else f"damaged: its checksum is {found:08x}, and {wanted:08x} was written"
+    except FileNotFoundError:
+        return "missing, though the archive names it"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str]) -> Iterator[Fault]:
+    """Damaged parts, those that are not what the log says of them, and frames that are stored twice."""
+    sources = archive.sources()
+    ticks: dict[int, list[np.ndarray]] = defaultdict(list)
+    for place, path in enumerate(bounds.path.tolist()):
+        number = int(bounds.video_number[place])
+        shown = (sources[number],) if number in sources else ()
+        uri = join(archive.frames_uri, path)
+        detail = damaged.get(path, "")
+        if not detail:
+            times = read_times(uri)
+            held = (len(times.ticks), *_ends(times.frame_index), *_ends(times.time_seconds))
+            said = (bounds.row_count, bounds.first_index, bounds.last_index, bounds.first_seconds, bounds.last_seconds)
+            if held == tuple(column[place] for column in said):
+                ticks[number].append(times.ticks)
+                continue
+            detail = f"the log says other rows or times of it than the {len(times.ticks)} rows that it holds"
+        yield Fault(source_text(uri), detail, "frames", path, shown)
+    for number, pieces in ticks.items():
+        joined = np.concatenate(pieces)
+        twice = len(joined) - len(np.unique(joined))
+        if twice:
+            shown = (sources[number],) if number in sources else ()
+            yield Fault(source_text(archive.frames_uri), f"{twice} frames are stored twice", "frames", None, shown)
+
+
+def _ends(values: np.ndarray) -> tuple:
+    return values.min(), values.max()
+
+
+def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
+    """Videos whose rows say other frames than are stored, or a number that is another's."""
+    stored: Counter[int] = Counter()
+    for number, count in zip(bounds.video_number.tolist(), bounds.row_count.tolist(), strict=True):
+        stored[number] += count
+    given, place = archive.numbers(), source_text(join(archive.uri, "videos"))
+    for row in archive.videos():
+        source = source_text(row.uri)
+        if row.video_number is None:
+            continue
+        if row.frame_count != stored[row.video_number]:
+            detail = f"{source} has {row.frame_count} frames by its row, and {stored[row.video_number]} are stored"
+            yield Fault(place, detail, "videos", None, (source,))
+        if given.get((row.video_id, row.sampling)) != row.video_number:
+            detail = f"{source} has the number {row.video_number}, which is not its own"
+            yield Fault(place, detail, "videos", None, (source,))

@@ -1,0 +1,262 @@
+"""What a job does with each source: known ones are recognised without being read, failures are not tried for ever."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import SAMPLES, VIDX
+from small_archive import PROBE
+
+from pipeline.known import TRIES, Plan, Wanted, plan_sources
+from storage.files import to_uri
+from storage.records import Problem, Reason, Sampling, Status, VideoAsset, VideoRow
+from workers.content import identify
+from workers.hash_cache import HashCache
+
+SAMPLING = Sampling(Fraction(1), 7)
+WANTED = Wanted("m" * 64, SAMPLING, max_pixels=1000)
+BROKEN = Path(__file__).parent / "videos" / "broken"
+TRACTOR = SAMPLES / "tractor.webm"
+
+
+def old_file(path, data=b"some bytes"):
+    """A file that was last changed a while ago."""
+    path.write_bytes(data)
+    os.utime(path, (1.7e9, 1.7e9))
+    return path
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Files that were made just now count as old: nothing but time makes a change time old."""
+    monkeypatch.setattr("workers.hash_cache.SETTLED_SECONDS", -1.0)
+
+
+# The cache of hashes
+
+
+def test_a_file_whose_hash_is_remembered_is_not_read(tmp_path, settled, monkeypatch):
+    path = old_file(tmp_path / "a.mp4")
+    content = identify(path, HashCache(tmp_path / "hashes"))
+    cache = HashCache(tmp_path / "hashes")
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.file_digest", None)
+        assert identify(path, cache) == content
+    os.chmod(path, 0o400)  # changes its change time, and nothing else
+    assert cache.get(path.stat()) is None
+    assert identify(path, cache) == content
+    assert cache.get(path.stat()) == content.video_id
+
+
+def test_changed_bytes_show_though_size_and_modification_time_are_the_same(tmp_path, settled):
+    cache = HashCache(tmp_path / "hashes")
+    path = old_file(tmp_path / "a.mp4")
+    first = identify(path, cache)
+    old_file(path, b"other byte")
+    second = identify(path, cache)
+    assert (first.size_bytes, first.mtime_ns) == (second.size_bytes, second.mtime_ns)
+    assert first.video_id != second.video_id
+
+
+def test_a_file_that_changed_a_moment_ago_is_not_remembered(tmp_path):
+    cache = HashCache(tmp_path / "hashes")
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"being written")
+    identify(path, cache)
+    assert cache.get(path.stat()) is None
+
+
+def test_a_damaged_cache_is_begun_anew(tmp_path, settled):
+    place = tmp_path / "hashes"
+    place.write_bytes(b"no database" * 1000)
+    path = old_file(tmp_path / "a.mp4")
+    cache = HashCache(place)
+    assert cache.problem == ""
+    content = identify(path, cache)
+    assert HashCache(place).get(path.stat()) == content.video_id
+
+
+def test_a_cache_that_cannot_be_written_says_why_and_is_empty(tmp_path, settled):
+    (tmp_path / "file").write_bytes(b"")
+    cache = HashCache(tmp_path / "file" / "hashes")
+    assert str(tmp_path / "file") in cache.problem
+    path = old_file(tmp_path / "a.mp4")
+    assert identify(path, cache).size_bytes == 10
+    assert cache.get(path.stat()) is None
+
+
+def test_inode_numbers_may_fill_64_bits(tmp_path):
+    cache = HashCache(tmp_path / "hashes")
+    stat = SimpleNamespace(st_dev=1, st_ino=2**64 - 5, st_size=9, st_mtime_ns=10**18, st_ctime_ns=10**18)
+    cache.put(stat, "f" * 64)
+    assert cache.get(stat) == "f" * 64
+
+
+# Plans
+
+
+def asset(path):
+    return VideoAsset(to_uri(path))
+
+
+def row(path, content=None, problem=None, **changes):
+    """The row of a source."""
+    values = {
+        "video_id": content and content.video_id,
+        "video_number": 1,
+        "uri": to_uri(path),
+        "status": Status.FAILED if problem else Status.INDEXED,
+        "problem": problem and Problem(problem, "above the 1000 pixels allowed"),
+        "model_id": WANTED.model_id,
+        "sampling": str(SAMPLING),
+        "frame_count": 0 if problem else 5,
+        "size_bytes": content and content.size_bytes,
+        "mtime_ns": content and content.mtime_ns,
+        "probe": PROBE,
+        "captured_at": None,
+        "tags": {},
+        "attempts": 1,
+    }
+    return VideoRow(**values | changes)
+
+
+def plan(path, rows, wanted=WANTED):
+    known = plan_sources([asset(path)], rows, wanted, HashCache(Path(path).parent / "hashes"))
+    ((_, found),) = known.plans
+    assert (known.todo == (asset(path),)) == found.is_work
+    return found
+
+
+def test_a_source_is_new_changed_known_or_moved(tmp_path):
+    path = old_file(tmp_path / "a.mp4")
+    content = identify(path)
+    assert plan(path, []) is Plan.NEW
+    assert plan(path, [row(path, content)]) is Plan.KNOWN
+    assert plan(path, [row(path, replace(content, video_id="a" * 64))]) is Plan.CHANGED
+    gone = tmp_path / "gone.mp4"
+    known = plan_sources([asset(path)], [row(gone, content)], WANTED, HashCache(tmp_path / "hashes"))
+    assert [found for _, found in known.plans] == [Plan.MOVED]
+    assert [renewed.uri for renewed in known.renewed] == [to_uri(path)]
+
+
+def test_other_settings_or_another_model_are_work(tmp_path):
+    path = old_file(tmp_path / "a.mp4")
+    content = identify(path)
+    assert plan(path, [row(path, content, sampling="fps=2,patches=7")]) is Plan.SETTINGS
+    assert plan(path, [row(path, content, model_id="other")]) is Plan.SETTINGS
+
+
+@pytest.mark.parametrize("reason", [Reason.CORRUPT, Reason.TIMEOUT, Reason.CRASHED, Reason.NOT_A_VIDEO])
+def test_what_failed_by_its_bytes_is_tried_again_when_asked_alone(tmp_path, reason):
+    path = old_file(tmp_path / "a.mp4")
+    rows = [row(path, identify(path), reason)]
+    assert plan(path, rows) is Plan.FAILED
+    assert plan(path, rows, replace(WANTED, retry_failed=True)) is Plan.RETRY
+
+
+def test_what_lay_with_the_machine_is_tried_a_few_times(tmp_path):
+    path = old_file(tmp_path / "a.mp4")
+    for attempts in (1, TRIES - 1):
+        assert plan(path, [row(path, identify(path), Reason.WORKER_LOST, attempts=attempts)]) is Plan.RETRY
+    assert plan(path, [row(path, identify(path), Reason.WORKER_LOST, attempts=TRIES)]) is Plan.FAILED
+
+
+def test_a_larger_limit_tries_what_was_too_large(tmp_path):
+    path = old_file(tmp_path / "a.mp4")
+    rows = [row(path, identify(path), Reason.TOO_LARGE)]
+    assert plan(path, rows) is Plan.FAILED
+    assert plan(path, rows, replace(WANTED, max_pixels=2000)) is Plan.RETRY
+
+
+def test_what_cannot_be_opened_is_tried_when_that_changes(tmp_path):
+    path = tmp_path / "a.mp4"
+    rows = [row(path, None, Reason.VANISHED)]
+    assert plan(path, rows) is Plan.FAILED
+    assert plan(path, rows, replace(WANTED, retry_failed=True)) is Plan.RETRY
+    old_file(path)
+    assert plan(path, rows) is Plan.RETRY
+    path.unlink()
+    os.mkfifo(path)
+    assert plan(path, rows) is Plan.RETRY  # it fails for another reason now
+
+
+def test_attempts_count_runs_with_the_same_content_and_settings(tmp_path):
+    path = old_file(tmp_path / "a.mp4")
+    content = identify(path)
+    known = plan_sources([asset(path)], [row(path, content, attempts=2)], WANTED, HashCache(tmp_path / "hashes"))
+    assert known.attempts(asset(path), content) == 2
+    assert known.attempts(asset(path), replace(content, video_id="a" * 64)) == 0
+    other = replace(WANTED, sampling=Sampling(Fraction(2), 7))
+    known = plan_sources([asset(path)], [row(path, content, attempts=2)], other, HashCache(tmp_path / "hashes"))
+    assert known.attempts(asset(path), content) == 0
+
+
+# The commands
+
+
+def test_a_failure_is_listed_and_not_tried_until_asked(vidx, tmp_path):
+    videos, archive = tmp_path / "videos", str(tmp_path / "archive")
+    videos.mkdir()
+    shutil.copy(BROKEN / "text.mp4", videos)
+    first = vidx("index", str(videos), "--archive", archive, "--json")
+    assert (first.code, first.json["videos_failed"]) == (3, 1)
+    second = vidx("index", str(videos), "--archive", archive, "--json")
+    counts = [second.json[name] for name in ("videos_failed", "videos_skipped", "videos_failed_before")]
+    assert (second.code, counts) == (0, [0, 1, 1])
+    said = vidx("index", str(videos), "--archive", archive)
+    assert "1 of the skipped failed" in said.out
+    assert "--retry-failed" in said.out
+    again = vidx("index", str(videos), "--archive", archive, "--retry-failed", "--json")
+    assert (again.code, again.json["videos_failed"]) == (3, 1)
+    (listed,) = vidx("status", "--failed", "--archive", archive, "--json").json
+    assert listed["attempts"] == 2
+    assert listed["source"] == str(videos / "text.mp4")
+    assert listed["reason"] == first.json["failures"][0]["reason"]
+    out = vidx("status", "--failed", "--archive", archive).out
+    assert listed["source"] in out
+    assert listed["detail"] in out
+
+
+def test_a_dry_run_tells_and_changes_nothing(vidx, archive_copy, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(SAMPLES, videos, ignore=shutil.ignore_patterns("nano*", "*.png", "*.md"))
+    moved, new = videos / "moved.webm", videos / "new.mp4"
+    (videos / "tractor.webm").rename(moved)
+    new.write_bytes(TRACTOR.read_bytes() + b"more")
+    before = sorted((path, path.stat().st_mtime_ns) for path in archive_copy.rglob("*"))
+    run = vidx("index", str(videos), "--archive", str(archive_copy), "--dry-run", "--json")
+    plans = {os.path.basename(entry["source"]): entry["plan"] for entry in run.json["sources"]}
+    assert (run.code, plans["new.mp4"]) == (0, "new")
+    assert set(plans.values()) <= {"new", "known"}  # the samples themselves are still where they were
+    assert run.json["counts"]["new"] == 1
+    assert sorted((path, path.stat().st_mtime_ns) for path in archive_copy.rglob("*")) == before
+    shown = vidx("index", str(videos), "--archive", str(archive_copy), "--dry-run", "--fps", "2").out
+    assert f"{len(plans)} of {len(plans)} videos would be tried; nothing was changed" in shown
+    assert "settings" in shown
+    nowhere = tmp_path / "none"
+    assert vidx("index", str(videos), "--archive", str(nowhere), "--dry-run", "--json").json["counts"]["known"] == 0
+    assert not nowhere.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the system does not count what processes read")
+def test_an_unchanged_archive_is_recognised_without_reading_it(vidx, tmp_path):
+    path = tmp_path / "large.mp4"
+    shutil.copy(SAMPLES / "bottles_on_table.mp4", path)
+    with open(path, "r+b") as file:
+        file.truncate(200 << 20)
+    time.sleep(2.5)  # younger files are not remembered
+    command = ["index", str(path), "--archive", str(tmp_path / "archive"), "--json"]
+    env = {"VIDX_CACHE": str(tmp_path / "cache")}
+    assert vidx(*command, env=env).json["videos_skipped"] == 0
+    script = '"$@" >&2; grep rchar /proc/$$/io'  # with what its children read
+    shell = ["bash", "-c", script, "bash", VIDX, *command]
+    run = subprocess.run(shell, env=os.environ | env, capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(run.stderr[run.stderr.index("{") :])["videos_skipped"] == 1
+    assert int(run.stdout.split()[1]) < path.stat().st_size

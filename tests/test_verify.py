@@ -1,0 +1,210 @@
+"""verify finds every damaged byte and names it; repair leaves a whole archive, of which nothing sound is lost."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SAMPLES
+from small_archive import MODEL_ID, add_video, random_rows, receipt_for, row_for
+
+from storage.archive import create_archive, open_archive
+from storage.errors import ArchiveError
+from storage.files import join, local_path
+from storage.records import Reason, Status
+from storage.repair import repair
+from storage.settings import TABLES
+from storage.tables import live_files, open_table
+from storage.vectors import open_index, update_index
+from storage.verify import verify
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Three videos, one of them in two segments, and their index."""
+    archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="a model")
+    add_video(archive, 1)
+    add_video(archive, 2)
+    halves = [
+        receipt_for(archive, 3, random_rows(4, 30), (None, 40)),
+        receipt_for(archive, 3, random_rows(4, 31, start=4), (40, None)),
+    ]
+    assert archive.commit_frames(halves) == [True, True]
+    archive.publish([row_for(archive, 3, 8)])
+    update_index(archive)
+    return archive
+
+
+def folder(archive, *names):
+    return Path(local_path(archive.uri).decode(), *names)
+
+
+def flip(path, seed):
+    """Turns over one bit somewhere."""
+    random = np.random.default_rng(seed)
+    data = bytearray(path.read_bytes())
+    data[random.integers(len(data))] ^= 1 << random.integers(8)
+    path.write_bytes(data)
+
+
+def test_nothing_is_wrong_with_a_sound_archive(archive):
+    found = verify(archive.uri)
+    assert found.faults == ()
+    assert found.frames == 18
+    assert found.files == sum(len(named_files(archive, name)) for name in TABLES)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("where", ["frames", "videos", "numbers", "index"])
+def test_a_flipped_bit_anywhere_in_a_file_is_found_and_the_file_named(archive, where, seed):
+    live = [Path(fault) for fault in named_files(archive, where)]
+    path = live[seed % len(live)]
+    flip(path, seed)
+    faults = verify(archive.uri).faults
+    assert [fault.path for fault in faults] == [str(path)]
+
+
+def named_files(archive, where):
+    """The files of a table or of the index that are in use."""
+    if where == "index":
+        return sorted(map(str, folder(archive, "index").iterdir()))
+    paths = live_files(open_table(join(archive.uri, where))).column("path").to_pylist()
+    return [str(folder(archive, where, path)) for path in sorted(paths)]
+
+
+def test_a_missing_and_a_shortened_file_are_named_with_their_videos(archive):
+    first, second, *_ = (Path(path) for path in named_files(archive, "frames"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-5])
+    faults = {fault.path: fault for fault in verify(archive.uri).faults}
+    assert faults.keys() == {str(first), str(second)}
+    assert "missing" in faults[str(first)].detail
+    assert all(fault.sources[0].startswith("/clips/") for fault in faults.values())
+
+
+def test_rows_that_say_other_frames_than_are_stored_are_found(archive):
+    archive.publish([row_for(archive, 1, 77)])
+    (fault,) = verify(archive.uri).faults
+    assert "77 frames by its row, and 5 are stored" in fault.detail
+
+
+def test_damaged_frames_are_taken_out_and_the_rest_stays(archive):
+    before = {frame.ticks for frame in archive.frames(3)}
+    (path, *_) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 3)]
+    flip(path, 1)
+    done = repair(archive.uri)
+    assert [fault.path for fault in done.found.faults] == [str(path)]
+    (row,) = done.to_index
+    assert (row.status, row.problem.reason, row.frame_count) == (Status.PARTIAL, Reason.DAMAGED, 4)
+    after = open_archive(archive.uri)
+    assert {frame.ticks for frame in after.frames(3)} < before
+    assert len(after.frames([1, 2])) == 10
+    assert verify(archive.uri).faults == ()
+    assert open_index(after).pending_count(after) == 0
+    again = receipt_for(after, 3, random_rows(4, 30), (None, 40))
+    late = receipt_for(after, 3, random_rows(4, 31, start=4), (40, None))
+    assert sorted(after.commit_frames([again, late])) == [False, True]  # only the gap takes rows
+
+
+def holds(archive, path, name):
+    number = next(row.video_number for row in archive.videos() if row.uri.endswith(f"/{name}.mp4"))
+    bounds = archive.part_bounds()
+    return Path(path).name in bounds.path[bounds.of(number)]
+
+
+def test_a_video_whose_every_frame_was_damaged_is_failed(archive):
+    (path,) = [path for path in named_files(archive, "frames") if holds(archive, path, 1)]
+    flip(Path(path), 2)
+    (row,) = repair(archive.uri).to_index
+    assert (row.status, row.frame_count) == (Status.FAILED, 0)
+    assert verify(archive.uri).faults == ()
+
+
+def test_lost_numbers_come_back_from_the_frames(archive):
+    given = archive.numbers()
+    for path in named_files(archive, "numbers"):
+        flip(Path(path), 3)
+    done = repair(archive.uri)
+    assert done.to_index == ()
+    assert open_archive(archive.uri).numbers() == given
+    assert verify(archive.uri).faults == ()
+
+
+def test_lost_rows_are_told_and_their_frames_kept(archive):
+    for path in named_files(archive, "videos"):
+        Path(path).unlink()
+    done = repair(archive.uri)
+    assert any("the rows of 3 videos are lost, their frames are not" in note for note in done.notes)
+    after = open_archive(archive.uri)
+    after.publish([row_for(after, 1, after.committed_frame_count(1))])
+    assert len(after.frames()) == 5
+
+
+def test_a_damaged_index_is_built_anew(archive):
+    (path,) = folder(archive, "index").glob("*.faiss")
+    flip(path, 4)
+    assert repair(archive.uri).to_index == ()
+    assert verify(archive.uri).faults == ()
+    assert open_index(archive).frame_count == 18
+
+
+@pytest.mark.parametrize("length", [0, 40])
+def test_a_commit_that_a_power_cut_left_cut_short_is_rolled_back(archive, length):
+    add_video(archive, 4)
+    newest = max(folder(archive, "frames", "_delta_log").glob("*.json"))
+    newest.write_bytes(newest.read_bytes()[:length])
+    with pytest.raises(ArchiveError, match="damaged archive"):
+        open_archive(archive.uri).frames()
+    assert any(str(newest) in fault.path for fault in verify(archive.uri).faults)
+    done = repair(archive.uri)
+    assert any("cut short" in note for note in done.notes)
+    assert [(row.uri, row.status) for row in done.to_index] == [("file:///clips/4.mp4", Status.FAILED)]
+    after = open_archive(archive.uri)
+    assert len(after.frames([1, 2, 3])) == 18
+    assert verify(archive.uri).faults == ()
+
+
+def test_a_log_that_is_damaged_in_the_middle_cannot_be_repaired(archive):
+    oldest = min(folder(archive, "frames", "_delta_log").glob("*.json"))
+    oldest.write_bytes(b"{")
+    with pytest.raises(ArchiveError, match="cannot be repaired: restore the archive from a copy"):
+        repair(archive.uri)
+
+
+# The commands
+
+
+def test_a_sound_archive_is_said_to_be(vidx, samples_archive):
+    run = vidx("verify", "--archive", str(samples_archive[0]))
+    assert (run.code, run.err) == (0, "")
+    assert "nothing is wrong" in run.out
+
+
+def test_what_is_damaged_is_indexed_again(vidx, tmp_path):
+    video, archive = tmp_path / "clip.webm", tmp_path / "archive"
+    shutil.copy(SAMPLES / "tractor.webm", video)
+    assert vidx("index", str(video), "--archive", str(archive)).code == 0
+    frames = vidx("sql", "SELECT ticks FROM frames ORDER BY ticks", "--archive", str(archive), "--json").json
+    (part,) = (archive / "frames").glob("*.parquet")
+    flip(part, 5)
+    found = vidx("verify", "--archive", str(archive), "--json")
+    assert (found.code, found.json["ok"]) == (5, False)
+    assert [(fault["path"], fault["sources"]) for fault in found.json["faults"]] == [(str(part), [str(video)])]
+    done = vidx("repair", "--archive", str(archive), "--json")
+    assert (done.code, done.json["videos_damaged"], done.json["videos_incomplete"]) == (0, 1, [])
+    assert vidx("verify", "--archive", str(archive)).code == 0
+    assert vidx("sql", "SELECT ticks FROM frames ORDER BY ticks", "--archive", str(archive), "--json").json == frames
+
+
+def test_what_cannot_be_indexed_again_stays_partial_until_it_can(vidx, tmp_path):
+    video, archive = tmp_path / "clip.webm", tmp_path / "archive"
+    shutil.copy(SAMPLES / "tractor.webm", video)
+    vidx("index", str(video), "--archive", str(archive))
+    (part,) = (archive / "frames").glob("*.parquet")
+    flip(part, 6)
+    video.rename(tmp_path / "elsewhere.webm")
+    done = vidx("repair", "--archive", str(archive), "--json")
+    assert (done.code, len(done.json["videos_incomplete"])) == (3, 1)
+    (tmp_path / "elsewhere.webm").rename(video)
+    assert vidx("index", str(video), "--archive", str(archive), "--json").json["videos_indexed"] == 1
+    assert vidx("verify", "--archive", str(archive)).code == 0

@@ -1,0 +1,97 @@
+"""Remembers which file had which bytes, so that an unchanged archive is recognised without reading it."""
+
+import os
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import platformdirs
+
+# A file that changed this shortly before it was read may change once more without its times showing it.
+SETTLED_SECONDS = 2.0
+_TABLE = """
+CREATE TABLE IF NOT EXISTS hashes (
+    device INTEGER, inode INTEGER, size_bytes INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, video_id TEXT NOT NULL,
+    PRIMARY KEY (device, inode)
+) WITHOUT ROWID
+"""
+
+
+def default_path() -> Path:
+    """Where hashes are kept: in the folder VIDX_CACHE, or in the user's cache folder."""
+    return Path(os.environ.get("VIDX_CACHE") or platformdirs.user_cache_dir("vidx")) / "hashes.sqlite"
+
+
+class HashCache:
+    """Hashes by device, inode, size, modification and change time, in a file that all jobs of a user share.
+
+    It is never needed: where it cannot be read or written, it is empty and stays so.
+
+    Attributes:
+        problem: why it cannot be used; empty where it can.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.problem = ""
+        self._path = path or default_path()
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # no space, no permission, in use
+                self._give_up(error)
+            else:
+                self._begin_anew()
+        except OSError as error:
+            self._give_up(error)
+
+    def get(self, stat: os.stat_result) -> str | None:
+        """The SHA-256 that a file in this state has had."""
+        rows = self._run(
+            "SELECT size_bytes, mtime_ns, ctime_ns, video_id FROM hashes WHERE device = ? AND inode = ?", _key(stat)
+        )
+        return rows[0][3] if rows and rows[0][:3] == _state(stat) else None
+
+    def put(self, stat: os.stat_result, video_id: str) -> None:
+        """Remembers a hash of bytes that were read between two looks that both gave `stat`."""
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9:
+            self._run("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)", (*_key(stat), *_state(stat), video_id))
+
+    def _run(self, statement: str, values: tuple) -> list[tuple]:
+        with self._lock:
+            if self._connection is None:
+                return []
+            try:
+                return self._connection.execute(statement, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                self._give_up(error)
+                return []
+
+    def _open(self) -> None:
+        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(_TABLE)
+        self._connection = connection
+
+    def _begin_anew(self) -> None:
+        try:
+            self._path.unlink()
+            self._open()
+        except (OSError, sqlite3.DatabaseError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._connection = None
+        self.problem = f"{self._path}: {error}"
+
+
+def _key(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino - (stat.st_ino >> 63 << 64)  # SQLite's integers have a sign
+
+
+def _state(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
