@@ -1,17 +1,19 @@
 """The one executor: a Ray cluster, its workers, and which task runs on which."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from storage.errors import UsageError, VidxError
+from storage.errors import ClusterError, UsageError, VidxError
 from storage.records import Content, Problem, Reason, SegmentTask
 from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
 
@@ -55,9 +57,12 @@ class Executor:
         self._slots = {"examine": 2, "encode": SEGMENTS_AT_ONCE}
         self._workers: dict[tuple[str, int], Any] = {}
         self._running: dict[Any, _Task] = {}
+        self._own_processes: list[int] = []
 
     def __enter__(self) -> "Executor":
         _start_ray(self._address)
+        if self._address is None:
+            self._own_processes = _children("raylet", "gcs_server")
         self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
         cores = int(ray.cluster_resources().get("CPU", 1))
         self._settings = replace(self._settings, threads=max(1, cores // self._counts["encode"]))
@@ -70,6 +75,11 @@ class Executor:
         return self
 
     def __exit__(self, *_) -> None:
+        if not all(map(_runs, self._own_processes)):
+            for pid in _children():  # Ray cannot end them any more, and waits for what is dead
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return
         for handle in self._workers.values():
             ray.kill(handle)
         ray.shutdown()
@@ -98,9 +108,15 @@ class Executor:
         Raises:
             VidxError: a worker met one that concerns the whole job, such as a full disk or a model that cannot be
                 loaded.
+            ClusterError: Ray's own processes died.
         """
         if not self._running:
             return []
+        if not all(map(_runs, self._own_processes)):
+            raise ClusterError(
+                "Ray's own processes on this machine died (out of memory?); what was finished is committed, run the "
+                "same command again to go on"
+            )
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         if not done:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
@@ -157,6 +173,25 @@ class Executor:
         # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
         remote = ray.remote(max_concurrency=SEGMENTS_AT_ONCE, max_restarts=0, max_task_retries=0, **options)
         return remote(Encoder).remote(self._settings)
+
+
+def _children(*names: str) -> list[int]:
+    """Child processes of this one, of any name or with one of these; none where the system does not list them."""
+    found = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        for pid in task.read_text(encoding="ascii").split():
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+                if not names or name in names:
+                    found.append(int(pid))
+    return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def _is_dead(handle: Any) -> bool:

@@ -26,6 +26,12 @@ class ArchiveError(VidxError):
     exit_code = 5
 
 
+class ClusterError(VidxError):
+    """Ray's own processes died; what is committed stays, and the same command goes on from there."""
+
+    exit_code = 6
+
+
 class VideoProblem(Exception):
     """One video cannot be read, wholly or in part; it becomes that video's status, never the job's end.
 

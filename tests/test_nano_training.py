@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from ops.nano import layout
 from ops.nano.batches import IGNORED, Batches, BatchPlan
 from ops.nano.data import SLIDES, WINDOWS, Pool, make_shards, read_shard
-from ops.nano.learn import EXACT, PATCHES, TOKENS, Learner
+from ops.nano.learn import EXACT, PATCHES, TOKENS, Learner, PlainAttention
 from ops.nano.muon import orthogonal
 from ops.nano.pictograms import FONT, THINGS
-from ops.nano.questions import CELLS, OUTSIDE_ANSWER
+from ops.nano.questions import CELLS, NOTHING, OUTSIDE_ANSWER, SIDES
 from workers.bundle import find_bundle
 from workers.llava_mini import FusionInputs, answer_embeds, fuse_question, load_model
 from workers.prompt import prompt_ids
@@ -68,7 +68,7 @@ def test_packed_questions_give_the_logits_of_the_product(shards, learner, source
     """Several questions in one sequence under a mask, against fuse_question and the LLM one by one."""
     batch = batch_of(shards, frames)
     features = learner.see(batch.pixels)
-    logits = learner.answers(features, batch, {source: slice(0, 3)}, PATCH_ROWS)[0]
+    logits = learner.answers(features, batch, {source: slice(0, 3)}, PATCH_ROWS).logits
     model = load_model(find_bundle("nano"), "cpu", "float32")
     tokenizer = model.tokenizer.tokenizer
     group_of, _ = np.nonzero(batch.labels != IGNORED)
@@ -136,6 +136,70 @@ def test_what_is_in_sight_is_what_a_list_names(shards):
                 assert {THINGS[number].word for number in listed} == named
                 lists += 1
     assert lists > 5
+
+
+def test_what_is_beside_a_thing_is_what_the_question_about_it_names(shards):
+    batch = batch_of(shards, 1, groups=60, questions=8)
+    names = [thing.one for thing in THINGS] + [NOTHING]
+    found = 0
+    for group, asked in enumerate(batch.questions):
+        for question, _, answer in asked:
+            covered = batch.patch_words[group] == (question.about or (-1,))[0]
+            if question.kind in SIDES and answer != OUTSIDE_ANSWER and covered.any():
+                side = list(SIDES).index(question.kind)
+                assert {names[there] for there in batch.neighbours[group][covered, side]} == {answer}
+                found += 1
+    assert found > 10
+
+
+def test_what_is_new_in_a_frame_was_in_none_before(shards):
+    batch = batch_of(shards, 6, groups=12, questions=8)
+    sights = batch.frame_words.reshape(12, 6, -1)[..., : len(THINGS)]
+    for group in range(12):
+        whole = sights[group].any(axis=1) | (batch.news[group].sum(axis=1) > 0)
+        assert whole.any()
+        for rank in range(6):
+            new = batch.news[group, rank, : len(THINGS)]
+            assert not (new & batch.news[group, :rank, : len(THINGS)].any(axis=0)).any()
+            if sights[group, rank].any():  # nothing half in sight: all that is new is told
+                assert (new <= sights[group, rank]).all()
+    ranks = batch.first_frames[batch.first_frames != IGNORED]
+    assert len(ranks) > 5
+    assert (ranks < 6).all()
+
+
+def test_each_loss_is_a_number_and_has_a_gradient(shards, learner):
+    single, film = batch_of(shards, 1), batch_of(shards, 4)
+    features = learner.see(single.pixels)
+    answered = learner.answers(features, single, {EXACT: slice(0, 3)}, PATCH_ROWS)
+    of_film = learner.answers(learner.see(film.pixels), film, {TOKENS: slice(0, 3)}, PATCH_ROWS)
+    losses = [
+        learner.naming_loss(features, single.patch_words),
+        learner.placing_loss(features),
+        learner.beside_loss(features, single.neighbours),
+        learner.telling_loss(features, single.frame_words),
+        learner.caption_loss(features, single),
+        learner.pointing_loss(answered.fused, single),
+        learner.early_loss(answered.fused, single),
+        learner.timing_loss(of_film, film),
+        learner.news_loss(of_film, film),
+    ]
+    for loss in losses:
+        learner.zero_grad()
+        loss.backward(retain_graph=True)
+        assert torch.isfinite(loss)
+        assert sum(float(p.grad.abs().sum()) for p in learner.parameters() if p.grad is not None) > 0
+
+
+@torch.no_grad()
+def test_attention_in_plain_products_gives_the_same_logits(shards, learner):
+    batch = batch_of(shards, 1)
+    features = learner.see(batch.pixels)
+    wanted = learner.answers(features, batch, {PATCHES: slice(0, 3)}, PATCH_ROWS).logits
+    with PlainAttention():
+        features = learner.see(batch.pixels)
+        found = learner.answers(features, batch, {PATCHES: slice(0, 3)}, PATCH_ROWS).logits
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_saved_is_what_the_product_loads(learner, tmp_path):

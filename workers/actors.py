@@ -1,7 +1,9 @@
 """The thin Ray shells around probing and encoding; all work is done by the modules they call."""
 
+import os
 import queue
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from workers.content import identify
 from workers.decode import Decoder
 from workers.hash_cache import HashCache
 
+PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 SEGMENTS_AT_ONCE = 2  # per encoder: one decodes while the other encodes
 
 
@@ -47,6 +50,7 @@ class Examiner:
     """Hashes and probes sources, one at a time."""
 
     def __init__(self, settings: WorkerSettings):
+        _die_with_parent()
         self._decoder = settings.new_decoder()
         self._hashes = HashCache()
 
@@ -64,6 +68,7 @@ class Encoder:
     """Owns a model and as many decoders as segments run at once."""
 
     def __init__(self, settings: WorkerSettings):
+        _die_with_parent()
         self._settings = settings
         self._vision = None
         self._loading = threading.Lock()
@@ -98,6 +103,18 @@ class Encoder:
             yield decoder
         finally:
             self._decoders.put(decoder)
+
+
+def _die_with_parent() -> None:
+    """Ends this process when the raylet that started it dies, which Ray leaves to a busy worker to notice."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _load_vision(settings: WorkerSettings):

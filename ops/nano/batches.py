@@ -30,6 +30,7 @@ from ops.nano.unknown import unknown_caption, word_unknown
 IGNORED = -100  # as torch's cross entropy has it
 UNKNOWN_CAPTIONS = 8  # so many captions that are true of a picture to one that is true of none
 PREFIX_SEGMENT, PADDING_SEGMENT = 0, -1
+MOST_FRAMES = 16  # of a group
 EARLY_KINDS = ("exists", "ever", "count", "left", "right", "above", "below")  # one word says the answer
 
 
@@ -71,6 +72,8 @@ class Batch:
             answers it ("yes", "two", "owl"); IGNORED elsewhere.
         llm_rows: (B, M), the row of the fused text that enters the LLM there, or -1 for the raw word in llm_ids.
         llm_ids, llm_segments, llm_positions, labels: (B, M), behind the begin token and the frames.
+        first_frames: (B, M) int64, of a word for a thing, the rank of the first of several frames that shows it;
+            IGNORED elsewhere. news: (B, T, things + 1) bool, what no frame before shows; the last: nothing.
         questions: of each group, with its words and the answer.
         caption_ids: (C, L), padded with the end id. truth: (C, B*T) bool.
     """
@@ -90,6 +93,8 @@ class Batch:
     llm_segments: np.ndarray
     llm_positions: np.ndarray
     labels: np.ndarray
+    first_frames: np.ndarray
+    news: np.ndarray
     questions: list[list[tuple[Question, str, str]]]
     caption_ids: np.ndarray
     truth: np.ndarray
@@ -136,6 +141,7 @@ class Batches(Dataset):
             frame_words=np.stack([frame_words(sight) for sight in flat]),
             frames=frames,
             **self._pack(asked, sights),
+            news=np.stack([news(group) for group in sights]),
             questions=asked,
             caption_ids=self._caption_ids([text for text, _ in captions]),
             truth=truth_table([claim for _, claim in captions], flat),
@@ -197,17 +203,19 @@ class Batches(Dataset):
                 prompt = [*tokenizer.encode(f" {question.strip()}").ids, end]
                 reply = raw.encode(f" {answer}").ids
                 labels = [*[IGNORED] * (len(prompt) - 1), *reply, end]
+                firsts = {self._word_ids[thing]: rank for thing, rank in _first_frames(about, seen)}
                 for i, token in enumerate([*prompt, *reply]):
                     row = len(text) if i < len(prompt) else -1
-                    llm.append((row, token, number, 1 + frames + i, labels[i]))
+                    first = firsts.get(token, IGNORED) if i < len(prompt) else IGNORED
+                    llm.append((row, token, number, 1 + frames + i, labels[i], first))
                     if i < len(prompt):
                         place = places.get(token, (IGNORED, IGNORED))
                         text.append((token, number, 1 + i, *place, answers.get(token, IGNORED)))
             texts.append(text)
             llms.append(llm)
         text = _pad(texts, (0, PADDING_SEGMENT, 0, *[IGNORED] * 3))
-        llm = _pad(llms, (-1, 0, PADDING_SEGMENT, 0, IGNORED))
-        names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
+        llm = _pad(llms, (-1, 0, PADDING_SEGMENT, 0, IGNORED, IGNORED))
+        names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels", "first_frames")
         packed = dict(
             zip(("text_ids", "text_segments", "text_positions"), np.moveaxis(text[..., :3], -1, 0), strict=True)
         )
@@ -258,6 +266,14 @@ def _places(question: Question, sights: list[Sight]) -> Iterator[tuple[int, tupl
             yield thing, (min(2, int(3 * y)), min(2, int(3 * x)))
 
 
+def _first_frames(question: Question, sights: list[Sight]) -> Iterator[tuple[int, int]]:
+    """The things that a question names and several frames show, each with the rank of the first that does."""
+    for thing in question.about if len(sights) > 1 else ():
+        first = next((rank for rank, sight in enumerate(sights) if thing in sight.things), None)
+        if first is not None and not any(thing in sight.partial for sight in sights[:first]):
+            yield thing, first
+
+
 def _pad(rows: list[list[tuple[int, ...]]], filler: tuple[int, ...]) -> np.ndarray:
     longest = max(len(row) for row in rows)
     return np.array([[*row, *[filler] * (longest - len(row))] for row in rows], np.int64)
@@ -298,6 +314,21 @@ def frame_words(sight: Sight) -> np.ndarray:
     if sight.background not in (None, OUTSIDE) and not sight.partial:
         words[[*sight.things, len(THINGS) + sight.background]] = True
     return words
+
+
+def news(sights: list[Sight]) -> np.ndarray:
+    """What each frame shows that none before it does, (T, things + 1) bool, the last for nothing.
+
+    A frame whose news are half in sight has none of these.
+    """
+    found = np.zeros((len(sights), len(THINGS) + 1), bool)
+    before: set[int] = set()
+    for rank, sight in enumerate(sights):
+        new = set(sight.things) - before
+        if not sight.partial - before:
+            found[rank, sorted(new) or len(THINGS)] = True
+        before |= new | sight.partial
+    return found
 
 
 def shake(source: np.random.Generator, pixels: np.ndarray) -> np.ndarray:

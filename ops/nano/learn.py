@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPConfig, CLIPTextModelWithProjection
 
-from ops.nano.batches import IGNORED, PADDING_SEGMENT, PREFIX_SEGMENT, Batch
+from ops.nano.batches import IGNORED, MOST_FRAMES, PADDING_SEGMENT, PREFIX_SEGMENT, Batch
 from ops.nano.pictograms import THINGS
 from ops.nano.questions import NOTHING, SIDES
 from ops.nano.scenes import COLOURS
@@ -60,6 +60,22 @@ def _attention(
     return scores.softmax(dim=-1).to(values.dtype) @ values
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What the forward pass of B groups of T frames with questions gives.
+
+    Attributes:
+        logits: (labels, V), of the LLM at every labelled place, in the order of `Batch.labels`' rows.
+        fused: (B, R, H), the fused text.
+        frames: (B, T, H), the frames' rows in the middle of the LLM. words: (B, M, H), those of the words.
+    """
+
+    logits: Tensor
+    fused: Tensor
+    frames: Tensor
+    words: Tensor
+
+
 class Learner(nn.Module):
     """Every weight of a bundle, trainable, and the forward passes that its losses need."""
 
@@ -86,6 +102,7 @@ class Learner(nn.Module):
         self.register_buffer("place_ids", torch.stack([self._one_token_each(words) for words in _PLACES]))
         width = self.model.llm.config.hidden_size
         self.beside = nn.Linear(width, len(SIDES) * width, bias=False, device=vision.device)  # for training alone
+        self.when = nn.Linear(width, MOST_FRAMES, device=vision.device)  # for training alone
         self.register_buffer("nothing_id", self._one_token_each([NOTHING]))
         self.requires_grad_(True)
         self.train()
@@ -181,24 +198,34 @@ class Learner(nn.Module):
         logits = torch.einsum("rh,awh->raw", fused[known], embeddings)
         return functional.cross_entropy(logits.float().flatten(0, 1), wanted[known].flatten())
 
-    def answers(
-        self, features: FrameFeatures, batch: Batch, sources: dict[str, slice], rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """The LLM's logits at every labelled place, in the order of `batch.labels`' rows, and the fused text.
+    def timing_loss(self, answered: Answered, batch: Batch) -> Tensor:
+        """In the middle of the LLM: frames against their rank, words for things against the first that shows them."""
+        ranks = torch.arange(batch.frames, device=self.device).expand(answered.frames.shape[:2])
+        wanted = torch.from_numpy(batch.first_frames).to(self.device)  # (B, M)
+        rows = torch.cat([answered.frames.flatten(0, 1), answered.words[wanted != IGNORED]])
+        logits = self.when(rows)
+        return functional.cross_entropy(logits.float(), torch.cat([ranks.flatten(), wanted[wanted != IGNORED]]))
+
+    def news_loss(self, answered: Answered, batch: Batch) -> Tensor:
+        """In the middle of the LLM: frames against the words for what no frame before them shows."""
+        wanted = torch.from_numpy(batch.news).to(self.device).float()  # (B, T, things + 1)
+        known = wanted.sum(dim=-1) > 0
+        ids = torch.cat([self.word_ids[: len(THINGS)], self.nothing_id])
+        logits = answered.frames[known] @ self.model.llm.model.embed_tokens.weight[ids].T
+        shares = wanted[known] / wanted[known].sum(dim=-1, keepdim=True)
+        return functional.cross_entropy(logits.float(), shares)
+
+    def answers(self, features: FrameFeatures, batch: Batch, sources: dict[str, slice], rows: int) -> Answered:
+        """Every question of a batch, put to pre-fusion and to the LLM.
 
         Args:
             sources: which groups are asked with which source of pre-fusion; together all of them, in order.
             rows: of the patch tier, per picture.
-        Returns:
-            (labels, V) and (B, R, H).
         """
         outputs = [self._ask(features, batch, source, groups, rows) for source, groups in sources.items()]
-        logits, fused = zip(*outputs, strict=True)
-        return torch.cat(logits).float(), torch.cat(fused)
+        return Answered(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
-    def _ask(
-        self, features: FrameFeatures, batch: Batch, source: str, groups: slice, rows: int
-    ) -> tuple[Tensor, Tensor]:
+    def _ask(self, features: FrameFeatures, batch: Batch, source: str, groups: slice, rows: int) -> tuple[Tensor, ...]:
         vision, count = self._vision(), batch.frames
         part = slice(groups.start * count, groups.stop * count)
         text = {
@@ -229,9 +256,9 @@ class Learner(nn.Module):
         sequence = block_rows(vision.prefusion[-1], sequence, rotary, kept, allowed[:, :, -kept:])
         tokens = sequence[:, :1] if source == EXACT else prefuse_vision(vision, projected, compressed)
         fused = sequence[:, 1:].unflatten(0, (-1, count)).mean(dim=1)  # (B, R, H)
-        return self._answer(batch, groups, tokens.unflatten(0, (-1, count)).flatten(1, 2), fused), fused
+        return self._answer(batch, groups, tokens.unflatten(0, (-1, count)).flatten(1, 2), fused)
 
-    def _answer(self, batch: Batch, groups: slice, tokens: Tensor, fused: Tensor) -> Tensor:
+    def _answer(self, batch: Batch, groups: slice, tokens: Tensor, fused: Tensor) -> tuple[Tensor, ...]:
         names = ("llm_rows", "llm_ids", "llm_segments", "llm_positions", "labels")
         rows, ids, segments, positions, labels = (
             torch.from_numpy(getattr(batch, name)[groups]).to(self.device) for name in names
@@ -245,10 +272,13 @@ class Learner(nn.Module):
         places = torch.arange(front, device=self.device).expand(len(sequence), -1)
         rotary = self.model.vision.rotary(sequence, torch.cat([places, positions], dim=1))
         allowed = block_mask(segments)
+        depths = []
         for block in self.model.llm.model.layers:
             sequence = block_rows(block, sequence, rotary, sequence.shape[1], allowed)
-        wanted = sequence[:, front:][labels != IGNORED]
-        return self.model.llm.lm_head(self.model.llm.model.norm(wanted))
+            depths.append(sequence)
+        logits = self.model.llm.lm_head(self.model.llm.model.norm(sequence[:, front:][labels != IGNORED]))
+        middle = len(depths) // 2
+        return logits.float(), fused, depths[middle - 1][:, 1:front], depths[middle][:, front:]
 
     def _stored_patches(self, features: FrameFeatures, part: slice, rows: int) -> tuple[Tensor, Tensor]:
         """The patch tier as it comes back from an archive: VisionZip's rows after int8."""
