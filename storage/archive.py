@@ -350,7 +350,8 @@ class Archive:
 
         def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
             columns = (table.column(name).to_pylist() for name in ("video_number", "frame_count"))
-            right = [not number or count == self.committed_frame_count(number) for number, count in zip(*columns)]
+            stored = self.part_bounds().frame_counts()
+            right = [not number or count == stored[number] for number, count in zip(*columns)]
             wrong = videos.to_rows(table.filter(pa.array([not is_right for is_right in right], pa.bool_())))
             changed[:] = [self._without_damage(row) for row in wrong]
             return np.array(right, bool), videos.to_arrow(changed)

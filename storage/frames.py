@@ -1,5 +1,6 @@
 """Finds stored frames by video, time or index: parts are skipped by the bounds in Delta's log, the rest are read."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,6 +55,13 @@ class PartBounds:
 
     def __repr__(self) -> str:
         return f"PartBounds({len(self)} parts)"
+
+    def frame_counts(self) -> Counter[int]:
+        """How many frames each video has, by its number."""
+        counts: Counter[int] = Counter()
+        for number, count in zip(self.video_number.tolist(), self.row_count.tolist(), strict=True):
+            counts[number] += count
+        return counts
 
     def of(self, video_number: int) -> np.ndarray:
         """Places of one video's parts."""

@@ -81,6 +81,14 @@ def live_files(table: DeltaTable) -> pa.Table:
         return pa.table(table.get_add_actions(flatten=True))
 
 
+def file_sizes(table: DeltaTable) -> dict[str, int]:
+    """The data files of this version, each with its bytes."""
+    files = live_files(table)
+    if files.num_rows == 0:
+        return {}
+    return dict(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
+
+
 def unnamed_files(uri: str, hours: int) -> list[str]:
     """Files of a table's folder, older than so many hours, that no version younger than that names.
 
@@ -210,8 +218,7 @@ class RowTable:
         """
         for _ in attempts():
             self.refresh()
-            files = live_files(self._table)
-            sizes = dict(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
+            sizes = file_sizes(self._table)
             if path not in sizes:
                 return
             with contextlib.suppress(Conflict):
@@ -244,8 +251,7 @@ class RowTable:
             replaced.append(path)
             pieces.append(rows)
             count += rows.num_rows
-        files = live_files(self._table)
-        sizes = dict(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
+        sizes = file_sizes(self._table)
         part = _write_rows(self.uri, pa.concat_tables(pieces)) if count else None
         return part, [(path, sizes[path]) for path in replaced]
 

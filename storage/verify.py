@@ -1,7 +1,7 @@
 """verify: whether every byte of an archive is what was written, and whether its tables agree with one another."""
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from storage.errors import ArchiveError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.frames import PartBounds, read_times
 from storage.settings import TABLES, archive_uri
-from storage.tables import live_files, open_table
+from storage.tables import file_sizes, open_table
 from storage.vectors import index_faults
 
 
@@ -60,13 +60,19 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
     """
     if not archive_exists(uri):
         open_archive(uri)  # which says so
-    faults = [*_log_faults(archive_uri(uri))]
+    uri = archive_uri(uri)
+    files, faults = [], []
+    for name in TABLES:
+        try:
+            files += [(name, path, size) for path, size in file_sizes(open_table(join(uri, name))).items()]
+        except ArchiveError as error:
+            path, _, detail = str(error).partition(": ")
+            faults.append(Fault(path, detail, None))
     if faults:
         return Verification(0, 0, 0, tuple(faults))  # without its logs nobody can say which files it has
-    files = [(name, path, size) for name in TABLES for path, size in _live_files(join(archive_uri(uri), name))]
     damaged = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and checksums release the interpreter lock
-        found = pool.map(lambda file: _file_fault(join(archive_uri(uri), file[0], file[1]), file[2]), files)
+        found = pool.map(lambda file: _file_fault(join(uri, file[0], file[1]), file[2]), files)
         for done, ((name, path, _), detail) in enumerate(zip(files, found, strict=True), 1):
             report(done, len(files))
             if detail:
@@ -74,8 +80,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
     size_bytes = sum(size for _, _, size in files)
     if any(name != "frames" for name, _ in damaged):
         faults = [
-            Fault(source_text(join(archive_uri(uri), name, path)), detail, name, path)
-            for (name, path), detail in damaged.items()
+            Fault(source_text(join(uri, name, path)), detail, name, path) for (name, path), detail in damaged.items()
         ]
         return Verification(len(files), size_bytes, 0, tuple(faults))  # whose frames they are cannot be told
     archive = open_archive(uri)
@@ -85,22 +90,6 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
     if not faults:
         faults += [Fault(source_text(place), detail, "index") for place, detail in index_faults(archive)]
     return Verification(len(files), size_bytes, int(bounds.row_count.sum()), tuple(faults))
-
-
-def _log_faults(uri: str) -> Iterator[Fault]:
-    for name in TABLES:
-        try:
-            live_files(open_table(join(uri, name)))
-        except ArchiveError as error:
-            path, _, detail = str(error).partition(": ")
-            yield Fault(path, detail, None)
-
-
-def _live_files(table_uri: str) -> list[tuple[str, int]]:
-    files = live_files(open_table(table_uri))
-    if files.num_rows == 0:
-        return []
-    return list(zip(files.column("path").to_pylist(), files.column("size_bytes").to_pylist(), strict=True))
 
 
 def _file_fault(uri: str, size: int) -> str:
@@ -151,9 +140,7 @@ def _ends(values: np.ndarray) -> tuple:
 
 def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
     """Videos whose rows say other frames than are stored, or a number that is another's."""
-    stored: Counter[int] = Counter()
-    for number, count in zip(bounds.video_number.tolist(), bounds.row_count.tolist(), strict=True):
-        stored[number] += count
+    stored = bounds.frame_counts()
     given, place = archive.numbers(), source_text(join(archive.uri, "videos"))
     for row in archive.videos():
         source = source_text(row.uri)
