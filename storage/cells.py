@@ -8,12 +8,11 @@ from functools import lru_cache
 
 import google_crc32c
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import ArchiveError
-from storage.files import join, map_file, open_for_read, read_ranges, source_text
-from storage.layout import CELLS_KEY, PROBLEM_KEY, SHAPES_KEY, unpack_patches
+from storage.files import join, map_file, read_ranges, source_text
+from storage.layout import CELLS_KEY, PROBLEM_KEY, SHAPES_KEY, damage, open_parquet, read_columns, unpack_patches
 from storage.records import FrameRef, PatchRows, Problem, Reason
 
 LENGTH_BYTES = 4  # Parquet's plain BYTE_ARRAY puts each value's length before it
@@ -136,8 +135,8 @@ def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
     """Whose frames a part holds: video_id, model_id, sampling and video_number."""
     uri = join(frames_uri, part_name)
     names = ["video_id", "model_id", "sampling", "video_number"]
-    with damage(uri), open_for_read(uri) as file:
-        return pq.ParquetFile(file).read(columns=names).slice(0, 1).to_pylist()[0]
+    with damage(uri):
+        return read_columns(uri, names).slice(0, 1).to_pylist()[0]
 
 
 def part_keys(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -147,8 +146,8 @@ def part_keys(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray] 
         return None
     count = int(part.group_starts[-1])
     cells = _checked_rows(part, "search_key", np.arange(count))
-    with damage(part.uri), open_for_read(part.uri) as file:
-        frame_index = pq.ParquetFile(file).read(columns=["frame_index"]).column(0).to_numpy()
+    with damage(part.uri):
+        frame_index = read_columns(part.uri, ["frame_index"]).column(0).to_numpy()
     return np.ascontiguousarray(cells).view("<f2"), frame_index
 
 
@@ -185,11 +184,8 @@ def _open_part(frames_uri: str, name: str) -> _PartFile:
     uri = join(frames_uri, name)
     with damage(uri):
         mapping = map_file(uri)
-        if mapping is None:
-            with open_for_read(uri) as file:
-                footer = pq.read_metadata(file)
-        else:
-            footer = pq.read_metadata(pa.BufferReader(mapping))
+        with open_parquet(uri) as file:
+            footer = file.metadata
         metadata = footer.metadata or {}
         widths = json.loads(metadata.get(CELLS_KEY, b"{}"))
         shapes = json.loads(metadata.get(SHAPES_KEY, b"{}"))
@@ -284,8 +280,7 @@ def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.
     """The same for a file laid out otherwise, and for cells of any length: whole row groups are read."""
     groups = np.searchsorted(part.group_starts, rows, "right") - 1
     cells: list[bytes] = [b""] * len(rows)
-    with open_for_read(part.uri) as opened:
-        file = pq.ParquetFile(opened, page_checksum_verification=True)
+    with open_parquet(part.uri) as file:
         for group in np.unique(groups).tolist():
             values = file.read_row_group(group, columns=[column]).column(0)
             for place in np.flatnonzero(groups == group).tolist():
@@ -296,20 +291,3 @@ def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.
     if any(len(cell) != width for cell in cells):
         raise ArchiveError(f"{source_text(part.uri)}: damaged: a {column} is not {width} bytes long")
     return np.frombuffer(b"".join(cells), np.uint8).reshape(len(rows), width)
-
-
-class damage:
-    """Turns what pyarrow and the system say about a broken file into one line that names it."""
-
-    def __init__(self, uri: str):
-        self._uri = uri
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, FileNotFoundError):
-            raise ArchiveError(f"{source_text(self._uri)}: missing, though the archive names it") from error
-        if isinstance(error, (OSError, ValueError, pa.ArrowException, KeyError)):
-            reason = " ".join(str(error).split())
-            raise ArchiveError(f"{source_text(self._uri)}: damaged or unreadable: {reason}") from error

@@ -7,11 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from storage.cells import damage
 from storage.errors import ArchiveError
-from storage.files import join, open_for_read
+from storage.files import join
+from storage.layout import damage, read_columns
 from storage.records import FrameRef, Hit
 
 _BOUNDS = (
@@ -182,6 +181,6 @@ def read_times(uri: str) -> Times:
         ArchiveError: the part is missing or damaged.
     """
     names = ["ticks", "frame_index", "time_seconds", "duration_seconds"]
-    with damage(uri), open_for_read(uri) as file:
-        table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=names)
+    with damage(uri):
+        table = read_columns(uri, names)
         return Times(*(table.column(name).to_numpy() for name in names))

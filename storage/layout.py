@@ -15,11 +15,16 @@ and `vidx.shapes` the shapes behind them, as JSON. `vidx.problem` says why the p
 segment, where that is so.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from storage.errors import ArchiveError
+from storage.files import local_path, open_for_read, source_text
 from storage.records import PatchRows, TokenBatch
 
 ROW_GROUP_ROWS = 256
@@ -55,6 +60,41 @@ COLUMNS = pa.schema(
         pa.field("checksum", pa.int64(), nullable=False),
     ]
 )
+
+
+class damage:
+    """Turns what pyarrow and the system say about a broken file into one line that names it."""
+
+    def __init__(self, uri: str):
+        self._uri = uri
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, FileNotFoundError):
+            raise ArchiveError(f"{source_text(self._uri)}: missing, though the archive names it") from error
+        if isinstance(error, (OSError, ValueError, pa.ArrowException, KeyError)):
+            reason = " ".join(str(error).split())
+            raise ArchiveError(f"{source_text(self._uri)}: damaged or unreadable: {reason}") from error
+
+
+@contextlib.contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to read, every page against its checksum.
+
+    Arrow opens a local file by itself: of a Python file its threads let go some time after a read has returned, and a
+    process that ends in between is aborted (apache/arrow issue 33975).
+    """
+    path = local_path(uri)
+    with open_for_read(uri) if path is None else pa.OSFile(path) as file:
+        yield pq.ParquetFile(file, page_checksum_verification=True)
+
+
+def read_columns(uri: str, names: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a Parquet file; None: all."""
+    with open_parquet(uri) as file:
+        return file.read(columns=names)
 
 
 def cell_shapes(tokens: TokenBatch) -> dict[str, list[int]]:

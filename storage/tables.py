@@ -23,7 +23,6 @@ from storage.files import (
     list_names,
     local_path,
     name_with_checksum,
-    open_for_read,
     read_bytes,
     remove,
     source_text,
@@ -32,6 +31,7 @@ from storage.files import (
     write_bytes,
     writing,
 )
+from storage.layout import damage, read_columns
 from storage.records import Part
 
 LOG = "_delta_log"
@@ -262,13 +262,8 @@ class RowTable:
 
 
 def _read_rows(uri: str, schema: pa.Schema) -> pa.Table:
-    try:
-        with open_for_read(uri) as file:
-            return pq.ParquetFile(file, page_checksum_verification=True).read().select(schema.names).cast(schema)
-    except FileNotFoundError as error:
-        raise ArchiveError(f"{source_text(uri)}: missing, though the archive names it") from error
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise ArchiveError(f"{source_text(uri)}: damaged or unreadable: {' '.join(str(error).split())}") from error
+    with damage(uri):
+        return read_columns(uri).select(schema.names).cast(schema)
 
 
 def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
