@@ -20,6 +20,12 @@ from pipeline.cli_options import archive_option, archive_uri, json_option, model
     default=None,
     help="A built-in name, a directory or a hub id; see `vidx models`.",
 )
+@click.option(
+    "--sample",
+    type=click.Choice(["rate", "keyframes", "scenes"]),
+    default=None,
+    help="Frames to index: --fps a second, or at most so many of keyframes or of the first frames of scenes; rate.",
+)
 @click.option("--fps", metavar="N", default=None, help="Frames per second to index, e.g. 1, 0.5 or 30000/1001; 1.")
 @click.option(
     "--patches",
@@ -72,6 +78,7 @@ def index(
     from storage.archive import archive_exists, create_archive, open_archive
     from storage.records import Sampling
     from workers.bundle import find_bundle
+    from workers.decode import check_choice
 
     settings = load_config(config, options)
     found = scan(sources)
@@ -82,8 +89,10 @@ def index(
     bundle = find_bundle(settings.model)
     if bundle.card.states_limits:
         note(limits_of(bundle))
-    sampling = Sampling(settings.fps, bundle.default_patch_rows if settings.patches is None else settings.patches)
+    patches = bundle.default_patch_rows if settings.patches is None else settings.patches
+    sampling = Sampling(settings.fps, patches, settings.sample)
     bundle.check_patch_rows(sampling.patches)
+    check_choice(sampling.choice)
     place = archive_uri(archive_dir)
     if dry_run:
         archive = open_archive(place) if archive_exists(place) else None

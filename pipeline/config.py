@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from storage.errors import UsageError
+from storage.records import Choice
 
 
 class IndexConfig(BaseModel):
@@ -21,6 +22,7 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "nano"
+    sample: Choice = Choice.RATE
     fps: Fraction = Fraction(1)
     patches: int | None = Field(default=None, ge=0)
     address: str | None = None

@@ -15,6 +15,7 @@ from storage.archive import Archive
 from storage.errors import VidxError
 from storage.jobs import Job
 from storage.records import (
+    Choice,
     Content,
     Probe,
     Problem,
@@ -135,7 +136,8 @@ def run_index(
         with Job(archive.uri) as job:
             run = _Run(known, archive, job, result, report)
             try:
-                with Executor(worker_settings(archive, bundle, config), config.address, config.workers) as executor:
+                settings = worker_settings(archive, bundle, config, sampling.choice)
+                with Executor(settings, config.address, config.workers) as executor:
                     run.run(executor)
             except KeyboardInterrupt:
                 result.interrupted = True
@@ -166,7 +168,9 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
     return [row for row in archive.videos() if row.video_number in numbers and row.problem is not None]
 
 
-def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig) -> WorkerSettings:
+def worker_settings(
+    archive: Archive, bundle: Bundle, config: IndexConfig, choice: Choice = Choice.RATE
+) -> WorkerSettings:
     """The part of the settings that workers need; a device of "auto" is settled here, since Ray must know it."""
     on_gpu = config.device == "cuda" or (config.device == "auto" and _has_gpu())
     return WorkerSettings(
@@ -179,6 +183,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig) -> Wo
         max_pixels=config.max_pixels,
         decode_threads=config.decode_threads,
         timeout_seconds=config.timeout_seconds,
+        choice=choice,
     )
 
 
@@ -300,11 +305,16 @@ class _Run:
             waiting = [segment for segment in segments if segment.key not in done]
             video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=bool(done))
             self._videos[content.video_id] = video
-            self._expected_frames += (probe.duration_seconds or 0.0) * float(self._sampling.fps)
+            self._expected_frames += self._expect(probe)
             tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
             self._ready.extend(tasks)
             if not waiting:
                 self._finish(video)
+
+    def _expect(self, probe: Probe) -> float:
+        """About how many frames a video gives; scenes are taken for as many as keyframes."""
+        most = (probe.duration_seconds or 0.0) * float(self._sampling.fps)
+        return most if self._sampling.choice is Choice.RATE else min(most, len(probe.cuts) + 1)
 
     def _look_elsewhere(self) -> None:
         """What other jobs have finished is done; what they have let go of unfinished, this one takes."""

@@ -157,12 +157,27 @@ class Segment:
         return f"{start}..{end}"
 
 
+class Choice(StrEnum):
+    """Which frames of a video are kept: those shown at even instants, keyframes, or the first of each scene."""
+
+    RATE = "rate"
+    KEYFRAMES = "keyframes"
+    SCENES = "scenes"
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """The settings besides the model that decide which rows an archive holds of a video."""
+    """The settings besides the model that decide which rows an archive holds of a video.
+
+    Attributes:
+        fps: frames kept per second; of keyframes and scenes, at most so many.
+        patches: rows of the patch tier, per picture.
+        choice: which frames.
+    """
 
     fps: Fraction
     patches: int
+    choice: Choice = Choice.RATE
 
     def __post_init__(self):
         if self.fps <= 0:
@@ -171,13 +186,14 @@ class Sampling:
             raise ValueError(f"Sampling.patches is {self.patches}")
 
     def __str__(self) -> str:
-        return f"fps={self.fps},patches={self.patches}"
+        choice = "" if self.choice is Choice.RATE else f",sample={self.choice}"
+        return f"fps={self.fps},patches={self.patches}{choice}"
 
     @classmethod
     def from_text(cls, text: str) -> "Sampling":
         """The settings that a row names, as str gives them."""
         values = dict(pair.split("=") for pair in text.split(","))
-        return cls(Fraction(values["fps"]), int(values["patches"]))
+        return cls(Fraction(values["fps"]), int(values["patches"]), Choice(values.get("sample", Choice.RATE)))
 
 
 @dataclass(frozen=True)

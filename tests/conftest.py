@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "ops" / "samples"
 VIDX = Path(sys.executable).parent / "vidx"
+needs_scenes = pytest.mark.skipif(find_spec("scenedetect") is None, reason="the extra `scenes` is not installed")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from storage.errors import VideoProblem
-from storage.records import Reason, Segment
+from storage.records import Choice, Reason, Segment
 from workers.decode import FRAMES_AHEAD, Decoder
 from workers.preprocess import nearest_index
 from workers.sample import Grid, Tally, TimedFrame, sample
@@ -40,6 +40,7 @@ if (SHARED / "FRAMES.csv").exists():
     CLIPS += sorted(
         p for p in SHARED.iterdir() if p.is_file() and p.suffix not in (".csv", ".md") and p.name not in own
     )
+HDR = ["-pix_fmt", "yuv420p10le", "-color_primaries", "bt2020", "-color_trc", "smpte2084", "-colorspace", "bt2020nc"]
 RATES = [Fraction(1), Fraction(1, 2), Fraction(2), Fraction("29.97"), Fraction(1, 3)]
 
 
@@ -75,10 +76,10 @@ def expected_frames(times, step):
     return kept
 
 
-def decode_all(decoder, path, probe, fps, segment=None, batch=7):
+def decode_all(decoder, path, probe, fps, segment=None, batch=7, choice=Choice.RATE):
     """Columns of all frames: ticks, end_ticks, frame_index, pixels, thumbnails."""
     segment = segment or Segment("a" * 64, None, None, 0)
-    batches = list(decoder.decode(path, probe, segment, fps, batch))
+    batches = list(decoder.decode(path, probe, segment, fps, batch, choice))
     rows = []
     for frames in batches:
         columns = frames.ticks.tolist(), frames.end_ticks.tolist(), frames.frame_index.tolist()
@@ -127,6 +128,13 @@ def test_the_position_is_what_a_player_shows(decoder):
 @needs_ffmpeg
 @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.name)
 def test_pixels_are_ffmpegs(decoder, path):
+    difference = difference_to_ffmpeg(decoder, path)
+    assert difference.mean() < 0.5
+    assert difference.max() <= 16
+
+
+def difference_to_ffmpeg(decoder, path):
+    """By which the first pictures differ from those of the ffmpeg command line, whose version is another."""
     probe = decoder.probe(path)
     rows = decode_all(decoder, path, probe, Fraction(1))[:3]
     choice = "+".join(f"eq(n,{row[2]})" for row in rows)
@@ -136,9 +144,7 @@ def test_pixels_are_ffmpegs(decoder, path):
     shown = np.frombuffer(out, np.uint8).reshape(-1, probe.height, probe.width, 3)
     small = shown[:, nearest_index(probe.height)[:, None], nearest_index(probe.width)[None]]
     ours = np.stack([np.frombuffer(row[3], np.uint8).reshape(336, 336, 3) for row in rows])
-    difference = np.abs(ours.astype(int) - small)
-    assert difference.mean() < 0.5
-    assert difference.max() <= 16
+    return np.abs(ours.astype(int) - small)
 
 
 @needs_ffmpeg
@@ -166,7 +172,7 @@ def test_thumbnails_are_small_upright_jpegs(decoder):
     ("name", "arguments"),
     [
         ("b_frames.ts", ["-c:v", "libx264", "-bf", "3", "-output_ts_offset", "5000"]),
-        ("fields.ts", ["-vf", "scale=320:180,tinterlace=interleave_top", "-c:v", "libx264", "-flags", "+ildct+ilme"]),
+        ("fields.ts", ["-vf", "tinterlace=interleave_top", "-c:v", "libx264", "-flags", "+ildct+ilme"]),
         ("mpeg2.mpg", ["-c:v", "mpeg2video", "-bf", "2", "-f", "vob"]),
         ("packed.avi", ["-c:v", "mpeg4", "-bf", "2"]),
         ("h264.avi", ["-c:v", "libx264", "-bf", "2"]),
@@ -176,10 +182,19 @@ def test_thumbnails_are_small_upright_jpegs(decoder):
         ("theora.ogv", ["-c:v", "libtheora"]),
         ("old.flv", ["-c:v", "flv"]),
         ("old.wmv", ["-c:v", "wmv2"]),
+        # The 33 bits of a transport stream's clock run over after 95443.7 s.
+        ("wrapped.ts", ["-c:v", "libx264", "-bf", "2", "-output_ts_offset", "95441"]),
+        ("gap.mkv", ["-c:v", "libx264", "-vf", "setpts='PTS+gt(N,40)*7/TB'", "-fps_mode", "passthrough"]),
+        ("uneven.mp4", ["-c:v", "libx264", "-vf", "select='lt(n,30)+not(mod(n,7))'", "-fps_mode", "vfr"]),
+        ("live.mkv", ["-c:v", "libx264", "-live", "1"]),
+        ("pieces.mp4", ["-c:v", "libx264", "-g", "30", "-movflags", "frag_keyframe+empty_moov"]),
+        ("mpeg2_fields.ts", ["-c:v", "mpeg2video", "-flags", "+ildct+ilme", "-top", "1"]),
+        ("fields.mp4", ["-c:v", "libx264", "-x264-params", "tff=1", "-vf", "tinterlace=interleave_top"]),
+        ("dark.mp4", ["-c:v", "libx265", "-x265-params", "log-level=none", *HDR]),
     ],
 )
 def test_times_and_ranks_are_ffprobes_in_every_container(decoder, tmp_path, name, arguments):
-    path = make(tmp_path, name, "-i", SAMPLES / "tractor.webm", "-t", 5, "-vf", "scale=320:180", *arguments)
+    path = make(tmp_path, name, "-i", SAMPLES / "tractor.webm", "-t", 5, "-s", "320x180", *arguments)
     probe = decoder.probe(path)
     listed = ffprobe_ticks(path)
     rows = decode_all(decoder, path, probe, Fraction(1000))
@@ -187,6 +202,20 @@ def test_times_and_ranks_are_ffprobes_in_every_container(decoder, tmp_path, name
     assert all(want in (None, row[0]) for want, row in zip(listed, rows))
     if path.suffix in (".ts", ".mpg", ".ogv"):
         assert probe.time_seconds(probe.first_ticks) == pytest.approx(0, abs=0.1)
+    if name == "live.mkv":
+        assert probe.duration_seconds is None
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c:v", "mpeg2video", "-flags", "+ildct+ilme"], ["-c:v", "libx265", "-x265-params", "log-level=none", *HDR]],
+    ids=["interlaced", "hdr"],
+)
+def test_fields_stay_woven_and_hdr_is_not_toned(decoder, tmp_path, arguments):
+    clip = ("-i", SAMPLES / "tractor.webm", "-t", 2, "-vf", "scale=320:180", *arguments)
+    difference = difference_to_ffmpeg(decoder, make(tmp_path, "made.mkv", *clip))
+    assert difference.mean() < 1.5  # toned pictures differ by tens
 
 
 @needs_ffmpeg
@@ -302,7 +331,7 @@ def test_sampling_is_exact_for_any_times_and_cuts(gaps, step, first, cut_ranks):
     for start, end in itertools.pairwise(borders):
         first_index = 0 if start is None else times.index(start)
         later = [frame for frame in frames if start is None or frame.ticks >= start]
-        kept += sample(later, grid, start, end, first_index, lambda picture: picture, Tally())
+        kept += sample(later, grid.takes, start, end, first_index, lambda picture: picture, Tally())
     # The last frame lasts 5 ticks, so instants after it count too.
     expected = expected_frames([*times, times[-1] + 5], step)
     expected = [rank for rank in expected if rank < len(times)]
@@ -314,7 +343,7 @@ def test_sampling_is_exact_for_any_times_and_cuts(gaps, step, first, cut_ranks):
 def test_a_frame_with_a_wild_time_is_left_out():
     times = [0, 10, 90_000, 20, 30]
     frames = [TimedFrame(at, 10, at) for at in times]
-    kept = list(sample(frames, Grid(0, Fraction(1)), None, None, 0, lambda picture: picture, Tally()))
+    kept = list(sample(frames, Grid(0, Fraction(1)).takes, None, None, 0, lambda picture: picture, Tally()))
     assert [frame.ticks for frame in kept] == [0, 10, 20, 30]
     assert [frame.frame_index for frame in kept] == [0, 1, 3, 4]
 

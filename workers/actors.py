@@ -7,11 +7,11 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from storage.errors import VideoProblem
+from storage.errors import ClusterError, VideoProblem
 from storage.files import local_path
-from storage.records import Content, Probe, Problem, Receipt, SegmentTask
+from storage.records import Choice, Content, Probe, Problem, Receipt, SegmentTask
 from workers.content import identify
-from workers.decode import Decoder
+from workers.decode import Decoder, check_choice
 from workers.hash_cache import HashCache
 
 PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
@@ -31,10 +31,11 @@ class WorkerSettings:
     max_pixels: int
     decode_threads: int
     timeout_seconds: float
+    choice: Choice
 
     def new_decoder(self) -> Decoder:
         """A decoder process of its own for one user at a time."""
-        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads)
+        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, self.choice)
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,34 @@ class Encoder:
         """Loads the model, once; not in the constructor, so that its errors reach the job as they are.
 
         Raises:
-            UsageError: the model cannot be loaded.
+            UsageError: the model cannot be loaded, or what finds scenes is not installed.
         """
+        check_choice(self._settings.choice)
         with self._loading:
             if self._vision is None:
                 self._vision = _load_vision(self._settings)
 
     def encode(self, task: SegmentTask) -> Receipt:
-        """One segment: decode, encode, write its part."""
+        """One segment: decode, encode, write its part.
+
+        Raises:
+            UsageError: as `load`.
+            ClusterError: there is not the memory for it.
+        """
         self.load()
         from workers.segment import index_segment  # after it: transformers' lazy imports do not bear two threads
 
         settings = self._settings
         with self._borrowed_decoder() as decoder:
-            return index_segment(task, decoder, self._vision, self._model_turn, settings.frames_uri, settings.batch)
+            try:
+                return index_segment(task, decoder, self._vision, self._model_turn, settings.frames_uri, settings.batch)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise ClusterError(
+                    f"a worker has not the memory for {settings.batch} frames at once; what was finished is committed, "
+                    "run the same command again with a smaller --batch to go on"
+                ) from error
 
     @contextmanager
     def _borrowed_decoder(self):
@@ -103,6 +118,13 @@ class Encoder:
             yield decoder
         finally:
             self._decoders.put(decoder)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, here or on a GPU; on a CPU torch has no class of its own for it."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _die_with_parent() -> None:

@@ -11,19 +11,27 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from storage.errors import VideoProblem
-from storage.records import FRAME_SIDE, FrameBatch, Probe, Reason, Segment
+from storage.errors import UsageError, VideoProblem
+from storage.records import FRAME_SIDE, Choice, FrameBatch, Probe, Reason, Segment
 from workers.content import open_source
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
 
 FRAME_BYTES = FRAME_SIDE * FRAME_SIDE * 3
 FRAMES_AHEAD = 64  # at most so many decoded frames (22 MB) wait for the consumer
+# What a decoder may use, besides the time without progress: seconds of processor time per second of HD video, a
+# hundred times what it takes, and a length that no file of a size exceeds, whatever its header says.
+BUSY_SECONDS_PER_SECOND = 10
+HD_PIXELS = 1920 * 1080
+LEAST_BYTES_PER_SECOND = 2_000
+PROBED_BYTES_PER_SECOND = 1_000_000
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -34,20 +42,29 @@ class Decoder:
 
     Args:
         max_pixels: of one frame; larger ones are TOO_LARGE before they are decoded.
-        timeout_seconds: without any progress, after which the process is killed and the video is at TIMEOUT.
+        timeout_seconds: without any progress, after which the process is killed and the video is at TIMEOUT. So is one
+            that makes progress without end: processor time is limited too, by the length of what is decoded.
         threads: of the codec; the frames are the same for any number.
+        choice: what `decode` will be asked for at most; SCENES loads what finds them.
 
     Attributes:
         library: that the last decoding ended with; PyAV takes over where decord meets damage.
         bytes_read: of video files, by all calls of frames_at.
     """
 
-    def __init__(self, max_pixels: int = 100_000_000, timeout_seconds: float = 60, threads: int = 1):
+    def __init__(
+        self,
+        max_pixels: int = 100_000_000,
+        timeout_seconds: float = 60,
+        threads: int = 1,
+        choice: Choice = Choice.RATE,
+    ):
         if max_pixels < 1 or timeout_seconds <= 0 or threads < 1:
             raise ValueError(f"Decoder({max_pixels=}, {timeout_seconds=}, {threads=}): each must be positive")
         self._max_pixels = max_pixels
         self._timeout_seconds = timeout_seconds
         self._threads = threads
+        self._choice = choice
         self._child: _Child | None = None
         self._call: _Call | None = None
         self.library = ""
@@ -65,19 +82,26 @@ class Decoder:
         Raises:
             VideoProblem: the file is gone, closed to us, no video, or nothing in it can be decoded.
         """
-        with self._ask(path, {"kind": "probe"}) as call:
+        with self._ask(path, {"kind": "probe"}, lambda size_bytes: size_bytes / PROBED_BYTES_PER_SECOND) as call:
             for header, _ in call:
                 if header["kind"] == "probe":
                     found = probe_from_json(header["probe"])
         return found
 
     def decode(
-        self, path: str | bytes, probe: Probe, segment: Segment, fps: Fraction, batch: int
+        self,
+        path: str | bytes,
+        probe: Probe,
+        segment: Segment,
+        fps: Fraction,
+        batch: int,
+        choice: Choice = Choice.RATE,
     ) -> Iterator[FrameBatch]:
-        """The segment's frames at fps per second, `batch` at a time, decoded ahead of the consumer.
+        """The segment's kept frames, `batch` at a time, decoded ahead of the consumer.
 
-        Instants are the video's first frame + k / fps, exactly; of each the frame then shown is taken, each frame
-        once. Closing the iterator early ends the decoding.
+        At a rate, instants are the video's first frame + k / fps, exactly; of each the frame then shown is taken, each
+        frame once. Keyframes and first frames of scenes lie at least 1 / fps apart, and the segment's first frame is
+        always one. Closing the iterator early ends the decoding.
 
         Raises:
             VideoProblem: after every good frame, where the segment is not whole; what came before stays valid.
@@ -92,11 +116,12 @@ class Decoder:
             "end_ticks": segment.end_ticks,
             "first_index": segment.first_index,
             "fps": [fps.numerator, fps.denominator],
+            "choice": choice,
         }
-        self.library = probe.decoder
+        self.library = probe.decoder if choice is Choice.RATE else "pyav"
         waiting: list[tuple[dict, bytearray]] = []
         problem = None
-        with self._ask(path, request) as call:
+        with self._ask(path, request, partial(self._busy_seconds, probe, segment)) as call:
             try:
                 for header, body in call:
                     if header["kind"] == "frame":
@@ -123,7 +148,8 @@ class Decoder:
         """
         wanted = [int(tick) for tick in ticks]
         pictures: dict[int, np.ndarray] = {}
-        with self._ask(path, {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}) as call:
+        request = {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}
+        with self._ask(path, request, partial(self._busy_seconds, probe, Segment("", None, None, 0))) as call:
             for header, body in call:
                 if header["kind"] == "pixels":
                     pictures[header["ticks"]] = _pixels_of(body)
@@ -141,7 +167,19 @@ class Decoder:
             self._child.kill()
             self._child = None
 
-    def _ask(self, path: str | bytes, request: dict) -> "_Call":
+    def _busy_seconds(self, probe: Probe, segment: Segment, size_bytes: int) -> float:
+        """Seconds of processor time that decoding a segment may take."""
+        start = probe.first_ticks if segment.start_ticks is None else segment.start_ticks
+        if segment.end_ticks is not None:
+            length = float((segment.end_ticks - start) * probe.time_base)
+        else:
+            length = size_bytes / LEAST_BYTES_PER_SECOND
+            if probe.duration_seconds is not None:
+                length = min(length, max(0.0, probe.duration_seconds - probe.time_seconds(start)))
+        large = max(1.0, probe.width * probe.height / HD_PIXELS)
+        return BUSY_SECONDS_PER_SECOND * length * large * self._threads
+
+    def _ask(self, path: str | bytes, request: dict, busy_seconds: Callable[[int], float]) -> "_Call":
         if self._call is not None and not self._call.finished:
             self.close()
         if self._child is not None and not self._child.usable:
@@ -149,11 +187,18 @@ class Decoder:
         descriptor = open_source(path)
         try:
             if self._child is None:
-                self._child = _Child(self._max_pixels, self._threads)
+                self._child = _Child(self._max_pixels, self._threads, self._choice)
+            request["busy_seconds"] = self._timeout_seconds + busy_seconds(os.fstat(descriptor).st_size)
             self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
         finally:
             os.close(descriptor)
         return self._call
+
+
+def check_choice(choice: Choice) -> None:
+    """Raises UsageError where a choice needs a package that is not installed."""
+    if choice is Choice.SCENES and find_spec("scenedetect") is None:
+        raise UsageError("--sample scenes: PySceneDetect is not installed; pip install 'vidx[scenes]' adds it")
 
 
 def _batch_of(frames: list[tuple[dict, bytearray]]) -> FrameBatch:
@@ -176,14 +221,14 @@ def _pixels_of(body: bytearray) -> np.ndarray:
 class _Child:
     """The decoder process and the socket to it."""
 
-    def __init__(self, max_pixels: int, threads: int):
+    def __init__(self, max_pixels: int, threads: int, choice: Choice):
         self.connection, theirs = socket.socketpair()
         lifeline_theirs, self._lifeline = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill)
         # -P and PYTHONPATH: our own package is found from any folder, and a folder's av.py is not.
         paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
-        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads]
+        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads, choice]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "workers.decode_child", *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""The decoder process: `python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS`, started by workers.decode.
+"""The decoder process, `python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE`, of workers.decode.
 
 It gets one open file at a time and answers with frames. It may be killed at any moment: it owns nothing.
 """
@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from storage.errors import VideoProblem
-from storage.records import Segment
+from storage.records import Choice, Reason, Segment
 from workers import decode_decord, decode_pyav
 from workers.decode_open import out_of_memory
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
@@ -37,6 +37,12 @@ class Answer:
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._last = 0.0
+        self._busy_seconds = self._busy_until = 0.0
+
+    def begin(self, busy_seconds: float) -> None:
+        """A new answer, for which so much processor time is allowed."""
+        self._busy_seconds = busy_seconds
+        self._busy_until = time.process_time() + busy_seconds
 
     def send(self, kind: str, values: dict | None = None, body: bytes = b"") -> None:
         """One message."""
@@ -44,22 +50,33 @@ class Answer:
         self._last = time.monotonic()
 
     def alive(self) -> None:
-        """Shows progress, at most every ALIVE_SECONDS."""
+        """Shows progress, at most every ALIVE_SECONDS.
+
+        Raises:
+            VideoProblem: the allowed processor time is used up.
+        """
+        self._check_busy()
         if time.monotonic() - self._last > ALIVE_SECONDS:
             self.send("alive")
 
     def frame(self, kept: KeptFrame) -> None:
-        """A frame: pixels, then its thumbnail."""
+        """A frame: pixels, then its thumbnail; raises as `alive`."""
+        self._check_busy()
         values = {"ticks": kept.ticks, "end_ticks": kept.end_ticks, "frame_index": kept.frame_index}
         self.send("frame", values, kept.picture.pixels.tobytes() + kept.picture.thumbnail)
+
+    def _check_busy(self) -> None:
+        if time.process_time() > self._busy_until:
+            detail = f"not decoded after {self._busy_seconds:.0f} s of processor time, the most for its length"
+            raise VideoProblem(Reason.TIMEOUT, detail)
 
 
 def main(arguments: list[str]) -> None:
     """Answers requests until the owner is gone."""
-    descriptor, lifeline, max_pixels, threads = map(int, arguments)
+    descriptor, lifeline, max_pixels, threads = map(int, arguments[:4])
     die_with_owner(lifeline)
     connection = socket.socket(fileno=descriptor)
-    _load_everything()
+    _load_everything(Choice(arguments[4]))
     limit_memory(BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
     steps = leave_network_and_files()
     answer = Answer(connection)
@@ -74,13 +91,15 @@ def main(arguments: list[str]) -> None:
 
 def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answer: Answer) -> None:
     """Answers one request with its result, a problem of the video, or a traceback of ours; then "done"."""
+    answer.begin(request["busy_seconds"])
     try:
         if request["kind"] == "probe":
             answer.send("probe", {"probe": probe_to_json(probe(file, max_pixels, threads, answer.alive))})
         elif request["kind"] == "decode":
             segment = Segment("", request["start_ticks"], request["end_ticks"], request["first_index"])
             known, fps = probe_from_json(request["probe"]), Fraction(*request["fps"])
-            _decode(known.decoder, answer, (file, known, segment, fps, threads, max_pixels, answer.alive))
+            arguments = (file, known, segment, fps, threads, max_pixels, answer.alive)
+            _decode(answer, arguments, known.decoder, Choice(request["choice"]))
         elif request["kind"] == "frames_at":
             known, ticks = probe_from_json(request["probe"]), request["ticks"]
             for at, pixels in decode_pyav.frames_at(file, known, ticks, threads, max_pixels, answer.alive):
@@ -99,10 +118,10 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
     answer.send("done", {"bytes_read": file.bytes_read})
 
 
-def _decode(decoder: str, answer: Answer, arguments: tuple) -> None:
+def _decode(answer: Answer, arguments: tuple, decoder: str, choice: Choice) -> None:
     """Sends a segment's frames: decord's where it is the one, and PyAV's from where decord gets unsure."""
     last_ticks = None
-    if decoder == "decord":
+    if decoder == "decord" and choice is Choice.RATE:
         try:
             for kept in decode_decord.decode(*arguments):
                 answer.frame(kept)
@@ -110,17 +129,19 @@ def _decode(decoder: str, answer: Answer, arguments: tuple) -> None:
             return
         except decode_decord.Unsure:
             answer.send("taken_over")
-    for kept in decode_pyav.decode(*arguments):
+    for kept in decode_pyav.decode(*arguments, choice):
         if last_ticks is None or kept.ticks > last_ticks:
             answer.frame(kept)
 
 
-def _load_everything() -> None:
+def _load_everything(choice: Choice) -> None:
     """Loads what libraries load on first use: no file can be opened later."""
     thumbnail(np.zeros((8, 8, 3), np.uint8))  # Pillow's JPEG writer
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if not module.name.endswith(("__main__", "datasets")):
             importlib.import_module(module.name)
+    if choice is Choice.SCENES:
+        importlib.import_module("workers.scenes")
 
 
 if __name__ == "__main__":

@@ -197,6 +197,6 @@ def decode(
             reader.skip_to(rank, alive)
             return store_form(reader.read())
 
-        yield from sample(timed, Grid.of(probe, fps), start, end, segment.first_index, read, Tally())
+        yield from sample(timed, Grid.of(probe, fps).takes, start, end, segment.first_index, read, Tally())
         last = len(table.ticks) if end is None else table.ticks.index(end) if end in table.ticks else ranks[0]
         reader.skip_to(last, alive)

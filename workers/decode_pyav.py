@@ -11,10 +11,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
-from storage.records import Probe, Reason, Segment
+from storage.records import Choice, Probe, Reason, Segment
 from workers.decode_open import Damage, OpenVideo, check_pixels, check_refused_size, out_of_memory
+from workers.packets import PacketTable, can_cut, scan_packets
 from workers.picture import Orientation, StoredPicture, model_pixels, store_form
-from workers.sample import Grid, KeptFrame, Tally, TimedFrame, sample
+from workers.sample import Grid, KeptFrame, Spaced, Tally, TimedFrame, sample
 from workers.structure import cut_short
 from workers.video_file import VideoFile
 
@@ -184,20 +185,73 @@ def decode(
     threads: int,
     max_pixels: int,
     alive: Callable[[], None],
+    choice: Choice = Choice.RATE,
 ) -> Iterator[KeptFrame]:
     """The segment's kept frames, in order; pictures are StoredPicture.
 
     Raises:
         VideoProblem: after the last good frame, where the segment is not whole.
     """
+    if choice is Choice.KEYFRAMES and can_cut(probe.container, probe.codec):
+        with OpenVideo(file, max_pixels, threads) as video:
+            table = scan_packets(video, alive)
+        if table.plain and table.entries:
+            yield from _decode_keyframes(file, probe, segment, fps, threads, max_pixels, alive, table)
+            return
     start, end = segment.start_ticks, segment.end_ticks
     damage, tally = Damage(), Tally()
     with OpenVideo(file, max_pixels, threads) as video:
         if start is not None:
             seek(video, start)
         frames = _until_problem(read_frames(video, damage, alive, start), damage)
-        yield from sample(frames, Grid.of(probe, fps), start, end, segment.first_index, FrameStorer(), tally)
+        takes = _chooser(probe, segment, fps, choice)
+        yield from sample(frames, takes, start, end, segment.first_index, FrameStorer(), tally)
     problem = _judge(file, probe, segment, damage, tally)
+    if problem is not None:
+        raise problem
+
+
+def _chooser(probe: Probe, segment: Segment, fps: Fraction, choice: Choice) -> Callable[[TimedFrame, int], bool]:
+    step = 1 / (fps * probe.time_base)
+    if choice is Choice.KEYFRAMES:
+        return Spaced(step, segment.end_ticks, lambda frame: bool(frame.picture.key_frame)).takes
+    if choice is Choice.SCENES:
+        from workers.scenes import SceneStarts  # of an extra
+
+        return Spaced(step, segment.end_ticks, SceneStarts(), may_be_late=True).takes
+    return Grid.of(probe, fps).takes
+
+
+def _decode_keyframes(
+    file: VideoFile,
+    probe: Probe,
+    segment: Segment,
+    fps: Fraction,
+    threads: int,
+    max_pixels: int,
+    alive: Callable[[], None],
+    table: PacketTable,
+) -> Iterator[KeptFrame]:
+    """The segment's keyframes with nothing decoded between them, so that damage there does not show."""
+    start, end = segment.start_ticks, segment.end_ticks
+    spaced = Spaced(1 / (fps * probe.time_base), None, lambda frame: True)
+    inside = (at for at in sorted(table.entries) if (start is None or at >= start) and (end is None or at < end))
+    wanted = [at for at in inside if spaced.takes(TimedFrame(at, 0, None))]
+    ends = dict(zip(wanted, [*wanted[1:], table.end_ticks if end is None else end], strict=True))
+    damage, store = Damage(), FrameStorer()
+    with OpenVideo(file, max_pixels, threads) as video:
+        video.stream.codec_context.skip_frame = "NONKEY"
+        if start is not None:
+            seek(video, start)
+        for frame in _until_problem(read_frames(video, damage, alive, start), damage):
+            if frame.ticks in ends:
+                rank = bisect.bisect_left(table.ticks, frame.ticks)
+                yield KeptFrame(frame.ticks, ends.pop(frame.ticks), rank, store(frame.picture))
+            if not ends:
+                break
+    if damage.end is None and ends:
+        damage.note(None, f"{len(ends)} of {len(wanted)} keyframes do not come out")
+    problem = _judge(file, probe, segment, damage, None)
     if problem is not None:
         raise problem
 
@@ -210,7 +264,8 @@ def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[Tim
         damage.end = problem
 
 
-def _judge(file: VideoFile, probe: Probe, segment: Segment, damage: Damage, tally: Tally) -> VideoProblem | None:
+def _judge(file: VideoFile, probe: Probe, segment: Segment, damage: Damage, tally: Tally | None) -> VideoProblem | None:
+    """What is wrong with a segment that was read; a tally of None: not every frame was."""
     if damage.end is not None:
         return damage.end
     missing = cut_short(file) if segment.end_ticks is None else None
@@ -219,6 +274,8 @@ def _judge(file: VideoFile, probe: Probe, segment: Segment, damage: Damage, tall
     details = damage.before(segment.end_ticks)
     if details:
         return VideoProblem(Reason.CORRUPT, f"damaged in {len(details)} places, first: {details[0]}")
+    if tally is None:
+        return None
     if tally.jump_ticks * probe.time_base > JUMP_SECONDS:
         back, at = float(tally.jump_ticks * probe.time_base), float(tally.jump_at_ticks * probe.time_base)
         detail = f"its clock goes back by {back:.1f} s at {at:.1f} s; what follows is left out"

@@ -8,6 +8,15 @@ import numpy as np
 
 from workers.decode_open import Damage, OpenVideo
 
+# Containers whose seeking lands where their index says, and codecs whose keyframes need nothing before them.
+CUT_FORMATS = ("mov,", "matroska,")
+_CUT_CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "mjpeg", "prores"}
+
+
+def can_cut(container: str, codec: str) -> bool:
+    """Whether decoding can begin at the keyframes of a packet table."""
+    return container.startswith(CUT_FORMATS) and codec in _CUT_CODECS
+
 
 @dataclass
 class PacketTable:

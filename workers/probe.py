@@ -9,7 +9,7 @@ from storage.records import Probe, Reason
 from workers import decode_decord
 from workers.decode_open import Damage, OpenVideo
 from workers.decode_pyav import FrameStorer, orientation, read_frames
-from workers.packets import PacketTable, scan_packets
+from workers.packets import CUT_FORMATS, PacketTable, can_cut, scan_packets
 from workers.picture import Orientation
 from workers.sample import TimedFrame
 from workers.structure import cut_short, refuse_scripts
@@ -20,9 +20,6 @@ HEAD_PIXELS = 60_000_000  # or fewer of them: large frames take long
 CUT_SECONDS = 1  # cuts lie at least so far apart, or a file of keyframes alone would list every frame
 # Containers with clocks that start anywhere: what a player shows as 0 is the container's start.
 _FREE_CLOCKS = {"mpegts", "mpeg", "ogg"}
-# Containers whose seeking lands where their index says, and codecs whose keyframes need nothing before them.
-_CUT_FORMATS = ("mov,", "matroska,")
-_CUT_CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "mjpeg", "prores"}
 
 
 def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], None]) -> Probe:
@@ -66,9 +63,9 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
     with OpenVideo(file, max_pixels, threads) as video:
         table = scan_packets(video, alive)
     whole = table.plain and table.ticks[: len(head_ticks)] == head_ticks and cut_short(file) is None
-    cuts = _space_out(table, facts["time_base"]) if whole and _can_cut(facts) else ()
+    cuts = _space_out(table, facts["time_base"]) if whole and can_cut(facts["container"], facts["codec"]) else ()
     decoder = "pyav"
-    if whole and checked is not None and facts["container"].startswith(_CUT_FORMATS):
+    if whole and checked is not None and facts["container"].startswith(CUT_FORMATS):
         found = decode_decord.reads_right(file, facts, table, len(head_ticks) - 1, checked, threads)
         decoder = "decord" if found else "pyav"
     return Probe(decoder=decoder, cuts=cuts, **facts)
@@ -106,10 +103,6 @@ def _duration(video: OpenVideo, offset: float) -> float | None:
     if container.duration is not None:
         return ((container.start_time or 0) + container.duration) / 1e6 - offset
     return None if stream.duration is None else float(stream.duration * stream.time_base)
-
-
-def _can_cut(facts: dict) -> bool:
-    return facts["container"].startswith(_CUT_FORMATS) and facts["codec"] in _CUT_CODECS
 
 
 def _space_out(table: PacketTable, time_base: Fraction) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""Which frames are kept: those shown at the instants of an even grid, each once, with the span it stands for."""
+"""Which frames are kept, each once, with the span it stands for: those at even instants, or where something begins."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,12 +39,45 @@ class Grid:
         """Instants at fps per second from the video's first frame on."""
         return cls(probe.first_ticks, 1 / (fps * probe.time_base))
 
-    def meets(self, start_ticks: int, end_ticks: int) -> bool:
-        """Whether an instant lies in [start_ticks, end_ticks); never counts through the instants before."""
+    def takes(self, frame: TimedFrame, end_ticks: int) -> bool:
+        """Whether an instant lies in [frame.ticks, end_ticks); never counts through the instants before."""
         step = self.step.numerator, self.step.denominator
-        # The first k with first + k * step >= start, by ceiling division in integers.
-        k = max(0, -((self.first_ticks - start_ticks) * step[1] // step[0]))
+        # The first k with first + k * step >= frame.ticks, by ceiling division in integers.
+        k = max(0, -((self.first_ticks - frame.ticks) * step[1] // step[0]))
         return k * step[0] < (end_ticks - self.first_ticks) * step[1]
+
+
+@dataclass
+class Spaced:
+    """Frames with which something begins, at least a step apart; for one segment.
+
+    A segment's first frame is always one, and so is the next segment's.
+
+    Attributes:
+        step: ticks.
+        end_ticks: of the segment; None: the video's end.
+        begins: whether something begins with a frame.
+        may_be_late: whether a beginning too soon after the last kept frame is kept as soon as the step has passed.
+    """
+
+    step: Fraction
+    end_ticks: int | None
+    begins: Callable[[TimedFrame], bool]
+    may_be_late: bool = False
+    _last: int | None = None
+    _late: bool = False
+
+    def takes(self, frame: TimedFrame, _end_ticks: int = 0) -> bool:
+        """Whether a frame is kept; asked of every frame in order."""
+        if self.end_ticks is not None and frame.ticks >= self.end_ticks:
+            return True
+        begins = self.begins(frame) or self._late
+        far = self._last is None or frame.ticks - self._last >= self.step
+        self._late = self.may_be_late and begins and not far
+        if self._last is None or (begins and far):
+            self._last = frame.ticks
+            return True
+        return False
 
 
 @dataclass
@@ -64,21 +97,21 @@ class Tally:
 
 def sample(
     frames: Iterable[TimedFrame],
-    grid: Grid,
+    takes: Callable[[TimedFrame, int], bool],
     start_ticks: int | None,
     end_ticks: int | None,
     first_index: int,
     convert: Callable[[Any], Any],
     tally: Tally,
 ) -> Iterator[KeptFrame]:
-    """The segment's frames that are shown at an instant of the grid, in order.
+    """The segment's frames that are kept, in order.
 
     Reads on past end_ticks until it is known where the last kept frame's span ends; of the video's last
     frame that is its own end.
 
     Args:
         frames: all frames from start_ticks or earlier on, in presentation order.
-        grid: the instants.
+        takes: whether a frame is kept, asked once of each together with the time at which the next is shown.
         start_ticks, end_ticks: the segment; None is open.
         first_index: rank of the segment's first frame.
         convert: called once for each kept frame, as soon as it is known to be kept.
@@ -91,7 +124,7 @@ def sample(
     index = first_index - 1
 
     def keep(end: int) -> KeptFrame | None:
-        if not grid.meets(shown.ticks, end):
+        if not takes(shown, end):
             return None
         inside = end_ticks is None or shown.ticks < end_ticks
         return KeptFrame(shown.ticks, end, shown_index, convert(shown.picture) if inside else None)

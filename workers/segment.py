@@ -63,10 +63,11 @@ def _attempt(task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri:
     try:
         try:
             check_unchanged(path, task.content)
-            batches = decoder.decode(path, task.probe, task.segment, task.sampling.fps, batch)
+            sampling = task.sampling
+            batches = decoder.decode(path, task.probe, task.segment, sampling.fps, batch, sampling.choice)
             for frames in clock.iterate("decode", batches):
                 with model_turn, clock.measure("encode"):
-                    tokens = encode_frames(model, frames, task.sampling.patches)
+                    tokens = encode_frames(model, frames, sampling.patches)
                 with clock.measure("store"):
                     writer.append(_columns(task.probe, frames), tokens, frames.thumbnails)
                 frame_count += len(frames)
