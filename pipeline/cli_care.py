@@ -82,12 +82,16 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
                 "notes": list(done.notes),
                 "videos_damaged": len(done.to_index),
                 "videos_incomplete": [row.uri for row in incomplete],
+                "faults_left": [_fault_json(fault) for fault in done.left],
             }
         )
     else:
+        _print_faults(done.left)
         whole = len(done.to_index) - len(incomplete)
         click.echo(f"{len(done.found.faults)} faults; {whole} videos are whole again, {len(incomplete)} are not")
-    sys.exit(3 if incomplete else 0)
+        if done.left:
+            click.echo(f"{len(done.left)} faults, listed last, cannot be repaired")
+    sys.exit(5 if done.left else 3 if incomplete else 0)
 
 
 @click.command()

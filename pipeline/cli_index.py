@@ -68,7 +68,7 @@ def index(
     vidx index 'cam*/2024-05-*.mp4' cameras.csv --archive /data/archive --fps 0.5
 
     Exit codes: 0 well, 3 some of the videos tried failed or are partial, 2 wrong usage, 5 the archive cannot be
-    written, 130 interrupted.
+    written, 6 Ray died or ran out of memory, 130 interrupted.
     """
     from pipeline.cli_models import limits_of
     from pipeline.cli_print import note, print_json, printable
@@ -111,6 +111,8 @@ def index(
         print_json(_result_json(result, bundle.model_id))
     else:
         _print_result(result, archive_dir)
+    if result.cache_problem:
+        note(f"hashes of files are not remembered ({result.cache_problem}); VIDX_CACHE names another folder for them")
     if result.interrupted:
         note("vidx: interrupted; what was finished is committed, run the same command again to go on")
         sys.exit(130)

@@ -57,6 +57,7 @@ class Executor:
         self._slots = {"examine": 2, "encode": SEGMENTS_AT_ONCE}
         self._workers: dict[tuple[str, int], Any] = {}
         self._running: dict[Any, _Task] = {}
+        self._suspects: list[_Task] = []  # whose worker died; each is tried again with no other beside it
         self._own_processes: list[int] = []
 
     def __enter__(self) -> "Executor":
@@ -87,10 +88,12 @@ class Executor:
     @property
     def running(self) -> int:
         """Tasks that have been given out and have not ended."""
-        return sum(task.kind != "load" for task in self._running.values())
+        return len(self._suspects) + sum(task.kind != "load" for task in self._running.values())
 
     def free(self, kind: Literal["examine", "encode"]) -> int:
         """How many more tasks of that kind may be given out now."""
+        if self._suspects or any(task.attempts > 1 for task in self._running.values()):
+            return 0
         in_use = sum(task.kind == kind for task in self._running.values())
         return self._counts[kind] * self._slots[kind] - in_use
 
@@ -110,6 +113,8 @@ class Executor:
                 loaded.
             ClusterError: Ray's own processes died.
         """
+        if self._suspects and not self._running:
+            self._submit(self._suspects.pop())
         if not self._running:
             return []
         if not all(map(_runs, self._own_processes)):
@@ -140,7 +145,7 @@ class Executor:
         return None if task.kind == "load" else Outcome(task.kind, task.key, result, None)
 
     def _after_death(self, task: _Task, error: RayError) -> Outcome | None:
-        """A worker died: another takes its place and the task is tried again, up to ATTEMPTS times."""
+        """A worker died: another takes its place and the task is tried again, alone, up to ATTEMPTS times."""
         reason = str(error).strip().splitlines()[0]
         if task.kind == "load":
             where = f"the cluster at {self._address}" if self._address else "this machine"
@@ -151,7 +156,7 @@ class Executor:
         if _is_dead(self._workers[task.role, task.worker]):  # the first of its tasks to notice replaces it
             self._workers[task.role, task.worker] = self._new_worker(task.role)
         if task.attempts < ATTEMPTS:
-            self._submit(task)
+            self._suspects.append(task)
             return None
         detail = f"the worker process died {ATTEMPTS} times on it: {reason}"
         return Outcome(task.kind, task.key, None, Problem(Reason.WORKER_LOST, detail))

@@ -12,7 +12,8 @@ from pipeline.config import IndexConfig
 from pipeline.known import Known, Plan, Wanted, plan_known, plan_sources
 from pipeline.split import split
 from storage.archive import Archive
-from storage.errors import VidxError
+from storage.errors import VideoProblem, VidxError
+from storage.files import local_path
 from storage.jobs import Job
 from storage.records import (
     Choice,
@@ -31,6 +32,7 @@ from storage.sweep import sweep
 from storage.vectors import update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle, find_bundle
+from workers.content import identify
 from workers.hash_cache import HashCache
 
 if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
@@ -47,7 +49,7 @@ class IndexResult:
 
     `failures` lists this run's partial and failed videos; failed_before, part of skipped, counts those of earlier runs
     that this one did not try again. The seconds of the stages are summed over workers: waiting for the decoder,
-    computing, and writing.
+    computing, and writing. cache_problem says why hashes are not remembered for the next run.
     """
 
     indexed: int = 0
@@ -62,6 +64,7 @@ class IndexResult:
     store_seconds: float = 0.0
     failures: list[VideoRow] = field(default_factory=list)
     interrupted: bool = False
+    cache_problem: str = ""
 
     def count(self, row: VideoRow) -> None:
         """Adds one video that this run tried."""
@@ -128,6 +131,7 @@ def run_index(
     known = plan_index(assets, archive, bundle, sampling, config)
     if known.renewed:
         archive.publish(known.renewed)  # before anything new takes the place of what has moved away
+    result.cache_problem = known.cache_problem
     result.failed_before = known.count(Plan.FAILED)
     result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.FAILED)
     if known.todo:
@@ -156,16 +160,33 @@ def run_index(
 def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]) -> list[VideoRow]:
     """Indexes videos once more, each with the settings of its row; returns those that are still not whole.
 
+    Those whose files are gone, or hold something else now, stay as they are.
+
     Raises:
         UsageError: the archive's model is not at hand.
+        KeyboardInterrupt: after what is finished has been committed.
     """
     bundle = find_bundle(archive.model_name)
     archive.check_model(bundle.model_id, bundle.name)
-    for text in sorted({row.sampling for row in rows}):
-        assets = [VideoAsset(row.uri, row.captured_at, row.tags) for row in rows if row.sampling == text]
-        run_index(assets, archive, bundle, Sampling.from_text(text), IndexConfig(model=archive.model_name), report)
-    numbers = {row.video_number for row in rows}
-    return [row for row in archive.videos() if row.video_number in numbers and row.problem is not None]
+    hashes = HashCache()
+    there = [row for row in rows if _is_there(row, hashes)]
+    for text in sorted({row.sampling for row in there}):
+        rows_alike = [row for row in there if row.sampling == text]
+        assets = [VideoAsset(row.uri, row.captured_at, row.tags) for row in rows_alike]
+        largest = max(row.probe.width * row.probe.height for row in rows_alike if row.probe)
+        config = IndexConfig(model=archive.model_name)
+        config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
+        if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
+            raise KeyboardInterrupt
+    whole = {row.video_id for row in archive.videos() if row.problem is None}
+    return [row for row in rows if row.video_id not in whole]
+
+
+def _is_there(row: VideoRow, hashes: HashCache) -> bool:
+    try:
+        return identify(local_path(row.uri), hashes).video_id == row.video_id
+    except VideoProblem:
+        return False
 
 
 def worker_settings(
@@ -238,17 +259,19 @@ class _Run:
 
     def commit(self) -> None:
         """Frames first, then the videos whose last segment is among them."""
-        receipts, self._receipts = self._receipts, []
-        landed = self._archive.commit_frames(receipts)
+        receipts = list(self._receipts)
+        landed = self._archive.commit_frames(receipts)  # which tells, where it is interrupted and done once more
+        del self._receipts[: len(receipts)]
         self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
         for receipt in receipts:
             self._result.decode_seconds += receipt.decode_seconds
             self._result.encode_seconds += receipt.encode_seconds
             self._result.store_seconds += receipt.store_seconds
             self._settle(receipt)
-        finished, self._finished = self._finished, []
+        finished = list(self._finished)
         if finished:
             self._archive.publish(finished)
+        del self._finished[: len(finished)]
         for row in finished:
             self._result.count(row)
             if row.video_number is not None:

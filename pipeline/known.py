@@ -59,6 +59,7 @@ class Known:
         plans: of each source, in order.
         renewed: rows to publish before anything else: of sources that moved, were retagged or redated.
         contents: of sources that have been hashed, by uri.
+        cache_problem: why hashes are not remembered from run to run; empty where they are.
         by_id, by_uri: the archive's rows, renewed.
     """
 
@@ -68,6 +69,7 @@ class Known:
     contents: Mapping[str, Content]
     by_id: Mapping[str, VideoRow]
     by_uri: Mapping[str, VideoRow]
+    cache_problem: str = ""
 
     @property
     def todo(self) -> tuple[VideoAsset, ...]:
@@ -121,7 +123,7 @@ def plan_sources(assets: Sequence[VideoAsset], rows: Sequence[VideoRow], wanted:
         plans.append((asset, Plan.MOVED if moved else plan))
     rows = [renewed.get(row.video_id, row) for row in rows]
     by_uri = {row.uri: row for row in rows}
-    return Known(wanted, tuple(plans), tuple(renewed.values()), contents, by_id | renewed, by_uri)
+    return Known(wanted, tuple(plans), tuple(renewed.values()), contents, by_id | renewed, by_uri, hashes.problem)
 
 
 def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) -> Content | None:
@@ -140,7 +142,8 @@ def _plan_unknown(asset: VideoAsset, row: VideoRow | None, wanted: Wanted) -> Pl
         return Plan.NEW
     if row.video_id is not None:
         return Plan.CHANGED
-    return Plan.RETRY if wanted.retry_failed or not _is_still_unreadable(row) else Plan.FAILED
+    again = row.attempts < TRIES if row.problem.reason is Reason.UNKNOWN else not _is_still_unreadable(row)
+    return Plan.RETRY if wanted.retry_failed or again else Plan.FAILED
 
 
 def _is_still_unreadable(row: VideoRow) -> bool:

@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 
 from storage import tables, videos
 from storage.cells import part_identity, part_problem
-from storage.errors import UsageError
+from storage.errors import ArchiveError, UsageError
 from storage.files import (
+    exists,
     join,
     make_folder,
     remove,
@@ -35,7 +36,7 @@ from storage.files import (
 from storage.frames import LivePart, PartBounds, find_frames, find_hits, part_bounds
 from storage.layout import COLUMNS
 from storage.parts import PartWriter
-from storage.records import FrameRef, Hit, Problem, Reason, Receipt, Sampling, Status, VideoRow
+from storage.records import FrameRef, Hit, Part, Problem, Reason, Receipt, Sampling, Status, VideoRow
 from storage.settings import (
     FORMAT_VERSION,
     TABLES,
@@ -196,12 +197,14 @@ class Archive:
             ArchiveError: the archive cannot be written.
         """
         wanted = list(dict.fromkeys((video_id, str(sampling)) for video_id, sampling in keys))
+        # A number that the table has lost, and no repair has brought back yet, is not given to another video.
+        in_use = {*self.part_bounds().video_number.tolist(), *self.sources()}
         given = {}
 
         def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
             given.clear()
             given.update(self._known_numbers(rows))
-            first = max(rows.column("video_number").to_pylist(), default=0) + 1
+            first = max([0, *rows.column("video_number").to_pylist(), *in_use]) + 1
             new = [key for key in wanted if key not in given]
             given.update(zip(new, range(first, first + len(new))))
             added = [
@@ -218,7 +221,7 @@ class Archive:
         return self._known_numbers(self._numbers.rows())
 
     def restore_numbers(self) -> None:
-        """Gives the numbers of committed frames back to their videos, where the table of numbers lost them.
+        """Gives their numbers back to the videos that have frames or rows, where the table of numbers lost them.
 
         Raises:
             ArchiveError: a part is missing or damaged, or the archive cannot be written.
@@ -229,6 +232,12 @@ class Archive:
         def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
             known = set(rows.column("video_number").to_pylist())
             found = [part_identity(self.frames_uri, path) for number, path in firsts.items() if number not in known]
+            known.update(firsts)
+            found += [
+                {name: getattr(row, name) for name in NUMBERS.names}
+                for row in self.videos()
+                if row.video_number is not None and row.video_number not in known
+            ]
             return np.ones(rows.num_rows, bool), pa.Table.from_pylist(found, NUMBERS)
 
         self._numbers.change(plan)
@@ -306,6 +315,7 @@ class Archive:
             for guard in guards.keys() & replaced.keys():
                 guards[guard] = (self._frames.transaction_version(guard) or 0) + 1
             parts = [receipt.part for receipt in waiting]
+            self._check_written(parts)
             try:
                 tables.commit(self._frames, parts, list(replaced.values()), guards)
             except Conflict:
@@ -319,6 +329,15 @@ class Archive:
                 with contextlib.suppress(OSError):
                     PartWriter.discard(self.frames_uri, part)
         return [receipt.part is not None and receipt.part.path in landed for receipt in receipts]
+
+    def _check_written(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            uri = join(self.frames_uri, part.path)
+            if not exists(uri):
+                raise ArchiveError(
+                    f"{source_text(uri)}: was removed before it was committed, as by `vidx clean` beside a job that "
+                    "paused; run the same command again"
+                )
 
     def drop_parts(self, paths: Iterable[str]) -> None:
         """Takes damaged parts out of the archive; `recount` then makes the videos' rows agree.
@@ -340,7 +359,9 @@ class Archive:
                 tables.commit(self._frames, [], removed, versions)
 
     def recount(self) -> list[VideoRow]:
-        """Rows that said other frames than are stored: partial or failed now, with what is left, as they are returned.
+        """Rows that said more frames than are stored: partial or failed now, with what is left, as they are returned.
+
+        Of one that says fewer, a job has not published the last frames yet.
 
         Raises:
             ArchiveError: the archive cannot be written.
@@ -351,7 +372,7 @@ class Archive:
         def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
             columns = (table.column(name).to_pylist() for name in ("video_number", "frame_count"))
             stored = self.part_bounds().frame_counts()
-            right = [not number or count == stored[number] for number, count in zip(*columns)]
+            right = [not number or count <= stored[number] for number, count in zip(*columns)]
             wrong = videos.to_rows(table.filter(pa.array([not is_right for is_right in right], pa.bool_())))
             changed[:] = [self._without_damage(row) for row in wrong]
             return np.array(right, bool), videos.to_arrow(changed)

@@ -27,7 +27,7 @@ class ArchiveError(VidxError):
 
 
 class ClusterError(VidxError):
-    """Ray's own processes died; what is committed stays, and the same command goes on from there."""
+    """Ray's processes died or ran out of memory; what is committed stays, and the same command goes on from there."""
 
     exit_code = 6
 

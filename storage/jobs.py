@@ -3,11 +3,13 @@
     jobs/ID.job         one per job, touched while it lives
     jobs/NUMBER.claim   the id of the job that indexes this video
 
-Both are hints that save work: what makes every row appear once are the guards of the commits. A job whose file has not
-been touched for a while, or whose process is gone, is dead, and what it had taken is free.
+Both are hints that save work: what makes every row appear once are the guards of the commits. What a job has taken is
+free as soon as its process is gone or its file has not been touched for a while. Files that it wrote and has not
+committed are kept for longer: a job that was stopped may go on.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -18,7 +20,10 @@ from pathlib import Path
 from storage.files import join, local_path, make_folder, writing
 
 BEAT_SECONDS = 5.0
-LEASE_SECONDS = 60.0  # without a touch, after which a job on another machine counts as dead
+LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is free
+GONE_SECONDS = 3600.0  # without a touch, after which a job on another machine counts as gone, with all that it wrote
+# What a place without hard links says.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 _JOB, _CLAIM = ".job", ".claim"
 
 
@@ -42,9 +47,8 @@ class Job:
         with writing(self._uri):
             make_folder(self._uri)
             started = _now(self._folder)
-            unfinished = self._file.with_suffix(".tmp")
-            unfinished.write_text(json.dumps({"started": started, **_this_process()}), encoding="utf-8")
-            unfinished.rename(self._file)
+            self._text = json.dumps({"started": started, **_this_process()})
+            self._write()
         self._beating.start()
         return self
 
@@ -53,27 +57,55 @@ class Job:
         self._beating.join()
         for number in list(self._taken):
             self.release(number)
-        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a place that cannot be written any more has told so already
+            self._file.unlink()
 
     def take(self, number: int) -> bool:
-        """Takes a video unless a living job has it; says whether it is this job's now."""
+        """Takes a video unless a living job has it; says whether it is this job's now.
+
+        Raises:
+            ArchiveError: the place cannot be written.
+        """
         claim = self._claim(number)
         mine = self._folder / f"{uuid.uuid4().hex}.tmp"
-        try:
-            mine.write_text(self.id, encoding="utf-8")
-            if self._holder_lives(claim):
+        with writing(self._uri):
+            try:
+                mine.write_text(self.id, encoding="utf-8")
+                if not self._set_aside(claim):
+                    return False
+                os.link(mine, claim)  # fails where another was faster
+            except FileExistsError:
                 return False
-            with contextlib.suppress(FileNotFoundError):
-                claim.unlink()
-            os.link(mine, claim)  # fails where another was faster
-        except FileExistsError:
-            return False
-        except OSError:
-            return True  # a place without links: work may be done twice, and is committed once
-        finally:
-            mine.unlink(missing_ok=True)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return True  # work may be done twice, and is committed once
+            finally:
+                mine.unlink(missing_ok=True)
         self._taken.add(number)
         return True
+
+    def _set_aside(self, claim: Path) -> bool:
+        """Makes room for a claim of this job's; says whether there is room, for one that lives stays."""
+        try:
+            holder = claim.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return True
+        if holder != self.id and _works(self._folder / f"{holder}{_JOB}", _now(self._folder)):
+            return False
+        aside = self._folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            claim.rename(aside)
+        except FileNotFoundError:
+            return True
+        try:
+            if aside.read_text(encoding="utf-8") == holder:
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, claim)  # it was a new one: another job was faster
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
 
     def release(self, number: int) -> None:
         """Lets go of a video."""
@@ -85,31 +117,36 @@ class Job:
     def _claim(self, number: int) -> Path:
         return self._folder / f"{number}{_CLAIM}"
 
-    def _holder_lives(self, claim: Path) -> bool:
-        try:
-            holder = claim.read_text(encoding="utf-8")
-        except OSError:
-            return False
-        return holder != self.id and _lives(self._folder / f"{holder}{_JOB}", _now(self._folder))
+    def _write(self) -> None:
+        unfinished = self._file.with_suffix(".tmp")
+        unfinished.write_text(self._text, encoding="utf-8")
+        unfinished.rename(self._file)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
-                os.utime(self._file)
+                if self._file.exists():
+                    os.utime(self._file)
+                else:  # it was taken for gone
+                    self._write()
 
 
 def oldest_start(archive_uri: str) -> float | None:
-    """When the oldest job that still lives began, in the file system's time; None where none lives.
+    """When the oldest job that is not gone began, in the file system's time; None where there is none.
 
-    What dead jobs have left is removed.
+    What jobs that are gone have left is removed.
     """
     folder = _folder(archive_uri)
     if not folder.is_dir():
         return None
     now = _now(folder)
     starts, living = [], set()
+    for file in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if now - file.stat().st_mtime > GONE_SECONDS:
+                file.unlink()
     for file in folder.glob(f"*{_JOB}"):
-        if _lives(file, now):
+        if _is_there(file, now):
             living.add(file.stem)
             with contextlib.suppress(OSError, ValueError, KeyError):
                 starts.append(float(json.loads(file.read_text(encoding="utf-8"))["started"]))
@@ -136,13 +173,22 @@ def _folder(archive_uri: str) -> Path:
     return Path(os.fsdecode(local_path(join(archive_uri, "jobs"))))
 
 
-def _lives(file: Path, now: float) -> bool:
+def _works(file: Path, now: float) -> bool:
+    """Whether a job goes on with what it has taken."""
+    try:
+        return _is_there(file, now) and now - file.stat().st_mtime < LEASE_SECONDS
+    except OSError:
+        return False
+
+
+def _is_there(file: Path, now: float) -> bool:
+    """Whether a job may still commit what it has written, if only after a pause."""
     try:
         process = json.loads(file.read_text(encoding="utf-8"))
         here = (process["host"], process["boot"]) == (socket.gethostname(), _boot_id())
         if here and process["process_started"] is not None:
             return _start_of(process["pid"]) == process["process_started"]
-        return now - file.stat().st_mtime < LEASE_SECONDS
+        return now - file.stat().st_mtime < GONE_SECONDS
     except (OSError, ValueError, KeyError):
         return False
 
@@ -161,8 +207,9 @@ def _boot_id() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, so that another one with its number is not taken for it; None where there is none."""
+    """When a process began, so that another one with its number is not taken for it; None where it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
+    return None if words[0] in "ZX" else words[19]  # a zombie waits for its parent to look

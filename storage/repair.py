@@ -4,14 +4,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from storage.archive import open_archive
+from storage.archive import Archive, open_archive
 from storage.errors import ArchiveError
 from storage.files import join, local_path, source_text
 from storage.records import VideoRow
 from storage.settings import TABLES
-from storage.tables import LOG, RowTable, cut_short_commit
+from storage.tables import LOG, RowTable, cut_short_commit, damaged_checkpoints
 from storage.vectors import drop_index, update_index
-from storage.verify import Verification, verify
+from storage.verify import Fault, Verification, verify
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Repair:
         found: what was wrong before.
         to_index: rows of videos that lost frames; they are partial until they are indexed again.
         notes: what else was lost or set aside, one line each.
+        left: what is still wrong.
     """
 
     found: Verification
     to_index: tuple[VideoRow, ...]
     notes: tuple[str, ...]
+    left: tuple[Fault, ...] = ()
 
 
 def repair(uri: str) -> Repair:
@@ -44,29 +46,50 @@ def repair(uri: str) -> Repair:
             f"{fault.path}: {fault.detail}; this cannot be repaired: restore the archive from a copy, or index the "
             "videos again into a new --archive"
         )
-    rest = found
-    if any(fault.table in ("videos", "numbers") and fault.file for fault in found.faults):
-        notes += [*_drop_row_files(uri, found)]
-        rest = verify(uri)
-    if not found.faults:
-        return Repair(found, (), tuple(notes))
+    notes += [*_drop_row_files(uri, found)]
     archive = open_archive(uri, write=True)
-    archive.drop_parts(fault.file for fault in rest.faults if fault.table == "frames" and fault.file)
+    _drop_frames(archive, found)
+    archive.restore_numbers()
+    if found.faults:  # damage to the tables of rows hides other kinds
+        rest = verify(uri)
+        _drop_frames(archive, rest)
     rows = archive.recount()
+    lost = archive.count_without_row() if notes else 0
+    if lost:
+        notes.append(
+            f"the rows of {lost} videos are lost, their frames are not: `vidx index` on their sources shows them again "
+            "without decoding them"
+        )
+    if not found.faults:
+        return Repair(found, tuple(rows), tuple(notes))
     drop_index(archive)
     update_index(archive)
-    return Repair(found, tuple(rows), tuple(notes))
+    return Repair(found, tuple(rows), tuple(notes), verify(uri).faults)
+
+
+def _drop_frames(archive: Archive, found: Verification) -> None:
+    """Takes out damaged parts, and all parts of a video that has frames twice: nobody can say which are right."""
+    bounds = archive.part_bounds()
+    damaged = {fault.file for fault in found.faults if fault.table == "frames" and fault.file}
+    doubled = {fault.video_number for fault in found.faults if fault.video_number is not None}
+    archive.drop_parts(damaged | {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()})
 
 
 def _roll_back(uri: str) -> Iterator[str]:
-    """Sets aside the newest commit of a table where a power cut left it empty or cut short."""
+    """Sets aside what a power cut left empty or cut short: the newest commit of a table, and summaries of its log."""
     for name in TABLES:
         table_uri = join(uri, name)
+        for summary in damaged_checkpoints(table_uri):
+            yield _set_aside(join(table_uri, LOG, summary), "this summary of the log is damaged")
         commit = cut_short_commit(table_uri)
         if commit is not None:
-            place = local_path(join(table_uri, LOG, commit))
-            os.replace(place, place + b".damaged")
-            yield f"{source_text(join(table_uri, LOG, commit))}: this commit was cut short and is set aside"
+            yield _set_aside(join(table_uri, LOG, commit), "this commit was cut short")
+
+
+def _set_aside(uri: str, what: str) -> str:
+    place = local_path(uri)
+    os.replace(place, place + b".damaged")
+    return f"{source_text(uri)}: {what} and is set aside"
 
 
 def _drop_row_files(uri: str, found: Verification) -> Iterator[str]:
@@ -74,11 +97,3 @@ def _drop_row_files(uri: str, found: Verification) -> Iterator[str]:
         if fault.table in ("videos", "numbers") and fault.file:
             RowTable(join(uri, fault.table)).drop_file(fault.file)
             yield f"{fault.path}: damaged, taken out of the archive"
-    archive = open_archive(uri, write=True)
-    archive.restore_numbers()
-    lost = archive.count_without_row()
-    if lost:
-        yield (
-            f"the rows of {lost} videos are lost, their frames are not: `vidx index` on their sources shows them again "
-            "without decoding them"
-        )

@@ -26,15 +26,15 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
     Raises:
         ArchiveError: a table cannot be read.
     """
+    now, started = time.time(), oldest_start(archive.uri)  # before the listing: a job may end while that goes on
+    newest = (now if started is None else min(now, started)) - MARGIN_SECONDS
     found = []
     for name in TABLES:
         table_uri = join(archive.uri, name)
-        found += [join(table_uri, path) for path in unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))]
-    started = oldest_start(archive.uri)
-    if started is not None:
-        found = [uri for uri in found if _modified(uri) < started - MARGIN_SECONDS]
+        unnamed = unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))
+        found += [uri for uri in (join(table_uri, path) for path in unnamed) if _modified(uri) < newest]
     kept = {MANIFEST, *named_files(archive)}
-    newest = min(time.time() - older_than_seconds, math.inf if started is None else started - MARGIN_SECONDS)
+    newest = min(newest, now - older_than_seconds)
     for name in list_names(archive.index_uri):
         uri = join(archive.index_uri, name)
         if name not in kept and _modified(uri) < newest:

@@ -35,6 +35,7 @@ from storage.layout import damage, read_columns
 from storage.records import Part
 
 LOG = "_delta_log"
+_LAST_CHECKPOINT = "_last_checkpoint"
 ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
 _GUARD = "rows"  # the application id under which every change of a RowTable is numbered
 
@@ -49,7 +50,7 @@ def create_table(uri: str, schema: pa.Schema) -> None:
     Raises:
         ArchiveError: the place cannot be written.
     """
-    if exists(join(uri, LOG)):
+    if any(name.endswith((".json", ".parquet")) for name in list_names(join(uri, LOG))):
         return
     with _plain_errors(uri), contextlib.suppress(CommitFailedError):  # lost the race to another creator
         DeltaTable.create(uri, schema, mode="ignore")
@@ -335,23 +336,41 @@ def cut_short_commit(uri: str) -> str | None:
         return newest
 
 
+def damaged_checkpoints(uri: str) -> list[str]:
+    """Damaged summaries of a table's log that can be done without: every commit that they stand for is there."""
+    names = list_names(join(uri, LOG))
+    summaries = [name for name in names if ".checkpoint" in name or name == _LAST_CHECKPOINT]
+    damaged = [name for name in summaries if not _is_readable(join(uri, LOG, name))]
+    sound = max((int(name[:20]) for name in summaries if name[:20].isdigit() and name not in damaged), default=-1)
+    commits = {int(name[:20]) for name in names if name.endswith(".json") and name[:20].isdigit()}
+    if not damaged or not set(range(sound + 1, max(commits, default=0) + 1)) <= commits:
+        return []
+    return sorted({*damaged, _LAST_CHECKPOINT} & set(names))
+
+
+def _is_readable(uri: str) -> bool:
+    """Whether a file of a log can be understood."""
+    data = read_bytes(uri)
+    try:
+        if uri.endswith(".parquet"):
+            pq.read_metadata(io.BytesIO(data))
+        elif uri.endswith((".json", _LAST_CHECKPOINT)):
+            [json.loads(line) for line in data.splitlines()]
+            return bool(data.strip())
+    except (ValueError, pa.ArrowException, OSError):
+        return False
+    return True
+
+
 def _damaged_log_file(uri: str) -> str | None:
-    for name in list_names(join(uri, LOG)):
-        data = read_bytes(join(uri, LOG, name))
-        try:
-            if name.endswith(".checkpoint.parquet"):
-                pq.read_metadata(io.BytesIO(data))
-            elif name.endswith(".json"):
-                [json.loads(line) for line in data.splitlines()]
-        except (ValueError, pa.ArrowException, OSError):
-            return name
-    return None
+    return next((name for name in list_names(join(uri, LOG)) if not _is_readable(join(uri, LOG, name))), None)
 
 
 def _sync_log(uri: str, versions: Iterable[int]) -> None:
     """Deltalake leaves a commit to the page cache; what we call committed shall survive a power cut."""
     folder = join(uri, LOG)
-    for version in versions:
+    names = [f"{version:020}{suffix}" for version in versions for suffix in (".json", ".checkpoint.parquet")]
+    for name in (*names, _LAST_CHECKPOINT):
         with contextlib.suppress(FileNotFoundError):
-            sync_file(join(folder, f"{version:020}.json"))
+            sync_file(join(folder, name))
     sync_folder(folder)

@@ -301,8 +301,16 @@ def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
         ArchiveError: a part is missing or damaged.
     """
     manifest = join(archive.index_uri, MANIFEST)
-    if not exists(manifest):
-        return
+    while exists(manifest):
+        before = read_bytes(manifest)
+        found = [*_faults_by_manifest(archive, manifest)]
+        if not exists(manifest) or read_bytes(manifest) == before:
+            yield from found
+            return
+        archive.refresh()  # a job has written another index meanwhile, and removed files of this one
+
+
+def _faults_by_manifest(archive: Archive, manifest: str) -> Iterator[tuple[str, str]]:
     try:
         files = _read_manifest(archive)
     except _Damaged as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.archive import Archive, archive_exists, open_archive
+from storage.cells import part_identity
 from storage.errors import ArchiveError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.frames import PartBounds, read_times
@@ -27,6 +28,7 @@ class Fault:
         table: the table that it belongs to, "index", or None for a log.
         file: its name there, where one file is at fault.
         sources: the videos whose frames it holds, as people read them.
+        video_number: of the video that has frames twice.
     """
 
     path: str
@@ -34,6 +36,7 @@ class Fault:
     table: str | None
     file: str | None = None
     sources: tuple[str, ...] = ()
+    video_number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,19 @@ def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str
             times = read_times(uri)
             held = (len(times.ticks), *_ends(times.frame_index), *_ends(times.time_seconds))
             said = (bounds.row_count, bounds.first_index, bounds.last_index, bounds.first_seconds, bounds.last_seconds)
-            if held == tuple(column[place] for column in said):
+            owner = part_identity(archive.frames_uri, path)["video_number"]
+            if (owner, held) == (number, tuple(column[place] for column in said)):
                 ticks[number].append(times.ticks)
                 continue
-            detail = f"the log says other rows or times of it than the {len(times.ticks)} rows that it holds"
+            detail = f"the log says another video, rows or times of it than the {len(times.ticks)} rows that it holds"
         yield Fault(source_text(uri), detail, "frames", path, shown)
     for number, pieces in ticks.items():
         joined = np.concatenate(pieces)
         twice = len(joined) - len(np.unique(joined))
         if twice:
             shown = (sources[number],) if number in sources else ()
-            yield Fault(source_text(archive.frames_uri), f"{twice} frames are stored twice", "frames", None, shown)
+            detail = f"{twice} frames are stored twice"
+            yield Fault(source_text(archive.frames_uri), detail, "frames", None, shown, number)
 
 
 def _ends(values: np.ndarray) -> tuple:
@@ -139,14 +144,17 @@ def _ends(values: np.ndarray) -> tuple:
 
 
 def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
-    """Videos whose rows say other frames than are stored, or a number that is another's."""
+    """Videos whose rows say more frames than are stored, or a number that is another's.
+
+    Fewer they may say: a job commits frames first, and publishes the row when it has all of them.
+    """
     stored = bounds.frame_counts()
     given, place = archive.numbers(), source_text(join(archive.uri, "videos"))
     for row in archive.videos():
         source = source_text(row.uri)
         if row.video_number is None:
             continue
-        if row.frame_count != stored[row.video_number]:
+        if row.frame_count > stored[row.video_number]:
             detail = f"{source} has {row.frame_count} frames by its row, and {stored[row.video_number]} are stored"
             yield Fault(place, detail, "videos", None, (source,))
         if given.get((row.video_id, row.sampling)) != row.video_number:

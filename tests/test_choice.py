@@ -78,6 +78,15 @@ def test_keyframes_of_segments_join_to_those_of_the_whole(decoder, cut_film):
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("x264", ["open-gop=1:bframes=3:keyint=10:min-keyint=10", "intra-refresh=1:keyint=10"])
+def test_keyframes_that_lean_on_others_are_kept_too(decoder, tmp_path, x264):
+    clip = ("-f", "lavfi", "-t", 4, "-i", "testsrc2=s=160x120:r=10", "-c:v", "libx264", "-x264-params", x264)
+    path = make(tmp_path, "film.mp4", *clip)
+    rows = decode_all(decoder, path, decoder.probe(path), ALL, choice=Choice.KEYFRAMES)
+    assert [row[2] for row in rows] == keyframe_ranks(path)
+
+
+@needs_ffmpeg
 def test_a_rate_is_the_most_there_may_be(decoder, tmp_path):
     still = make(tmp_path, "still.mkv", "-f", "lavfi", "-t", 4, "-i", "testsrc=s=64x48:r=10", "-c:v", "mjpeg")
     rows = decode_all(decoder, still, decoder.probe(still), Fraction(1), choice=Choice.KEYFRAMES)
@@ -128,6 +137,7 @@ def test_work_without_end_is_stopped_and_what_came_is_kept(monkeypatch):
     with Decoder(timeout_seconds=60) as decoder:
         probe = decoder.probe(path)
         monkeypatch.setattr(Decoder, "_busy_seconds", lambda *_: -59.8)
+        monkeypatch.setattr(Decoder, "_busy_per_second", lambda *_: 0)
         ticks = []
         batches = (ticks.extend(frames.ticks.tolist()) for frames in decoder.decode(path, probe, WHOLE, ALL, 1))
         with pytest.raises(VideoProblem, match="processor time") as caught:

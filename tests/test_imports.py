@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "ray": ("pipeline/executor.py",),
     "av": ("workers/decode", "workers/probe.py"),
     "decord": ("workers/decode", "workers/probe.py"),
+    "scenedetect": ("workers/decode_scenes.py",),
     "click": ("pipeline/cli",),
     "torch": ("workers/", "pipeline/answer.py", "pipeline/fuse.py"),
     "transformers": ("workers/",),

@@ -60,6 +60,35 @@ def test_what_a_killed_job_had_taken_is_free_at_once(place, other):
         assert job.take(7)
 
 
+def test_a_killed_job_that_nobody_has_waited_for_is_dead(place, other):
+    with Job(place) as job:
+        other.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now, and stays one
+        assert job.take(7)
+
+
+def test_a_stopped_job_loses_what_it_took_and_not_what_it_wrote(place, tmp_path, other):
+    (file,) = (tmp_path / "jobs").glob("*.job")
+    other.send_signal(signal.SIGSTOP)
+    old = time.time() - jobs.LEASE_SECONDS - 1
+    os.utime(file, (old, old))
+    with Job(place) as job:
+        assert job.take(7)
+        assert oldest_start(place) < time.time()
+        assert file.exists()
+
+
+def test_a_job_that_was_taken_for_gone_comes_back(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "BEAT_SECONDS", 0.01)
+    with Job(place):
+        (file,) = (tmp_path / "jobs").glob("*.job")
+        text = file.read_text()
+        file.unlink()
+        while not file.exists():
+            time.sleep(0.01)
+        assert file.read_text() == text
+
+
 def test_a_job_on_another_machine_is_dead_when_it_has_not_been_touched(place, tmp_path, other):
     (file,) = (tmp_path / "jobs").glob("*.job")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "elsewhere"}))

@@ -42,6 +42,15 @@ def settled(monkeypatch):
 # The cache of hashes
 
 
+def test_a_cache_that_cannot_be_used_is_told_and_does_no_harm(vidx, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    archive = str(tmp_path / "archive")
+    done = vidx("index", str(TRACTOR), "--archive", archive, env={"VIDX_CACHE": str(tmp_path / "file")})
+    assert done.code == 0
+    assert "hashes of files are not remembered" in done.err
+    assert str(tmp_path / "file") in done.err
+
+
 def test_a_file_whose_hash_is_remembered_is_not_read(tmp_path, settled, monkeypatch):
     path = old_file(tmp_path / "a.mp4")
     content = identify(path, HashCache(tmp_path / "hashes"))
@@ -95,7 +104,7 @@ def test_a_cache_that_cannot_be_written_says_why_and_is_empty(tmp_path, settled)
 def test_inode_numbers_may_fill_64_bits(tmp_path):
     cache = HashCache(tmp_path / "hashes")
     stat = SimpleNamespace(st_dev=1, st_ino=2**64 - 5, st_size=9, st_mtime_ns=10**18, st_ctime_ns=10**18)
-    cache.put(stat, "f" * 64)
+    cache.put(stat, "f" * 64, 2 * 10**18)
     assert cache.get(stat) == "f" * 64
 
 

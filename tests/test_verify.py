@@ -1,12 +1,13 @@
 """verify finds every damaged byte and names it; repair leaves a whole archive, of which nothing sound is lost."""
 
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SAMPLES
-from small_archive import MODEL_ID, add_video, random_rows, receipt_for, row_for
+from small_archive import MODEL_ID, SAMPLING, add_video, random_rows, receipt_for, row_for, video_id_of
 
 from storage.archive import create_archive, open_archive
 from storage.errors import ArchiveError
@@ -14,7 +15,7 @@ from storage.files import join, local_path
 from storage.records import Reason, Status
 from storage.repair import repair
 from storage.settings import TABLES
-from storage.tables import live_files, open_table
+from storage.tables import RowTable, live_files, open_table
 from storage.vectors import open_index, update_index
 from storage.verify import verify
 
@@ -127,6 +128,70 @@ def test_lost_numbers_come_back_from_the_frames(archive):
     done = repair(archive.uri)
     assert done.to_index == ()
     assert open_archive(archive.uri).numbers() == given
+    assert verify(archive.uri).faults == ()
+
+
+def test_a_damaged_part_does_not_keep_numbers_from_coming_back(archive):
+    given = archive.numbers()
+    for path in named_files(archive, "numbers"):
+        flip(Path(path), 3)
+    (part,) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 2)]
+    part.write_bytes(part.read_bytes()[:-9])
+    done = repair(archive.uri)
+    assert [row.uri for row in done.to_index] == ["file:///clips/2.mp4"]
+    assert (open_archive(archive.uri).numbers(), done.left) == (given, ())
+
+
+def test_a_number_in_use_is_never_given_twice_however_its_table_was_lost(archive):
+    given = archive.numbers()
+    for path in named_files(archive, "numbers"):
+        RowTable(join(archive.uri, "numbers")).drop_file(Path(path).name)  # where a repair was stopped
+    after = open_archive(archive.uri)
+    assert after.numbers() == {}
+    key = (video_id_of(9), SAMPLING)
+    (number,) = after.reserve([key]).values()
+    assert number not in given.values()
+    repair(archive.uri)
+    assert open_archive(archive.uri).numbers() == given | {(key[0], str(SAMPLING)): number}
+
+
+def test_frames_that_are_stored_twice_are_taken_out_and_indexed_again(archive):
+    """Two jobs with other cuts of the same video, which no guard sees as one."""
+    again = receipt_for(archive, 3, random_rows(6, 33), (None, 60))
+    assert archive.commit_frames([again]) == [True]
+    assert any("6 frames are stored twice" in fault.detail for fault in verify(archive.uri).faults)
+    done = repair(archive.uri)
+    assert [(row.uri, row.frame_count) for row in done.to_index] == [("file:///clips/3.mp4", 0)]
+    assert done.left == ()
+
+
+def test_frames_that_a_job_has_not_published_yet_are_no_damage(archive):
+    late = receipt_for(archive, 3, random_rows(4, 32, start=8), (80, None))
+    assert archive.commit_frames([late]) == [True]
+    assert verify(archive.uri).faults == ()
+    assert repair(archive.uri).to_index == ()
+
+
+def test_a_part_that_the_log_gives_to_another_video_is_found(archive):
+    log = min(folder(archive, "frames", "_delta_log").glob("*1.json"))
+    text = log.read_text()
+    number = next(row.video_number for row in archive.videos() if row.uri.endswith("/1.mp4"))
+    changed, count = re.subn(rf'(video_number\\": ?){number}\b', r"\g<1>77", text)
+    assert count == 2
+    log.write_text(changed)
+    assert any("another video" in fault.detail for fault in verify(archive.uri).faults)
+
+
+def test_a_damaged_checkpoint_is_set_aside_where_the_commits_are_there(archive):
+    log = folder(archive, "frames", "_delta_log")
+    open_table(archive.frames_uri).create_checkpoint()
+    (checkpoint,) = log.glob("*.checkpoint.parquet")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:50])
+    with pytest.raises(ArchiveError, match="damaged archive"):
+        open_archive(archive.uri).frames()
+    done = repair(archive.uri)
+    assert any(checkpoint.name in note for note in done.notes)
+    assert len(open_archive(archive.uri).frames()) == 18
     assert verify(archive.uri).faults == ()
 
 

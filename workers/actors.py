@@ -11,7 +11,7 @@ from storage.errors import ClusterError, VideoProblem
 from storage.files import local_path
 from storage.records import Choice, Content, Probe, Problem, Receipt, SegmentTask
 from workers.content import identify
-from workers.decode import Decoder, check_choice
+from workers.decode import RETRIED, Decoder, check_choice
 from workers.hash_cache import HashCache
 
 PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
@@ -60,9 +60,17 @@ class Examiner:
         path = local_path(uri)
         try:
             content = content or identify(path, self._hashes)
-            return Examined(content, self._decoder.probe(path), None)
+            return Examined(content, self._probe(path), None)
         except VideoProblem as error:
             return Examined(content, None, Problem(error.reason, error.detail))
+
+    def _probe(self, path: bytes) -> Probe:
+        try:
+            return self._decoder.probe(path)
+        except VideoProblem as error:
+            if error.reason not in RETRIED:
+                raise
+        return self._decoder.probe(path)
 
 
 class Encoder:

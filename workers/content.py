@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import stat
+import time
 
 from storage.errors import VideoProblem
 from storage.records import Content, Reason
@@ -21,7 +22,7 @@ def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
     """
     descriptor = open_source(path)
     with open(descriptor, "rb", buffering=0) as file:
-        before = os.fstat(descriptor)
+        read_ns, before = time.time_ns(), os.fstat(descriptor)
         if cache is not None and (known := cache.get(before)):
             return Content(known, before.st_size, before.st_mtime_ns)
         try:
@@ -32,7 +33,7 @@ def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise VideoProblem(Reason.CHANGED, "the file changed while it was read; try again when it is written")
     if cache is not None and before.st_ctime_ns == after.st_ctime_ns:
-        cache.put(after, video_id)
+        cache.put(after, video_id, read_ns)
     return Content(video_id, after.st_size, after.st_mtime_ns)
 
 

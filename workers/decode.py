@@ -32,6 +32,8 @@ BUSY_SECONDS_PER_SECOND = 10
 HD_PIXELS = 1920 * 1080
 LEAST_BYTES_PER_SECOND = 2_000
 PROBED_BYTES_PER_SECOND = 1_000_000
+# A decoder that hung or died is tried once more, in a new process: a second time the file is to blame.
+RETRIED = (Reason.TIMEOUT, Reason.CRASHED, Reason.WORKER_LOST)
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -118,6 +120,7 @@ class Decoder:
             "fps": [fps.numerator, fps.denominator],
             "choice": choice,
         }
+        request["busy_seconds_per_tick"] = self._busy_per_second(probe) * float(probe.time_base)
         self.library = probe.decoder if choice is Choice.RATE else "pyav"
         waiting: list[tuple[dict, bytearray]] = []
         problem = None
@@ -168,7 +171,10 @@ class Decoder:
             self._child = None
 
     def _busy_seconds(self, probe: Probe, segment: Segment, size_bytes: int) -> float:
-        """Seconds of processor time that decoding a segment may take."""
+        """Seconds of processor time that decoding a segment may take, by what its file says of its length.
+
+        A file that is longer than it says gets more on the way, by the times of its frames.
+        """
         start = probe.first_ticks if segment.start_ticks is None else segment.start_ticks
         if segment.end_ticks is not None:
             length = float((segment.end_ticks - start) * probe.time_base)
@@ -176,8 +182,10 @@ class Decoder:
             length = size_bytes / LEAST_BYTES_PER_SECOND
             if probe.duration_seconds is not None:
                 length = min(length, max(0.0, probe.duration_seconds - probe.time_seconds(start)))
-        large = max(1.0, probe.width * probe.height / HD_PIXELS)
-        return BUSY_SECONDS_PER_SECOND * length * large * self._threads
+        return length * self._busy_per_second(probe)
+
+    def _busy_per_second(self, probe: Probe) -> float:
+        return BUSY_SECONDS_PER_SECOND * max(1.0, probe.width * probe.height / HD_PIXELS) * self._threads
 
     def _ask(self, path: str | bytes, request: dict, busy_seconds: Callable[[int], float]) -> "_Call":
         if self._call is not None and not self._call.finished:
@@ -188,7 +196,8 @@ class Decoder:
         try:
             if self._child is None:
                 self._child = _Child(self._max_pixels, self._threads, self._choice)
-            request["busy_seconds"] = self._timeout_seconds + busy_seconds(os.fstat(descriptor).st_size)
+            request["timeout_seconds"] = self._timeout_seconds
+            request["busy_seconds"] = busy_seconds(os.fstat(descriptor).st_size)
             self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
         finally:
             os.close(descriptor)
@@ -219,7 +228,11 @@ def _pixels_of(body: bytearray) -> np.ndarray:
 
 
 class _Child:
-    """The decoder process and the socket to it."""
+    """The decoder process and the socket to it.
+
+    Attributes:
+        is_ready: whether it has said anything.
+    """
 
     def __init__(self, max_pixels: int, threads: int, choice: Choice):
         self.connection, theirs = socket.socketpair()
@@ -241,7 +254,9 @@ class _Child:
         finally:
             theirs.close()
             os.close(lifeline_theirs)
+        self.is_ready = False
         self._closed = False
+        self._closing = threading.Lock()  # the owner and the thread that reads may both end it
 
     @property
     def pid(self) -> int:
@@ -255,9 +270,10 @@ class _Child:
 
     def kill(self) -> None:
         """Ends the process at once and waits for that; does nothing the second time."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         self._process.kill()
         self._process.wait()
         self.connection.close()
@@ -334,16 +350,19 @@ class _Call:
             while kind != "done":
                 header, body, _ = receive(self._child.connection)
                 kind = header["kind"]
+                self._child.is_ready = True
                 if kind not in ("alive", "ready"):
                     self._put((header, body))
         except TimeoutError:
             self._child.kill()
             detail = f"no progress for {self._timeout_seconds:g} s; the decoder was stopped"
             self._put((VideoProblem(Reason.TIMEOUT, detail), b""))
-        except (Closed, OSError, KeyError):
+        except (Closed, OSError):
             detail = "" if self._abandoned.is_set() else self._child.describe_death()
             self._child.kill()
-            self._put((VideoProblem(Reason.CRASHED, detail), b""))
+            # One that died before it had anything to read died of the machine.
+            reason = Reason.CRASHED if self._child.is_ready else Reason.WORKER_LOST
+            self._put((VideoProblem(reason, detail), b""))
 
     def _put(self, message: tuple) -> None:
         while not self._abandoned.is_set():

@@ -37,12 +37,16 @@ class Answer:
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._last = 0.0
-        self._busy_seconds = self._busy_until = 0.0
+        self._began = self._busy_seconds = self._grace_seconds = self._seconds_per_tick = 0.0
+        self._first_ticks: int | None = None
 
-    def begin(self, busy_seconds: float) -> None:
-        """A new answer, for which so much processor time is allowed."""
-        self._busy_seconds = busy_seconds
-        self._busy_until = time.process_time() + busy_seconds
+    def begin(self, request: dict) -> None:
+        """A new answer, and how much processor time is allowed for it."""
+        self._began = time.process_time()
+        self._grace_seconds = request["timeout_seconds"]
+        self._busy_seconds = self._grace_seconds + request["busy_seconds"]
+        self._seconds_per_tick = request.get("busy_seconds_per_tick", 0.0)
+        self._first_ticks = None
 
     def send(self, kind: str, values: dict | None = None, body: bytes = b"") -> None:
         """One message."""
@@ -62,11 +66,15 @@ class Answer:
     def frame(self, kept: KeptFrame) -> None:
         """A frame: pixels, then its thumbnail; raises as `alive`."""
         self._check_busy()
+        if self._first_ticks is None:
+            self._first_ticks = kept.ticks
+        reached = self._grace_seconds + (kept.ticks - self._first_ticks) * self._seconds_per_tick
+        self._busy_seconds = max(self._busy_seconds, reached)
         values = {"ticks": kept.ticks, "end_ticks": kept.end_ticks, "frame_index": kept.frame_index}
         self.send("frame", values, kept.picture.pixels.tobytes() + kept.picture.thumbnail)
 
     def _check_busy(self) -> None:
-        if time.process_time() > self._busy_until:
+        if time.process_time() > self._began + self._busy_seconds:
             detail = f"not decoded after {self._busy_seconds:.0f} s of processor time, the most for its length"
             raise VideoProblem(Reason.TIMEOUT, detail)
 
@@ -91,7 +99,7 @@ def main(arguments: list[str]) -> None:
 
 def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answer: Answer) -> None:
     """Answers one request with its result, a problem of the video, or a traceback of ours; then "done"."""
-    answer.begin(request["busy_seconds"])
+    answer.begin(request)
     try:
         if request["kind"] == "probe":
             answer.send("probe", {"probe": probe_to_json(probe(file, max_pixels, threads, answer.alive))})
@@ -141,7 +149,7 @@ def _load_everything(choice: Choice) -> None:
         if not module.name.endswith(("__main__", "datasets")):
             importlib.import_module(module.name)
     if choice is Choice.SCENES:
-        importlib.import_module("workers.scenes")
+        importlib.import_module("workers.decode_scenes")
 
 
 if __name__ == "__main__":

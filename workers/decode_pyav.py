@@ -192,13 +192,15 @@ def decode(
     Raises:
         VideoProblem: after the last good frame, where the segment is not whole.
     """
+    start, end = segment.start_ticks, segment.end_ticks
     if choice is Choice.KEYFRAMES and can_cut(probe.container, probe.codec):
         with OpenVideo(file, max_pixels, threads) as video:
-            table = scan_packets(video, alive)
-        if table.plain and table.entries:
+            if start is not None:
+                seek(video, start)
+            table = scan_packets(video, alive, start, end)
+        if table.plain and table.entries == table.keyframes and table.ticks[:1] == table.entries[:1]:
             yield from _decode_keyframes(file, probe, segment, fps, threads, max_pixels, alive, table)
             return
-    start, end = segment.start_ticks, segment.end_ticks
     damage, tally = Damage(), Tally()
     with OpenVideo(file, max_pixels, threads) as video:
         if start is not None:
@@ -216,7 +218,7 @@ def _chooser(probe: Probe, segment: Segment, fps: Fraction, choice: Choice) -> C
     if choice is Choice.KEYFRAMES:
         return Spaced(step, segment.end_ticks, lambda frame: bool(frame.picture.key_frame)).takes
     if choice is Choice.SCENES:
-        from workers.scenes import SceneStarts  # of an extra
+        from workers.decode_scenes import SceneStarts  # of an extra
 
         return Spaced(step, segment.end_ticks, SceneStarts(), may_be_late=True).takes
     return Grid.of(probe, fps).takes
@@ -232,11 +234,14 @@ def _decode_keyframes(
     alive: Callable[[], None],
     table: PacketTable,
 ) -> Iterator[KeptFrame]:
-    """The segment's keyframes with nothing decoded between them, so that damage there does not show."""
+    """The segment's keyframes with nothing decoded between them, so that damage there does not show.
+
+    Args:
+        table: of the segment's packets.
+    """
     start, end = segment.start_ticks, segment.end_ticks
     spaced = Spaced(1 / (fps * probe.time_base), None, lambda frame: True)
-    inside = (at for at in sorted(table.entries) if (start is None or at >= start) and (end is None or at < end))
-    wanted = [at for at in inside if spaced.takes(TimedFrame(at, 0, None))]
+    wanted = [at for at in sorted(table.entries) if spaced.takes(TimedFrame(at, 0, None))]
     ends = dict(zip(wanted, [*wanted[1:], table.end_ticks if end is None else end], strict=True))
     damage, store = Damage(), FrameStorer()
     with OpenVideo(file, max_pixels, threads) as video:
@@ -245,7 +250,7 @@ def _decode_keyframes(
             seek(video, start)
         for frame in _until_problem(read_frames(video, damage, alive, start), damage):
             if frame.ticks in ends:
-                rank = bisect.bisect_left(table.ticks, frame.ticks)
+                rank = segment.first_index + bisect.bisect_left(table.ticks, frame.ticks)
                 yield KeptFrame(frame.ticks, ends.pop(frame.ticks), rank, store(frame.picture))
             if not ends:
                 break

@@ -3,7 +3,6 @@
 import os
 import sqlite3
 import threading
-import time
 from pathlib import Path
 
 import platformdirs
@@ -55,9 +54,9 @@ class HashCache:
         )
         return rows[0][3] if rows and rows[0][:3] == _state(stat) else None
 
-    def put(self, stat: os.stat_result, video_id: str) -> None:
-        """Remembers a hash of bytes that were read between two looks that both gave `stat`."""
-        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9:
+    def put(self, stat: os.stat_result, video_id: str, read_ns: int) -> None:
+        """Remembers a hash of bytes that were read from read_ns on, between two looks that both gave `stat`."""
+        if read_ns - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9:
             self._run("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)", (*_key(stat), *_state(stat), video_id))
 
     def _run(self, statement: str, values: tuple) -> list[tuple]:

@@ -55,6 +55,8 @@ def receive(connection: socket.socket, with_descriptor: bool = False) -> tuple[d
         if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
             raise Closed
         header = json.loads(_receive_exactly(connection, header_bytes))
+        if not isinstance(header, dict) or not isinstance(header.get("kind"), str):
+            raise Closed
         return header, _receive_exactly(connection, body_bytes), descriptor
     except (ConnectionError, ValueError) as error:
         raise Closed from error

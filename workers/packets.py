@@ -41,19 +41,32 @@ class PacketTable:
         return np.searchsorted(self.ticks, self.keyframes).tolist()
 
 
-def scan_packets(video: OpenVideo, alive: Callable[[], None]) -> PacketTable:
-    """A pass over all packets of the stream, from the beginning."""
+def scan_packets(
+    video: OpenVideo, alive: Callable[[], None], start_ticks: int | None = None, end_ticks: int | None = None
+) -> PacketTable:
+    """A pass over the packets of the stream, from where it stands.
+
+    Args:
+        video: at its beginning, or at a keyframe at or before start_ticks.
+        alive: called at every packet.
+        start_ticks, end_ticks: leave out frames before and from these times; None: none.
+    """
     table, context = PacketTable(), video.stream.codec_context
     codec, extradata = context.codec.canonical_name, context.extradata or b""
     seen: set[int] = set()
     damage = Damage()
     last = (-(1 << 63), 0)
     for packet in video.packets(damage, alive):
+        if end_ticks is not None and packet.dts is not None and packet.dts >= end_ticks:
+            break  # no frame is shown before it is decoded
         if packet.is_discard or not _shows_frame(codec, packet):
             continue
         if packet.pts is None or packet.pts in seen or packet.is_corrupt:
             table.plain = False
             break
+        is_early = start_ticks is not None and packet.pts < start_ticks
+        if is_early or (end_ticks is not None and packet.pts >= end_ticks):
+            continue
         seen.add(packet.pts)
         last = max(last, (packet.pts, packet.duration or 0))
         if packet.is_keyframe:

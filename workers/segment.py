@@ -9,12 +9,8 @@ from storage.files import local_path
 from storage.parts import FrameColumns, PartWriter
 from storage.records import FrameBatch, Probe, Problem, Reason, Receipt, SegmentTask
 from workers.content import check_unchanged
-from workers.decode import Decoder
+from workers.decode import RETRIED, Decoder
 from workers.encode import encode_frames
-
-# A decoder that hung or died is tried once more from the segment's start, in a new process: a second time the
-# file is to blame, and what came out before is kept.
-RETRIED = (Reason.TIMEOUT, Reason.CRASHED)
 
 
 def index_segment(
@@ -38,6 +34,7 @@ def index_segment(
         ArchiveError: the part cannot be written.
     """
     receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch)
+    # Once more from the segment's start, and what came out before is kept the second time.
     if receipt.problem is not None and receipt.problem.reason in RETRIED:
         if receipt.part is not None:
             PartWriter.discard(frames_uri, receipt.part)
