@@ -309,6 +309,14 @@ def test_a_row_change_that_did_not_land_leaves_no_file(archive, monkeypatch, tmp
     assert list((tmp_path / "archive" / "numbers").glob("*.parquet")) == []
 
 
+def test_a_part_that_is_gone_is_not_committed(archive):
+    receipt = receipt_for(archive, 1, random_rows(4))
+    os.unlink(local_path(join(archive.frames_uri, receipt.part.path)))
+    with pytest.raises(ArchiveError, match="was removed before it was committed"):
+        archive.commit_frames([receipt])
+    assert archive.frame_count() == 0
+
+
 @pytest.mark.parametrize(
     "error", [*LATE_ERRORS, CommitFailedError("ambiguous")], ids=lambda error: type(error).__name__
 )
