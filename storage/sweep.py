@@ -14,7 +14,7 @@ from storage.vectors import MANIFEST, named_files
 
 SWEEP_AGE_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
 
-MARGIN_SECONDS = 5.0  # clocks and file times are not that exact
+MARGIN_SECONDS = 5.0  # clocks and file times are not that exact; files of the last seconds are left alone
 
 
 def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:

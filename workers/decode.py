@@ -64,7 +64,7 @@ class Decoder:
         if max_pixels < 1 or timeout_seconds <= 0 or threads < 1:
             raise ValueError(f"Decoder({max_pixels=}, {timeout_seconds=}, {threads=}): each must be positive")
         self._max_pixels = max_pixels
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = self._grace_seconds = timeout_seconds
         self._threads = threads
         self._choice = choice
         self._child: _Child | None = None
@@ -196,7 +196,7 @@ class Decoder:
         try:
             if self._child is None:
                 self._child = _Child(self._max_pixels, self._threads, self._choice)
-            request["timeout_seconds"] = self._timeout_seconds
+            request["grace_seconds"] = self._grace_seconds
             request["busy_seconds"] = busy_seconds(os.fstat(descriptor).st_size)
             self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
         finally:

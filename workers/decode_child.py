@@ -43,7 +43,7 @@ class Answer:
     def begin(self, request: dict) -> None:
         """A new answer, and how much processor time is allowed for it."""
         self._began = time.process_time()
-        self._grace_seconds = request["timeout_seconds"]
+        self._grace_seconds = request["grace_seconds"]
         self._busy_seconds = self._grace_seconds + request["busy_seconds"]
         self._seconds_per_tick = request.get("busy_seconds_per_tick", 0.0)
         self._first_ticks = None
