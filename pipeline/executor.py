@@ -111,7 +111,7 @@ class Executor:
         Raises:
             VidxError: a worker met one that concerns the whole job, such as a full disk or a model that cannot be
                 loaded.
-            ClusterError: Ray's own processes died.
+            ClusterError: Ray's own processes died, or workers do while they load the model.
         """
         if self._suspects and not self._running:
             self._submit(self._suspects.pop())
@@ -147,14 +147,17 @@ class Executor:
     def _after_death(self, task: _Task, error: RayError) -> Outcome | None:
         """A worker died: another takes its place and the task is tried again, alone, up to ATTEMPTS times."""
         reason = str(error).strip().splitlines()[0]
-        if task.kind == "load":
+        if task.kind == "load" and task.attempts == ATTEMPTS:
             where = f"the cluster at {self._address}" if self._address else "this machine"
-            raise UsageError(
+            raise ClusterError(
                 f"workers on {where} die while they load the model: {reason} Check their memory and that every node "
                 "has this version of vidx and Ray; a cluster without authentication needs RAY_AUTH_MODE=disabled"
             )
         if _is_dead(self._workers[task.role, task.worker]):  # the first of its tasks to notice replaces it
             self._workers[task.role, task.worker] = self._new_worker(task.role)
+        if task.kind == "load":
+            self._submit(task)
+            return None
         if task.attempts < ATTEMPTS:
             self._suspects.append(task)
             return None
