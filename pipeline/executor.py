@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from storage.errors import ClusterError, UsageError, VidxError
+from storage.jobs import start_of
 from storage.records import Content, Problem, Reason, SegmentTask
 from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
 
@@ -76,7 +77,7 @@ class Executor:
         return self
 
     def __exit__(self, *_) -> None:
-        if not all(map(_runs, self._own_processes)):
+        if not all(map(start_of, self._own_processes)):
             for pid in _children():  # Ray cannot end them any more, and waits for what is dead
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -117,7 +118,7 @@ class Executor:
             self._submit(self._suspects.pop())
         if not self._running:
             return []
-        if not all(map(_runs, self._own_processes)):
+        if not all(map(start_of, self._own_processes)):
             raise ClusterError(
                 "Ray's own processes on this machine died (out of memory?); what was finished is committed, run the "
                 "same command again to go on"
@@ -193,13 +194,6 @@ def _children(*names: str) -> list[int]:
                 if not names or name in names:
                     found.append(int(pid))
     return found
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
 
 
 def _is_dead(handle: Any) -> bool:

@@ -189,9 +189,7 @@ def _is_there(row: VideoRow, hashes: HashCache) -> bool:
         return False
 
 
-def worker_settings(
-    archive: Archive, bundle: Bundle, config: IndexConfig, choice: Choice = Choice.RATE
-) -> WorkerSettings:
+def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choice: Choice) -> WorkerSettings:
     """The part of the settings that workers need; a device of "auto" is settled here, since Ray must know it."""
     on_gpu = config.device == "cuda" or (config.device == "auto" and _has_gpu())
     return WorkerSettings(

@@ -198,7 +198,7 @@ class Archive:
         """
         wanted = list(dict.fromkeys((video_id, str(sampling)) for video_id, sampling in keys))
         # A number that the table has lost, and no repair has brought back yet, is not given to another video.
-        in_use = {*self.part_bounds().video_number.tolist(), *self.sources()}
+        in_use = {*self.part_bounds().video_number.tolist(), *self._numbers_of_rows()}
         given = {}
 
         def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
@@ -244,8 +244,10 @@ class Archive:
 
     def count_without_row(self) -> int:
         """Videos whose frames are committed and that no row shows."""
-        shown = set(self._videos.rows().column("video_number").to_pylist())
-        return len(set(self.part_bounds().video_number.tolist()) - shown)
+        return len(set(self.part_bounds().video_number.tolist()) - self._numbers_of_rows())
+
+    def _numbers_of_rows(self) -> set[int]:
+        return set(self._videos.rows().column("video_number").drop_null().to_pylist())
 
     def _known_numbers(self, rows: pa.Table) -> dict[tuple[str, str], int]:
         columns = (rows.column(name).to_pylist() for name in NUMBERS.names)

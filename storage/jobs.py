@@ -187,7 +187,7 @@ def _is_there(file: Path, now: float) -> bool:
         process = json.loads(file.read_text(encoding="utf-8"))
         here = (process["host"], process["boot"]) == (socket.gethostname(), _boot_id())
         if here and process["process_started"] is not None:
-            return _start_of(process["pid"]) == process["process_started"]
+            return start_of(process["pid"]) == process["process_started"]
         return now - file.stat().st_mtime < GONE_SECONDS
     except (OSError, ValueError, KeyError):
         return False
@@ -195,7 +195,7 @@ def _is_there(file: Path, now: float) -> bool:
 
 def _this_process() -> dict:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "process_started": _start_of(pid)}
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "process_started": start_of(pid)}
 
 
 def _boot_id() -> str:
@@ -206,7 +206,7 @@ def _boot_id() -> str:
     return ""
 
 
-def _start_of(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """When a process began, so that another one with its number is not taken for it; None where it has ended."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()

@@ -46,13 +46,13 @@ def repair(uri: str) -> Repair:
             f"{fault.path}: {fault.detail}; this cannot be repaired: restore the archive from a copy, or index the "
             "videos again into a new --archive"
         )
-    notes += [*_drop_row_files(uri, found)]
+    dropped = [*_drop_row_files(uri, found)]
+    notes += dropped
     archive = open_archive(uri, write=True)
     _drop_frames(archive, found)
     archive.restore_numbers()
-    if found.faults:  # damage to the tables of rows hides other kinds
-        rest = verify(uri)
-        _drop_frames(archive, rest)
+    if dropped:  # damage to the tables of rows hides other kinds
+        _drop_frames(archive, verify(uri))
     rows = archive.recount()
     lost = archive.count_without_row() if notes else 0
     if lost:
