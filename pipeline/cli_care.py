@@ -102,11 +102,11 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     default=168.0,
     show_default=True,
     metavar="HOURS",
-    help="Leave younger files alone; a job that runs needs its own.",
+    help="Leave alone what is younger; a job that was killed goes on from it.",
 )
 @json_option
 def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
-    """Remove files that nothing in an archive names: what killed jobs left, and what was replaced.
+    """Remove what an archive shows no more: what killed jobs left, and frames that were replaced.
 
     \b
     vidx clean
@@ -116,11 +116,11 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
     from storage.archive import open_archive
     from storage.sweep import sweep
 
-    removed = sweep(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
+    swept = sweep(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
     if as_json:
-        print_json({"files_removed": removed})
+        print_json({"files_removed": swept.files, "frames_removed": swept.frames})
     else:
-        click.echo(f"{removed} files removed")
+        click.echo(f"{swept.files} files removed, {swept.frames} frames that no video shows")
 
 
 def _report(done: int, total: int) -> None:

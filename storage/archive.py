@@ -242,9 +242,9 @@ class Archive:
 
         self._numbers.change(plan)
 
-    def count_without_row(self) -> int:
-        """Videos whose frames are committed and that no row shows."""
-        return len(set(self.part_bounds().video_number.tolist()) - self._numbers_of_rows())
+    def hidden_numbers(self) -> set[int]:
+        """Numbers whose frames are committed and that no row shows: not published yet, or replaced."""
+        return set(self.part_bounds().video_number.tolist()) - self._numbers_of_rows()
 
     def _numbers_of_rows(self) -> set[int]:
         return set(self._videos.rows().column("video_number").drop_null().to_pylist())
@@ -342,7 +342,7 @@ class Archive:
                 )
 
     def drop_parts(self, paths: Iterable[str]) -> None:
-        """Takes damaged parts out of the archive; `recount` then makes the videos' rows agree.
+        """Takes parts out of the archive; where rows show them, `recount` then makes the rows agree.
 
         Raises:
             ArchiveError: the archive cannot be written.

@@ -60,9 +60,12 @@ class Job:
         with contextlib.suppress(OSError):  # a place that cannot be written any more has told so already
             self._file.unlink()
 
-    def take(self, number: int) -> bool:
+    def take(self, number: int, lease_seconds: float = LEASE_SECONDS) -> bool:
         """Takes a video unless a living job has it; says whether it is this job's now.
 
+        Args:
+            number: of the video.
+            lease_seconds: a job that has not touched its file for so long has lost what it took.
         Raises:
             ArchiveError: the place cannot be written.
         """
@@ -71,7 +74,7 @@ class Job:
         with writing(self._uri):
             try:
                 mine.write_text(self.id, encoding="utf-8")
-                if not self._set_aside(claim):
+                if not self._set_aside(claim, lease_seconds):
                     return False
                 os.link(mine, claim)  # fails where another was faster
             except FileExistsError:
@@ -85,13 +88,13 @@ class Job:
         self._taken.add(number)
         return True
 
-    def _set_aside(self, claim: Path) -> bool:
+    def _set_aside(self, claim: Path, lease_seconds: float) -> bool:
         """Makes room for a claim of this job's; says whether there is room, for one that lives stays."""
         try:
             holder = claim.read_text(encoding="utf-8")
         except FileNotFoundError:
             return True
-        if holder != self.id and _works(self._folder / f"{holder}{_JOB}", _now(self._folder)):
+        if holder != self.id and _works(self._folder / f"{holder}{_JOB}", _now(self._folder), lease_seconds):
             return False
         aside = self._folder / f"{uuid.uuid4().hex}.tmp"
         try:
@@ -106,6 +109,10 @@ class Job:
             return False
         finally:
             aside.unlink(missing_ok=True)
+
+    def holds(self, number: int) -> bool:
+        """Whether no other job can take a video; never, where claims cannot be made for want of hard links."""
+        return number in self._taken
 
     def release(self, number: int) -> None:
         """Lets go of a video."""
@@ -173,10 +180,10 @@ def _folder(archive_uri: str) -> Path:
     return Path(os.fsdecode(local_path(join(archive_uri, "jobs"))))
 
 
-def _works(file: Path, now: float) -> bool:
+def _works(file: Path, now: float, lease_seconds: float) -> bool:
     """Whether a job goes on with what it has taken."""
     try:
-        return _is_there(file, now) and now - file.stat().st_mtime < LEASE_SECONDS
+        return _is_there(file, now) and now - file.stat().st_mtime < lease_seconds
     except OSError:
         return False
 

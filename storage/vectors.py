@@ -43,7 +43,7 @@ from storage.records import FrameRef, Hit
 INDEX_FORMAT = 1
 MANIFEST = "index.json"
 MAX_FILE_KEYS = 1 << 17  # what an update holds in memory: 200 MB of keys of width 768
-MAX_RETIRED = 0.25  # of a file's keys, before it is written again without them
+MAX_RETIRED = 0.25  # share of a file's keys, before it is written again without them
 UPDATE_ROUNDS = 5
 OPEN_ROUNDS = 3
 
@@ -133,9 +133,12 @@ def _row_ids(video_number: np.ndarray | int, frame_index: np.ndarray) -> np.ndar
     return (np.asarray(video_number, np.int64) << 32) | frame_index
 
 
-def update_index(archive: Archive) -> int:
+def update_index(archive: Archive, max_retired: float = MAX_RETIRED) -> int:
     """Brings the index up to the archive's newest version; says how many keys were added.
 
+    Args:
+        archive: whose frames.
+        max_retired: a file of which more keys than this share are not live is written again without them.
     Raises:
         ArchiveError: a part is missing or damaged, or the index cannot be written.
     """
@@ -148,7 +151,7 @@ def update_index(archive: Archive) -> int:
                 _check_size(archive, file)
         except _Damaged:
             files = []
-        count = _bring_up(archive, files)
+        count = _bring_up(archive, files, max_retired)
         if count is None:
             break
         added += count
@@ -168,19 +171,19 @@ def open_index(archive: Archive) -> Index:
         with contextlib.suppress(_Damaged):
             return Index(archive, _read_files(archive), False)
     try:
-        _bring_up(archive, [])
+        _bring_up(archive, [], MAX_RETIRED)
         return Index(archive, _read_files(archive), True)
     except (ArchiveError, _Damaged):  # read-only: in memory, for this process alone
         built = [_build(archive, group) for group in _groups(parts)]
         return Index(archive, [(_KeyFile("", 0, 0, covered), index) for index, covered in built if index], True)
 
 
-def _bring_up(archive: Archive, files: list[_KeyFile]) -> int | None:
+def _bring_up(archive: Archive, files: list[_KeyFile], max_retired: float) -> int | None:
     """Writes what the files lack, and the manifest; the count of keys added, None where all is there already."""
     live = {part.path: part for part in archive.parts()}
     covered = {part.path for file in files for part in file.covered}
     new = [part for path, part in live.items() if path not in covered]
-    kept, folded = _choose_files(files, live, sum(part.row_count for part in new))
+    kept, folded = _choose_files(files, live, sum(part.row_count for part in new), max_retired)
     if not new and not folded and exists(join(archive.index_uri, MANIFEST)):
         return None
     again = [live[part.path] for file in folded for part in file.covered if part.path in live]
@@ -192,13 +195,13 @@ def _bring_up(archive: Archive, files: list[_KeyFile]) -> int | None:
 
 
 def _choose_files(
-    files: list[_KeyFile], live: Mapping[str, LivePart], new_count: int
+    files: list[_KeyFile], live: Mapping[str, LivePart], new_count: int, max_retired: float
 ) -> tuple[list[_KeyFile], list[_KeyFile]]:
     """Files that stay, and files that are written again together with the new keys."""
     kept, folded = [], []
     for file in files:
         retired = sum(part.key_count for part in file.covered if part.path not in live)
-        (folded if retired > MAX_RETIRED * file.key_count else kept).append(file)
+        (folded if retired > max_retired * file.key_count else kept).append(file)
     count = new_count
     for file in sorted(kept, key=lambda file: file.key_count):
         if file.key_count > count or file.key_count + count > MAX_FILE_KEYS:

@@ -18,7 +18,6 @@ from storage.cells import read_keys
 from storage.errors import ArchiveError
 from storage.files import local_path
 from storage.records import Status
-from storage.sweep import sweep
 from storage.vectors import ids_of, open_index, update_index
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -317,38 +316,3 @@ def test_jobs_that_end_together_leave_every_frame_searchable(archive):
     index = open_index(found)
     assert (index.frame_count, index.pending_count(found), index.rebuilt) == (30, 0, False)
     assert_same(index.search(unit(5), 30), brute_force(found, unit(5), 30))
-
-
-def test_a_sweep_removes_what_nothing_names_for_a_week_and_nothing_else(archive):
-    add_video(archive, 1, 20)
-    archive.commit_frames([partial_receipt(archive, 2, random_rows(4))])
-    archive.publish([row_for(archive, 2, 4)])
-    update_index(archive)
-    reader = open_archive(archive.uri)
-    archive.commit_frames([receipt_for(archive, 2, random_rows(9))])
-    archive.publish([row_for(archive, 2, 9)])
-    archive.commit_frames([receipt_for(archive, 3, random_rows(5))])  # not published
-    update_index(archive)
-    root = local_path(archive.uri).decode()
-    week_ago = time.time() - 8 * 24 * 3600
-    orphans = ["frames/a.parquet", "frames/a.parquet.b.tmp", "videos/c.parquet", "numbers/d.parquet", "index/e.faiss"]
-    for name in [*orphans, "frames/young.parquet", "index/young.faiss"]:
-        with open(os.path.join(root, name), "wb") as file:
-            file.write(b"x")
-
-    def files():
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-        return {os.path.relpath(path, root) for path in found}
-
-    before = files()
-    for name in before:
-        if "young" not in name:
-            os.utime(os.path.join(root, name), (week_ago, week_ago))
-    assert sweep(archive) == len(orphans)
-    assert files() == before - set(orphans)  # also what was replaced just now, for readers of older versions
-    assert len(reader.frames()) == 24
-    assert open_archive(archive.uri).version == archive.version
-    found = open_archive(archive.uri)
-    assert (len(found.frames()), found.committed_frame_count(reserve(archive, 3))) == (29, 5)
-    assert not open_index(found).rebuilt
-    assert sweep(archive) == 0

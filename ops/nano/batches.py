@@ -44,6 +44,7 @@ class BatchPlan:
         questions: per group.
         captions: per group; only where a group is one frame.
         question_captions: share of the captions that are questions.
+        hard: whether more of the questions are of the kinds that are learned last.
     """
 
     groups: int
@@ -51,6 +52,7 @@ class BatchPlan:
     questions: int = 6
     captions: int = 1
     question_captions: float = 0.0
+    hard: bool = False
 
 
 @dataclass(repr=False)
@@ -130,7 +132,7 @@ class Batches(Dataset):
             pixels = shake(source, pixels)
         sights = [sights for _, sights in groups]
         flat = [sight for group in sights for sight in group]
-        asked = [self._questions(source, group, plan.questions) for group in sights]
+        asked = [self._questions(source, group, plan) for group in sights]
         captions = [_caption(source, sight, plan) for sight in flat for _ in range(plan.captions)]
         captions += [(unknown_caption(source), Claim(never=True)) for _ in range(len(captions) // UNKNOWN_CAPTIONS)]
         covering = np.stack([patch_words(sight, self._grid) for sight in flat])
@@ -176,12 +178,12 @@ class Batches(Dataset):
                 sights += [shard.sights[number]] * again
         return np.stack(pixels), sights
 
-    def _questions(self, source: np.random.Generator, sights: list[Sight], wanted: int) -> list:
+    def _questions(self, source: np.random.Generator, sights: list[Sight], plan: BatchPlan) -> list:
         """(question, its words, the answer)."""
-        of_time = 0 if len(sights) == 1 else max(1, round(wanted * 0.65))
-        found = moment_questions(source, sights, wanted - of_time)
+        of_time = 0 if len(sights) == 1 else max(1, round(plan.questions * 0.65))
+        found = moment_questions(source, sights, plan.questions - of_time, plan.hard)
         if of_time:
-            found += time_questions(source, sights, of_time)
+            found += time_questions(source, sights, of_time, plan.hard)
         if len(sights) == 1 and source.random() < 0.15:  # "ever" of a single frame
             found += [(q, a) for q, a in time_questions(source, sights, 1) if q.kind in ("ever", "different")]
         worded = [(question, word(question, source, CASUAL), answer) for question, answer in found]

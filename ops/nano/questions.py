@@ -308,15 +308,22 @@ def pick(source: np.random.Generator, choices: Sequence[str]) -> str:
 # --- choosing what to ask
 
 
-def moment_questions(source: np.random.Generator, sights: Sequence[Sight], wanted: int) -> list[tuple[Question, str]]:
-    """Questions about a moment with clear answers, kinds and answers balanced as far as the moment allows."""
+def moment_questions(
+    source: np.random.Generator, sights: Sequence[Sight], wanted: int, hard: bool = False
+) -> list[tuple[Question, str]]:
+    """Questions about a moment with clear answers, kinds and answers balanced as far as the moment allows.
+
+    Args:
+        hard: more of the kinds that are learned last.
+    """
+    shares = _HARD_MOMENT_SHARES if hard else _MOMENT_SHARES
     first = sights[0]
     there = sorted({thing for sight in sights for thing in sight.things})
     found: list[tuple[Question, str]] = []
     for _ in range(wanted * 4):
         if len(found) == wanted:
             break
-        kind = MOMENT_KINDS[source.choice(len(MOMENT_KINDS), p=_MOMENT_SHARES)]
+        kind = MOMENT_KINDS[source.choice(len(MOMENT_KINDS), p=shares)]
         question = _draw(source, kind, there, first)
         answer = question and reply(question, sights)
         if answer is None or any(question == other for other, _ in found):
@@ -328,6 +335,7 @@ def moment_questions(source: np.random.Generator, sights: Sequence[Sight], wante
 
 
 _MOMENT_SHARES = np.array([0.10, 0.14, 0.14, 0.2, 0.09, 0.09, 0.09, 0.09, 0.06])
+_HARD_MOMENT_SHARES = np.array([0.05, 0.19, 0.13, 0.11, 0.12, 0.12, 0.12, 0.12, 0.04])
 
 
 def _draw(source: np.random.Generator, kind: str, there: list[int], sight: Sight) -> Question | None:
@@ -348,15 +356,18 @@ def absent(source: np.random.Generator, there: Sequence[int]) -> int:
             return thing
 
 
-def time_questions(source: np.random.Generator, sights: Sequence[Sight], wanted: int) -> list[tuple[Question, str]]:
-    """Questions over several frames with clear answers."""
+def time_questions(
+    source: np.random.Generator, sights: Sequence[Sight], wanted: int, hard: bool = False
+) -> list[tuple[Question, str]]:
+    """Questions over several frames with clear answers; hard: more of the kinds that are learned last."""
+    shares = _HARD_TIME_SHARES if hard else _TIME_SHARES
     there = sorted({thing for sight in sights for thing in sight.things})
     outside = sights[0].background == OUTSIDE
     found: list[tuple[Question, str]] = []
     for _ in range(wanted * 5):
         if len(found) == wanted:
             break
-        kind = TIME_KINDS[source.choice(len(TIME_KINDS), p=_TIME_SHARES)]
+        kind = TIME_KINDS[source.choice(len(TIME_KINDS), p=shares)]
         if kind == "different":
             question = Question(kind)
         elif outside or (kind == "ever" and source.random() < 0.5):
@@ -377,3 +388,4 @@ def time_questions(source: np.random.Generator, sights: Sequence[Sight], wanted:
 
 
 _TIME_SHARES = np.array([0.2, 0.22, 0.22, 0.22, 0.14])
+_HARD_TIME_SHARES = np.array([0.1, 0.26, 0.28, 0.18, 0.18])
