@@ -1,20 +1,18 @@
 """The one executor: a Ray cluster, its workers, and which task runs on which."""
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from pipeline.ray_watch import RAY_DIED, RayWatch, kill_children
 from storage.errors import ClusterError, UsageError, VidxError
-from storage.jobs import start_of
 from storage.records import Content, Problem, Reason, SegmentTask
 from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
 
@@ -59,12 +57,22 @@ class Executor:
         self._workers: dict[tuple[str, int], Any] = {}
         self._running: dict[Any, _Task] = {}
         self._suspects: list[_Task] = []  # whose worker died; each is tried again with no other beside it
-        self._own_processes: list[int] = []
+        self._watch: RayWatch | None = None  # of a cluster that is started here
 
     def __enter__(self) -> "Executor":
+        self._watch = RayWatch() if self._address is None else None
+        try:
+            self._start()
+        except BaseException as error:
+            died = self._watch is not None and self._watch.is_dead()
+            self.__exit__()
+            if died and isinstance(error, Exception):
+                raise ClusterError(RAY_DIED) from error
+            raise
+        return self
+
+    def _start(self) -> None:
         _start_ray(self._address)
-        if self._address is None:
-            self._own_processes = _children("raylet", "gcs_server")
         self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
         cores = int(ray.cluster_resources().get("CPU", 1))
         self._settings = replace(self._settings, threads=max(1, cores // self._counts["encode"]))
@@ -74,14 +82,13 @@ class Executor:
                 self._workers[kind, worker] = self._new_worker(kind)
         for worker in range(self._counts["encode"]):
             self._submit(_Task("load", None, (), worker))
-        return self
 
     def __exit__(self, *_) -> None:
-        if not all(map(start_of, self._own_processes)):
-            for pid in _children():  # Ray cannot end them any more, and waits for what is dead
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            return
+        if self._watch is not None:
+            self._watch.stop()
+            if self._watch.is_dead():
+                kill_children()
+                return
         for handle in self._workers.values():
             ray.kill(handle)
         ray.shutdown()
@@ -118,11 +125,8 @@ class Executor:
             self._submit(self._suspects.pop())
         if not self._running:
             return []
-        if not all(map(start_of, self._own_processes)):
-            raise ClusterError(
-                "Ray's own processes on this machine died (out of memory?); what was finished is committed, run the "
-                "same command again to go on"
-            )
+        if self._watch is not None and self._watch.is_dead():
+            raise ClusterError(RAY_DIED)
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         if not done:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
@@ -182,18 +186,6 @@ class Executor:
         # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
         remote = ray.remote(max_concurrency=SEGMENTS_AT_ONCE, max_restarts=0, max_task_retries=0, **options)
         return remote(Encoder).remote(self._settings)
-
-
-def _children(*names: str) -> list[int]:
-    """Child processes of this one, of any name or with one of these; none where the system does not list them."""
-    found = []
-    for task in Path("/proc/self/task").glob("*/children"):
-        for pid in task.read_text(encoding="ascii").split():
-            with contextlib.suppress(OSError):
-                name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-                if not names or name in names:
-                    found.append(int(pid))
-    return found
 
 
 def _is_dead(handle: Any) -> bool:

@@ -10,7 +10,6 @@ Frames are committed first, then the videos row that shows them: frames of a num
 for any reader. `deltalake` does not survive a fork: processes that use an archive must be spawned.
 """
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage import tables, videos
-from storage.cells import part_identity, part_problem
-from storage.errors import ArchiveError, UsageError
+from storage.cells import part_identity
+from storage.errors import UsageError
 from storage.files import (
-    exists,
     join,
     make_folder,
     remove,
@@ -33,10 +31,11 @@ from storage.files import (
     write_bytes,
     writing,
 )
-from storage.frames import LivePart, PartBounds, find_frames, find_hits, part_bounds
+from storage.frame_table import FrameTable
+from storage.frames import LivePart, PartBounds, find_frames, find_hits
 from storage.layout import COLUMNS
-from storage.parts import PartWriter
-from storage.records import FrameRef, Hit, Part, Problem, Reason, Receipt, Sampling, Status, VideoRow
+from storage.numbers import NUMBERS, NumberTable
+from storage.records import FrameRef, Hit, Problem, Reason, Receipt, Sampling, Status, VideoRow
 from storage.settings import (
     FORMAT_VERSION,
     TABLES,
@@ -47,16 +46,8 @@ from storage.settings import (
     refuse_foreign_folder,
     write_settings,
 )
-from storage.tables import Conflict, RowTable
+from storage.tables import RowTable
 
-NUMBERS = pa.schema(
-    [
-        pa.field("video_id", pa.string(), nullable=False),
-        pa.field("model_id", pa.string(), nullable=False),
-        pa.field("sampling", pa.string(), nullable=False),
-        pa.field("video_number", pa.int32(), nullable=False),
-    ]
-)
 MIN_ID_DIGITS = 6
 
 
@@ -150,8 +141,7 @@ class Archive:
         self.index_uri = join(uri, "index")
         self._videos = RowTable(join(uri, "videos"))  # before the frames, so that all that they show is there
         self._videos.rows()
-        self._frames = tables.open_table(self.frames_uri)
-        self._bounds: tuple[int, PartBounds] | None = None
+        self._frames = FrameTable(self.frames_uri)
 
     def __repr__(self) -> str:
         return f"Archive({self.uri!r}, version={self.version})"
@@ -159,7 +149,7 @@ class Archive:
     @property
     def is_empty(self) -> bool:
         """Whether no job has committed anything, or reserved a number for what it will commit."""
-        tables_empty = self._videos.rows().num_rows == 0 and self._numbers.rows().num_rows == 0
+        tables_empty = self._videos.rows().num_rows == 0 and not self._numbers.all_given()
         return tables_empty and len(self.part_bounds()) == 0
 
     @property
@@ -170,7 +160,7 @@ class Archive:
     def refresh(self) -> None:
         """Moves to the newest version."""
         self._videos.refresh()
-        tables.refresh(self._frames)
+        self._frames.refresh()
 
     def check_model(self, model_id: str, model_name: str) -> None:
         """Refuses rows of another model.
@@ -187,8 +177,8 @@ class Archive:
     # Numbers
 
     @cached_property
-    def _numbers(self) -> RowTable:
-        return RowTable(join(self.uri, "numbers"))
+    def _numbers(self) -> NumberTable:
+        return NumberTable(join(self.uri, "numbers"), self.model_id)
 
     def reserve(self, keys: Sequence[tuple[str, Sampling]]) -> dict[tuple[str, str], int]:
         """The number of each (video id, sampling): the one it has had from its first reservation on.
@@ -196,29 +186,13 @@ class Archive:
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        wanted = list(dict.fromkeys((video_id, str(sampling)) for video_id, sampling in keys))
         # A number that the table has lost, and no repair has brought back yet, is not given to another video.
         in_use = {*self.part_bounds().video_number.tolist(), *self._numbers_of_rows()}
-        given = {}
-
-        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
-            given.clear()
-            given.update(self._known_numbers(rows))
-            first = max([0, *rows.column("video_number").to_pylist(), *in_use]) + 1
-            new = [key for key in wanted if key not in given]
-            given.update(zip(new, range(first, first + len(new))))
-            added = [
-                {"video_id": key[0], "model_id": self.model_id, "sampling": key[1], "video_number": given[key]}
-                for key in new
-            ]
-            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(added, NUMBERS)
-
-        self._numbers.change(plan)
-        return {key: given[key] for key in wanted}
+        return self._numbers.reserve([(video_id, str(sampling)) for video_id, sampling in keys], in_use)
 
     def numbers(self) -> dict[tuple[str, str], int]:
         """Every number that was given, by video id and sampling."""
-        return self._known_numbers(self._numbers.rows())
+        return self._numbers.known()
 
     def restore_numbers(self) -> None:
         """Gives their numbers back to the videos that have frames or rows, where the table of numbers lost them.
@@ -226,21 +200,15 @@ class Archive:
         Raises:
             ArchiveError: a part is missing or damaged, or the archive cannot be written.
         """
-        bounds = self.part_bounds()
+        bounds, known = self.part_bounds(), self._numbers.all_given()
         firsts = dict(zip(bounds.video_number.tolist(), bounds.path.tolist()))
-
-        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
-            known = set(rows.column("video_number").to_pylist())
-            found = [part_identity(self.frames_uri, path) for number, path in firsts.items() if number not in known]
-            known.update(firsts)
-            found += [
-                {name: getattr(row, name) for name in NUMBERS.names}
-                for row in self.videos()
-                if row.video_number is not None and row.video_number not in known
-            ]
-            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(found, NUMBERS)
-
-        self._numbers.change(plan)
+        found = [part_identity(self.frames_uri, path) for number, path in firsts.items() if number not in known]
+        found += [
+            {name: getattr(row, name) for name in NUMBERS.names}
+            for row in self.videos()
+            if row.video_number not in {None, *known, *firsts}
+        ]
+        self._numbers.restore(found)
 
     def hidden_numbers(self) -> set[int]:
         """Numbers whose frames are committed and that no row shows: not published yet, or replaced."""
@@ -248,14 +216,6 @@ class Archive:
 
     def _numbers_of_rows(self) -> set[int]:
         return set(self._videos.rows().column("video_number").drop_null().to_pylist())
-
-    def _known_numbers(self, rows: pa.Table) -> dict[tuple[str, str], int]:
-        columns = (rows.column(name).to_pylist() for name in NUMBERS.names)
-        return {
-            (video_id, sampling): number
-            for video_id, model_id, sampling, number in zip(*columns, strict=True)
-            if model_id == self.model_id
-        }
 
     # Frames
 
@@ -274,13 +234,12 @@ class Archive:
         number = self.numbers().get((video_id, str(sampling)))
         if number is None:
             return set()
-        tables.refresh(self._frames)
-        bounds = self.part_bounds()
-        wanted = set(segment_keys)
-        places = [place for place in bounds.of(number).tolist() if bounds.segment[place] in wanted]
-        problems = {bounds.segment[place]: part_problem(self.frames_uri, bounds.path[place]) for place in places}
+        self._frames.refresh()
+        problems, wanted = self._frames.problems(number), set(segment_keys)
         return {
-            key for key, problem in problems.items() if problem is None or not (whole_only or problem.reason.may_pass)
+            key
+            for key, problem in problems.items()
+            if key in wanted and (problem is None or not (whole_only or problem.reason.may_pass))
         }
 
     def committed_frame_count(self, video_number: int) -> int:
@@ -290,56 +249,14 @@ class Archive:
 
     def problems(self, video_number: int) -> list[Problem]:
         """What is wrong with the committed segments of a number, as their parts say; opens each one's footer."""
-        bounds = self.part_bounds()
-        found = (part_problem(self.frames_uri, path) for path in bounds.path[bounds.of(video_number)])
-        return [problem for problem in found if problem is not None]
+        return [problem for problem in self._frames.problems(video_number).values() if problem is not None]
 
     def commit_frames(self, receipts: Sequence[Receipt]) -> list[bool]:
-        """Commits the parts of a group of segments at once; says of each whether it landed.
+        """Commits the parts of a group of segments, each segment at most once; says of each whether it landed.
 
-        A segment whose rows are in already, also by a process that commits at this very moment, does not land, and
-        its part is removed. So each (video, segment, model, sampling) is in at most once. Rows that are not whole
-        make way, in the same commit, for whole ones or for more, and those of a problem that may pass for those of
-        one that does not. A receipt without a
-        part has nothing to land; one whose very part is in has landed, however often it is committed.
-
-        Raises:
-            ArchiveError: the archive cannot be written, or a part to be replaced not be read. The group is in, whole,
-                or not at all, and no part is removed; committing it again tells.
+        FrameTable.commit says more.
         """
-        landed: set[str] = set()
-        for _ in tables.attempts():
-            tables.refresh(self._frames)
-            waiting, replaced = self._not_committed(receipts)
-            if not waiting:
-                break
-            guards = {_segment_id(receipt.video_number, receipt.segment.key): 1 for receipt in waiting}
-            for guard in guards.keys() & replaced.keys():
-                guards[guard] = (self._frames.transaction_version(guard) or 0) + 1
-            parts = [receipt.part for receipt in waiting]
-            self._check_written(parts)
-            try:
-                tables.commit(self._frames, parts, list(replaced.values()), guards)
-            except Conflict:
-                continue
-            landed = {part.path for part in parts}
-            break
-        landed |= set(self.part_bounds().path)  # also what was in before, or landed in a try that seemed to fail
-        written = [receipt.part for receipt in receipts if receipt.part is not None]
-        for part in written:
-            if part.path not in landed:
-                with contextlib.suppress(OSError):
-                    PartWriter.discard(self.frames_uri, part)
-        return [receipt.part is not None and receipt.part.path in landed for receipt in receipts]
-
-    def _check_written(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            uri = join(self.frames_uri, part.path)
-            if not exists(uri):
-                raise ArchiveError(
-                    f"{source_text(uri)}: was removed before it was committed, as by `vidx clean` beside a job that "
-                    "paused; run the same command again"
-                )
+        return self._frames.commit(receipts)
 
     def drop_parts(self, paths: Iterable[str]) -> None:
         """Takes parts out of the archive; where rows show them, `recount` then makes the rows agree.
@@ -347,18 +264,7 @@ class Archive:
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        wanted = set(paths)
-        for _ in tables.attempts():
-            tables.refresh(self._frames)
-            bounds = self.part_bounds()
-            places = [place for place, path in enumerate(bounds.path) if path in wanted]
-            if not places:
-                return
-            guards = [_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in places]
-            versions = {guard: (self._frames.transaction_version(guard) or 0) + 1 for guard in guards}
-            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
-            with contextlib.suppress(Conflict):
-                tables.commit(self._frames, [], removed, versions)
+        self._frames.drop(paths)
 
     def recount(self) -> list[VideoRow]:
         """Rows that said more frames than are stored: partial or failed now, with what is left, as they are returned.
@@ -368,7 +274,7 @@ class Archive:
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        tables.refresh(self._frames)
+        self._frames.refresh()
         changed = []
 
         def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
@@ -388,44 +294,9 @@ class Archive:
         status = Status.PARTIAL if count else Status.FAILED
         return replace(row, status=status, problem=problem, frame_count=count, attempts=0)
 
-    def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], dict[str, tuple[str, int]]]:
-        """The receipts to commit, and by segment the path and size of each part that makes way for one of them."""
-        bounds = self.part_bounds()
-        places = {
-            (number, bounds.segment[place]): place
-            for number in {receipt.video_number for receipt in receipts}
-            for place in bounds.of(number).tolist()
-        }
-        waiting, replaced, seen = [], {}, set()
-        for receipt in receipts:
-            key = (receipt.video_number, receipt.segment.key)
-            if receipt.part is None or key in seen:
-                continue
-            place = places.get(key)
-            if place is not None:
-                path, row_count = bounds.path[place], int(bounds.row_count[place])
-                if path == receipt.part.path or not self._is_better(receipt, path, row_count):
-                    continue
-                replaced[_segment_id(receipt.video_number, receipt.segment.key)] = (path, int(bounds.size_bytes[place]))
-            seen.add(key)
-            waiting.append(receipt)
-        return waiting, replaced
-
-    def _is_better(self, receipt: Receipt, path: str, row_count: int) -> bool:
-        """Whether a segment's rows are to take the place of those that are in."""
-        there = part_problem(self.frames_uri, path)
-        if there is None:
-            return False
-        if receipt.problem is None or receipt.part.row_count > row_count:
-            return True
-        return there.reason.may_pass and not receipt.problem.reason.may_pass
-
     def part_bounds(self) -> PartBounds:
         """All committed parts, whether their videos are published or not."""
-        version = self._frames.version()
-        if self._bounds is None or self._bounds[0] != version:
-            self._bounds = (version, part_bounds(self.frames_uri, tables.live_files(self._frames)))
-        return self._bounds[1]
+        return self._frames.bounds()
 
     def parts(self) -> list[LivePart]:
         """The parts of published videos."""
@@ -470,7 +341,7 @@ class Archive:
             ArchiveError: the archive cannot be written; nothing is published.
         """
         self._videos.change(lambda table: videos.plan_publish(table, rows))
-        tables.refresh(self._frames)
+        self._frames.refresh()
 
     def published(self) -> dict[int, str]:
         """Video id by number, of every video that shows frames."""
@@ -554,11 +425,6 @@ class Archive:
             version=self.version,
             format_version=self.settings.format_version,
         )
-
-
-def _segment_id(video_number: int, segment_key: str) -> str:
-    """The guard of a segment: a number stands for (video, model, sampling)."""
-    return f"segment:{video_number}:{segment_key}"
 
 
 def _optional(field: pa.Field) -> pa.Field:

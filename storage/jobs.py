@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 
 from storage.files import join, local_path, make_folder, writing
+from storage.processes import start_of
 
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is free
@@ -211,12 +212,3 @@ def _boot_id() -> str:
         namespace = os.readlink("/proc/self/ns/pid")
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + namespace
     return ""
-
-
-def start_of(pid: int) -> str | None:
-    """When a process began, so that another one with its number is not taken for it; None where it has ended."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if words[0] in "ZX" else words[19]  # a zombie waits for its parent to look

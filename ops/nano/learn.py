@@ -130,19 +130,18 @@ class Learner(nn.Module):
         """Projected patches against the LLM's embeddings of the words for what covers them."""
         rows = self.parts["projector"](features.patches).flatten(0, 1)
         wanted = torch.from_numpy(patch_words).to(self.device).flatten()
-        known = wanted != IGNORED
         embeddings = self.model.llm.model.embed_tokens.weight[self.word_ids]
-        return functional.cross_entropy((rows[known] @ embeddings.T).float(), wanted[known])
+        return functional.cross_entropy((rows @ embeddings.T).float(), wanted, ignore_index=IGNORED)
 
     def beside_loss(self, features: FrameFeatures, neighbours: np.ndarray) -> Tensor:
         """Projected patches, a linear map for each side, against the words for what is on that side."""
         rows = self.parts["projector"](features.patches).flatten(0, 1)  # (T*N, H)
         wanted = torch.from_numpy(neighbours).to(self.device).flatten(0, 1)  # (T*N, 4)
         known = (wanted != IGNORED).any(dim=1)
-        sides = self.beside(rows[known]).unflatten(1, (len(SIDES), -1))  # (K, 4, H)
+        sides = _products(rows[known], self.beside.weight).unflatten(1, (len(SIDES), -1))  # (K, 4, H)
         ids = torch.cat([self.word_ids[: len(THINGS)], self.nothing_id])
-        logits = sides @ self.model.llm.model.embed_tokens.weight[ids].T
-        return functional.cross_entropy(logits.float().flatten(0, 1), wanted[known].flatten(), ignore_index=IGNORED)
+        logits = _products(sides, self.model.llm.model.embed_tokens.weight[ids])
+        return functional.cross_entropy(logits.flatten(0, 1), wanted[known].flatten(), ignore_index=IGNORED)
 
     def placing_loss(self, features: FrameFeatures) -> Tensor:
         """Projected patches against the embeddings of the words for their place: top ... bottom and left ... right."""
@@ -158,12 +157,12 @@ class Learner(nn.Module):
         """Vision tokens, compressed and fused, against the embeddings of the words for everything in sight."""
         vision = self._vision()
         wanted = torch.from_numpy(frame_words).to(self.device).float()  # (T, W)
-        known = wanted.sum(dim=1) > 0
-        compressed = vision.projector(features.compressed[known])  # (T, 1, H)
-        fused = prefuse_vision(vision, vision.projector(features.patches[known]), compressed)
+        shares = wanted / wanted.sum(dim=1, keepdim=True).clamp(min=1)
+        compressed = vision.projector(features.compressed)  # (T, 1, H)
+        fused = prefuse_vision(vision, vision.projector(features.patches), compressed)
         embeddings = self.model.llm.model.embed_tokens.weight[self.word_ids]
         chances = (torch.stack([compressed, fused])[:, :, 0] @ embeddings.T).float().log_softmax(dim=-1)  # (2, T, W)
-        return -((chances * wanted[known]).sum(dim=-1) / wanted[known].sum(dim=-1)).mean()
+        return -(chances * shares).sum() / (2 * shares.sum())
 
     def caption_loss(self, features: FrameFeatures, batch: Batch) -> Tensor:
         """CLIP's loss where several pictures may fit a text and several texts a picture (truth as targets)."""
@@ -183,8 +182,8 @@ class Learner(nn.Module):
         """A fused word for a thing against the embedding of the word that answers the question about it."""
         wanted = torch.from_numpy(batch.text_answers).to(self.device)  # (B, R)
         known = wanted != IGNORED
-        logits = fused[known] @ self.model.llm.model.embed_tokens.weight.T
-        return functional.cross_entropy(logits.float(), wanted[known])
+        logits = _products(fused[known], self.model.llm.model.embed_tokens.weight)
+        return functional.cross_entropy(logits, wanted[known])
 
     def pointing_loss(self, fused: Tensor, batch: Batch) -> Tensor:
         """A fused word for a thing against the embeddings of the words for the thing's place.
@@ -195,25 +194,25 @@ class Learner(nn.Module):
         wanted = torch.from_numpy(batch.text_places).to(self.device)  # (B, R, 2)
         known = wanted[..., 0] != IGNORED
         embeddings = self.model.llm.model.embed_tokens.weight[self.place_ids]  # (2, 3, H)
-        logits = torch.einsum("rh,awh->raw", fused[known], embeddings)
-        return functional.cross_entropy(logits.float().flatten(0, 1), wanted[known].flatten())
+        logits = _products(fused[known], embeddings.flatten(0, 1)).unflatten(-1, embeddings.shape[:2])
+        return functional.cross_entropy(logits.flatten(0, 1), wanted[known].flatten())
 
     def timing_loss(self, answered: Answered, batch: Batch) -> Tensor:
         """In the middle of the LLM: frames against their rank, words for things against the first that shows them."""
         ranks = torch.arange(batch.frames, device=self.device).expand(answered.frames.shape[:2])
         wanted = torch.from_numpy(batch.first_frames).to(self.device)  # (B, M)
         rows = torch.cat([answered.frames.flatten(0, 1), answered.words[wanted != IGNORED]])
-        logits = self.when(rows)
-        return functional.cross_entropy(logits.float(), torch.cat([ranks.flatten(), wanted[wanted != IGNORED]]))
+        logits = _products(rows, self.when.weight) + self.when.bias
+        return functional.cross_entropy(logits, torch.cat([ranks.flatten(), wanted[wanted != IGNORED]]))
 
     def news_loss(self, answered: Answered, batch: Batch) -> Tensor:
         """In the middle of the LLM: frames against the words for what no frame before them shows."""
         wanted = torch.from_numpy(batch.news).to(self.device).float()  # (B, T, things + 1)
         known = wanted.sum(dim=-1) > 0
         ids = torch.cat([self.word_ids[: len(THINGS)], self.nothing_id])
-        logits = answered.frames[known] @ self.model.llm.model.embed_tokens.weight[ids].T
+        logits = _products(answered.frames[known], self.model.llm.model.embed_tokens.weight[ids])
         shares = wanted[known] / wanted[known].sum(dim=-1, keepdim=True)
-        return functional.cross_entropy(logits.float(), shares)
+        return functional.cross_entropy(logits, shares)
 
     def answers(self, features: FrameFeatures, batch: Batch, sources: dict[str, slice], rows: int) -> Answered:
         """Every question of a batch, put to pre-fusion and to the LLM.
@@ -276,9 +275,10 @@ class Learner(nn.Module):
         for block in self.model.llm.model.layers:
             sequence = block_rows(block, sequence, rotary, sequence.shape[1], allowed)
             depths.append(sequence)
-        logits = self.model.llm.lm_head(self.model.llm.model.norm(sequence[:, front:][labels != IGNORED]))
+        said = self.model.llm.model.norm(sequence[:, front:][labels != IGNORED])
+        logits = _products(said, self.model.llm.lm_head.weight)
         middle = len(depths) // 2
-        return logits.float(), fused, depths[middle - 1][:, 1:front], depths[middle][:, front:]
+        return logits, fused, depths[middle - 1][:, 1:front], depths[middle][:, front:]
 
     def _stored_patches(self, features: FrameFeatures, part: slice, rows: int) -> tuple[Tensor, Tensor]:
         """The patch tier as it comes back from an archive: VisionZip's rows after int8."""
@@ -313,6 +313,15 @@ class Learner(nn.Module):
             halves = {name: values.detach().cpu().half().contiguous() for name, values in tensors.items()}
             save_file(halves, str(path / "model.safetensors"), {"format": "pt"})
             (path / "model.safetensors").chmod(0o644)  # the library leaves it to its owner alone
+
+
+def _products(rows: Tensor, weights: Tensor) -> Tensor:
+    """(..., H) and (W, H) to (..., W) in float32, for a number of rows that every batch has another one of.
+
+    On CPUs the kernels for bfloat16 are compiled anew for each shape, which takes longer than these products.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.float() @ weights.float().T
 
 
 def block_mask(segments: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""A job whose Ray dies ends with a clear word, whatever it waits for at that moment."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SAMPLES, VIDX
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
+
+BLOCKED = """
+import subprocess, sys, threading
+from pipeline import ray_watch
+ray_watch.GRACE_SECONDS = 0.1
+watch = ray_watch.RayWatch()
+server = subprocess.Popen([sys.argv[1], "600"])
+other = subprocess.Popen(["sleep", "600"])
+while not ray_watch.children("gcs_server"):
+    pass
+assert not watch.is_dead()
+print(server.pid, other.pid, flush=True)
+if sys.argv[2] == "stopped":
+    watch.stop()
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def blocked(tmp_path):
+    """Starts a process that waits for ever beside a child with the name of one of Ray's."""
+    server = shutil.copy(shutil.which("sleep"), tmp_path / "gcs_server")
+    started = []
+
+    def start(how):
+        command = [sys.executable, "-c", BLOCKED, server, how]
+        started.append(subprocess.Popen(command, stdout=-1, stderr=-1, cwd=ROOT, start_new_session=True))
+        return started[0], *map(int, started[0].stdout.readline().split())
+
+    yield start
+    os.killpg(started[0].pid, signal.SIGKILL)
+    started[0].communicate()
+
+
+def test_a_wait_inside_ray_ends_when_ray_has_died(blocked):
+    process, server, other = blocked("watched")
+    os.kill(server, signal.SIGKILL)
+    _, heard = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert heard.decode().startswith("vidx: Ray's own processes on this machine died")
+    assert not is_running(other)
+
+
+def test_nothing_is_watched_once_the_job_is_over(blocked):
+    process, server, _ = blocked("stopped")
+    os.kill(server, signal.SIGKILL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
+    command = [VIDX, "index", SAMPLES / "film.mp4", "--archive", tmp_path / "archive"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1) as job:
+        pid = None
+        while pid is None and job.poll() is None:
+            pid = next((pid for pid in descendants(job.pid) if name_of(pid) == victim), None)
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        _, heard = job.communicate(timeout=120)
+    assert job.returncode == 6, heard
+    assert "vidx: Ray's own processes on this machine died" in heard.decode()
+    assert "Traceback" not in heard.decode()
+
+
+def descendants(pid):
+    for child in children_of(pid):
+        yield child
+        yield from descendants(child)
+
+
+def children_of(pid):
+    try:
+        lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return []
+    return [int(word) for words in lists for word in words.split()]
+
+
+def name_of(pid):
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
