@@ -18,7 +18,7 @@ COMMANDS = {
     "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),
     "verify": ("pipeline.cli_care", "Check that every byte of an archive is what was written."),
     "repair": ("pipeline.cli_care", "Take out what is damaged and index it again."),
-    "clean": ("pipeline.cli_care", "Remove files that nothing names."),
+    "clean": ("pipeline.cli_care", "Remove what an archive shows no more."),
     "models": ("pipeline.cli_models", "List the models at hand."),
 }
 

@@ -106,7 +106,10 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
 )
 @json_option
 def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
-    """Remove what an archive shows no more: what killed jobs left, and frames that were replaced.
+    """Remove what an archive shows no more: files that killed jobs left, and frames that were replaced.
+
+    Frames that a killed job has committed are shown by the job that goes on from them; clean with an age that leaves
+    them for it.
 
     \b
     vidx clean
@@ -114,13 +117,13 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
     """
     from pipeline.cli_print import print_json
     from storage.archive import open_archive
-    from storage.sweep import sweep
+    from storage.sweep import clean as clean_archive
 
-    swept = sweep(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
+    cleaned = clean_archive(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
     if as_json:
-        print_json({"files_removed": swept.files, "frames_removed": swept.frames})
+        print_json({"files_removed": cleaned.files, "frames_removed": cleaned.frames})
     else:
-        click.echo(f"{swept.files} files removed, {swept.frames} frames that no video shows")
+        click.echo(f"{cleaned.files} files removed, {cleaned.frames} frames that no video shows")
 
 
 def _report(done: int, total: int) -> None:

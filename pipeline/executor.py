@@ -67,7 +67,7 @@ class Executor:
             died = self._watch is not None and self._watch.is_dead()
             self.__exit__()
             if died and isinstance(error, Exception):
-                raise ClusterError(RAY_DIED) from error
+                raise ClusterError(f"{RAY_DIED}: {error}") from error
             raise
         return self
 

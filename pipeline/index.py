@@ -98,7 +98,7 @@ class _Video:
     probe: Probe
     number: int
     waiting: set[str]
-    resumed: bool
+    resumed: set[str]
     problem: Problem | None = None
 
 
@@ -130,7 +130,7 @@ def run_index(
     result = IndexResult()
     known = plan_index(assets, archive, bundle, sampling, config)
     if known.renewed:
-        archive.publish(known.renewed)  # before anything new takes the place of what has moved away
+        archive.renew(known.renewed)  # before anything new takes the place of what has moved away
     result.cache_problem = known.cache_problem
     result.failed_before = known.count(Plan.FAILED)
     result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.FAILED)
@@ -324,7 +324,7 @@ class _Run:
             again = self._wanted.retry_failed
             done = self._archive.committed(content.video_id, self._sampling, keys, whole_only=again)
             waiting = [segment for segment in segments if segment.key not in done]
-            video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=bool(done))
+            video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=done)
             self._videos[content.video_id] = video
             self._expected_frames += self._expect(probe)
             tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
@@ -374,6 +374,8 @@ class _Run:
         del self._videos[video.content.video_id]
         frame_count = self._archive.committed_frame_count(video.number)
         problem = video.problem
+        if not video.resumed <= self._archive.segments(video.number):
+            problem = Problem(Reason.DAMAGED, "frames of an earlier run were taken out while this one worked")
         if problem is None and video.resumed:
             problem = next(iter(self._archive.problems(video.number)), None)
         if frame_count == 0 and problem is None:

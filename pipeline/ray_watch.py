@@ -11,33 +11,33 @@ from storage.processes import children, start_of
 
 RAY_NAMES = ("raylet", "gcs_server")
 LOOK_SECONDS = 0.5
-GRACE_SECONDS = 15.0  # for whoever waits for Ray to notice by himself; Ray ends the process after 60
+GRACE_SECONDS = 30.0  # for whoever waits to notice by himself, or to end a commit; Ray ends the process after 60
 
 RAY_DIED = (
-    "Ray's own processes on this machine died (out of memory?); what was finished is committed, run the same command "
-    "again to go on"
+    "Ray's own processes on this machine died (out of memory?); what was committed stays, run the same command again "
+    "to go on"
 )
 
 
 class RayWatch:
-    """Of the cluster that this process starts, from before it starts it until `stop`.
+    """Notices when a cluster that this process starts dies, and ends this one where it hangs on that.
 
-    Where one of its processes dies and this one is still at work GRACE_SECONDS later, it waits inside Ray for what will
-    not come: then it ends, as a ClusterError of RAY_DIED would end it.
+    It watches from before the start of the cluster until `stop`. Where a process of the cluster dies and this one is
+    still at work GRACE_SECONDS later, it waits inside Ray for what will not come: then it ends, with the message and
+    the exit code of a ClusterError of RAY_DIED.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, str] = {}  # start by process number
+        self._others = set(children(*RAY_NAMES))  # of a cluster before this one
+        self._seen: dict[int, str | None] = {}  # start by process number
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def is_dead(self) -> bool:
         """Whether one of the processes has died."""
-        for pid in children(*RAY_NAMES):
-            start = start_of(pid)
-            if start is not None:
-                self._seen.setdefault(pid, start)
-        return any(start_of(pid) != start for pid, start in [*self._seen.items()])
+        for pid in set(children(*RAY_NAMES)) - self._others:
+            self._seen.setdefault(pid, start_of(pid))
+        return any(start is None or start_of(pid) != start for pid, start in [*self._seen.items()])
 
     def stop(self) -> None:
         """Watches no more."""

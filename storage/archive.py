@@ -202,11 +202,12 @@ class Archive:
         """
         bounds, known = self.part_bounds(), self._numbers.all_given()
         firsts = dict(zip(bounds.video_number.tolist(), bounds.path.tolist()))
+        has_number = {None, *known, *firsts}
         found = [part_identity(self.frames_uri, path) for number, path in firsts.items() if number not in known]
         found += [
             {name: getattr(row, name) for name in NUMBERS.names}
             for row in self.videos()
-            if row.video_number not in {None, *known, *firsts}
+            if row.video_number not in has_number
         ]
         self._numbers.restore(found)
 
@@ -242,6 +243,11 @@ class Archive:
             if key in wanted and (problem is None or not (whole_only or problem.reason.may_pass))
         }
 
+    def segments(self, video_number: int) -> set[str]:
+        """The committed segments of a number, whole or not."""
+        bounds = self.part_bounds()
+        return set(bounds.segment[bounds.of(video_number)].tolist())
+
     def committed_frame_count(self, video_number: int) -> int:
         """Frames committed under a number, published or not."""
         bounds = self.part_bounds()
@@ -274,10 +280,10 @@ class Archive:
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        self._frames.refresh()
         changed = []
 
         def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            self._frames.refresh()  # after the rows: what they show was in before they came
             columns = (table.column(name).to_pylist() for name in ("video_number", "frame_count"))
             stored = self.part_bounds().frame_counts()
             right = [not number or count <= stored[number] for number, count in zip(*columns)]
@@ -342,6 +348,14 @@ class Archive:
         """
         self._videos.change(lambda table: videos.plan_publish(table, rows))
         self._frames.refresh()
+
+    def renew(self, rows: Sequence[VideoRow]) -> None:
+        """Publishes rows whose place, times or tags have changed, of those that nobody has indexed again meanwhile.
+
+        Raises:
+            ArchiveError: the archive cannot be written; nothing is published.
+        """
+        self._videos.change(lambda table: videos.plan_publish(table, videos.of_same_frames(table, rows)))
 
     def published(self) -> dict[int, str]:
         """Video id by number, of every video that shows frames."""

@@ -111,6 +111,11 @@ class Job:
         finally:
             aside.unlink(missing_ok=True)
 
+    def is_alone(self) -> bool:
+        """Whether no other job is there."""
+        now = _now(self._folder)
+        return not any(_is_there(file, now) for file in self._folder.glob(f"*{_JOB}") if file != self._file)
+
     def holds(self, number: int) -> bool:
         """Whether no other job can take a video; never, where claims cannot be made for want of hard links."""
         return number in self._taken

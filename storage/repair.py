@@ -58,7 +58,7 @@ def repair(uri: str) -> Repair:
     if lost:
         notes.append(
             f"the rows of {lost} videos are lost, their frames are not: `vidx index` on their sources shows them again "
-            "without decoding them"
+            "without decoding them, unless `vidx clean` has removed them before"
         )
     if not found.faults:
         return Repair(found, tuple(rows), tuple(notes))

@@ -64,6 +64,13 @@ def to_rows(table: pa.Table) -> list[VideoRow]:
     return [_as_row(values) for values in table.to_pylist(maps_as_pydicts="strict")]
 
 
+def of_same_frames(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
+    """Those of the rows whose content still has a row in the table, with the same frames."""
+    names = ("model_id", "video_id", "video_number", "status", "frame_count", "attempts")
+    there = set(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    return [row for row in rows if tuple(getattr(row, name) for name in names) in there]
+
+
 def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray, pa.Table]:
     """What to keep of the table, and what to add, so that each row takes the place of those it renews.
 

@@ -1,5 +1,6 @@
 """clean removes what nothing names or shows any more, and nothing else."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -20,12 +21,11 @@ from small_archive import (
 from storage import sweep as sweeping
 from storage.archive import create_archive, open_archive
 from storage.files import local_path
-from storage.jobs import Job
-from storage.sweep import Swept, sweep
+from storage.jobs import GONE_SECONDS, Job
+from storage.records import Reason, Status
+from storage.sweep import SWEEP_AGE_SECONDS, Cleaned, clean, sweep
 from storage.vectors import open_index, update_index
 from storage.verify import verify
-
-WEEK_AND_A_DAY = 8 * 24 * 3600
 
 
 @pytest.fixture
@@ -33,39 +33,47 @@ def archive(tmp_path):
     return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="a model")
 
 
-@pytest.fixture
-def no_margin(monkeypatch):
-    monkeypatch.setattr(sweeping, "MARGIN_SECONDS", 0)
+def folder_of(archive):
+    return Path(os.fsdecode(local_path(archive.uri)))
 
 
 def held_files(archive):
-    root = Path(os.fsdecode(local_path(archive.uri)))
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-
-
-def held_bytes(archive):
-    root = Path(os.fsdecode(local_path(archive.uri)))
-    return b"".join(Path(root, name).read_bytes() for name in held_files(archive))
+    return {str(path.relative_to(folder_of(archive))) for path in folder_of(archive).rglob("*") if path.is_file()}
 
 
 def make_old(archive):
-    then = time.time() - WEEK_AND_A_DAY
+    then = time.time() - SWEEP_AGE_SECONDS - 3600
     for name in held_files(archive):
-        os.utime(os.path.join(os.fsdecode(local_path(archive.uri)), name), (then, then))
+        os.utime(folder_of(archive) / name, (then, then))
 
 
-def test_what_a_running_job_has_written_is_left_alone(archive, no_margin):
+def cells_left(archive, rows):
+    """Whether each token, key and thumbnail is in any file of the archive."""
+    held = b"".join((folder_of(archive) / name).read_bytes() for name in held_files(archive))
+    tokens = (rows.tokens.token, rows.tokens.compressor_out, rows.tokens.search_key)
+    return [cell in held for cell in [*(cell.tobytes() for column in tokens for cell in column), *rows.thumbnails]]
+
+
+def commit_unpublished(archive, name, count=5):
+    """Frames that no row shows, from long ago; their number."""
+    assert archive.commit_frames([receipt_for(archive, name, random_rows(count))]) == [True]
+    make_old(archive)
+    return reserve(archive, name)
+
+
+def test_what_a_running_job_has_written_is_left_alone(archive, monkeypatch):
+    monkeypatch.setattr(sweeping, "MARGIN_SECONDS", 0)
     add_video(archive, 1)
     before = held_files(archive)
     with Job(archive.uri):
         part = write_part(archive.frames_uri, random_rows(3, 5), video_id=video_id_of(2), number=2)
-        assert sweep(archive, 0) == Swept(0, 0)
+        assert sweep(archive, 0) == 0
         assert f"frames/{part.path}" in held_files(archive)
-    assert sweep(archive, 0) == Swept(0, 1)
+    assert sweep(archive, 0) == 1
     assert held_files(archive) == before
 
 
-def test_files_that_nothing_names_for_a_week_go_and_no_others(archive):
+def test_a_sweep_removes_files_that_nothing_names_for_a_week_and_nothing_else(archive):
     add_video(archive, 1, 20)
     archive.commit_frames([partial_receipt(archive, 2, random_rows(4))])
     archive.publish([row_for(archive, 2, 4)])
@@ -73,70 +81,115 @@ def test_files_that_nothing_names_for_a_week_go_and_no_others(archive):
     reader = open_archive(archive.uri)
     archive.commit_frames([receipt_for(archive, 2, random_rows(9))])
     archive.publish([row_for(archive, 2, 9)])
+    archive.commit_frames([receipt_for(archive, 3, random_rows(5))])  # not published
     update_index(archive)
-    root = local_path(archive.uri).decode()
     orphans = {"frames/a.parquet", "frames/a.parquet.b.tmp", "videos/c.parquet", "numbers/d.parquet", "index/e.faiss"}
     for name in orphans:
-        Path(root, name).write_bytes(b"x")
+        (folder_of(archive) / name).write_bytes(b"x")
     make_old(archive)
     for name in ("frames/young.parquet", "index/young.faiss"):
-        Path(root, name).write_bytes(b"x")
+        (folder_of(archive) / name).write_bytes(b"x")
     before = held_files(archive)
-    assert sweep(archive) == Swept(0, len(orphans))
+    assert sweep(archive) == len(orphans)
     assert held_files(archive) == before - orphans  # also what was replaced just now, for readers of older versions
     assert len(reader.frames()) == 24
-    assert open_archive(archive.uri).version == archive.version
-    assert not open_index(open_archive(archive.uri)).rebuilt
-    assert sweep(archive) == Swept(0, 0)
+    found = open_archive(archive.uri)
+    assert found.version == archive.version
+    assert (len(found.frames()), found.committed_frame_count(reserve(archive, 3))) == (29, 5)
+    assert not open_index(found).rebuilt
+    assert sweep(archive) == 0
 
 
 def test_no_byte_of_replaced_content_is_left(archive):
     kept = add_video(archive, 1, 50)
     gone = add_video(archive, 2, 6)
+    halfway = random_rows(4, 8)
+    archive.commit_frames([partial_receipt(archive, 4, halfway)])
+    archive.publish([row_for(archive, 4, 4)])
     update_index(archive)
-    name = {"uri": "file:///clips/2.mp4"}
-    assert archive.commit_frames([receipt_for(archive, 3, random_rows(7, 9))]) == [True]
-    archive.publish([row_for(archive, 3, 7, **name)])
+    archive.commit_frames([receipt_for(archive, 3, random_rows(7, 9)), receipt_for(archive, 4, random_rows(5, 10))])
+    archive.publish([row_for(archive, 3, 7, uri="file:///clips/2.mp4"), row_for(archive, 4, 5)])
     update_index(archive)
     make_old(archive)
-
-    def cells_left(rows):
-        held = held_bytes(archive)
-        tokens = (rows.tokens.token, rows.tokens.compressor_out, rows.tokens.search_key)
-        cells = [cell.tobytes() for column in tokens for cell in column] + rows.thumbnails
-        return [cell in held for cell in cells]
-
-    assert all(cells_left(kept) + cells_left(gone))
-    assert sweep(archive, 0).frames == 6
-    assert all(cells_left(kept))
-    assert not any(cells_left(gone))
+    assert all(cells_left(archive, kept) + cells_left(archive, gone) + cells_left(archive, halfway))
+    assert clean(archive, 0).frames == 6
+    assert all(cells_left(archive, kept))
+    assert not any(cells_left(archive, gone) + cells_left(archive, halfway))
     found = open_archive(archive.uri)
-    assert len(found.frames()) == 57
+    assert len(found.frames()) == 62
     assert not open_index(found).rebuilt
     assert not verify(archive.uri).faults
 
 
-def test_frames_that_a_killed_job_left_stay_for_a_week(archive):
+def test_frames_that_a_killed_job_left_stay_for_a_while(archive):
     add_video(archive, 1)
     archive.commit_frames([receipt_for(archive, 2, random_rows(5))])
     number = reserve(archive, 2)
-    assert sweep(archive) == Swept(0, 0)
-    assert open_archive(archive.uri).committed_frame_count(number) == 5
+    assert clean(archive, SWEEP_AGE_SECONDS) == Cleaned(0, 0)
     make_old(archive)
-    assert sweep(archive).frames == 5
+    assert sweep(archive) == 0
+    assert open_archive(archive.uri).committed_frame_count(number) == 5
+    assert clean(archive, SWEEP_AGE_SECONDS).frames == 5
     assert open_archive(archive.uri).committed_frame_count(number) == 0
     assert archive.commit_frames([receipt_for(archive, 2, random_rows(5))]) == [True]  # and can come again
     archive.publish([row_for(archive, 2, 5)])
     assert not verify(archive.uri).faults
 
 
-def test_frames_of_a_video_that_a_running_job_has_taken_stay(archive):
-    archive.commit_frames([receipt_for(archive, 1, random_rows(5))])
-    number = reserve(archive, 1)
-    make_old(archive)
+def test_frames_of_a_video_that_a_job_has_taken_stay(archive):
+    number = commit_unpublished(archive, 1)
     with Job(archive.uri) as job:
         assert job.take(number)
-        assert sweep(archive, 0).frames == 0
+        (file,) = folder_of(archive).glob("jobs/*.job")
+        long_ago = time.time() - 2 * GONE_SECONDS
+        os.utime(file, (long_ago, long_ago))  # the machine slept
+        assert clean(archive, 0).frames == 0
         archive.publish([row_for(archive, 1, 5)])
-    assert sweep(archive, 0).frames == 0
+    assert clean(archive, 0).frames == 0
     assert len(open_archive(archive.uri).frames()) == 5
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_where_nothing_can_be_taken_frames_stay_while_another_job_is_there(archive, monkeypatch, others):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    number = commit_unpublished(archive, 1)
+    monkeypatch.setattr(os, "link", refuse)
+    jobs = [Job(archive.uri).__enter__() for _ in range(others)]
+    try:
+        assert clean(archive, 0).frames == (0 if others else 5)
+    finally:
+        for job in jobs:
+            job.__exit__()
+    assert archive.committed_frame_count(number) == (5 if others else 0)
+
+
+def test_a_row_that_shows_frames_while_they_are_dropped_says_that_they_are_missing(archive, monkeypatch):
+    """As by a job that took the video while this process slept."""
+    commit_unpublished(archive, 1)
+    drop = type(archive).drop_parts
+
+    def publish_first(self, paths):
+        open_archive(archive.uri).publish([row_for(archive, 1, 5)])
+        drop(self, paths)
+
+    monkeypatch.setattr(type(archive), "drop_parts", publish_first)
+    clean(archive, 0)
+    (row,) = open_archive(archive.uri).videos()
+    assert (row.status, row.problem.reason, row.frame_count) == (Status.FAILED, Reason.DAMAGED, 0)
+    assert row.problem.reason.may_pass
+    assert not verify(archive.uri).faults
+
+
+def test_a_moved_file_does_not_bring_back_frames_that_were_replaced(archive):
+    add_video(archive, 1, 5)
+    before = row_for(archive, 1, 5)
+    rows = random_rows(7)
+    archive.commit_frames([receipt_for(archive, 2, rows)])
+    other = row_for(archive, 1, 7, video_number=reserve(archive, 2))  # the same content with other settings
+    archive.publish([other])
+    archive.renew([row_for(archive, 1, 5, uri="file:///moved.mp4")])
+    assert [row.uri for row in archive.videos()] == [before.uri]
+    archive.renew([row_for(archive, 1, 7, video_number=other.video_number, uri="file:///moved.mp4")])
+    assert [(row.uri, row.frame_count) for row in archive.videos()] == [("file:///moved.mp4", 7)]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,19 @@ def test_each_loss_is_a_number_and_has_a_gradient(shards, learner):
         loss.backward(retain_graph=True)
         assert torch.isfinite(loss)
         assert sum(float(p.grad.abs().sum()) for p in learner.parameters() if p.grad is not None) > 0
+
+
+@torch.no_grad()
+def test_frames_of_which_nothing_is_known_do_not_count(shards, learner):
+    batch = batch_of(shards, 1, groups=6)
+    features = learner.see(batch.pixels)
+    covering, in_sight = batch.patch_words.copy(), batch.frame_words.copy()
+    covering[[0, 3]], in_sight[[0, 3]] = IGNORED, False
+    assert (in_sight.any(axis=1) == [False, True, True, False, True, True]).all()
+    known = [1, 2, 4, 5]
+    rest = replace(features, patches=features.patches[known], compressed=features.compressed[known])
+    for loss, words in ((learner.naming_loss, covering), (learner.telling_loss, in_sight)):
+        torch.testing.assert_close(loss(features, words), loss(rest, words[known]))
 
 
 @torch.no_grad()

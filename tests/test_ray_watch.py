@@ -1,5 +1,6 @@
 """A job whose Ray dies ends with a clear word, whatever it waits for at that moment."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SAMPLES, VIDX
 
+from storage.processes import start_of
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
 
 BLOCKED = """
@@ -19,13 +22,16 @@ from pipeline import ray_watch
 ray_watch.GRACE_SECONDS = 0.1
 watch = ray_watch.RayWatch()
 server = subprocess.Popen([sys.argv[1], "600"])
-other = subprocess.Popen(["sleep", "600"])
+other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 while not ray_watch.children("gcs_server"):
     pass
 assert not watch.is_dead()
 print(server.pid, other.pid, flush=True)
 if sys.argv[2] == "stopped":
     watch.stop()
+    for thread in threading.enumerate()[1:]:
+        thread.join()
+    print("over", flush=True)
 threading.Event().wait()
 """
 
@@ -42,7 +48,8 @@ def blocked(tmp_path):
         return started[0], *map(int, started[0].stdout.readline().split())
 
     yield start
-    os.killpg(started[0].pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started[0].pid, signal.SIGKILL)
     started[0].communicate()
 
 
@@ -52,26 +59,31 @@ def test_a_wait_inside_ray_ends_when_ray_has_died(blocked):
     _, heard = process.communicate(timeout=60)
     assert process.returncode == 6
     assert heard.decode().startswith("vidx: Ray's own processes on this machine died")
-    assert not is_running(other)
+    assert start_of(other) is None
 
 
 def test_nothing_is_watched_once_the_job_is_over(blocked):
     process, server, _ = blocked("stopped")
+    assert process.stdout.readline() == b"over\n"
     os.kill(server, signal.SIGKILL)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(3)
+    while start_of(server) is not None:
+        time.sleep(0.01)
+    assert process.poll() is None
 
 
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
     command = [VIDX, "index", SAMPLES / "film.mp4", "--archive", tmp_path / "archive"]
     with subprocess.Popen(command, stdout=-1, stderr=-1) as job:
-        pid = None
-        while pid is None and job.poll() is None:
-            pid = next((pid for pid in descendants(job.pid) if name_of(pid) == victim), None)
-            time.sleep(0.01)
-        os.kill(pid, signal.SIGKILL)
-        _, heard = job.communicate(timeout=120)
+        try:
+            pid = None
+            while pid is None and job.poll() is None:
+                pid = next((pid for pid in descendants(job.pid) if name_of(pid) == victim), None)
+            assert pid is not None, job.communicate()
+            os.kill(pid, signal.SIGKILL)
+            _, heard = job.communicate(timeout=120)
+        finally:
+            job.kill()
     assert job.returncode == 6, heard
     assert "vidx: Ray's own processes on this machine died" in heard.decode()
     assert "Traceback" not in heard.decode()
@@ -96,10 +108,3 @@ def name_of(pid):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

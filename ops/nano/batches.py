@@ -31,7 +31,7 @@ IGNORED = -100  # as torch's cross entropy has it
 UNKNOWN_CAPTIONS = 8  # so many captions that are true of a picture to one that is true of none
 PREFIX_SEGMENT, PADDING_SEGMENT = 0, -1
 MOST_FRAMES = 16  # of a group
-_LENGTHS = 8  # texts are padded to a multiple of it: libraries compile a kernel for every shape that they meet
+LENGTH_STEP = 8  # texts are padded to a multiple of it: libraries compile a kernel for every shape that they meet
 EARLY_KINDS = ("exists", "ever", "count", "left", "right", "above", "below")  # one word says the answer
 
 
@@ -279,7 +279,7 @@ def _first_frames(question: Question, sights: list[Sight]) -> Iterator[tuple[int
 
 def _pad(rows: list[list[tuple[int, ...]]], filler: tuple[int, ...]) -> np.ndarray:
     longest = max(len(row) for row in rows)
-    longest += -longest % _LENGTHS
+    longest += -longest % LENGTH_STEP
     return np.array([[*row, *[filler] * (longest - len(row))] for row in rows], np.int64)
 
 

@@ -316,7 +316,7 @@ class Learner(nn.Module):
 
 
 def _products(rows: Tensor, weights: Tensor) -> Tensor:
-    """(..., H) and (W, H) to (..., W) in float32, for a number of rows that every batch has another one of.
+    """(..., H) and (W, H) to (..., W) in float32, where the number of rows differs from batch to batch.
 
     On CPUs the kernels for bfloat16 are compiled anew for each shape, which takes longer than these products.
     """
