@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from pipeline.filter import Filter
 from pipeline.fuse import fuse as fuse_frames
-from pipeline.search import Range, check_text, search
+from pipeline.query import Query, Term, check_text
+from pipeline.search import Wanted, search
 from storage.archive import Archive
 from storage.cells import read_tokens
 from storage.errors import UsageError
@@ -21,7 +23,7 @@ def answer(
     archive: Archive,
     bundle: Bundle,
     question: str,
-    within: Range,
+    within: Filter,
     *,
     frame_limit: int | None,
     fuse: str | None,
@@ -75,7 +77,7 @@ def answer(
 
 
 def _choose(
-    archive: Archive, bundle: Bundle, question: str, within: Range, frame_limit: int | None
+    archive: Archive, bundle: Bundle, question: str, within: Filter, frame_limit: int | None
 ) -> tuple[Sequence[Moment], list[FrameRef]]:
     """Moments, and their frames in order of video and time.
 
@@ -86,7 +88,8 @@ def _choose(
         frames = within.frames(archive)
         if frame_limit is None or len(frames) <= frame_limit:
             return _stretches(frames, archive.uris({frame.video_number for frame in frames})), frames
-    found = search(archive, bundle, question, within, MOMENTS, None).moments
+    query = Query((Term(question),))
+    found = search(archive, bundle, query, within, Wanted(MOMENTS, bundle.search_floor)).moments
     return _frames_of_moments(archive, found, frame_limit)
 
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -21,8 +22,23 @@ archive_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def range_options(command: Callable) -> Callable:
-    """--video, --from and --to."""
+def filter_options(command: Callable) -> Callable:
+    """--video, --from, --to, --after, --before, --tag and --where."""
+    where = click.option(
+        "--where",
+        metavar="SQL",
+        default="",
+        help="Only frames of which this condition on columns of `videos` and `frames` is true; see `vidx sql`.",
+    )
+    tags = click.option(
+        "--tag",
+        "tags",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Only videos with this tag; of several with one key, any.",
+    )
+    before = click.option("--before", metavar="TIME", help="Recorded before this time, ISO 8601; UTC without a zone.")
+    after = click.option("--after", metavar="TIME", help="Recorded at this time or later.")
     to = click.option("--to", "to_text", metavar="TIME", help="Up to this position, not included.")
     start = click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s.")
     video = click.option(
@@ -30,7 +46,7 @@ def range_options(command: Callable) -> Callable:
         metavar="VIDEO",
         help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
     )
-    return video(start(to(command)))
+    return video(start(to(after(before(tags(where(command)))))))
 
 
 def model_options(command: Callable) -> Callable:
@@ -57,6 +73,34 @@ def parse_time(option: str, text: str) -> float:
     if (minutes is not None and float(seconds) >= 60) or (hours is not None and int(minutes) >= 60):
         raise UsageError(f"{option} {text}: minutes and seconds go up to 59")
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
+
+
+def parse_instant(option: str, text: str) -> datetime:
+    """A point in time from ISO 8601; without a zone it is UTC.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        instant = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise UsageError(f"{option} {text}: not a time; give ISO 8601, e.g. 2024-05-01 or 2024-05-01T12:00Z") from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def parse_tags(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The values asked for, by key.
+
+    Raises:
+        UsageError: not KEY=VALUE.
+    """
+    tags: dict[str, tuple[str, ...]] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--tag {pair}: give KEY=VALUE, e.g. --tag camera=north")
+        tags[key] = (*tags.get(key, ()), value)
+    return tags
 
 
 def parse_moment(video: str) -> tuple[str, float | None, float | None]:

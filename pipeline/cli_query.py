@@ -1,6 +1,7 @@
 """`vidx search` and `vidx ask`."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -8,11 +9,13 @@ import click
 from pipeline.cli_options import (
     archive_option,
     archive_uri,
+    filter_options,
     json_option,
     model_options,
+    parse_instant,
     parse_moment,
+    parse_tags,
     parse_time,
-    range_options,
 )
 
 DEFAULT_FRAMES = 32
@@ -24,40 +27,58 @@ model_option = click.option(
 
 
 @click.command()
-@click.argument("text")
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @archive_option
-@range_options
-@click.option("--limit", type=click.IntRange(1, 1000), default=10, show_default=True, help="At most so many moments.")
-@click.option("--floor", type=click.FloatRange(-1, 1), default=None, help="Least cosine of a hit; the model's own.")
+@click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this.")
+@filter_options
+@click.option(
+    "--top", "--limit", "limit", type=click.IntRange(1, 1000), default=10, show_default=True, help="Moments at most."
+)
+@click.option("--per-video", type=click.IntRange(1), default=None, metavar="N", help="Of one video at most so many.")
+@click.option(
+    "--min-score",
+    "--floor",
+    "floor",
+    type=click.FloatRange(-1, 1),
+    default=None,
+    help="Least score of a hit; the model's own.",
+)
 @model_option
 @json_option
-def search(
-    text: str, archive_dir: str, limit: int, floor: float | None, model: str | None, as_json: bool, **where: Any
-) -> None:
-    """Find the moments that a text describes, best first.
+def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: Any) -> None:
+    """Find the moments that texts describe, best first.
 
-    The score is the cosine between the text's and the best frame's search key.
+    The score is the cosine between the text's and the best frame's search key; of several texts, their mean. A text
+    that ends in ^2 counts twice.
 
     \b
     vidx search "a white van"
-    vidx search "a red car" --video cars.mp4 --from 0:10:00 --limit 3 --json
+    vidx search "a red car" --video cars.mp4 --from 0:10:00 --top 3 --json
+    vidx search "a bus^2" "rain" --not "at night" --tag camera=north --after 2024-05-01
 
     Exit code 4: nothing found.
     """
     from pipeline.cli_models import limits_of
     from pipeline.cli_print import moment_json, note, print_json, print_moments
-    from pipeline.search import bundle_of
+    from pipeline.query import query_of
+    from pipeline.search import Wanted, bundle_of
     from pipeline.search import search as run_search
     from storage.archive import open_archive
 
     archive = open_archive(archive_uri(archive_dir))
-    bundle = bundle_of(archive, model)
-    result = run_search(archive, bundle, text, _range(archive, **where), limit, floor)
+    bundle = bundle_of(archive, options["model"])
+    query = query_of(texts, options["without"])
+    least = bundle.search_floor if options["floor"] is None else options["floor"]
+    wanted = Wanted(options["limit"], least, options["per_video"])
+    result = run_search(archive, bundle, query, _filter(archive, options), wanted)
     if as_json:
         moments = [moment_json(moment) for moment in result.moments]
         print_json(
             {
-                "query": text,
+                "query": str(query),
+                "terms": [{"text": term.text, "weight": term.weight} for term in query.terms],
+                "without": list(query.without),
+                "floor": least,
                 "model_id": bundle.model_id,
                 "moments": moments,
                 "frames_searched": result.frames_searched,
@@ -69,9 +90,8 @@ def search(
     if result.frames_pending:
         note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
     if not result.moments:
-        least = bundle.search_floor if floor is None else floor
         searched = result.frames_searched
-        why = f"none of {searched} frames reaches a cosine of {least:g} (--floor)" if searched else NO_FRAMES
+        why = f"none of {searched} frames reaches a score of {least:g} (--min-score)" if searched else NO_FRAMES
         limits = f"; {limits_of(bundle)}" if searched and bundle.card.states_limits else ""
         note(f"nothing found: {why}{limits}")
         sys.exit(4)
@@ -80,7 +100,7 @@ def search(
 @click.command()
 @click.argument("question")
 @archive_option
-@range_options
+@filter_options
 @click.option(
     "--frames",
     type=click.IntRange(1, 100_000),
@@ -126,7 +146,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
-    where = _range(archive, options["video"], options["from_text"], options["to_text"])
+    where = _filter(archive, options)
 
     def stream(text: str) -> None:
         if not as_json:
@@ -168,7 +188,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         print_moments(answer.moments)
         click.echo(f"from {answer.frame_count} frames, fused with {answer.fuse}")
     if not found:
-        fits = "no frame fits the question; --all takes every frame of --video or --from/--to"
+        fits = "no frame fits the question; --all takes every frame of --video, --from/--to and the other filters"
         note(f"nothing found: {fits if where.frames(archive) else NO_FRAMES}")
         sys.exit(4)
     if answer.fuse_note:
@@ -177,10 +197,11 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         note(hint)
 
 
-def _range(archive: Any, video: str | None, from_text: str | None, to_text: str | None) -> Any:
-    from pipeline.search import Range
+def _filter(archive: Any, options: Mapping[str, Any]) -> Any:
+    from pipeline.filter import Filter
     from storage.errors import UsageError
 
+    video, from_text, to_text = options["video"], options["from_text"], options["to_text"]
     name, start, end = parse_moment(video) if video is not None else (None, None, None)
     if start is not None and not (from_text is None and to_text is None):
         raise UsageError(f"--video {video} names a moment already; leave out --from and --to, or the part after @")
@@ -191,4 +212,7 @@ def _range(archive: Any, video: str | None, from_text: str | None, to_text: str 
     row = archive.find_video(name) if name is not None else None
     if start is not None and end is None and video and from_text is None:
         end = start + 1e-6  # a moment of one instant: the frame shown then
-    return Range(row, start, end)
+    after, before = (options[name] and parse_instant(f"--{name}", options[name]) for name in ("after", "before"))
+    if after is not None and before is not None and before <= after:
+        raise UsageError(f"--after {options['after']} --before {options['before']}: the range must end after it starts")
+    return Filter(row, start, end, after, before, parse_tags(options["tags"]), options["where"])

@@ -1,9 +1,12 @@
 """SQL over the archive: DuckDB views `videos` and `frames` of what is published, and nothing else to be reached."""
 
+import contextlib
 import decimal
 import re
+from collections.abc import Iterator
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 from pyarrow import fs
@@ -38,6 +41,43 @@ def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
         UsageError: the statement is wrong, is not one reading statement, or reaches for files or settings.
         ArchiveError: a part is missing or damaged.
     """
+    with _running(archive, statement) as relation:
+        if relation is None:
+            return [], []
+        return _unique(relation.columns), _rows(relation)
+
+
+def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | None]:
+    """The frames that an SQL condition on columns of `videos` and `frames` is true of.
+
+    A column that both views have is the video's, unless the condition names columns of frames alone too: then it has to
+    be written `videos.name` or `frames.name`.
+
+    Returns:
+        By video number: the frames' indexes, ascending, or None for all frames of the video.
+    Raises:
+        UsageError: the condition is wrong, or reaches for files or settings.
+        ArchiveError: a part is missing or damaged.
+    """
+    try:
+        _, rows = run_sql(archive, f"SELECT DISTINCT video_number FROM videos WHERE (\n{condition}\n)")
+        return {number: None for (number,) in rows if number is not None}
+    except UsageError as error:
+        if not isinstance(error.__cause__, duckdb.BinderException):
+            raise
+    joined = "frames JOIN videos USING (video_number, video_id, model_id, sampling)"
+    statement = f"SELECT video_number, frame_index FROM {joined} WHERE (\n{condition}\n) ORDER BY ALL"
+    with _running(archive, statement) as relation:
+        table = relation.to_arrow_table()
+        numbers, indexes = (table.column(name).to_numpy() for name in ("video_number", "frame_index"))
+        unique, starts = np.unique(numbers, return_index=True)
+        ends = [*starts[1:], len(indexes)]
+        return {number: indexes[start:end] for number, start, end in zip(unique.tolist(), starts, ends[: len(unique)])}
+
+
+@contextlib.contextmanager
+def _running(archive: Archive, statement: str) -> Iterator[duckdb.DuckDBPyRelation | None]:
+    """The result of a statement over the views; what goes wrong while it is read is told in plain words."""
     if not is_text(statement):
         raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
     connection = duckdb.connect(":memory:")
@@ -46,10 +86,7 @@ def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         _refuse_other_statements(connection, statement)
-        relation = connection.sql(statement)
-        if relation is None:
-            return [], []
-        return _unique(relation.columns), _rows(relation)
+        yield connection.sql(statement)
     except duckdb.Error as error:
         raise _plain_error(archive, error) from error
     except OSError as error:
