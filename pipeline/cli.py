@@ -19,6 +19,8 @@ COMMANDS = {
     "verify": ("pipeline.cli_care", "Check that every byte of an archive is what was written."),
     "repair": ("pipeline.cli_care", "Take out what is damaged and index it again."),
     "clean": ("pipeline.cli_care", "Remove what an archive shows no more."),
+    "delete": ("pipeline.cli_delete", "Take videos out of an archive."),
+    "expire": ("pipeline.cli_delete", "Take out videos that were recorded long ago."),
     "models": ("pipeline.cli_models", "List the models at hand."),
 }
 

@@ -42,6 +42,7 @@ def status(archive_dir: str, failed: bool, as_json: bool) -> None:
                     "indexed": found.videos_indexed,
                     "partial": found.videos_partial,
                     "failed": found.videos_failed,
+                    "deleted": found.videos_deleted,
                 },
                 "frames": found.frames,
                 "frames_searchable": found.frames - pending,
@@ -53,9 +54,11 @@ def status(archive_dir: str, failed: bool, as_json: bool) -> None:
             }
         )
         return
+    counts = f"{found.videos_indexed} indexed, {found.videos_partial} partial, {found.videos_failed} failed"
+    deleted = f", {found.videos_deleted} deleted" if found.videos_deleted else ""
     rows = (
         ("archive", archive_dir),
-        ("videos", f"{found.videos_indexed} indexed, {found.videos_partial} partial, {found.videos_failed} failed"),
+        ("videos", counts + deleted),
         ("frames", f"{found.frames}, of which {found.frames - pending} can be searched, {pending} are pending"),
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
         ("size", size(found.size_bytes)),

@@ -51,6 +51,7 @@ from pipeline.cli_options import archive_option, archive_uri, json_option, model
     help="A preset (embedded, one_gpu, cluster) or a TOML file; options win over it.",
 )
 @click.option("--retry-failed", is_flag=True, default=None, help="Try again what failed or is partial.")
+@click.option("--restore-deleted", is_flag=True, default=None, help="Index again what `vidx delete` has taken out.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done with each source, and change nothing.")
 @json_option
 def index(
@@ -128,6 +129,7 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "videos_failed": result.failed,
         "videos_skipped": result.skipped,
         "videos_failed_before": result.failed_before,
+        "videos_deleted_before": result.deleted_before,
         "frames": result.frame_count,
         "model_id": model_id,
         "seconds": round(result.seconds, 3),
@@ -157,6 +159,8 @@ def _print_result(result: Any, archive_dir: str) -> None:
             f"{result.failed_before} of the skipped failed or are partial since an earlier run; `vidx status --failed` "
             "lists them, --retry-failed tries them again"
         )
+    if result.deleted_before:
+        click.echo(f"{result.deleted_before} of the skipped were deleted; --restore-deleted indexes them again")
     tried = result.indexed + result.partial + result.failed
     if tried == 0 and not result.interrupted:
         click.echo(f"Nothing to index: {archive_dir} knows all of the {result.skipped} videos; `vidx status` shows it.")

@@ -34,6 +34,7 @@ class IndexConfig(BaseModel):
     decode_threads: int = Field(default=1, ge=1, le=64)
     timeout_seconds: float = Field(default=60, gt=0)
     retry_failed: bool = False
+    restore_deleted: bool = False
 
     @field_validator("fps", mode="before")
     @classmethod

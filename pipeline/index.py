@@ -47,9 +47,10 @@ READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver ho
 class IndexResult:
     """What a job did; the four kinds of videos are disjoint and add up to the sources.
 
-    `failures` lists this run's partial and failed videos; failed_before, part of skipped, counts those of earlier runs
-    that this one did not try again. The seconds of the stages are summed over workers: waiting for the decoder,
-    computing, and writing. cache_problem says why hashes are not remembered for the next run.
+    `failures` lists this run's partial and failed videos. Parts of skipped: failed_before counts those of earlier runs
+    that this one did not try again, deleted_before those that were deleted. The seconds of the stages are summed over
+    workers: waiting for the decoder, computing, and writing. cache_problem says why hashes are not remembered for the
+    next run.
     """
 
     indexed: int = 0
@@ -57,6 +58,7 @@ class IndexResult:
     failed: int = 0
     skipped: int = 0
     failed_before: int = 0
+    deleted_before: int = 0
     frame_count: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -106,7 +108,7 @@ def plan_index(
     assets: Iterable[VideoAsset], archive: Archive | None, bundle: Bundle, sampling: Sampling, config: IndexConfig
 ) -> Known:
     """What a job would do with each source; changes nothing. An archive of None is one that is not there yet."""
-    wanted = Wanted(bundle.model_id, sampling, config.max_pixels, config.retry_failed)
+    wanted = Wanted(bundle.model_id, sampling, config.max_pixels, config.retry_failed, config.restore_deleted)
     return plan_sources(list(assets), archive.videos() if archive else [], wanted, HashCache())
 
 
@@ -131,9 +133,12 @@ def run_index(
     known = plan_index(assets, archive, bundle, sampling, config)
     if known.renewed:
         archive.renew(known.renewed)  # before anything new takes the place of what has moved away
+    if known.deleted:
+        archive.forget_deleted(known.deleted)
     result.cache_problem = known.cache_problem
     result.failed_before = known.count(Plan.FAILED)
-    result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.FAILED)
+    result.deleted_before = known.count(Plan.DELETED)
+    result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.FAILED, Plan.DELETED)
     if known.todo:
         from pipeline.executor import Executor
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from storage.errors import VideoProblem
 from storage.files import local_path
-from storage.records import Content, Reason, Sampling, VideoAsset, VideoRow
+from storage.records import Content, Reason, Sampling, Status, VideoAsset, VideoRow
 from workers.content import identify, open_source
 from workers.hash_cache import HashCache
 
@@ -25,6 +25,7 @@ class Plan(StrEnum):
     MOVED = "moved"
     KNOWN = "known"
     FAILED = "failed before"
+    DELETED = "deleted before"
 
     @property
     def is_work(self) -> bool:
@@ -38,12 +39,14 @@ class Wanted:
 
     Attributes:
         retry_failed: try again what failed or is partial, whatever the reason.
+        restore_deleted: index again what was deleted.
     """
 
     model_id: str
     sampling: Sampling
     max_pixels: int
     retry_failed: bool = False
+    restore_deleted: bool = False
 
     def is_of(self, row: VideoRow) -> bool:
         """Whether a row was made with this model and these settings."""
@@ -76,6 +79,12 @@ class Known:
         """Sources that need work."""
         return tuple(asset for asset, plan in self.plans if plan.is_work)
 
+    @property
+    def deleted(self) -> set[str]:
+        """Ids of deleted content that is to be indexed again."""
+        ids = {content.video_id for asset in self.todo if (content := self.contents.get(asset.uri))}
+        return {video_id for video_id in ids & self.by_id.keys() if self.by_id[video_id].status is Status.DELETED}
+
     def count(self, *plans: Plan) -> int:
         """Sources with one of these plans."""
         return sum(plan in plans for _, plan in self.plans)
@@ -107,13 +116,16 @@ def plan_sources(assets: Sequence[VideoAsset], rows: Sequence[VideoRow], wanted:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
         found = list(pool.map(lambda asset: _content_if(asset, sizes, hashes), assets))
     contents = {asset.uri: content for asset, content in zip(assets, found, strict=True) if content}
-    by_uri = {row.uri: row for row in rows}
+    by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
     renewed: dict[str, VideoRow] = {}
     plans = []
     for asset, content in zip(assets, found, strict=True):
         row = by_id.get(content.video_id) if content else None
         if row is None:
             plans.append((asset, _plan_unknown(asset, by_uri.get(asset.uri), wanted)))
+            continue
+        if row.status is Status.DELETED:
+            plans.append((asset, plan_known(row, wanted)))
             continue
         changed = _renewed(renewed.get(row.video_id, row), asset, content, contents)
         if changed is not None:
@@ -122,7 +134,7 @@ def plan_sources(assets: Sequence[VideoAsset], rows: Sequence[VideoRow], wanted:
         moved = plan is Plan.KNOWN and changed is not None and changed.uri != row.uri
         plans.append((asset, Plan.MOVED if moved else plan))
     rows = [renewed.get(row.video_id, row) for row in rows]
-    by_uri = {row.uri: row for row in rows}
+    by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
     return Known(wanted, tuple(plans), tuple(renewed.values()), contents, by_id | renewed, by_uri, hashes.problem)
 
 
@@ -156,6 +168,8 @@ def _is_still_unreadable(row: VideoRow) -> bool:
 
 def plan_known(row: VideoRow, wanted: Wanted) -> Plan:
     """Of a source whose content the archive holds: whether trying again would give the same rows."""
+    if row.status is Status.DELETED:
+        return Plan.NEW if wanted.restore_deleted else Plan.DELETED
     if not wanted.is_of(row):
         return Plan.SETTINGS
     if row.problem is None:

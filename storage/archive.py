@@ -58,6 +58,7 @@ class ArchiveStatus:
     videos_indexed: int
     videos_partial: int
     videos_failed: int
+    videos_deleted: int
     frames: int
     model_ids: tuple[str, ...]
     size_bytes: int
@@ -357,6 +358,35 @@ class Archive:
         """
         self._videos.change(lambda table: videos.plan_publish(table, videos.of_same_frames(table, rows)))
 
+    def delete(self, rows: Sequence[VideoRow]) -> None:
+        """Takes videos out of every answer at once; `clean` removes their frames, `forget_deleted` lets them come back.
+
+        Raises:
+            ArchiveError: the archive cannot be written; nothing is deleted.
+        """
+        wanted = {(row.video_id, row.uri) for row in rows}
+
+        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            columns = (table.column(name).to_pylist() for name in ("video_id", "uri", "status"))
+            found = [(id_, uri) in wanted and status != Status.DELETED for id_, uri, status in zip(*columns)]
+            return videos.plan_delete(table, np.array(found, bool))
+
+        self._videos.change(plan)
+
+    def forget_deleted(self, video_ids: set[str]) -> None:
+        """Lets a job index deleted content again.
+
+        Raises:
+            ArchiveError: the archive cannot be written.
+        """
+
+        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            columns = (table.column(name).to_pylist() for name in ("video_id", "status"))
+            kept = [id_ not in video_ids or status != Status.DELETED for id_, status in zip(*columns)]
+            return np.array(kept, bool), videos.to_arrow([])
+
+        self._videos.change(plan)
+
     def published(self) -> dict[int, str]:
         """Video id by number, of every video that shows frames."""
         rows = self._videos.rows()
@@ -364,7 +394,7 @@ class Archive:
         return {number: video_id for number, video_id, count in zip(*columns, strict=True) if count and number}
 
     def videos(self) -> list[VideoRow]:
-        """All rows, by uri."""
+        """All rows, by uri, those of deleted videos too."""
         return sorted(videos.to_rows(self._videos.rows()), key=lambda row: row.uri)
 
     def videos_arrow(self) -> pa.Table:
@@ -387,10 +417,7 @@ class Archive:
     def row_of(self, video_id: str) -> VideoRow | None:
         """The row of a content, or None."""
         places = np.flatnonzero(pc.equal(self._videos.rows().column("video_id"), video_id).fill_null(False).to_numpy())
-        return self._row_at(int(places[0])) if len(places) else None
-
-    def _row_at(self, place: int) -> VideoRow:
-        return videos.to_rows(self._videos.rows().slice(place, 1))[0]
+        return _row_at(self._videos.rows(), int(places[0])) if len(places) else None
 
     def find_video(self, name: str) -> VideoRow:
         """The video that a person means by a path, a URI, a file name, or the first digits (six or more) of its id.
@@ -399,18 +426,19 @@ class Archive:
             UsageError: there is none, or more than one.
         """
         rows = self._videos.rows()
+        rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
         uris, ids = rows.column("uri").to_pylist(), rows.column("video_id").to_pylist()
         uri = to_uri(name)
         if uri in uris:
-            return self._row_at(uris.index(uri))
+            return _row_at(rows, uris.index(uri))
         same_name = [place for place, other in enumerate(uris) if other.rsplit("/", 1)[-1] == uri.rsplit("/", 1)[-1]]
         if "/" not in name and len(same_name) == 1:
-            return self._row_at(same_name[0])
+            return _row_at(rows, same_name[0])
         digits = name.lower()
         is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
         found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
         if len(found) == 1:
-            return self._row_at(found[0])
+            return _row_at(rows, found[0])
         if found:
             candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in found)[:5])
             raise UsageError(f"{name}: more than one video begins so; add digits: {candidates}")
@@ -433,12 +461,17 @@ class Archive:
             videos_indexed=states.count(Status.INDEXED),
             videos_partial=states.count(Status.PARTIAL),
             videos_failed=states.count(Status.FAILED),
+            videos_deleted=states.count(Status.DELETED),
             frames=self.frame_count(),
             model_ids=tuple(sorted(set(rows.column("model_id").to_pylist()))) or (self.model_id,),
             size_bytes=tree_size(self.uri),
             version=self.version,
             format_version=self.settings.format_version,
         )
+
+
+def _row_at(rows: pa.Table, place: int) -> VideoRow:
+    return videos.to_rows(rows.slice(place, 1))[0]
 
 
 def _optional(field: pa.Field) -> pa.Field:

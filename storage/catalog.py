@@ -22,7 +22,7 @@ CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
     rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
     CAST(captured_at AS TIMESTAMP) AS captured_at, tags, model_id, sampling, attempts
-FROM stored_videos
+FROM stored_videos WHERE status <> 'deleted'
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
 _READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing

@@ -24,6 +24,7 @@ class Status(StrEnum):
     INDEXED = "indexed"
     PARTIAL = "partial"
     FAILED = "failed"
+    DELETED = "deleted"  # by a user; what is left says so, lest the next job index it again
 
 
 class Reason(StrEnum):

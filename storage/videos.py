@@ -1,6 +1,7 @@
 """The videos table: one row per video, whose publication makes the video's frames visible."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC
 from fractions import Fraction
 
@@ -71,20 +72,31 @@ def of_same_frames(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
     return [row for row in rows if tuple(getattr(row, name) for name in names) in there]
 
 
+def plan_delete(table: pa.Table, wanted: np.ndarray) -> tuple[np.ndarray, pa.Table]:
+    """What to keep of the table, and what to add, so that nothing shows the wanted rows any more.
+
+    A row of known content leaves one that says so; of a file that could not be read nothing is left.
+    """
+    rows = to_rows(table.filter(pa.array(wanted)))
+    nothing = {"status": Status.DELETED, "video_number": None, "problem": None, "frame_count": 0, "attempts": 0}
+    return ~wanted, to_arrow([replace(row, **nothing) for row in rows if row.video_id is not None])
+
+
 def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray, pa.Table]:
     """What to keep of the table, and what to add, so that each row takes the place of those it renews.
 
     A row renews, within its model's rows, the one of the same content (whatever its sampling or uri) and the one of
     the same uri (whatever its content). Nothing searchable is lost to a file that could not be read this time: a row
     of unknown content, or without frames, does not take the place of a row of the same uri with known content, or of
-    the same content with frames.
+    the same content with frames. Deleted content stays deleted, and does not keep its uri from another one.
     """
-    known = list(zip(*(table.column(name).to_pylist() for name in ("model_id", "video_id", "uri", "frame_count"))))
-    known += [(row.model_id, row.video_id, row.uri, row.frame_count) for row in rows]
+    names = ("model_id", "video_id", "uri", "frame_count", "status")
+    known = list(zip(*(table.column(name).to_pylist() for name in names)))
+    known += [tuple(getattr(row, name) for name in names) for row in rows]
     alive = np.arange(len(known)) < table.num_rows
     by_content: dict[tuple, int] = {}
     by_uri: dict[tuple, int] = {}
-    for place, (model_id, video_id, uri, frame_count) in enumerate(known):
+    for place, (model_id, video_id, uri, frame_count, status) in enumerate(known):
         same_content = None if video_id is None else by_content.get((model_id, video_id))
         same_uri = by_uri.get((model_id, uri))
         if place >= table.num_rows:
@@ -93,7 +105,8 @@ def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray,
                 continue
             alive[rivals] = False
             alive[place] = True
-        by_uri[model_id, uri] = place
+        if status != Status.DELETED:
+            by_uri[model_id, uri] = place
         if video_id is not None:
             by_content[model_id, video_id] = place
     added = [row for row, stays in zip(rows, alive[table.num_rows :], strict=True) if stays]
@@ -101,10 +114,10 @@ def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray,
 
 
 def _outlasts(rival: tuple, video_id: str | None, frame_count: int) -> bool:
-    _, rival_id, _, rival_frames = rival
+    _, rival_id, _, rival_frames, rival_status = rival
     if video_id is None:
         return rival_id is not None
-    return rival_id == video_id and frame_count == 0 and rival_frames > 0
+    return rival_id == video_id and (rival_status == Status.DELETED or (frame_count == 0 and rival_frames > 0))
 
 
 def _as_dict(row: VideoRow) -> dict:

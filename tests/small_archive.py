@@ -1,12 +1,16 @@
 """Small archives with random rows, written by the real writers; every row is kept beside them to compare with."""
 
+import os
+import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from storage.archive import Archive
+from storage.files import local_path
 from storage.parts import FrameColumns, PartWriter
 from storage.records import (
     Part,
@@ -21,6 +25,7 @@ from storage.records import (
     TokenBatch,
     VideoRow,
 )
+from storage.sweep import SWEEP_AGE_SECONDS
 
 MODEL_ID = "a1" * 32
 SAMPLING = Sampling(Fraction(1), 0)
@@ -167,3 +172,27 @@ def add_video(archive: Archive, name: int, count: int = 5, **changes) -> Rows:
     assert archive.commit_frames([receipt_for(archive, name, rows)]) == [True]
     archive.publish([row_for(archive, name, count, **changes)])
     return rows
+
+
+def folder_of(archive: Archive) -> Path:
+    """Where it lies."""
+    return Path(os.fsdecode(local_path(archive.uri)))
+
+
+def held_files(archive: Archive) -> set[str]:
+    """All its files, from its folder on."""
+    return {str(path.relative_to(folder_of(archive))) for path in folder_of(archive).rglob("*") if path.is_file()}
+
+
+def make_old(archive: Archive) -> None:
+    """As if all files had been written so long ago that a sweep removes those that nothing names."""
+    then = time.time() - SWEEP_AGE_SECONDS - 3600
+    for name in held_files(archive):
+        os.utime(folder_of(archive) / name, (then, then))
+
+
+def cells_left(archive: Archive, rows: Rows) -> list[bool]:
+    """Whether each token, key and thumbnail is in any file of the archive."""
+    held = b"".join((folder_of(archive) / name).read_bytes() for name in held_files(archive))
+    tokens = (rows.tokens.token, rows.tokens.compressor_out, rows.tokens.search_key)
+    return [cell in held for cell in [*(cell.tobytes() for column in tokens for cell in column), *rows.thumbnails]]

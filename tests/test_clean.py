@@ -3,12 +3,15 @@
 import errno
 import os
 import time
-from pathlib import Path
 
 import pytest
 from small_archive import (
     MODEL_ID,
     add_video,
+    cells_left,
+    folder_of,
+    held_files,
+    make_old,
     partial_receipt,
     random_rows,
     receipt_for,
@@ -20,7 +23,6 @@ from small_archive import (
 
 from storage import sweep as sweeping
 from storage.archive import create_archive, open_archive
-from storage.files import local_path
 from storage.jobs import GONE_SECONDS, Job
 from storage.records import Reason, Status
 from storage.sweep import SWEEP_AGE_SECONDS, Cleaned, clean, sweep
@@ -31,27 +33,6 @@ from storage.verify import verify
 @pytest.fixture
 def archive(tmp_path):
     return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="a model")
-
-
-def folder_of(archive):
-    return Path(os.fsdecode(local_path(archive.uri)))
-
-
-def held_files(archive):
-    return {str(path.relative_to(folder_of(archive))) for path in folder_of(archive).rglob("*") if path.is_file()}
-
-
-def make_old(archive):
-    then = time.time() - SWEEP_AGE_SECONDS - 3600
-    for name in held_files(archive):
-        os.utime(folder_of(archive) / name, (then, then))
-
-
-def cells_left(archive, rows):
-    """Whether each token, key and thumbnail is in any file of the archive."""
-    held = b"".join((folder_of(archive) / name).read_bytes() for name in held_files(archive))
-    tokens = (rows.tokens.token, rows.tokens.compressor_out, rows.tokens.search_key)
-    return [cell in held for cell in [*(cell.tobytes() for column in tokens for cell in column), *rows.thumbnails]]
 
 
 def commit_unpublished(archive, name, count=5):

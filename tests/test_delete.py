@@ -1,0 +1,143 @@
+"""Deleted videos are in no answer, do not come back by themselves, and leave no byte once the archive is clean."""
+
+import shutil
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from conftest import SAMPLES
+from small_archive import (
+    MODEL_ID,
+    add_video,
+    cells_left,
+    failed_row,
+    make_old,
+    random_rows,
+    receipt_for,
+    reserve,
+    row_for,
+    video_id_of,
+)
+
+from storage.archive import create_archive, open_archive
+from storage.catalog import run_sql
+from storage.errors import UsageError
+from storage.files import local_path
+from storage.records import Status
+from storage.sweep import clean
+from storage.vectors import open_index, update_index
+from storage.verify import verify
+
+
+@pytest.fixture
+def archive(tmp_path):
+    archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
+    for name in (1, 2, 3):
+        add_video(archive, name)
+    update_index(archive)
+    return archive
+
+
+def shown(archive):
+    return sorted(int(video_id[:8]) for video_id in archive.published().values())
+
+
+def test_a_deleted_video_is_in_no_answer(archive):
+    archive.delete([archive.find_video("2.mp4")])
+    found = open_archive(archive.uri)
+    assert shown(found) == [1, 3]
+    assert {frame.video_id for frame in found.frames()} == {video_id_of(1), video_id_of(3)}
+    hits = open_index(found).search(np.ones(16, np.float32) / 4, 100)
+    assert {hit.video_number for hit in hits} == {reserve(found, 1), reserve(found, 3)}
+    for view in ("videos", "frames"):
+        assert run_sql(found, f"SELECT count(*) FROM {view} WHERE video_id LIKE '00000002%'")[1] == [(0,)]
+    with pytest.raises(UsageError, match="no such video"):
+        found.find_video("2.mp4")
+    status = found.status()
+    assert (status.videos_indexed, status.videos_deleted, status.frames) == (2, 1, 10)
+    assert not verify(archive.uri).faults
+
+
+def test_deleted_content_stays_deleted_until_it_is_asked_for(archive):
+    row = archive.find_video("2.mp4")
+    archive.delete([row])
+    archive.publish([row])  # by a job that was at it, or of a file under another name
+    archive.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    archive.delete([row])
+    assert shown(archive) == [1, 3]
+    archive.commit_frames([receipt_for(archive, 4, random_rows(6))])
+    archive.publish([row_for(archive, 4, 6, uri=row.uri)])  # other content at its place
+    assert shown(archive) == [1, 3, 4]
+    assert [row.status for row in archive.videos()].count(Status.DELETED) == 1
+    archive.forget_deleted({row.video_id})
+    archive.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    assert shown(archive) == [1, 2, 3, 4]
+
+
+def test_the_row_of_an_unreadable_file_goes_for_good(archive):
+    archive.publish([failed_row(archive, "file:///clips/secret.mp4")])
+    archive.delete([archive.find_video("secret.mp4")])
+    assert [row.uri for row in archive.videos()] == [f"file:///clips/{name}.mp4" for name in (1, 2, 3)]
+
+
+def test_no_byte_of_a_deleted_video_is_left_when_the_archive_is_clean(archive):
+    frames = archive.frames(archive.find_video("2.mp4").video_number)
+    rows = random_rows(5, seed=2)
+    archive.delete([archive.find_video("2.mp4")])
+    make_old(archive)
+    assert all(cells_left(archive, rows))
+    assert clean(archive, 0).frames == len(frames) == 5
+    assert not any(cells_left(archive, rows))
+    assert shown(open_archive(archive.uri)) == [1, 3]
+    assert not verify(archive.uri).faults
+
+
+def test_delete_and_restore_from_the_command_line(vidx, archive_copy, tmp_path):
+    archive = str(archive_copy)
+    name = str(SAMPLES / "tractor.webm")
+    (row,) = vidx("sql", f"SELECT * FROM videos WHERE source = '{name}'", "--archive", archive, "--json").json
+    refused = vidx("delete", name, "no-such-file.mp4", "--archive", archive)
+    assert (refused.code, "no-such-file.mp4: no such video" in refused.err) == (2, True)
+    trial = vidx("delete", name, "--archive", archive, "--dry-run", "--json").json
+    assert (trial["videos_deleted"], trial["frames_deleted"]) == (1, row["frames"])
+    done = vidx("delete", name, row["video_id"][:8], "--archive", archive, "--json")
+    assert done.json == {**trial, "dry_run": False}
+    assert vidx("search", "x", "--video", name, "--archive", archive).code == 2
+    again = vidx("index", str(SAMPLES), "--archive", archive, "--json").json
+    assert (again["videos_deleted_before"], again["videos_indexed"]) == (1, 0)
+    plan = vidx("index", name, "--archive", archive, "--dry-run", "--json").json
+    assert plan["counts"]["deleted_before"] == 1
+    back = vidx("index", name, "--archive", archive, "--restore-deleted", "--json").json
+    assert (back["videos_indexed"], back["frames"]) == (1, 0)  # its frames were still there
+    (found,) = vidx("sql", f"SELECT * FROM videos WHERE source = '{name}'", "--archive", archive, "--json").json
+    assert found["frames"] == row["frames"]
+
+
+def test_expire_goes_by_capture_time_and_else_by_the_files_time(vidx, archive, tmp_path):
+    now = datetime.now(UTC)
+    ages = ((1, now - timedelta(days=100), now), (2, None, now - timedelta(days=100)), (3, None, now))
+    for name, captured_at, changed in ages:
+        mtime_ns = int(changed.timestamp()) * 10**9
+        archive.publish([row_for(archive, name, 5, captured_at=captured_at, mtime_ns=mtime_ns)])
+    place = str(local_path(archive.uri).decode())
+    trial = vidx("expire", "--older-than", "90d", "--archive", place, "--dry-run")
+    assert "2 videos with 10 frames would be deleted" in trial.out
+    assert shown(open_archive(archive.uri)) == [1, 2, 3]
+    done = vidx("expire", "--older-than", "90d", "--archive", place, "--json").json
+    assert [entry["source"] for entry in done["videos"]] == ["/clips/1.mp4", "/clips/2.mp4"]
+    assert shown(open_archive(archive.uri)) == [3]
+    assert vidx("expire", "--older-than", "90d", "--archive", place, "--json").json["videos_deleted"] == 0
+
+
+@pytest.mark.parametrize("age", ["90", "d", "-3d", "9e9d", "1" * 30 + "y"])
+def test_what_is_no_age_is_refused(vidx, tmp_path, age):
+    run = vidx("expire", f"--older-than={age}", "--archive", str(tmp_path))
+    assert (run.code, "90d" in run.err) == (2, True)
+
+
+def test_a_copy_of_deleted_content_stays_out_too(vidx, archive_copy, tmp_path):
+    archive = str(archive_copy)
+    assert vidx("delete", "tractor.webm", "--archive", archive).code == 0
+    shutil.copy(SAMPLES / "tractor.webm", tmp_path / "copy.webm")
+    run = vidx("index", str(tmp_path / "copy.webm"), "--archive", archive)
+    assert "1 of the skipped were deleted; --restore-deleted indexes them again" in run.out
