@@ -22,7 +22,7 @@ BLOCK = re.compile(r"(<!-- (?P<name>[a-z -]+): made by ops/readme\.py -->\n).*?(
 
 def help_text(command: str) -> str:
     """`vidx COMMAND --help` as a code block."""
-    result = CliRunner().invoke(vidx, [command, "--help"], prog_name="vidx", terminal_width=100)
+    result = CliRunner().invoke(vidx, [*command.split(), "--help"], prog_name="vidx", terminal_width=100)
     return f"```text\n{result.output.rstrip()}\n```\n"
 
 

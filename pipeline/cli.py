@@ -21,6 +21,7 @@ COMMANDS = {
     "clean": ("pipeline.cli_care", "Remove what an archive shows no more."),
     "delete": ("pipeline.cli_delete", "Take videos out of an archive."),
     "expire": ("pipeline.cli_delete", "Take out videos that were recorded long ago."),
+    "evaluate": ("pipeline.cli_evaluate", "Measure how well what is known is found."),
     "models": ("pipeline.cli_models", "List the models at hand."),
 }
 

@@ -70,8 +70,8 @@ def parse_term(text: str) -> Term:
     return Term(match[1], float(match[2]))
 
 
-def embed(query: Query, bundle: Bundle) -> QueryKeys:
-    """The keys of a query; what the text tower cannot take in is cut at a text's end.
+def check_query(query: Query, bundle: Bundle) -> None:
+    """Refuses what cannot be searched.
 
     Raises:
         UsageError: an empty text, or a model without text tower.
@@ -83,7 +83,10 @@ def embed(query: Query, bundle: Bundle) -> QueryKeys:
             f"model {bundle.name} has no text tower, so text cannot be searched; "
             "`vidx ask --all` takes frames without a search"
         )
-    encoder = TextEncoder(bundle)
+
+
+def embed(query: Query, encoder: TextEncoder) -> QueryKeys:
+    """The keys of a query; what the text tower cannot take in is cut at a text's end."""
     weights = np.array([term.weight for term in query.terms], np.float32)
     keys = np.stack([encoder.embed(term.text) for term in query.terms])  # (N, E)
     unwanted = [encoder.embed(text) for text in query.without]

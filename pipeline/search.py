@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from pipeline.filter import Filter
 from pipeline.moments import fallen, moments_of
-from pipeline.query import Query, QueryKeys, embed
+from pipeline.query import Query, QueryKeys, check_query, embed
 from storage.archive import Archive
 from storage.cells import read_keys
 from storage.errors import UsageError
@@ -16,6 +17,7 @@ from storage.files import source_text
 from storage.records import FrameRef, Hit, Moment
 from storage.vectors import Index, ids_of, open_index
 from workers.bundle import Bundle, find_bundle
+from workers.clip_text import TextEncoder
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
 MOST_HITS = 8192  # a moment of more frames than that may be shown in pieces
@@ -61,7 +63,7 @@ def bundle_of(archive: Archive, model: str | None) -> Bundle:
 
 
 def search(archive: Archive, bundle: Bundle, query: Query, within: Filter, wanted: Wanted) -> SearchResult:
-    """The moments within a part of an archive that fit a query best.
+    """The moments within a part of an archive that fit a query best; `Searcher` is for several queries.
 
     Args:
         archive: what to search.
@@ -72,16 +74,35 @@ def search(archive: Archive, bundle: Bundle, query: Query, within: Filter, wante
     Raises:
         UsageError: an empty text, a model without text tower, or a wrong filter.
     """
-    keys = embed(query, bundle)
-    index = open_index(archive)
-    pending = index.pending_count(archive)
-    if within.is_everything:
-        ids, searched = None, index.frame_count
-    else:
-        frames = [frame for frame in within.frames(archive) if index.covers(frame.part)]
-        ids, searched = ids_of(frames), len(frames)
-    moments = _find(archive, index, keys, ids, wanted) if searched else []
-    return SearchResult(tuple(moments), searched, pending)
+    return Searcher(archive, bundle).search(query, within, wanted)
+
+
+class Searcher:
+    """An archive at one version with its index and the text tower, opened for any number of searches."""
+
+    def __init__(self, archive: Archive, bundle: Bundle):
+        self._archive = archive
+        self._bundle = bundle
+        self._encoder: TextEncoder | None = None
+
+    @cached_property
+    def _index(self) -> Index:
+        return open_index(self._archive)
+
+    def search(self, query: Query, within: Filter, wanted: Wanted) -> SearchResult:
+        """As the function `search`."""
+        check_query(query, self._bundle)
+        self._encoder = self._encoder or TextEncoder(self._bundle)
+        keys = embed(query, self._encoder)
+        index, archive = self._index, self._archive
+        pending = index.pending_count(archive)
+        if within.is_everything:
+            ids, searched = None, index.frame_count
+        else:
+            frames = [frame for frame in within.frames(archive) if index.covers(frame.part)]
+            ids, searched = ids_of(frames), len(frames)
+        moments = _find(archive, index, keys, ids, wanted) if searched else []
+        return SearchResult(tuple(moments), searched, pending)
 
 
 def _find(archive: Archive, index: Index, keys: QueryKeys, ids: np.ndarray | None, wanted: Wanted) -> Sequence[Moment]:

@@ -134,7 +134,8 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
     archive, frames, keys = clips
     bundle = find_bundle("nano")
     query, floor = Query((Term("an apple"),), without=("a strawberry", "a snake")), 0.1
-    shows, unwanted = keys @ embed(query, bundle).wanted, keys @ embed(query, bundle).unwanted.T
+    wanted = embed(query, TextEncoder(bundle))
+    shows, unwanted = keys @ wanted.wanted, keys @ wanted.unwanted.T
     hits = [
         (frame.video_id, frame.time_seconds)
         for frame, score, others in zip(frames, shows, unwanted, strict=True)

@@ -1,0 +1,101 @@
+"""`vidx evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli_options import archive_option, archive_uri, json_option
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Judged, Scores
+
+
+@click.group()
+def evaluate() -> None:
+    """Measure how well an archive answers what is known.
+
+    \b
+    vidx evaluate retrieval QUERIES.csv
+    """
+
+
+@evaluate.command()
+@click.argument("queries", metavar="FILE")
+@archive_option
+@click.option("--within-video", is_flag=True, help="Search each text in its own video alone, not in the whole archive.")
+@click.option("--min-score", type=click.FloatRange(-1, 1), default=None, help="Least score of a hit; the model's own.")
+@click.option("--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now.")
+@json_option
+def retrieval(
+    queries: str, archive_dir: str, within_video: bool, min_score: float | None, model: str | None, as_json: bool
+) -> None:
+    """Search for texts whose moments are known, and score what is found.
+
+    FILE is CSV with the columns file, start_seconds, end_seconds and text, an empty file meaning that the archive shows
+    nothing of the kind; or annotations of QVHighlights (JSON lines) or Charades-STA (lines ID START END##text). Videos
+    are named by path, file name, or file name without its suffix. Rows of one text are one query; each is right.
+
+    R@k is the share of the texts of which one of the first k moments overlaps a true one by an IoU of at least that
+    much; MRR the mean of 1 / rank of the first such one (IoU 0.5), of ten; F1 that of telling what is there from what
+    is not.
+
+    \b
+    vidx evaluate retrieval QUERIES.csv
+    vidx evaluate retrieval charades_sta_test.txt --within-video --json
+    """
+    from pipeline.cli_print import print_json
+    from pipeline.evaluate import DEPTH, judge, read_annotations, score
+    from pipeline.filter import Filter
+    from pipeline.query import Query, Term
+    from pipeline.search import Searcher, Wanted, bundle_of
+    from storage.archive import open_archive
+
+    archive = open_archive(archive_uri(archive_dir))
+    bundle = bundle_of(archive, model)
+    annotated = read_annotations(queries, archive)
+    searcher = Searcher(archive, bundle)
+    floor = bundle.search_floor if min_score is None else min_score
+    judged = []
+    for number, one in enumerate(annotated, 1):
+        within = Filter(video=one.video) if within_video else Filter()
+        found = searcher.search(Query((Term(one.text),)), within, Wanted(DEPTH, floor))
+        judged.append(judge(one, found.moments))
+        if sys.stderr.isatty():
+            click.echo(f"\r{number}/{len(annotated)} queries", err=True, nl=number == len(annotated))
+    scores = score(judged)
+    if as_json:
+        print_json({**_scores_json(scores), "floor": floor, "queries": [_judged_json(one) for one in judged]})
+    else:
+        _print_scores(scores, judged)
+
+
+def _scores_json(scores: Scores) -> dict[str, Any]:
+    recall = {f"R@{rank} IoU={least}": share for (rank, least), share in scores.recall.items()}
+    counts = {name: getattr(scores, name) for name in ("there", "absent", "found", "found_wrongly")}
+    return {"recall": recall, "mrr": scores.reciprocal_rank, "found_f1": scores.found_f1, "counts": counts}
+
+
+def _judged_json(judged: Judged) -> dict[str, Any]:
+    ranks = {f"IoU={least}": rank for least, rank in judged.ranks.items()}
+    return {"text": judged.text, "there": judged.is_there, "found": judged.is_found, "rank": ranks}
+
+
+def _print_scores(scores: Scores, judged: list[Judged]) -> None:
+    from pipeline.cli_print import print_table
+    from pipeline.evaluate import MRR_OVERLAP, OVERLAPS, RANKS
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.1f}"
+
+    rows = [(f"{least}", *(percent(scores.recall[rank, least]) for rank in RANKS)) for least in OVERLAPS]
+    print_table(("IoU", *(f"R@{rank}" for rank in RANKS)), rows, right=[f"R@{rank}" for rank in RANKS])
+    mrr, f1 = percent(scores.reciprocal_rank), percent(scores.found_f1)
+    click.echo(f"MRR {mrr}, F1 of found {f1} %; {scores.there} texts of what is there, {scores.found} of them found")
+    if scores.absent:
+        click.echo(f"{scores.absent} texts of what is not there, {scores.found_wrongly} of them found something")
+    missed = [one.text for one in judged if one.is_there and one.ranks[MRR_OVERLAP] is None]
+    if missed:
+        print_table(("not among the first ten",), [(text,) for text in missed])
