@@ -1,7 +1,7 @@
 """`vidx search` and `vidx ask`."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -26,6 +26,14 @@ model_option = click.option(
 )
 
 
+sheet_option = click.option(
+    "--contact-sheet",
+    metavar="FILE",
+    default=None,
+    help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
+)
+
+
 @click.command()
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @archive_option
@@ -43,6 +51,7 @@ model_option = click.option(
     default=None,
     help="Least score of a hit; the model's own.",
 )
+@sheet_option
 @model_option
 @json_option
 def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: Any) -> None:
@@ -65,6 +74,7 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
     from pipeline.search import search as run_search
     from storage.archive import open_archive
 
+    _check_sheet(options)
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
     query = query_of(texts, options["without"])
@@ -87,6 +97,7 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
         )
     elif result.moments:
         print_moments(result.moments)
+    _write_sheet(options, str(query), archive, result.moments)
     if result.frames_pending:
         note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
     if not result.moments:
@@ -120,6 +131,7 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
 @click.option(
     "--max-tokens", type=click.IntRange(1, 4096), default=128, show_default=True, help="Length of the answer at most."
 )
+@sheet_option
 @model_option
 @model_options
 @json_option
@@ -144,6 +156,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
 
     if options["take_all"] and options["frames"] is not None:
         raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
+    _check_sheet(options)
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
     where = _filter(archive, options)
@@ -191,10 +204,27 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         fits = "no frame fits the question; --all takes every frame of --video, --from/--to and the other filters"
         note(f"nothing found: {fits if where.frames(archive) else NO_FRAMES}")
         sys.exit(4)
+    _write_sheet(options, question, archive, answer.moments)
     if answer.fuse_note:
         note(answer.fuse_note)
     if hint:
         note(hint)
+
+
+def _check_sheet(options: Mapping[str, Any]) -> None:
+    if options["contact_sheet"] is not None:
+        from pipeline.contact_sheet import check_place
+
+        check_place(options["contact_sheet"])
+
+
+def _write_sheet(options: Mapping[str, Any], title: str, archive: Any, moments: Sequence[Any]) -> None:
+    if options["contact_sheet"] is not None and moments:
+        from pipeline.cli_print import note, printable
+        from pipeline.contact_sheet import write_contact_sheet
+
+        write_contact_sheet(options["contact_sheet"], title, archive, moments)
+        note(f"contact sheet: {printable(options['contact_sheet'])}")
 
 
 def _filter(archive: Any, options: Mapping[str, Any]) -> Any:

@@ -1,0 +1,117 @@
+"""contact sheet: moments as one page of thumbnails, HTML or PNG, from what is stored alone."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from pipeline.cli_print import clock, printable
+from storage.archive import Archive
+from storage.cells import read_thumbnails
+from storage.errors import UsageError
+from storage.files import source_text
+from storage.records import Moment
+
+SUFFIXES = (".html", ".png")
+_COLUMNS, _SIDE, _GAP, _LINES, _FONT_SIZE = 5, 240, 12, 2, 15  # of the PNG, in pixels but for the first
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A moment as people read it; thumbnail is a JPEG file."""
+
+    start: str
+    end: str
+    best: str
+    score: str
+    name: str
+    source: str
+    thumbnail: bytes
+
+    @property
+    def picture(self) -> str:
+        """The thumbnail as text."""
+        return base64.b64encode(self.thumbnail).decode()
+
+
+def check_place(path: str) -> None:
+    """Refuses a file that no sheet can be written to, before any work is done.
+
+    Raises:
+        UsageError: another suffix than SUFFIXES, or no such folder.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--contact-sheet {path}: name a file that ends in {' or '.join(SUFFIXES)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"--contact-sheet {path}: there is no folder {Path(path).absolute().parent}")
+
+
+def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
+    """One card for each moment, in their order, with the thumbnail of its best frame; no video is opened.
+
+    Raises:
+        UsageError: the file cannot be written.
+        ArchiveError: a part is missing or damaged.
+    """
+    cards = _cards(archive, moments)
+    data = _html(title, cards) if Path(path).suffix.lower() == ".html" else _png(cards)
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"--contact-sheet {path}: cannot be written: {error.strerror}") from error
+
+
+def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
+    best = [
+        archive.frames(moment.video_number, moment.best_seconds, moment.best_seconds + 1e-6)[-1] for moment in moments
+    ]
+    thumbnails = read_thumbnails(archive.frames_uri, best)
+    return [
+        _Card(
+            start=clock(moment.start_seconds),
+            end=clock(moment.end_seconds),
+            best=clock(moment.best_seconds),
+            score="" if moment.score is None else f"{moment.score:.3f}",
+            name=printable(source_text(moment.uri).rsplit("/", 1)[-1]),
+            source=printable(source_text(moment.uri)),
+            thumbnail=thumbnail,
+        )
+        for moment, thumbnail in zip(moments, thumbnails, strict=True)
+    ]
+
+
+def _html(title: str, cards: Sequence[_Card]) -> bytes:
+    template = (files("pipeline") / "contact_sheet.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True).from_string(template).render(title=printable(title), cards=cards).encode()
+
+
+def _png(cards: Sequence[_Card]) -> bytes:
+    """A grid; the title is left to the file's name, since the built-in font has few scripts."""
+    font = ImageFont.load_default(_FONT_SIZE)
+    columns = min(_COLUMNS, max(1, len(cards)))
+    rows = -(-len(cards) // columns)
+    width, height = _SIDE + _GAP, _SIDE * 9 // 16 + _LINES * (_FONT_SIZE + 4) + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, max(1, rows) * height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, card in enumerate(cards):
+        left, top = _GAP + place % columns * width, _GAP + place // columns * height
+        picture = ImageOps.contain(Image.open(io.BytesIO(card.thumbnail)), (_SIDE, _SIDE * 9 // 16))
+        sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top))
+        below = top + _SIDE * 9 // 16 + 3
+        for line in (f"{card.start} - {card.end}   {card.score}", card.name):
+            draw.text((left, below), _fitting(draw, line, font), fill="black", font=font)
+            below += _FONT_SIZE + 4
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()
+
+
+def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont) -> str:
+    while draw.textlength(line, font) > _SIDE:
+        line = f"{line[:-4]}..."
+    return line

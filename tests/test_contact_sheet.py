@@ -1,0 +1,96 @@
+"""A contact sheet shows each moment's stored thumbnail with its times, and loads nothing from anywhere."""
+
+import base64
+import html.parser
+import io
+
+import pytest
+from PIL import Image
+from small_archive import MODEL_ID, add_video
+
+from pipeline.contact_sheet import write_contact_sheet
+from storage.archive import create_archive, open_archive
+from storage.cells import read_thumbnails
+from storage.records import Moment
+
+
+class Page(html.parser.HTMLParser):
+    """The pictures, links and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.pictures, self.tags, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "img":
+            self.pictures.append(dict(attributes)["src"])
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def jpeg(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (160, 90), colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def sheet_of(tmp_path, monkeypatch):
+    """Writes a sheet of one moment of a video with an ugly name; gives its file."""
+    archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
+    add_video(archive, 1, uri="file:///clips/%3Cscript%3E%0Aalert%281%29.mp4")
+    monkeypatch.setattr("pipeline.contact_sheet.read_thumbnails", lambda uri, frames: [jpeg("red") for _ in frames])
+    row = archive.videos()[0]
+    moment = Moment(row.video_id, row.video_number, row.uri, 1.0, 4.0, 2.0, 0.4321)
+
+    def write(name, count=1):
+        write_contact_sheet(str(tmp_path / name), '<b>"a dog"</b> & more', archive, [moment] * count)
+        return tmp_path / name
+
+    return write
+
+
+def test_names_and_texts_are_shown_as_they_are_and_run_nothing(sheet_of):
+    page = Page(sheet_of("sheet.html").read_text(encoding="utf-8"))
+    text = "".join(page.words)
+    assert '<b>"a dog"</b> & more' in text
+    assert "<script>\\nalert(1).mp4" in text
+    assert "0:00:01.0 – 0:00:04.0" in text
+    assert "0.432" in text
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert page.tags.count("b") == 1  # the score
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.pictures)
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (5, 5, 1), (7, 5, 2)])
+def test_a_picture_has_a_card_for_each_moment(sheet_of, count, columns, rows):
+    picture = Image.open(sheet_of("sheet.png", count)).convert("RGB")
+    assert picture.width == 12 + columns * 252
+    red = [
+        picture.getpixel((12 + column * 252 + 120, 12 + row * (picture.height - 12) // rows + 40))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    assert sum(pixel[0] > 200 and pixel[1] < 60 for pixel in red) == count
+
+
+def test_a_search_writes_the_thumbnails_of_its_moments(vidx, samples_archive, tmp_path):
+    sheet = tmp_path / "found.html"
+    command = ["search", "an apple", "--archive", str(samples_archive[0]), "--top", "3", "--min-score", "-1"]
+    run = vidx(*command, "--contact-sheet", str(sheet), "--json")
+    assert f"contact sheet: {sheet}" in run.err
+    archive = open_archive(str(samples_archive[0]))
+    best = [
+        archive.frames(archive.find_video(moment["video_id"]).video_number, second, second + 1e-6)[-1]
+        for moment in run.json["moments"]
+        for second in [moment["best_seconds"]]
+    ]
+    wanted = [base64.b64encode(data).decode() for data in read_thumbnails(archive.frames_uri, best)]
+    pictures = Page(sheet.read_text(encoding="utf-8")).pictures
+    assert pictures == [f"data:image/jpeg;base64,{data}" for data in wanted]
+    for place, word in (("found.gif", ".html or .png"), ("no/folder.png", "no folder")):
+        refused = vidx(*command, "--contact-sheet", str(tmp_path / place))
+        assert (refused.code, word in refused.err) == (2, True)
