@@ -1,0 +1,221 @@
+"""api: the commands as a library.
+
+from pipeline.api import Archive
+
+archive = Archive.open("./vidx-archive")
+for moment in archive.search("a red bus", without=["at night"], where="width >= 1920"):
+print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
+print(archive.ask("When does the bus leave?", video="cars.mp4").text)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, overload
+
+import pyarrow as pa
+
+from pipeline.filter import Filter
+from pipeline.query import Query, Term
+from pipeline.search import Searcher, Wanted, bundle_of
+from storage.archive import ArchiveStatus, open_archive
+from storage.catalog import run_sql
+from storage.files import source_text, to_uri
+from storage.records import Answer, Moment, VideoRow
+
+if TYPE_CHECKING:
+    import pandas
+
+    from storage.archive import Archive as StoredArchive
+    from workers.bundle import Bundle
+
+DEFAULT_FRAMES = 32  # that an answer is given from at most
+
+
+class Moments(Sequence[Moment]):
+    """Moments, best first, as a sequence, a table or a page of thumbnails.
+
+    Attributes:
+        frames_searched: how many frames were looked at.
+        frames_pending: how many no search finds yet; `vidx index` on any source completes the index.
+    """
+
+    def __init__(self, archive: "StoredArchive", title: str, found: Sequence[Moment], searched: int, pending: int):
+        self._archive = archive
+        self._title = title
+        self._moments = tuple(found)
+        self.frames_searched = searched
+        self.frames_pending = pending
+
+    @overload
+    def __getitem__(self, place: int) -> Moment: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Moment, ...]: ...
+    def __getitem__(self, place):
+        return self._moments[place]
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def __iter__(self) -> Iterator[Moment]:
+        return iter(self._moments)
+
+    def __repr__(self) -> str:
+        return f"Moments({self._title!r}, {len(self)})"
+
+    def to_arrow(self) -> pa.Table:
+        """One row per moment: its fields, and `source`, the uri as people read it."""
+        rows = [{**asdict(moment), "source": source_text(moment.uri)} for moment in self._moments]
+        return pa.Table.from_pylist(rows, _MOMENT_SCHEMA)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """As `to_arrow`; needs pandas."""
+        return self.to_arrow().to_pandas()
+
+    def contact_sheet(self, path: str | PathLike[str]) -> None:
+        """Writes the moments' thumbnails to a file, .html or .png.
+
+        Raises:
+            UsageError: another suffix, or the file cannot be written.
+        """
+        from pipeline.contact_sheet import check_place, write_contact_sheet
+
+        check_place(fspath(path))
+        write_contact_sheet(fspath(path), self._title, self._archive, self._moments)
+
+
+_MOMENT_SCHEMA = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("video_number", pa.int32()),
+        ("uri", pa.string()),
+        ("source", pa.string()),
+        ("start_seconds", pa.float64()),
+        ("end_seconds", pa.float64()),
+        ("best_seconds", pa.float64()),
+        ("score", pa.float64()),
+    ]
+)
+
+
+class Archive:
+    """An archive to search and ask; it stays at the version that it was opened at until `refresh`.
+
+    Every method raises UsageError for what the caller can mend and ArchiveError for a damaged archive
+    (storage.errors).
+    """
+
+    def __init__(self, stored: "StoredArchive", bundle: "Bundle"):
+        self._stored = stored
+        self._bundle = bundle
+        self._searcher = Searcher(stored, bundle)
+
+    @classmethod
+    def open(cls, place: str | PathLike[str], model: str | None = None) -> "Archive":
+        """The archive in a folder or at a URI; model: where its model lies now, as `--model` takes it."""
+        text = fspath(place)
+        stored = open_archive(text if "://" in text else to_uri(text))
+        return cls(stored, bundle_of(stored, model))
+
+    def refresh(self) -> None:
+        """Moves to the newest version."""
+        self._stored.refresh()
+        self._searcher = Searcher(self._stored, self._bundle)
+
+    def search(
+        self,
+        *texts: str | Term,
+        without: Sequence[str] = (),
+        top: int = 10,
+        per_video: int | None = None,
+        min_score: float | None = None,
+        **where: Any,
+    ) -> Moments:
+        """The moments that texts describe, best first; none where nothing reaches the least score.
+
+        Args:
+            texts: of several, a frame's score is the mean; `Term(text, weight)` weighs one of them.
+            without: frames that one of these describes are left out.
+            top: at most so many moments.
+            per_video: at most so many of one video.
+            min_score: the least score of a hit; None takes the model's own.
+            where: narrows the archive, as `narrowed` says.
+        """
+        query = Query(tuple(text if isinstance(text, Term) else Term(text) for text in texts), tuple(without))
+        floor = self._bundle.search_floor if min_score is None else min_score
+        found = self._searcher.search(query, self.narrowed(**where), Wanted(top, floor, per_video))
+        return Moments(self._stored, str(query), found.moments, found.frames_searched, found.frames_pending)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        frames: int | None = DEFAULT_FRAMES,
+        fuse: str | None = None,
+        max_tokens: int = 128,
+        device: str = "auto",
+        dtype: str = "auto",
+        **where: Any,
+    ) -> Answer | None:
+        """The model's answer with the moments that it was given; None where no frame fits the question.
+
+        Args:
+            question: any text.
+            frames: at most so many; None takes all within `where`.
+            fuse: "exact", "patches" or "tokens"; None takes the best at hand.
+            max_tokens: length of the answer at most.
+            device, dtype: for the model.
+            where: narrows the archive, as `narrowed` says.
+        """
+        from pipeline.answer import answer  # with torch
+
+        return answer(
+            self._stored,
+            self._bundle,
+            question,
+            self.narrowed(**where),
+            frame_limit=frames,
+            fuse=fuse,
+            max_tokens=max_tokens,
+            device=device,
+            dtype=dtype,
+            stream=lambda piece: None,
+        )
+
+    def narrowed(
+        self,
+        *,
+        video: str | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        after: datetime | None = None,
+        before: datetime | None = None,
+        tags: Mapping[str, str | Sequence[str]] | None = None,
+        where: str = "",
+    ) -> Filter:
+        """The part of the archive that arguments of these names leave.
+
+        Args:
+            video: its path, URI, file name, or six or more digits of its id.
+            start_seconds, end_seconds: positions that a player shows, half-open.
+            after, before: when it was recorded, half-open, with a time zone.
+            tags: a value for each key, or several of which one has to fit.
+            where: an SQL condition on the views `videos` and `frames`.
+        """
+        row = None if video is None else self.video(video)
+        values = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (tags or {}).items()}
+        return Filter(row, start_seconds, end_seconds, after, before, values, where)
+
+    def video(self, name: str) -> VideoRow:
+        """The video of a path, a URI, a file name, or six or more digits of its id."""
+        return self._stored.find_video(name)
+
+    def sql(self, statement: str) -> list[dict[str, Any]]:
+        """The rows of a SELECT over the views `videos` and `frames`."""
+        columns, rows = run_sql(self._stored, statement)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def status(self) -> ArchiveStatus:
+        """Counts of videos and frames, and what the archive occupies."""
+        return self._stored.status()
