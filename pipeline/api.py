@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import pyarrow as pa
 
 from pipeline.filter import Filter
+from pipeline.output import check_output
 from pipeline.query import Query, Term
 from pipeline.search import Searcher, Wanted, bundle_of
 from storage.archive import ArchiveStatus, open_archive
@@ -79,9 +80,9 @@ class Moments(Sequence[Moment]):
         Raises:
             UsageError: another suffix, or the file cannot be written.
         """
-        from pipeline.contact_sheet import check_place, write_contact_sheet
+        from pipeline.contact_sheet import SUFFIXES, write_contact_sheet
 
-        check_place(fspath(path))
+        check_output(fspath(path), SUFFIXES)
         write_contact_sheet(fspath(path), self._title, self._archive, self._moments)
 
 

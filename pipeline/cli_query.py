@@ -1,7 +1,8 @@
 """`vidx search` and `vidx ask`."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -24,8 +25,6 @@ NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status`
 model_option = click.option(
     "--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now; the one that made it."
 )
-
-
 sheet_option = click.option(
     "--contact-sheet",
     metavar="FILE",
@@ -34,25 +33,41 @@ sheet_option = click.option(
 )
 
 
+def search_options(command: Callable) -> Callable:
+    """What `search` and `export` look for, and where."""
+    options = (
+        archive_option,
+        click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this."),
+        filter_options,
+        click.option(
+            "--top",
+            "--limit",
+            "limit",
+            type=click.IntRange(1, 1000),
+            default=10,
+            show_default=True,
+            help="Moments at most.",
+        ),
+        click.option("--per-video", type=click.IntRange(1), metavar="N", help="Of one video at most so many."),
+        click.option(
+            "--min-score",
+            "--floor",
+            "floor",
+            type=click.FloatRange(-1, 1),
+            default=None,
+            help="Least score of a hit; the model's own.",
+        ),
+        model_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
-@archive_option
-@click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this.")
-@filter_options
-@click.option(
-    "--top", "--limit", "limit", type=click.IntRange(1, 1000), default=10, show_default=True, help="Moments at most."
-)
-@click.option("--per-video", type=click.IntRange(1), default=None, metavar="N", help="Of one video at most so many.")
-@click.option(
-    "--min-score",
-    "--floor",
-    "floor",
-    type=click.FloatRange(-1, 1),
-    default=None,
-    help="Least score of a hit; the model's own.",
-)
+@search_options
 @sheet_option
-@model_option
 @json_option
 def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: Any) -> None:
     """Find the moments that texts describe, best first.
@@ -67,43 +82,93 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
 
     Exit code 4: nothing found.
     """
-    from pipeline.cli_models import limits_of
-    from pipeline.cli_print import moment_json, note, print_json, print_moments
+    from pipeline.cli_print import moment_json, print_json, print_moments
+
+    _check_sheet(options)
+    found = _search(texts, archive_dir, options)
+    if as_json:
+        print_json(
+            {
+                "query": str(found.query),
+                "terms": [{"text": term.text, "weight": term.weight} for term in found.query.terms],
+                "without": list(found.query.without),
+                "floor": found.floor,
+                "model_id": found.bundle.model_id,
+                "moments": [moment_json(moment) for moment in found.result.moments],
+                "frames_searched": found.result.frames_searched,
+                "frames_pending": found.result.frames_pending,
+            }
+        )
+    elif found.result.moments:
+        print_moments(found.result.moments)
+    _write_sheet(options, str(found.query), found.archive, found.result.moments)
+    _end_search(found)
+
+
+@click.command()
+@click.argument("file", metavar="FILE")
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@search_options
+def export(file: str, texts: tuple[str, ...], archive_dir: str, **options: Any) -> None:
+    """Write the moments that texts describe to a file for other programs.
+
+    FILE ends in .csv or .json (a row for each moment), .vtt (WebVTT chapters of one video, in order of time) or .otio
+    (an OpenTimelineIO edit list, which video editors read; needs the extra `otio`).
+
+    \b
+    vidx export vans.csv "a white van" --top 100
+    vidx export cars.vtt "a red car" --video cars.mp4
+    vidx export vans.otio "a white van" --per-video 1
+
+    Exit code 4: nothing found, and nothing written.
+    """
+    from pipeline.cli_print import note, printable
+    from pipeline.export import check_place
+    from pipeline.export import export as write_file
+
+    check_place(file)
+    found = _search(texts, archive_dir, options)
+    if found.result.moments:
+        write_file(file, str(found.query), found.archive, found.result.moments)
+        note(f"{len(found.result.moments)} moments: {printable(file)}")
+    _end_search(found)
+
+
+@dataclass(frozen=True)
+class _Found:
+    archive: Any
+    bundle: Any
+    query: Any
+    floor: float
+    result: Any
+
+
+def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) -> _Found:
     from pipeline.query import query_of
     from pipeline.search import Wanted, bundle_of
     from pipeline.search import search as run_search
     from storage.archive import open_archive
 
-    _check_sheet(options)
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
     query = query_of(texts, options["without"])
-    least = bundle.search_floor if options["floor"] is None else options["floor"]
-    wanted = Wanted(options["limit"], least, options["per_video"])
-    result = run_search(archive, bundle, query, _filter(archive, options), wanted)
-    if as_json:
-        moments = [moment_json(moment) for moment in result.moments]
-        print_json(
-            {
-                "query": str(query),
-                "terms": [{"text": term.text, "weight": term.weight} for term in query.terms],
-                "without": list(query.without),
-                "floor": least,
-                "model_id": bundle.model_id,
-                "moments": moments,
-                "frames_searched": result.frames_searched,
-                "frames_pending": result.frames_pending,
-            }
-        )
-    elif result.moments:
-        print_moments(result.moments)
-    _write_sheet(options, str(query), archive, result.moments)
+    floor = bundle.search_floor if options["floor"] is None else options["floor"]
+    wanted = Wanted(options["limit"], floor, options["per_video"])
+    return _Found(archive, bundle, query, floor, run_search(archive, bundle, query, _filter(archive, options), wanted))
+
+
+def _end_search(found: _Found) -> None:
+    """Says what a search could not look at, and ends with exit code 4 where nothing was found."""
+    from pipeline.cli_models import limits_of
+    from pipeline.cli_print import note
+
+    result = found.result
     if result.frames_pending:
         note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
     if not result.moments:
         searched = result.frames_searched
-        why = f"none of {searched} frames reaches a score of {least:g} (--min-score)" if searched else NO_FRAMES
-        limits = f"; {limits_of(bundle)}" if searched and bundle.card.states_limits else ""
+        why = f"none of {searched} frames reaches a score of {found.floor:g} (--min-score)" if searched else NO_FRAMES
+        limits = f"; {limits_of(found.bundle)}" if searched and found.bundle.card.states_limits else ""
         note(f"nothing found: {why}{limits}")
         sys.exit(4)
 
@@ -213,9 +278,10 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
 
 def _check_sheet(options: Mapping[str, Any]) -> None:
     if options["contact_sheet"] is not None:
-        from pipeline.contact_sheet import check_place
+        from pipeline.contact_sheet import SUFFIXES
+        from pipeline.output import check_output
 
-        check_place(options["contact_sheet"])
+        check_output(options["contact_sheet"], SUFFIXES)
 
 
 def _write_sheet(options: Mapping[str, Any], title: str, archive: Any, moments: Sequence[Any]) -> None:

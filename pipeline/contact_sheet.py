@@ -11,9 +11,9 @@ from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.cli_print import clock, printable
+from pipeline.output import write_output
 from storage.archive import Archive
 from storage.cells import read_thumbnails
-from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Moment
 
@@ -39,18 +39,6 @@ class _Card:
         return base64.b64encode(self.thumbnail).decode()
 
 
-def check_place(path: str) -> None:
-    """Refuses a file that no sheet can be written to, before any work is done.
-
-    Raises:
-        UsageError: another suffix than SUFFIXES, or no such folder.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--contact-sheet {path}: name a file that ends in {' or '.join(SUFFIXES)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"--contact-sheet {path}: there is no folder {Path(path).absolute().parent}")
-
-
 def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
     """One card for each moment, in their order, with the thumbnail of its best frame; no video is opened.
 
@@ -60,10 +48,7 @@ def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequen
     """
     cards = _cards(archive, moments)
     data = _html(title, cards) if Path(path).suffix.lower() == ".html" else _png(cards)
-    try:
-        Path(path).write_bytes(data)
-    except OSError as error:
-        raise UsageError(f"--contact-sheet {path}: cannot be written: {error.strerror}") from error
+    write_output(path, data)
 
 
 def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:

@@ -91,6 +91,6 @@ def test_a_search_writes_the_thumbnails_of_its_moments(vidx, samples_archive, tm
     wanted = [base64.b64encode(data).decode() for data in read_thumbnails(archive.frames_uri, best)]
     pictures = Page(sheet.read_text(encoding="utf-8")).pictures
     assert pictures == [f"data:image/jpeg;base64,{data}" for data in wanted]
-    for place, word in (("found.gif", ".html or .png"), ("no/folder.png", "no folder")):
+    for place, word in (("found.gif", ".html, .png"), ("no/folder.png", "no folder")):
         refused = vidx(*command, "--contact-sheet", str(tmp_path / place))
         assert (refused.code, word in refused.err) == (2, True)

@@ -1,0 +1,121 @@
+"""export: moments as a file for other programs: CSV, JSON, WebVTT chapters, or an OpenTimelineIO edit list."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.cli_print import moment_json
+from pipeline.output import check_output, write_output
+from storage.archive import Archive
+from storage.errors import UsageError
+from storage.files import source_text
+from storage.records import Moment
+
+_RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
+_UNKNOWN_RATE = 1000.0  # milliseconds, of a video with one stored frame
+
+
+def check_place(path: str) -> None:
+    """Refuses a file that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: another suffix than those of FORMATS, no such folder, or a library is missing.
+    """
+    check_output(path, FORMATS)
+    if Path(path).suffix.lower() == ".otio" and find_spec("opentimelineio") is None:
+        raise UsageError(f"{path}: needs OpenTimelineIO; install it with pip install 'vidx[otio]'")
+
+
+def export(path: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
+    """Writes moments, in the form that the file's suffix names.
+
+    Raises:
+        UsageError: the file cannot be written, or is of chapters and the moments are of several videos.
+    """
+    text = FORMATS[Path(path).suffix.lower()](title, archive, moments)
+    write_output(path, text.encode())
+
+
+def _csv(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
+    """A row for each moment, best first."""
+    file = io.StringIO()
+    rows = [_row(title, moment) for moment in moments]
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _json(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
+    """A list of the same rows."""
+    return json.dumps([_row(title, moment) for moment in moments], ensure_ascii=False, indent=2) + "\n"
+
+
+def _row(title: str, moment: Moment) -> dict:
+    row = {"text": title, **moment_json(moment), "source_uri": moment.uri}
+    return {name: _plain(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _vtt(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
+    """Chapters of one video, in order of time, as the W3C's WebVTT has them."""
+    if len({moment.uri for moment in moments}) > 1:
+        raise UsageError("chapters are of one video, and the moments are of several; choose one with --video")
+    words = " ".join(_plain(title).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->").split())
+    cues = [
+        f"{_vtt_time(moment.start_seconds)} --> {_vtt_time(moment.end_seconds)}\n{words}\n"
+        for moment in sorted(moments, key=lambda moment: moment.start_seconds)
+    ]
+    return "\n".join(["WEBVTT\n", *cues])
+
+
+def _vtt_time(seconds: float) -> str:
+    milliseconds = max(0, round(seconds * 1000))
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d}.{milliseconds % 1000:03d}"
+
+
+def _otio(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
+    """One track with a clip for each moment, best first, of the media that it lies in."""
+    import opentimelineio as otio
+
+    track = otio.schema.Track(name=_plain(title), kind=otio.schema.TrackKind.Video)
+    for moment in moments:
+        rate = _frame_rate(archive, moment.video_number)
+        start = otio.opentime.RationalTime.from_seconds(max(0.0, moment.start_seconds), rate).round()
+        end = otio.opentime.RationalTime.from_seconds(moment.end_seconds, rate).round()
+        media = otio.schema.ExternalReference(target_url=moment.uri)
+        name = _plain(source_text(moment.uri).rsplit("/", 1)[-1])
+        found = {"score": moment.score, "best_seconds": moment.best_seconds, "video_id": moment.video_id}
+        clip = otio.schema.Clip(
+            name=name,
+            media_reference=media,
+            source_range=otio.opentime.range_from_start_end_time(start, end),
+            metadata={"vidx": found},
+        )
+        track.append(clip)
+    timeline = otio.schema.Timeline(name=_plain(title))
+    timeline.tracks.append(track)
+    return otio.adapters.write_to_string(timeline, "otio_json")
+
+
+def _frame_rate(archive: Archive, video_number: int) -> float:
+    """Frames a second, from the ranks and times of the stored ones; a usual rate where it is within a thousandth."""
+    bounds = archive.part_bounds()
+    places = bounds.of(video_number)
+    seconds = bounds.last_seconds[places].max() - bounds.first_seconds[places].min()
+    frames = bounds.last_index[places].max() - bounds.first_index[places].min()
+    if seconds <= 0 or frames <= 0:
+        return _UNKNOWN_RATE
+    rate = float(frames / seconds)
+    return next((usual for usual in _RATES if abs(usual / rate - 1) < 1e-3), rate)
+
+
+def _plain(text: str) -> str:
+    """Text that every encoder takes, whatever the bytes of a file name were."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+FORMATS = {".csv": _csv, ".json": _json, ".vtt": _vtt, ".otio": _otio}
