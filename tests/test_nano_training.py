@@ -244,15 +244,15 @@ def test_the_start_is_a_whole_bundle_that_follows_from_the_seed(tmp_path):
     load_model(find_bundle(str(tmp_path / "one")))
 
 
-def test_an_interrupted_phase_ends_like_one_that_was_not(tmp_path):
-    def command(out):
+def test_an_interrupted_phase_ends_like_one_that_was_not_and_the_last_one_leaves_the_tower_alone(tmp_path):
+    def command(out, phase="see"):
         work = tmp_path / f"{out}-work"
         work.mkdir(exist_ok=True)
         if not (work / "shards").exists():
             (tmp_path / "shards").mkdir(exist_ok=True)
             (work / "shards").symlink_to(tmp_path / "shards")
-        phase = ["--phase", "see", "--steps", "3", "--clips", "1", "--threads", "1", "--save-every", "0"]
-        return [sys.executable, ROOT / "ops/nano/train", tmp_path / out, "--work", work, *phase]
+        options = ["--phase", phase, "--steps", "3", "--clips", "1", "--threads", "1", "--save-every", "0"]
+        return [sys.executable, ROOT / "ops/nano/train", tmp_path / out, "--work", work, *options]
 
     subprocess.run(command("whole"), check=True, timeout=300, stdout=subprocess.DEVNULL)
     state = tmp_path / "cut-work" / "see.state"
@@ -261,6 +261,15 @@ def test_an_interrupted_phase_ends_like_one_that_was_not(tmp_path):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(command("cut"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    answering = load_file(tmp_path / "cut" / "model.safetensors")
     for name in ("model.safetensors", "vision_tower/model.safetensors"):
         whole, cut = (load_file(tmp_path / out / name) for out in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+    subprocess.run(command("cut", "read"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    read = {
+        name: load_file(tmp_path / "cut" / name) for name in ("model.safetensors", "vision_tower/model.safetensors")
+    }
+    assert all(torch.equal(cut[key], values) for key, values in read["vision_tower/model.safetensors"].items())
+    changed = {key for key, values in read["model.safetensors"].items() if not torch.equal(answering[key], values)}
+    assert {key.split(".")[1] for key in changed} >= {"layers", "prefusion_layers", "mm_projector", "embed_tokens"}
+    assert not any("compressor" in key for key in changed)
