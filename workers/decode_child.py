@@ -18,7 +18,7 @@ import numpy as np
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
 from workers import decode_decord, decode_pyav
-from workers.decode_open import out_of_memory
+from workers.decode_open import DecodeTask, out_of_memory
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
 from workers.picture import thumbnail
 from workers.probe import probe
@@ -106,8 +106,8 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
         elif request["kind"] == "decode":
             segment = Segment("", request["start_ticks"], request["end_ticks"], request["first_index"])
             known, fps = probe_from_json(request["probe"]), Fraction(*request["fps"])
-            arguments = (file, known, segment, fps, threads, max_pixels, answer.alive)
-            _decode(answer, arguments, known.decoder, Choice(request["choice"]))
+            choice = Choice(request["choice"])
+            _decode(answer, DecodeTask(file, known, segment, fps, choice, threads, max_pixels, answer.alive))
         elif request["kind"] == "frames_at":
             known, ticks = probe_from_json(request["probe"]), request["ticks"]
             for at, pixels in decode_pyav.frames_at(file, known, ticks, threads, max_pixels, answer.alive):
@@ -126,18 +126,18 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
     answer.send("done", {"bytes_read": file.bytes_read})
 
 
-def _decode(answer: Answer, arguments: tuple, decoder: str, choice: Choice) -> None:
+def _decode(answer: Answer, task: DecodeTask) -> None:
     """Sends a segment's frames: decord's where it is the one, and PyAV's from where decord gets unsure."""
     last_ticks = None
-    if decoder == "decord" and choice is Choice.RATE:
+    if task.probe.decoder == "decord" and task.choice is Choice.RATE:
         try:
-            for kept in decode_decord.decode(*arguments):
+            for kept in decode_decord.decode(task):
                 answer.frame(kept)
                 last_ticks = kept.ticks
             return
         except decode_decord.Unsure:
             answer.send("taken_over")
-    for kept in decode_pyav.decode(*arguments, choice):
+    for kept in decode_pyav.decode(task):
         if last_ticks is None or kept.ticks > last_ticks:
             answer.frame(kept)
 

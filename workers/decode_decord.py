@@ -8,13 +8,11 @@ It takes no options and no file object; it is given the open file as descriptor 
 import os
 import re
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 
 import decord
 import numpy as np
 
-from storage.records import Probe, Segment
-from workers.decode_open import OpenVideo
+from workers.decode_open import DecodeTask, OpenVideo
 from workers.decode_pyav import model_pixels_at
 from workers.packets import PacketTable, scan_packets
 from workers.picture import StoredPicture, model_pixels, store_form
@@ -163,40 +161,33 @@ def reads_right(
     return right_size and np.array_equal(model_pixels(frame), expected)
 
 
-def decode(
-    file: VideoFile,
-    probe: Probe,
-    segment: Segment,
-    fps: Fraction,
-    threads: int,
-    max_pixels: int,
-    alive: Callable[[], None],
-) -> Iterator[KeptFrame]:
+def decode(task: DecodeTask) -> Iterator[KeptFrame]:
     """The segment's kept frames, in order; pictures are StoredPicture.
 
     Raises:
         Unsure: PyAV must decode the segment; what came before is right.
     """
-    with OpenVideo(file, max_pixels, threads) as video:
-        table = scan_packets(video, alive)
+    file, probe, segment = task.file, task.probe, task.segment
+    with OpenVideo(file, task.max_pixels, task.threads) as video:
+        table = scan_packets(video, task.alive)
     start, end = segment.start_ticks, segment.end_ticks
     ranks = range(segment.first_index, len(table.ticks))
     if not table.plain or not ranks or (start is not None and table.ticks[ranks[0]] != start):
         raise Unsure("the packets are not those of the probe")
     timed = (TimedFrame(table.ticks[rank], table.end_ticks - table.ticks[rank], rank) for rank in ranks)
-    with Reader(file, threads) as reader:
+    with Reader(file, task.threads) as reader:
         if len(reader) != len(table.ticks):
             raise Unsure("its frame table is not that of the packets")
         first = store_form(reader.read() if start is None else reader.go_to(ranks[0]))
-        if start is not None and not np.array_equal(first.pixels, model_pixels_at(file, probe, start, max_pixels)):
+        if start is not None and not np.array_equal(first.pixels, model_pixels_at(file, probe, start, task.max_pixels)):
             raise Unsure("it does not land on the frame it was sent to")
 
         def read(rank: int) -> StoredPicture:
             if rank == ranks[0]:
                 return first
-            reader.skip_to(rank, alive)
+            reader.skip_to(rank, task.alive)
             return store_form(reader.read())
 
-        yield from sample(timed, Grid.of(probe, fps).takes, start, end, segment.first_index, read, Tally())
+        yield from sample(timed, Grid.of(probe, task.fps).takes, start, end, segment.first_index, read, Tally())
         last = len(table.ticks) if end is None else table.ticks.index(end) if end in table.ticks else ranks[0]
-        reader.skip_to(last, alive)
+        reader.skip_to(last, task.alive)

@@ -4,12 +4,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import av
 from av.stream import Discard, Disposition
 
 from storage.errors import VideoProblem
-from storage.records import Reason
+from storage.records import Choice, Probe, Reason, Segment
 from workers.structure import cut_short, is_picture, name_content
 from workers.video_file import VideoFile
 
@@ -26,6 +27,29 @@ av.logging.set_level(av.logging.ERROR)
 av.logging.set_skip_repeated(False)
 logging.getLogger("libav").addHandler(logging.NullHandler())
 logging.getLogger("libav").propagate = False
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """Which frames of a file are wanted, and how it may be read.
+
+    Attributes:
+        file, probe: the video.
+        segment: the stretch of it.
+        fps, choice: which of its frames, as Sampling has them.
+        threads: of the decoder.
+        max_pixels: of a frame; larger ones are refused.
+        alive: called now and then; raises where nobody waits for the frames any more, or they take too long.
+    """
+
+    file: VideoFile
+    probe: Probe
+    segment: Segment
+    fps: Fraction
+    choice: Choice
+    threads: int
+    max_pixels: int
+    alive: Callable[[], None]
 
 
 @dataclass

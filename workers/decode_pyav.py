@@ -4,15 +4,14 @@ import bisect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
-from storage.records import Choice, Probe, Reason, Segment
-from workers.decode_open import Damage, OpenVideo, check_pixels, check_refused_size, out_of_memory
+from storage.records import Choice, Probe, Reason
+from workers.decode_open import Damage, DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
 from workers.packets import PacketTable, can_cut, scan_packets
 from workers.picture import Orientation, StoredPicture, model_pixels, store_form
 from workers.sample import Grid, KeptFrame, Spaced, Tally, TimedFrame, sample
@@ -177,86 +176,68 @@ class FrameStorer:
         return store_form(to_rgb(frame, self._reformatter))
 
 
-def decode(
-    file: VideoFile,
-    probe: Probe,
-    segment: Segment,
-    fps: Fraction,
-    threads: int,
-    max_pixels: int,
-    alive: Callable[[], None],
-    choice: Choice = Choice.RATE,
-) -> Iterator[KeptFrame]:
+def decode(task: DecodeTask) -> Iterator[KeptFrame]:
     """The segment's kept frames, in order; pictures are StoredPicture.
 
     Raises:
         VideoProblem: after the last good frame, where the segment is not whole.
     """
-    start, end = segment.start_ticks, segment.end_ticks
-    if choice is Choice.KEYFRAMES and can_cut(probe.container, probe.codec):
-        with OpenVideo(file, max_pixels, threads) as video:
+    start, end = task.segment.start_ticks, task.segment.end_ticks
+    if task.choice is Choice.KEYFRAMES and can_cut(task.probe.container, task.probe.codec):
+        with OpenVideo(task.file, task.max_pixels, task.threads) as video:
             if start is not None:
                 seek(video, start)
-            table = scan_packets(video, alive, start, end)
+            table = scan_packets(video, task.alive, start, end)
         if table.plain and table.entries == table.keyframes and table.ticks[:1] == table.entries[:1]:
-            yield from _decode_keyframes(file, probe, segment, fps, threads, max_pixels, alive, table)
+            yield from _decode_keyframes(task, table)
             return
     damage, tally = Damage(), Tally()
-    with OpenVideo(file, max_pixels, threads) as video:
+    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
         if start is not None:
             seek(video, start)
-        frames = _until_problem(read_frames(video, damage, alive, start), damage)
-        takes = _chooser(probe, segment, fps, choice)
-        yield from sample(frames, takes, start, end, segment.first_index, FrameStorer(), tally)
-    problem = _judge(file, probe, segment, damage, tally)
+        frames = _until_problem(read_frames(video, damage, task.alive, start), damage)
+        yield from sample(frames, _chooser(task), start, end, task.segment.first_index, FrameStorer(), tally)
+    problem = _judge(task, damage, tally)
     if problem is not None:
         raise problem
 
 
-def _chooser(probe: Probe, segment: Segment, fps: Fraction, choice: Choice) -> Callable[[TimedFrame, int], bool]:
-    step = 1 / (fps * probe.time_base)
-    if choice is Choice.KEYFRAMES:
-        return Spaced(step, segment.end_ticks, lambda frame: bool(frame.picture.key_frame)).takes
-    if choice is Choice.SCENES:
+def _chooser(task: DecodeTask) -> Callable[[TimedFrame, int], bool]:
+    step, end = 1 / (task.fps * task.probe.time_base), task.segment.end_ticks
+    if task.choice is Choice.KEYFRAMES:
+        return Spaced(step, end, lambda frame: bool(frame.picture.key_frame)).takes
+    if task.choice is Choice.SCENES:
         from workers.decode_scenes import SceneStarts  # of an extra
 
-        return Spaced(step, segment.end_ticks, SceneStarts(), may_be_late=True).takes
-    return Grid.of(probe, fps).takes
+        return Spaced(step, end, SceneStarts(), may_be_late=True).takes
+    return Grid.of(task.probe, task.fps).takes
 
 
-def _decode_keyframes(
-    file: VideoFile,
-    probe: Probe,
-    segment: Segment,
-    fps: Fraction,
-    threads: int,
-    max_pixels: int,
-    alive: Callable[[], None],
-    table: PacketTable,
-) -> Iterator[KeptFrame]:
+def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFrame]:
     """The segment's keyframes with nothing decoded between them, so that damage there does not show.
 
     Args:
+        task: the segment.
         table: of the segment's packets.
     """
-    start, end = segment.start_ticks, segment.end_ticks
-    spaced = Spaced(1 / (fps * probe.time_base), None, lambda frame: True)
+    start, end = task.segment.start_ticks, task.segment.end_ticks
+    spaced = Spaced(1 / (task.fps * task.probe.time_base), None, lambda frame: True)
     wanted = [at for at in sorted(table.entries) if spaced.takes(TimedFrame(at, 0, None))]
     ends = dict(zip(wanted, [*wanted[1:], table.end_ticks if end is None else end], strict=True))
     damage, store = Damage(), FrameStorer()
-    with OpenVideo(file, max_pixels, threads) as video:
+    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
         video.stream.codec_context.skip_frame = "NONKEY"
         if start is not None:
             seek(video, start)
-        for frame in _until_problem(read_frames(video, damage, alive, start), damage):
+        for frame in _until_problem(read_frames(video, damage, task.alive, start), damage):
             if frame.ticks in ends:
-                rank = segment.first_index + bisect.bisect_left(table.ticks, frame.ticks)
+                rank = task.segment.first_index + bisect.bisect_left(table.ticks, frame.ticks)
                 yield KeptFrame(frame.ticks, ends.pop(frame.ticks), rank, store(frame.picture))
             if not ends:
                 break
     if damage.end is None and ends:
         damage.note(None, f"{len(ends)} of {len(wanted)} keyframes do not come out")
-    problem = _judge(file, probe, segment, damage, None)
+    problem = _judge(task, damage, None)
     if problem is not None:
         raise problem
 
@@ -269,11 +250,12 @@ def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[Tim
         damage.end = problem
 
 
-def _judge(file: VideoFile, probe: Probe, segment: Segment, damage: Damage, tally: Tally | None) -> VideoProblem | None:
+def _judge(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:
     """What is wrong with a segment that was read; a tally of None: not every frame was."""
+    probe, segment = task.probe, task.segment
     if damage.end is not None:
         return damage.end
-    missing = cut_short(file) if segment.end_ticks is None else None
+    missing = cut_short(task.file) if segment.end_ticks is None else None
     if missing is not None:
         return VideoProblem(Reason.TRUNCATED, f"the file is cut short: {missing}")
     details = damage.before(segment.end_ticks)
