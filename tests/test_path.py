@@ -209,7 +209,7 @@ def test_exact_falls_back_and_says_so_when_the_video_is_gone(vidx, tmp_path):
 def test_status_counts_what_is_there(vidx, samples_archive):
     run = vidx("status", "--archive", str(samples_archive[0]), "--json")
     found = run.json
-    assert found["videos"] == {"indexed": len(SAMPLE_NAMES), "partial": 0, "failed": 0}
+    assert found["videos"] == {"indexed": len(SAMPLE_NAMES), "partial": 0, "failed": 0, "deleted": 0}
     assert found["frames"] == found["frames_searchable"] == samples_archive[1]["frames"]
     assert found["frames_pending"] == 0
     assert found["model_ids"] == [samples_archive[1]["model_id"]]

@@ -155,8 +155,8 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
 def test_no_more_moments_of_a_video_than_asked_for(clips):
     archive, _, _ = clips
     query = Query((Term("a bus"),))
-    many = search(archive, find_bundle("nano"), query, Filter(), Wanted(20, -1.0)).moments
-    some = search(archive, find_bundle("nano"), query, Filter(), Wanted(20, -1.0, per_video=1)).moments
+    many = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, -1.0)).moments
+    some = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, -1.0, per_video=1)).moments
     first = {moment.video_id: moment for moment in reversed(many)}
     assert sorted(some, key=str) == sorted(first.values(), key=str)
     assert len(some) < len(many)

@@ -73,7 +73,7 @@ def test_nothing_is_watched_once_the_job_is_over(blocked):
 
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
-    command = [VIDX, "index", SAMPLES / "film.mp4", "--archive", tmp_path / "archive"]
+    command = [VIDX, "index", SAMPLES / "tractor.webm", "--archive", tmp_path / "archive"]
     with subprocess.Popen(command, stdout=-1, stderr=-1) as job:
         try:
             pid = None
