@@ -1,10 +1,10 @@
 """answer: a question -> frames -> fused text -> the LLM's answer, with the moments it was given."""
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 
 from pipeline.filter import Filter
 from pipeline.fuse import fuse as fuse_frames
+from pipeline.moments import adjoin
 from pipeline.query import Query, Term, check_text
 from pipeline.search import Wanted, search
 from storage.archive import Archive
@@ -118,13 +118,20 @@ def _evenly(frames: list[FrameRef], count: int) -> list[FrameRef]:
 
 
 def _stretches(frames: Sequence[FrameRef], uris: dict[int, str]) -> list[Moment]:
-    """One moment without a score for each video that all frames were taken of."""
+    """Moments without a score: the runs of adjoining frames, in order of video and time."""
+    runs: list[list[FrameRef]] = []
+    for frame in frames:
+        if runs and runs[-1][-1].video_number == frame.video_number and adjoin(runs[-1][-1], frame):
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
     moments = []
-    for number, group in groupby(frames, key=lambda frame: frame.video_number):
-        taken = list(group)
-        first, last = taken[0], taken[-1]
-        end = last.time_seconds + last.duration_seconds
-        moments.append(Moment(first.video_id, number, uris[number], first.time_seconds, end, first.time_seconds, None))
+    for run in runs:
+        first, last = run[0], run[-1]
+        uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
+        moments.append(
+            Moment(first.video_id, first.video_number, uri, first.time_seconds, end, first.time_seconds, None)
+        )
     return moments
 
 

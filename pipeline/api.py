@@ -8,6 +8,7 @@ print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
 print(archive.ask("When does the bus leave?", video="cars.mp4").text)
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -19,9 +20,10 @@ import pyarrow as pa
 from pipeline.filter import Filter
 from pipeline.output import check_output
 from pipeline.query import Query, Term
-from pipeline.search import Searcher, Wanted, bundle_of
+from pipeline.search import FRAMES_SHOWN, Searcher, Wanted, bundle_of
 from storage.archive import ArchiveStatus, open_archive
 from storage.catalog import run_sql
+from storage.errors import UsageError
 from storage.files import source_text, to_uri
 from storage.records import Answer, Moment, VideoRow
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
     from storage.archive import Archive as StoredArchive
     from workers.bundle import Bundle
-
-DEFAULT_FRAMES = 32  # that an answer is given from at most
 
 
 class Moments(Sequence[Moment]):
@@ -116,12 +116,12 @@ class Archive:
     def open(cls, place: str | PathLike[str], model: str | None = None) -> "Archive":
         """The archive in a folder or at a URI; model: where its model lies now, as `--model` takes it."""
         text = fspath(place)
-        stored = open_archive(text if "://" in text else to_uri(text))
+        stored = open_archive(text if "://" in text else to_uri(os.path.expanduser(text)))
         return cls(stored, bundle_of(stored, model))
 
     def refresh(self) -> None:
         """Moves to the newest version."""
-        self._stored.refresh()
+        self._stored = open_archive(self._stored.uri)  # moments that were found keep theirs
         self._searcher = Searcher(self._stored, self._bundle)
 
     def search(
@@ -152,7 +152,7 @@ class Archive:
         self,
         question: str,
         *,
-        frames: int | None = DEFAULT_FRAMES,
+        frames: int | None = FRAMES_SHOWN,
         fuse: str | None = None,
         max_tokens: int = 128,
         device: str = "auto",
@@ -171,6 +171,8 @@ class Archive:
         """
         from pipeline.answer import answer  # with torch
 
+        if frames is not None and frames < 1:
+            raise UsageError(f"frames={frames}: show the model at least one, or None for all")
         return answer(
             self._stored,
             self._bundle,

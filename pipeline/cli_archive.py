@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 @click.command()
 @archive_option
 @click.option("--failed", is_flag=True, help="List the videos that failed or are partial, and why.")
+@click.option("--deleted", is_flag=True, help="List the videos that were deleted; --restore-deleted brings them back.")
 @json_option
-def status(archive_dir: str, failed: bool, as_json: bool) -> None:
+def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None:
     """Show what an archive holds, and what of it can be searched.
 
     \b
@@ -27,11 +28,15 @@ def status(archive_dir: str, failed: bool, as_json: bool) -> None:
     """
     from pipeline.cli_print import print_json, print_table, size
     from storage.archive import open_archive
+    from storage.records import Status
     from storage.vectors import open_index
 
     archive = open_archive(archive_uri(archive_dir))
     if failed:
         _print_failed([row for row in archive.videos() if row.problem is not None], as_json)
+        return
+    if deleted:
+        _print_deleted([row for row in archive.videos() if row.status is Status.DELETED], as_json)
         return
     found = archive.status()
     pending = open_index(archive).pending_count(archive)
@@ -80,6 +85,18 @@ def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:
         print_table(columns, cells, right=("attempts",))
     else:
         click.echo("no video failed or is partial")
+
+
+def _print_deleted(rows: Sequence[VideoRow], as_json: bool) -> None:
+    from pipeline.cli_print import print_json, print_table
+    from storage.files import source_text
+
+    if as_json:
+        print_json([{"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri} for row in rows])
+    elif rows:
+        print_table(("video", "source"), [(row.video_id[:8], source_text(row.uri)) for row in rows])
+    else:
+        click.echo("no video was deleted")
 
 
 @click.command()

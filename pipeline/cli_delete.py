@@ -29,8 +29,8 @@ def delete(videos: tuple[str, ...], archive_dir: str, dry_run: bool, as_json: bo
     """Take videos out of an archive: no query finds them any more, from this moment on.
 
     VIDEO is a path, a URI, a file name, or six or more digits of an id. The next `vidx index` leaves deleted content
-    out, but for --restore-deleted. The video files themselves are not touched. `vidx clean` removes the frames from the
-    disk; until then --restore-deleted brings them back without decoding.
+    out, but for --restore-deleted. The video files themselves are not touched. `vidx clean --older-than 0` removes the
+    frames from the disk; until they are cleaned, --restore-deleted brings them back without decoding.
 
     \b
     vidx delete party.mp4
@@ -60,18 +60,19 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     """
     from storage.archive import open_archive
 
-    oldest = datetime.now(UTC) - _age(older_than)
+    oldest = _instant_before(older_than)
     archive = open_archive(archive_uri(archive_dir))
     _delete(archive, [row for row in archive.videos() if _recorded_before(row, oldest)], dry_run, as_json)
 
 
-def _age(text: str) -> timedelta:
+def _instant_before(text: str) -> datetime:
+    """Now less an age."""
     from storage.errors import UsageError
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdwy])", text.strip())
     try:
         if match:
-            return timedelta(days=float(match[1]) * _DAYS[match[2]])
+            return datetime.now(UTC) - timedelta(days=float(match[1]) * _DAYS[match[2]])
     except OverflowError:
         pass
     raise UsageError(f"--older-than {text}: not an age; give a number with h, d, w or y, e.g. 90d")
@@ -92,7 +93,7 @@ def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: 
     from storage.files import source_text
 
     if not dry_run:
-        archive.delete(rows)
+        rows = archive.delete(rows)
     frames = sum(row.frame_count for row in rows)
     if as_json:
         listed = [{"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri} for row in rows]
@@ -102,6 +103,8 @@ def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: 
         print_table(("video", "frames", "source"), _cells(rows), right=("frames",))
     done = "would be deleted" if dry_run else "deleted"
     click.echo(f"{len(rows)} videos with {frames} frames {done}")
+    if rows and not dry_run:
+        click.echo("their frames leave the disk with `vidx clean --older-than 0`")
 
 
 def _cells(rows: Sequence[VideoRow]) -> list[tuple[str, int, str]]:

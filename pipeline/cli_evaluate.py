@@ -36,7 +36,8 @@ def retrieval(
 
     FILE is CSV with the columns file, start_seconds, end_seconds and text, an empty file meaning that the archive shows
     nothing of the kind; or annotations of QVHighlights (JSON lines) or Charades-STA (lines ID START END##text). Videos
-    are named by path, file name, or file name without its suffix. Rows of one text are one query; each is right.
+    are named by path, file name, or file name without its suffix. A text is one query, and wherever the file says it is
+    true is right; with --within-video it is one for each video that it is said of.
 
     R@k is the share of the texts of which one of the first k moments overlaps a true one by an IoU of at least that
     much; MRR the mean of 1 / rank of the first such one (IoU 0.5), of ten; F1 that of telling what is there from what
@@ -46,7 +47,7 @@ def retrieval(
     vidx evaluate retrieval QUERIES.csv
     vidx evaluate retrieval charades_sta_test.txt --within-video --json
     """
-    from pipeline.cli_print import print_json
+    from pipeline.cli_print import note, print_json
     from pipeline.evaluate import DEPTH, judge, read_annotations, score
     from pipeline.filter import Filter
     from pipeline.query import Query, Term
@@ -55,17 +56,18 @@ def retrieval(
 
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, model)
-    annotated = read_annotations(queries, archive)
+    annotated = read_annotations(queries, archive, within_video)
     searcher = Searcher(archive, bundle)
     floor = bundle.search_floor if min_score is None else min_score
     judged = []
     for number, one in enumerate(annotated, 1):
-        within = Filter(video=one.video) if within_video else Filter()
-        found = searcher.search(Query((Term(one.text),)), within, Wanted(DEPTH, floor))
+        found = searcher.search(Query((Term(one.text),)), Filter(video=one.video), Wanted(DEPTH, floor))
         judged.append(judge(one, found.moments))
         if sys.stderr.isatty():
             click.echo(f"\r{number}/{len(annotated)} queries", err=True, nl=number == len(annotated))
     scores = score(judged)
+    if found.frames_pending:
+        note(f"{found.frames_pending} frames are not searchable yet, and count as not found; run `vidx index` first")
     if as_json:
         print_json({**_scores_json(scores), "floor": floor, "queries": [_judged_json(one) for one in judged]})
     else:
@@ -92,8 +94,9 @@ def _print_scores(scores: Scores, judged: list[Judged]) -> None:
 
     rows = [(f"{least}", *(percent(scores.recall[rank, least]) for rank in RANKS)) for least in OVERLAPS]
     print_table(("IoU", *(f"R@{rank}" for rank in RANKS)), rows, right=[f"R@{rank}" for rank in RANKS])
-    mrr, f1 = percent(scores.reciprocal_rank), percent(scores.found_f1)
-    click.echo(f"MRR {mrr}, F1 of found {f1} %; {scores.there} texts of what is there, {scores.found} of them found")
+    if scores.there:
+        mrr, f1 = f"{scores.reciprocal_rank:.3f}", f"{scores.found_f1:.3f}"
+        click.echo(f"MRR {mrr}, F1 of found {f1}; {scores.there} texts of what is there, {scores.found} of them found")
     if scores.absent:
         click.echo(f"{scores.absent} texts of what is not there, {scores.found_wrongly} of them found something")
     missed = [one.text for one in judged if one.is_there and one.ranks[MRR_OVERLAP] is None]

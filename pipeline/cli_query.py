@@ -19,7 +19,6 @@ from pipeline.cli_options import (
     parse_time,
 )
 
-DEFAULT_FRAMES = 32
 NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
 
 model_option = click.option(
@@ -169,7 +168,8 @@ def _end_search(found: _Found) -> None:
         searched = result.frames_searched
         why = f"none of {searched} frames reaches a score of {found.floor:g} (--min-score)" if searched else NO_FRAMES
         limits = f"; {limits_of(found.bundle)}" if searched and found.bundle.card.states_limits else ""
-        note(f"nothing found: {why}{limits}")
+        shows = f", but for {result.frames_left_out} that show what --not names" if result.frames_left_out else ""
+        note(f"nothing found: {why}{shows}{limits}")
         sys.exit(4)
 
 
@@ -203,7 +203,7 @@ def _end_search(found: _Found) -> None:
 def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     """Answer a question from the frames that fit it best, and cite their moments.
 
-    A range chosen with --video, --from or --to is shown to the model whole, in order, where --frames allows.
+    What a filter leaves, as --video or --from and --to, is shown to the model whole, in order, where --frames allows.
 
     \b
     vidx ask "When does the white van leave?"
@@ -215,7 +215,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     from pipeline.answer import answer as run_answer
     from pipeline.cli_models import hint_of_unknown
     from pipeline.cli_print import moment_json, note, print_json, print_moments
-    from pipeline.search import bundle_of
+    from pipeline.search import FRAMES_SHOWN, bundle_of
     from storage.archive import open_archive
     from storage.errors import UsageError
 
@@ -235,7 +235,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         bundle,
         question,
         where,
-        frame_limit=None if options["take_all"] else options["frames"] or DEFAULT_FRAMES,
+        frame_limit=None if options["take_all"] else options["frames"] or FRAMES_SHOWN,
         fuse=options["fuse"],
         max_tokens=options["max_tokens"],
         device=options["device"] or "auto",
@@ -308,7 +308,9 @@ def _filter(archive: Any, options: Mapping[str, Any]) -> Any:
     row = archive.find_video(name) if name is not None else None
     if start is not None and end is None and video and from_text is None:
         end = start + 1e-6  # a moment of one instant: the frame shown then
-    after, before = (options[name] and parse_instant(f"--{name}", options[name]) for name in ("after", "before"))
+    after, before = (
+        None if options[name] is None else parse_instant(f"--{name}", options[name]) for name in ("after", "before")
+    )
     if after is not None and before is not None and before <= after:
         raise UsageError(f"--after {options['after']} --before {options['before']}: the range must end after it starts")
     return Filter(row, start, end, after, before, parse_tags(options["tags"]), options["where"])

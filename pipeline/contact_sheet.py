@@ -14,8 +14,9 @@ from pipeline.cli_print import clock, printable
 from pipeline.output import write_output
 from storage.archive import Archive
 from storage.cells import read_thumbnails
+from storage.errors import UsageError
 from storage.files import source_text
-from storage.records import Moment
+from storage.records import FrameRef, Moment
 
 SUFFIXES = (".html", ".png")
 _COLUMNS, _SIDE, _GAP, _LINES, _FONT_SIZE = 5, 240, 12, 2, 15  # of the PNG, in pixels but for the first
@@ -52,9 +53,7 @@ def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequen
 
 
 def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
-    best = [
-        archive.frames(moment.video_number, moment.best_seconds, moment.best_seconds + 1e-6)[-1] for moment in moments
-    ]
+    best = [_best_frame(archive, moment) for moment in moments]
     thumbnails = read_thumbnails(archive.frames_uri, best)
     return [
         _Card(
@@ -68,6 +67,13 @@ def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
         )
         for moment, thumbnail in zip(moments, thumbnails, strict=True)
     ]
+
+
+def _best_frame(archive: Archive, moment: Moment) -> FrameRef:
+    shown = archive.frames(moment.video_number, moment.best_seconds, moment.best_seconds + 1e-6)
+    if not shown:
+        raise UsageError(f"{source_text(moment.uri)}: was taken out of the archive meanwhile; search again")
+    return shown[-1]
 
 
 def _html(title: str, cards: Sequence[_Card]) -> bytes:

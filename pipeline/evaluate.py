@@ -5,6 +5,7 @@ arXiv 1705.02101).
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from storage.archive import Archive
 from storage.errors import UsageError
+from storage.files import source_text
 from storage.records import Moment, Status, VideoRow
 
 RANKS = (1, 5, 10)
@@ -37,7 +39,7 @@ class Annotated:
     Attributes:
         text: the query.
         truths: what it describes.
-        video: the one that the text is about; None where no truth says so.
+        video: the one that it is to be found in; None for the whole archive.
     """
 
     text: str
@@ -134,13 +136,17 @@ def _mean(values: Sequence[float]) -> float | None:
 # --- annotations
 
 
-def read_annotations(path: str, archive: Archive) -> list[Annotated]:
-    """The queries of a file, those of one text together.
+def read_annotations(path: str, archive: Archive, by_video: bool = False) -> list[Annotated]:
+    """The queries of a file.
 
     CSV with the columns file, start_seconds, end_seconds and text (an empty file: there is nothing of the kind in the
     archive), JSON lines as QVHighlights has them (query, vid, relevant_windows), or text lines as Charades-STA has them
     (`ID START END##text`). Videos are named by path, file name, or file name without its suffix.
 
+    Args:
+        path: the file.
+        archive: what it is about.
+        by_video: a text is a query for each video that it is said of; else it is one, and wherever it is true is right.
     Raises:
         UsageError: the file cannot be read, or names a video that the archive does not hold.
     """
@@ -151,34 +157,36 @@ def read_annotations(path: str, archive: Archive) -> list[Annotated]:
     first = text.lstrip()[:1]
     read = _charades_lines if "##" in text.partition("\n")[0] else _json_lines if first == "{" else _csv_rows
     names = _Names(archive, path)
-    truths: dict[str, list[Truth]] = {}
-    videos: dict[str, VideoRow] = {}
-    for number, (query, name, start, end) in enumerate(_rows(read, path, text), 1):
-        found = truths.setdefault(query, [])
+    truths: dict[tuple[str, str | None], list[Truth]] = {}
+    videos: dict[str | None, VideoRow] = {}
+    for number, (query, name, stretch) in enumerate(_rows(read, path, text), 1):
+        if not query or not query.strip():
+            raise UsageError(f"{path}: query {number} has no text")
         if name is None:
+            if by_video:
+                raise UsageError(f"{path}: query {number} names no video, and each is to be searched in its own")
+            truths.setdefault((query, None), [])
             continue
         row = names.find(name, number)
         videos[row.video_id] = row
-        if not start < end:
-            raise UsageError(f"{path}: query {number}: {start:g} to {end:g} is no range of time")
-        found.append(Truth(row.video_id, start, end))
+        if stretch is not None and not stretch[0] < stretch[1]:
+            raise UsageError(f"{path}: query {number}: {stretch[0]:g} to {stretch[1]:g} is no range of time")
+        if by_video or stretch is not None:  # what one video does not show another may
+            found = truths.setdefault((query, row.video_id if by_video else None), [])
+            found += [] if stretch is None else [Truth(row.video_id, *stretch)]
     if not truths:
         raise UsageError(f"{path}: no queries in it")
-    return [Annotated(query, tuple(found), _only_video(found, videos)) for query, found in truths.items()]
+    return [Annotated(query, tuple(found), videos.get(video_id)) for (query, video_id), found in truths.items()]
 
 
-def _only_video(truths: Sequence[Truth], videos: Mapping[str, VideoRow]) -> VideoRow | None:
-    ids = {truth.video_id for truth in truths}
-    return videos[ids.pop()] if len(ids) == 1 else None
-
-
-Row = tuple[str, str | None, float, float]
+# A text, the video that it is about, and the stretch that shows it; None for no video and for no such stretch.
+Row = tuple[str, str | None, tuple[float, float] | None]
 
 
 def _rows(read: Callable[[str], list[Row]], path: str, text: str) -> list[Row]:
     try:
         return read(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(
             f"{path}: {type(error).__name__} {error}: wanted CSV with the columns file, start_seconds, end_seconds and "
             "text, JSON lines with query, vid and relevant_windows, or lines ID START END##text"
@@ -186,31 +194,30 @@ def _rows(read: Callable[[str], list[Row]], path: str, text: str) -> list[Row]:
 
 
 def _csv_rows(text: str) -> list[Row]:
-    rows = []
-    for row in csv.DictReader(text.splitlines()):
+    rows: list[Row] = []
+    for row in csv.DictReader(io.StringIO(text, newline="")):
         name = row["file"].strip() or None
-        times = (0.0, 0.0) if name is None else (float(row["start_seconds"]), float(row["end_seconds"]))
-        rows.append((row["text"], name, *times))
+        stretch = None if name is None else (float(row["start_seconds"]), float(row["end_seconds"]))
+        rows.append((row["text"], name, stretch))
     return rows
 
 
 def _json_lines(text: str) -> list[Row]:
-    entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return [
-        (entry["query"], entry["vid"], float(start), float(end))
-        for entry in entries
-        for start, end in entry["relevant_windows"]
-    ]
+    rows: list[Row] = []
+    for line in filter(str.strip, text.split("\n")):
+        entry = json.loads(line)
+        windows = [(float(start), float(end)) for start, end in entry["relevant_windows"]]
+        rows += [(entry["query"], entry["vid"], stretch) for stretch in windows or [None]]
+    return rows
 
 
 def _charades_lines(text: str) -> list[Row]:
-    rows = []
-    for line in text.splitlines():
-        if line.strip():
-            match = re.fullmatch(r"(\S+)\s+([\d.]+)\s+([\d.]+)\s*##(.*)", line)
-            if match is None:
-                raise ValueError(f"in {line!r}")
-            rows.append((match[4].strip(), match[1], float(match[2]), float(match[3])))
+    rows: list[Row] = []
+    for line in filter(str.strip, text.split("\n")):
+        match = re.fullmatch(r"(\S+)\s+([\d.]+)\s+([\d.]+)\s*##(.*)", line.strip())
+        if match is None:
+            raise ValueError(f"in {line!r}")
+        rows.append((match[4].strip(), match[1], (float(match[2]), float(match[3]))))
     return rows
 
 
@@ -223,7 +230,7 @@ class _Names:
         self._by_stem: dict[str, list[VideoRow]] = {}
         for row in archive.videos():
             if row.frame_count and row.status is not Status.DELETED:
-                self._by_stem.setdefault(Path(row.uri).stem, []).append(row)
+                self._by_stem.setdefault(Path(source_text(row.uri)).stem, []).append(row)
 
     def find(self, name: str, number: int) -> VideoRow:
         alike = self._by_stem.get(name, [])

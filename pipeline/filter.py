@@ -1,6 +1,5 @@
 """filter: the part of an archive that a query is narrowed to."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,6 +8,8 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.catalog import select_frames
+from storage.errors import UsageError
+from storage.frames import PartBounds
 from storage.records import FrameRef, VideoRow
 
 Span = tuple[float | None, float | None]  # positions in seconds, half-open; None leaves a side open
@@ -35,6 +36,17 @@ class Filter:
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     where: str = ""
 
+    def __post_init__(self):
+        for name, low, high in (
+            ("position", self.start_seconds, self.end_seconds),
+            ("time of recording", self.after, self.before),
+        ):
+            if low is not None and high is not None and high <= low:
+                raise UsageError(f"a range of {name} from {low} to {high} must end after it starts")
+        for instant in (self.after, self.before):
+            if instant is not None and instant.tzinfo is None:
+                raise UsageError(f"{instant}: a time of recording needs a time zone")
+
     @property
     def is_everything(self) -> bool:
         """Whether nothing is left out."""
@@ -50,35 +62,52 @@ class Filter:
         if self.is_everything:
             return archive.frames()
         selected = select_frames(archive, self.where) if self.where else None
+        extents = _extents(archive.part_bounds())
         by_span: dict[Span, list[int]] = {}
         for row in archive.videos() if self.video is None else [self.video]:
-            span = self._span(row)
-            if span is not None and (selected is None or row.video_number in selected):
-                by_span.setdefault(span, []).append(row.video_number)
+            number = row.video_number
+            if number in extents and self._passes(row) and (selected is None or number in selected):
+                span = self._span(row, *extents[number])
+                if span is not None:
+                    by_span.setdefault(span, []).append(number)
         frames = [frame for span, numbers in by_span.items() for frame in archive.frames(numbers, *span)]
         if selected is not None:
             frames = _among(frames, selected)
         return sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
 
-    def _span(self, row: VideoRow) -> Span | None:
-        """The part of a video that passes; None for no part."""
-        if not row.frame_count or any(row.tags.get(key) not in values for key, values in self.tags.items()):
-            return None
+    def _passes(self, row: VideoRow) -> bool:
+        """Whether any frame of a video can pass, but for the times."""
+        is_dated = row.captured_at is not None or (self.after is None and self.before is None)
+        return is_dated and all(row.tags.get(key) in values for key, values in self.tags.items())
+
+    def _span(self, row: VideoRow, first_seconds: float, end_seconds: float) -> Span | None:
+        """The part of a video that passes, whose frames lie within those times; None for no part.
+
+        A side that takes nothing away is left open, so that many videos share one span.
+        """
         start, end = self.start_seconds, self.end_seconds
-        if self.after is None and self.before is None:
-            return start, end
-        if row.captured_at is None:
-            return None
-        duration = row.probe.duration_seconds if row.probe else None
         if self.after is not None:
             begins = (self.after - row.captured_at).total_seconds()
-            if begins > 0:
+            if begins >= end_seconds:
+                return None
+            if begins > first_seconds:
                 start = begins if start is None else max(start, begins)
         if self.before is not None:
             ends = (self.before - row.captured_at).total_seconds()
-            if ends < (math.inf if duration is None else duration):  # videos that are in it whole share one span
+            if ends <= first_seconds:
+                return None
+            if ends < end_seconds:
                 end = ends if end is None else min(end, ends)
         return None if start is not None and end is not None and end <= start else (start, end)
+
+
+def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:
+    """When the first frame of each video begins and the last one ends, at the latest, by video number."""
+    numbers, places = np.unique(bounds.video_number, return_inverse=True)
+    first, end = np.full(len(numbers), np.inf), np.full(len(numbers), -np.inf)
+    np.minimum.at(first, places, bounds.first_seconds)
+    np.maximum.at(end, places, bounds.last_seconds + bounds.longest_seconds)
+    return dict(zip(numbers.tolist(), zip(first.tolist(), end.tolist(), strict=True), strict=True))
 
 
 def _among(frames: list[FrameRef], selected: Mapping[int, np.ndarray | None]) -> list[FrameRef]:

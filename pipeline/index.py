@@ -133,8 +133,6 @@ def run_index(
     known = plan_index(assets, archive, bundle, sampling, config)
     if known.renewed:
         archive.renew(known.renewed)  # before anything new takes the place of what has moved away
-    if known.deleted:
-        archive.forget_deleted(known.deleted)
     result.cache_problem = known.cache_problem
     result.failed_before = known.count(Plan.FAILED)
     result.deleted_before = known.count(Plan.DELETED)
@@ -273,7 +271,7 @@ class _Run:
             self._settle(receipt)
         finished = list(self._finished)
         if finished:
-            self._archive.publish(finished)
+            self._archive.publish(finished, self._known.restored)
         del self._finished[: len(finished)]
         for row in finished:
             self._result.count(row)

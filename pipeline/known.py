@@ -80,7 +80,7 @@ class Known:
         return tuple(asset for asset, plan in self.plans if plan.is_work)
 
     @property
-    def deleted(self) -> set[str]:
+    def restored(self) -> set[str]:
         """Ids of deleted content that is to be indexed again."""
         ids = {content.video_id for asset in self.todo if (content := self.contents.get(asset.uri))}
         return {video_id for video_id in ids & self.by_id.keys() if self.by_id[video_id].status is Status.DELETED}

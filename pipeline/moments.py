@@ -31,7 +31,7 @@ def moments_of(
         run: list[tuple[Hit, FrameRef]] = []
         for hit in group:
             frame = frames[number, hit.frame_index]
-            if run and not _adjoin(run[-1][1], frame):
+            if run and not adjoin(run[-1][1], frame):
                 moments += _grow(run, uris[number])
                 run = []
             run.append((hit, frame))
@@ -44,8 +44,11 @@ def fallen(peak: float) -> float:
     return peak - FALL * abs(peak)
 
 
-def _adjoin(earlier: FrameRef, later: FrameRef) -> bool:
-    """Spans tile a video, so neighbours touch; half a millisecond allows for the rounding of ticks to seconds."""
+def adjoin(earlier: FrameRef, later: FrameRef) -> bool:
+    """Whether nothing lies between two frames of a video: spans tile it, so that neighbours touch.
+
+    Half a millisecond allows for the rounding of ticks to seconds.
+    """
     return later.time_seconds - (earlier.time_seconds + earlier.duration_seconds) < 5e-4
 
 

@@ -1,5 +1,6 @@
 """query: what a moment is to show, and what not, as keys in the space of the frames' search keys."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ class Term:
     weight: float = 1.0
 
     def __post_init__(self):
-        if not self.weight > 0:
-            raise ValueError(f"Term.weight is {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise UsageError(
+                f"{self.text}^{self.weight:g}: a weight has to be above 0; to leave out what shows something use --not"
+            )
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,15 @@ class Query:
 
     Attributes:
         terms: a frame's score is the weighted mean of its cosines with them.
-        without: texts; a frame that reaches the floor with one of them is no hit.
+        without: texts; a frame whose cosine with one of them reaches the model's own floor is no hit.
     """
 
     terms: tuple[Term, ...]
     without: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.terms:
+            raise UsageError("nothing to search for: give at least one text")
 
     def __str__(self) -> str:
         return " + ".join(term.text for term in self.terms) + "".join(f" - {text}" for text in self.without)
@@ -65,8 +72,6 @@ def parse_term(text: str) -> Term:
     match = re.fullmatch(r"(.*\S)\s*\^(\d+(?:\.\d*)?)", text, re.DOTALL)
     if not match:
         return Term(text)
-    if not float(match[2]) > 0:
-        raise UsageError(f"{text}: a weight has to be above 0; to leave out what shows something use --not")
     return Term(match[1], float(match[2]))
 
 
@@ -107,4 +112,7 @@ def check_text(what: str, text: str) -> None:
 
 def query_of(texts: Sequence[str], without: Sequence[str]) -> Query:
     """The query that a user types: texts that may end in a weight, and texts of what is not to be seen."""
+    for text in without:
+        if parse_term(text).text != text:
+            raise UsageError(f"--not {text}: what is left out has no weight")
     return Query(tuple(parse_term(text) for text in texts), tuple(without))

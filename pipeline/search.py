@@ -20,7 +20,8 @@ from workers.bundle import Bundle, find_bundle
 from workers.clip_text import TextEncoder
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
-MOST_HITS = 8192  # a moment of more frames than that may be shown in pieces
+MOST_HITS = 8192  # once there are moments enough; one of more frames than that may be shown in pieces
+FRAMES_SHOWN = 32  # to the model for an answer at most, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,22 @@ class Wanted:
     floor: float
     per_video: int | None = None
 
+    def __post_init__(self):
+        if self.limit < 1 or (self.per_video is not None and self.per_video < 1):
+            raise UsageError(f"{self.limit} moments, {self.per_video} of a video: ask for at least one")
+
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Moments, best first, and how much was looked at to find them."""
+    """Moments, best first, and how much was looked at to find them.
+
+    frames_left_out counts those that would be hits and show what is not wanted.
+    """
 
     moments: tuple[Moment, ...]
     frames_searched: int
     frames_pending: int
+    frames_left_out: int
 
 
 def bundle_of(archive: Archive, model: str | None) -> Bundle:
@@ -101,23 +110,37 @@ class Searcher:
         else:
             frames = [frame for frame in within.frames(archive) if index.covers(frame.part)]
             ids, searched = ids_of(frames), len(frames)
-        moments = _find(archive, index, keys, ids, wanted) if searched else []
-        return SearchResult(tuple(moments), searched, pending)
+        if not searched:
+            return SearchResult((), searched, pending, 0)
+        moments, left_out = _find(archive, index, keys, ids, wanted, self._bundle.search_floor)
+        return SearchResult(tuple(moments), searched, pending, left_out)
 
 
-def _find(archive: Archive, index: Index, keys: QueryKeys, ids: np.ndarray | None, wanted: Wanted) -> Sequence[Moment]:
-    """The best moments, whole: more hits are asked for until each moment's neighbours are known to have fallen."""
+def _find(
+    archive: Archive,
+    index: Index,
+    keys: QueryKeys,
+    ids: np.ndarray | None,
+    wanted: Wanted,
+    unwanted_floor: float,
+) -> tuple[Sequence[Moment], int]:
+    """The best moments, whole, and how many hits were left out for what they show.
+
+    More hits are asked for until there are moments enough, and each one's neighbours are known to have fallen.
+    """
     count = wanted.limit * HITS_PER_MOMENT
     while True:
         found = index.search(keys.wanted, count, ids=ids)
         above = [hit for hit in found if hit.score >= wanted.floor]
-        hits, frames = _without(archive, above, archive.hit_frames(above), keys.unwanted, wanted.floor)
+        hits, frames = _without(archive, above, archive.hit_frames(above), keys.unwanted, unwanted_floor)
         shown = {(frame.video_number, frame.frame_index): frame for frame in frames}
         moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))
         moments = [*_spread(moments, wanted.per_video)][: wanted.limit]
-        everything = len(found) < count or len(above) < len(found) or count >= MOST_HITS
-        if everything or (len(moments) == wanted.limit and found[-1].score <= min(fallen(m.score) for m in moments)):
-            return moments
+        if len(found) < count or len(above) < len(found):  # there are no more
+            return moments, len(above) - len(hits)
+        enough = len(moments) == wanted.limit
+        if enough and (count >= MOST_HITS or found[-1].score <= min(fallen(moment.score) for moment in moments)):
+            return moments, len(above) - len(hits)
         count *= 4
 
 

@@ -10,7 +10,7 @@ Frames are committed first, then the videos row that shows them: frames of a num
 for any reader. `deltalake` does not survive a fork: processes that use an archive must be spawned.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -339,15 +339,15 @@ class Archive:
 
     # Videos
 
-    def publish(self, rows: Sequence[VideoRow]) -> None:
+    def publish(self, rows: Sequence[VideoRow], restored: Collection[str] = ()) -> None:
         """Makes videos and their frames visible, all at once, instead of the rows that they renew.
 
-        videos.plan_publish says which those are.
+        videos.plan_publish says which those are. Deleted content stays deleted, but for the ids that are restored.
 
         Raises:
             ArchiveError: the archive cannot be written; nothing is published.
         """
-        self._videos.change(lambda table: videos.plan_publish(table, rows))
+        self._videos.change(lambda table: videos.plan_publish(table, rows, restored))
         self._frames.refresh()
 
     def renew(self, rows: Sequence[VideoRow]) -> None:
@@ -358,34 +358,27 @@ class Archive:
         """
         self._videos.change(lambda table: videos.plan_publish(table, videos.of_same_frames(table, rows)))
 
-    def delete(self, rows: Sequence[VideoRow]) -> None:
-        """Takes videos out of every answer at once; `clean` removes their frames, `forget_deleted` lets them come back.
+    def delete(self, rows: Sequence[VideoRow]) -> list[VideoRow]:
+        """Takes videos out of every answer at once; `clean` removes their frames. Returns the rows that went.
 
         Raises:
             ArchiveError: the archive cannot be written; nothing is deleted.
         """
-        wanted = {(row.video_id, row.uri) for row in rows}
+        ids = {row.video_id for row in rows if row.video_id is not None}
+        unread = {row.uri for row in rows if row.video_id is None}
+        gone: list[VideoRow] = []
 
         def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
             columns = (table.column(name).to_pylist() for name in ("video_id", "uri", "status"))
-            found = [(id_, uri) in wanted and status != Status.DELETED for id_, uri, status in zip(*columns)]
+            found = [
+                status != Status.DELETED and (uri in unread if id_ is None else id_ in ids)
+                for id_, uri, status in zip(*columns, strict=True)
+            ]
+            gone[:] = videos.to_rows(table.filter(pa.array(found, pa.bool_())))
             return videos.plan_delete(table, np.array(found, bool))
 
         self._videos.change(plan)
-
-    def forget_deleted(self, video_ids: set[str]) -> None:
-        """Lets a job index deleted content again.
-
-        Raises:
-            ArchiveError: the archive cannot be written.
-        """
-
-        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
-            columns = (table.column(name).to_pylist() for name in ("video_id", "status"))
-            kept = [id_ not in video_ids or status != Status.DELETED for id_, status in zip(*columns)]
-            return np.array(kept, bool), videos.to_arrow([])
-
-        self._videos.change(plan)
+        return sorted(gone, key=lambda row: row.uri)
 
     def published(self) -> dict[int, str]:
         """Video id by number, of every video that shows frames."""
@@ -419,6 +412,12 @@ class Archive:
         places = np.flatnonzero(pc.equal(self._videos.rows().column("video_id"), video_id).fill_null(False).to_numpy())
         return _row_at(self._videos.rows(), int(places[0])) if len(places) else None
 
+    def deleted_numbers(self) -> set[int]:
+        """Numbers of deleted content whose frames may still be there."""
+        known = self._numbers.known()
+        deleted = [(row.video_id, row.sampling) for row in self.videos() if row.status is Status.DELETED]
+        return {known[key] for key in deleted if key in known}
+
     def find_video(self, name: str) -> VideoRow:
         """The video that a person means by a path, a URI, a file name, or the first digits (six or more) of its id.
 
@@ -439,9 +438,10 @@ class Archive:
         found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
         if len(found) == 1:
             return _row_at(rows, found[0])
-        if found:
-            candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in found)[:5])
-            raise UsageError(f"{name}: more than one video begins so; add digits: {candidates}")
+        alike = found or ([] if "/" in name else same_name)
+        if alike:
+            candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in alike)[:5])
+            raise UsageError(f"{name}: more than one video is called so; name one by its path or id: {candidates}")
         raise UsageError(
             f"{name}: no such video in {source_text(self.uri)}; name one by its path, its URI or at least "
             f'{MIN_ID_DIGITS} digits of its id (`vidx sql "SELECT video_id, source FROM videos"` lists them)'

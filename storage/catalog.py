@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow import fs
 
@@ -15,6 +16,7 @@ from storage.archive import Archive
 from storage.errors import ArchiveError, UsageError
 from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
+from storage.records import Status
 
 # Timestamps are plain TIMESTAMPs in UTC, so that neither the machine's time zone nor an extension has a say.
 _VIDEOS_VIEW = """
@@ -22,7 +24,7 @@ CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
     rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
     CAST(captured_at AS TIMESTAMP) AS captured_at, tags, model_id, sampling, attempts
-FROM stored_videos WHERE status <> 'deleted'
+FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
 _READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing
@@ -97,6 +99,7 @@ def _running(archive: Archive, statement: str) -> Iterator[duckdb.DuckDBPyRelati
 
 def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
     rows = archive.videos_arrow()
+    rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
     source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
     connection.register("stored_videos", rows.append_column("source", source))
     connection.execute(_VIDEOS_VIEW)

@@ -54,7 +54,7 @@ def repair(uri: str) -> Repair:
     if dropped:  # damage to the tables of rows hides other kinds
         _drop_frames(archive, verify(uri))
     rows = archive.recount()
-    lost = len(archive.hidden_numbers()) if notes else 0
+    lost = len(archive.hidden_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
             f"the rows of {lost} videos are lost, their frames are not: `vidx index` on their sources shows them again "

@@ -1,6 +1,6 @@
 """The videos table: one row per video, whose publication makes the video's frames visible."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC
 from fractions import Fraction
@@ -82,13 +82,16 @@ def plan_delete(table: pa.Table, wanted: np.ndarray) -> tuple[np.ndarray, pa.Tab
     return ~wanted, to_arrow([replace(row, **nothing) for row in rows if row.video_id is not None])
 
 
-def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray, pa.Table]:
+def plan_publish(
+    table: pa.Table, rows: Sequence[VideoRow], restored: Collection[str] = ()
+) -> tuple[np.ndarray, pa.Table]:
     """What to keep of the table, and what to add, so that each row takes the place of those it renews.
 
     A row renews, within its model's rows, the one of the same content (whatever its sampling or uri) and the one of
     the same uri (whatever its content). Nothing searchable is lost to a file that could not be read this time: a row
     of unknown content, or without frames, does not take the place of a row of the same uri with known content, or of
-    the same content with frames. Deleted content stays deleted, and does not keep its uri from another one.
+    the same content with frames. Deleted content stays deleted, but for the ids that are restored, and does not keep
+    its uri from another one.
     """
     names = ("model_id", "video_id", "uri", "frame_count", "status")
     known = list(zip(*(table.column(name).to_pylist() for name in names)))
@@ -101,7 +104,7 @@ def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray,
         same_uri = by_uri.get((model_id, uri))
         if place >= table.num_rows:
             rivals = [rival for rival in (same_content, same_uri) if rival is not None and alive[rival]]
-            if any(_outlasts(known[rival], video_id, frame_count) for rival in rivals):
+            if any(_outlasts(known[rival], video_id, frame_count, restored) for rival in rivals):
                 continue
             alive[rivals] = False
             alive[place] = True
@@ -113,11 +116,13 @@ def plan_publish(table: pa.Table, rows: Sequence[VideoRow]) -> tuple[np.ndarray,
     return alive[: table.num_rows], to_arrow(added)
 
 
-def _outlasts(rival: tuple, video_id: str | None, frame_count: int) -> bool:
+def _outlasts(rival: tuple, video_id: str | None, frame_count: int, restored: Collection[str]) -> bool:
     _, rival_id, _, rival_frames, rival_status = rival
     if video_id is None:
         return rival_id is not None
-    return rival_id == video_id and (rival_status == Status.DELETED or (frame_count == 0 and rival_frames > 0))
+    if rival_status == Status.DELETED:
+        return rival_id == video_id and video_id not in restored
+    return rival_id == video_id and frame_count == 0 and rival_frames > 0
 
 
 def _as_dict(row: VideoRow) -> dict:

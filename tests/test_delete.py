@@ -11,6 +11,7 @@ from small_archive import (
     add_video,
     cells_left,
     failed_row,
+    folder_of,
     make_old,
     random_rows,
     receipt_for,
@@ -24,6 +25,7 @@ from storage.catalog import run_sql
 from storage.errors import UsageError
 from storage.files import local_path
 from storage.records import Status
+from storage.repair import repair
 from storage.sweep import clean
 from storage.vectors import open_index, update_index
 from storage.verify import verify
@@ -69,9 +71,32 @@ def test_deleted_content_stays_deleted_until_it_is_asked_for(archive):
     archive.publish([row_for(archive, 4, 6, uri=row.uri)])  # other content at its place
     assert shown(archive) == [1, 3, 4]
     assert [row.status for row in archive.videos()].count(Status.DELETED) == 1
-    archive.forget_deleted({row.video_id})
-    archive.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    archive.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")], restored={row.video_id})
     assert shown(archive) == [1, 2, 3, 4]
+    assert archive.status().videos_deleted == 0
+
+
+def test_a_video_that_a_job_has_moved_meanwhile_is_deleted_all_the_same(archive):
+    row = archive.find_video("2.mp4")
+    open_archive(archive.uri).renew([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    assert [gone.uri for gone in archive.delete([row])] == ["file:///moved.mp4"]
+    assert shown(archive) == [1, 3]
+    assert archive.delete([row]) == []
+
+
+def test_two_videos_of_one_name_have_to_be_told_apart(archive):
+    add_video(archive, 4, uri="file:///other/2.mp4")
+    with pytest.raises(UsageError, match=r"more than one video is called so.*/clips/2.mp4.*/other/2.mp4"):
+        archive.find_video("2.mp4")
+
+
+def test_repair_does_not_take_deleted_videos_for_lost(archive):
+    archive.delete([archive.find_video("2.mp4")])
+    newest = max(folder_of(archive).glob("videos/_delta_log/*.json"))
+    newest.with_name(f"{int(newest.stem) + 1:020d}.json").write_bytes(b"")  # as a power cut leaves a commit
+    done = repair(archive.uri)
+    assert done.notes
+    assert not any("are lost" in note for note in done.notes)
 
 
 def test_the_row_of_an_unreadable_file_goes_for_good(archive):
@@ -103,6 +128,7 @@ def test_delete_and_restore_from_the_command_line(vidx, archive_copy, tmp_path):
     done = vidx("delete", name, row["video_id"][:8], "--archive", archive, "--json")
     assert done.json == {**trial, "dry_run": False}
     assert vidx("search", "x", "--video", name, "--archive", archive).code == 2
+    assert [one["source"] for one in vidx("status", "--deleted", "--archive", archive, "--json").json] == [name]
     again = vidx("index", str(SAMPLES), "--archive", archive, "--json").json
     assert (again["videos_deleted_before"], again["videos_indexed"]) == (1, 0)
     plan = vidx("index", name, "--archive", archive, "--dry-run", "--json").json
@@ -129,7 +155,7 @@ def test_expire_goes_by_capture_time_and_else_by_the_files_time(vidx, archive, t
     assert vidx("expire", "--older-than", "90d", "--archive", place, "--json").json["videos_deleted"] == 0
 
 
-@pytest.mark.parametrize("age", ["90", "d", "-3d", "9e9d", "1" * 30 + "y"])
+@pytest.mark.parametrize("age", ["90", "d", "-3d", "9e9d", "3000y", "1" * 30 + "y"])
 def test_what_is_no_age_is_refused(vidx, tmp_path, age):
     run = vidx("expire", f"--older-than={age}", "--archive", str(tmp_path))
     assert (run.code, "90d" in run.err) == (2, True)

@@ -93,15 +93,16 @@ ONE, TWO = video_id_of(1), video_id_of(2)
             CSV + "AO8RW,0,1,a bus\n,,,a whale\n",
             {
                 "a dog": ([(ONE, 1.0, 2.5), (ONE, 3.0, 4.0), (TWO, 0.0, 1.0)], None),
-                "a bus": ([(ONE, 0.0, 1.0)], ONE),
+                "a bus": ([(ONE, 0.0, 1.0)], None),
                 "a whale": ([], None),
             },
         ),
         (
             json.dumps({"qid": 1, "query": "a dog", "vid": "abc_60.0_210.0", "relevant_windows": [[0, 2], [4, 6]]}),
-            {"a dog": ([(TWO, 0.0, 2.0), (TWO, 4.0, 6.0)], TWO)},
+            {"a dog": ([(TWO, 0.0, 2.0), (TWO, 4.0, 6.0)], None)},
         ),
-        ("AO8RW 0.0 6.9##a person sits down.\n", {"a person sits down.": ([(ONE, 0.0, 6.9)], ONE)}),
+        ("AO8RW 0.0 6.9##a person sits down.\n", {"a person sits down.": ([(ONE, 0.0, 6.9)], None)}),
+        (HEADER + '"AO8RW",0,1,"two\nlines\u2028here"\n', {"two\nlines\u2028here": ([(ONE, 0.0, 1.0)], None)}),
     ],
 )
 def test_annotations_are_read_in_the_forms_that_are_in_use(archive, tmp_path, text, wanted):
@@ -117,11 +118,24 @@ def test_annotations_are_read_in_the_forms_that_are_in_use(archive, tmp_path, te
     } == wanted
 
 
+def test_a_text_may_be_a_query_for_each_video_that_it_is_said_of(archive, tmp_path):
+    path = tmp_path / "queries"
+    nothing = json.dumps({"query": "a bus", "vid": "abc_60.0_210.0", "relevant_windows": []})
+    for text, wanted in ((CSV, {("a dog", ONE): 2, ("a dog", TWO): 1}), (nothing, {("a bus", TWO): 0})):
+        path.write_text(text)
+        found = read_annotations(str(path), archive, by_video=True)
+        assert {(one.text, one.video.video_id): len(one.truths) for one in found} == wanted
+    path.write_text(CSV + ",,,a whale\n")
+    with pytest.raises(UsageError, match="names no video"):
+        read_annotations(str(path), archive, by_video=True)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
         ("", "no queries"),
         ("file,text\nAO8RW,a dog\n", "start_seconds"),
+        (HEADER + "AO8RW,0,1\n", "query 1 has no text"),
         (CSV.replace("2.5", "soon"), "soon"),
         (CSV.replace("2.5", "0.5"), "no range of time"),
         (CSV.replace("AO8RW.mp4", "other.mp4"), "query 1: other.mp4: no such video"),
@@ -139,13 +153,15 @@ def test_a_wrong_file_is_refused_in_a_line(archive, tmp_path, text, word):
 
 
 def test_the_built_in_world_is_scored_from_the_command_line(vidx, samples_archive, tmp_path):
+    """Two apples are in nano_scenes_1 from 7 to 16 seconds, and never in nano_scenes_2."""
     queries = tmp_path / "queries.csv"
-    queries.write_text(HEADER + "nano_scenes_1,0,30,a snake\n,,,a giraffe in a lift\n")
-    run = vidx("evaluate", "retrieval", str(queries), "--archive", str(samples_archive[0]), "--json")
-    assert run.code == 0, run.err
-    assert run.json["counts"]["there"] == run.json["counts"]["absent"] == 1
-    assert {"R@1 IoU=0.3", "R@10 IoU=0.7"} < run.json["recall"].keys()
-    assert [one["text"] for one in run.json["queries"]] == ["a snake", "a giraffe in a lift"]
-    within = vidx("evaluate", "retrieval", str(queries), "--archive", str(samples_archive[0]), "--within-video")
-    assert within.code == 0
-    assert "R@10" in within.out
+    queries.write_text(HEADER + "nano_scenes_1,7,16,two apples\nnano_scenes_2,0,1,two apples\n")
+    command = ["evaluate", "retrieval", str(queries), "--archive", str(samples_archive[0]), "--json"]
+    whole = vidx(*command)
+    assert whole.code == 0, whole.err
+    assert whole.json["counts"] == {"there": 1, "absent": 0, "found": 1, "found_wrongly": 0}
+    assert whole.json["recall"]["R@1 IoU=0.5"] == 1.0
+    (query,) = whole.json["queries"]
+    assert (query["text"], query["rank"]["IoU=0.5"]) == ("two apples", 1)
+    within = vidx(*command, "--within-video")
+    assert [one["rank"]["IoU=0.5"] for one in within.json["queries"]] == [1, None]

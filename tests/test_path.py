@@ -180,6 +180,14 @@ def test_a_chosen_range_is_shown_whole_where_it_fits_and_searched_where_not(vidx
     assert None not in [moment["score"] for moment in found["moments"]]
 
 
+def test_an_answer_cites_the_frames_that_it_was_given_and_nothing_between_them(vidx, samples_archive):
+    where = "source LIKE '%nano_scenes_1%' AND (time_seconds < 1.5 OR time_seconds BETWEEN 19.5 AND 20.5)"
+    run = vidx("ask", "What?", "--archive", str(samples_archive[0]), "--where", where, "--max-tokens", "1", "--json")
+    stretches = [(moment["start_seconds"], moment["end_seconds"]) for moment in run.json["moments"]]
+    assert run.json["frames_used"] == 3
+    assert [(round(start), round(end)) for start, end in stretches] == [(0, 2), (20, 21)]
+
+
 def test_exact_takes_pictures_whose_sides_ffmpeg_pads(vidx, samples_archive):
     """800 x 640 is 832 x 640 to FFmpeg's limit on pixels, which was that of the largest picture asked for."""
     video = str(SAMPLES / "bird_first_frame_at_10s.mp4")

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from small_archive import MODEL_ID, add_video, failed_row, random_rows, receipt_for, row_for
+from small_archive import MODEL_ID, add_video, failed_row, random_rows, receipt_for
 
 from pipeline.filter import Filter
 from pipeline.query import Query, Term, embed, parse_term
@@ -139,10 +139,12 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
     hits = [
         (frame.video_id, frame.time_seconds)
         for frame, score, others in zip(frames, shows, unwanted, strict=True)
-        if score >= floor and (others < floor).all()
+        if score >= floor and (others < bundle.search_floor).all()
     ]
     assert 0 < len(hits) < (shows >= floor).sum()
-    moments = search(archive, bundle, query, Filter(), Wanted(1000, floor)).moments
+    result = search(archive, bundle, query, Filter(), Wanted(1000, floor))
+    moments = result.moments
+    assert result.frames_left_out == (shows >= floor).sum() - len(hits)
     found = [
         (frame.video_id, frame.time_seconds)
         for moment in moments
@@ -150,6 +152,39 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
         if frame.video_id == moment.video_id and moment.start_seconds <= frame.time_seconds < moment.end_seconds
     ]
     assert sorted(found) == sorted(hits)
+
+
+def test_what_is_not_wanted_goes_by_the_floor_of_the_model(clips):
+    archive, frames, _ = clips
+    query = Query((Term("an apple"),), without=("a strawberry",))
+    low = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, -1.0))
+    assert low.moments
+    assert 0 < low.frames_left_out < len(frames)
+
+
+def test_a_search_goes_on_until_it_has_the_moments_or_there_are_no_more(clips, monkeypatch):
+    archive, _, _ = clips
+    monkeypatch.setattr("pipeline.search.MOST_HITS", 1)
+    monkeypatch.setattr("pipeline.search.HITS_PER_MOMENT", 1)
+    found = search(archive, find_bundle("nano"), Query((Term("a bus"),)), Filter(), Wanted(7, -1.0, per_video=1))
+    assert len({moment.video_id for moment in found.moments}) == 7
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Query(()),
+        lambda: Term("x", 0),
+        lambda: Term("x", float("inf")),
+        lambda: Wanted(0, 0.1),
+        lambda: Wanted(1, 0.1, per_video=0),
+        lambda: Filter(after=datetime(2024, 5, 1)),
+        lambda: Filter(start_seconds=2, end_seconds=1),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wrong):
+    with pytest.raises(UsageError):
+        wrong()
 
 
 def test_no_more_moments_of_a_video_than_asked_for(clips):
@@ -170,8 +205,15 @@ def test_filters_and_terms_from_the_command_line(vidx, samples_archive):
     assert found["frames_searched"] == 10
     assert len(found["moments"]) == 1
     assert vidx(*command, "--tag", "camera=north").code == 4
-    for option, word in (("--tag", "KEY=VALUE"), ("--after", "ISO 8601"), ("--where", "SQL")):
-        run = vidx(*command, option, "no such thing")
+    wrong = (
+        ("--tag", "no pair", "KEY=VALUE"),
+        ("--after", "someday", "ISO 8601"),
+        ("--before", "", "ISO 8601"),
+        ("--where", "no such thing", "SQL"),
+        ("--not", "a cow^2", "no weight"),
+    )
+    for option, value, word in wrong:
+        run = vidx(*command, option, value)
         assert (run.code, word in run.err) == (2, True), run.err
 
 
@@ -179,8 +221,3 @@ def test_a_range_of_times_that_ends_before_it_starts_is_refused(vidx, samples_ar
     run = vidx("search", "x", "--archive", str(samples_archive[0]), "--after", "2024-05-02", "--before", "2024-05-01")
     assert run.code == 2
     assert "must end after it starts" in run.err
-
-
-def test_a_row_without_frames_passes_no_filter(archive):
-    assert row_for(archive, 1, 0).frame_count == 0
-    assert Filter(video=row_for(archive, 1, 0)).frames(archive) == []
