@@ -24,7 +24,7 @@ def _plain(value: Any) -> Any:
         case None | bool() | int():
             return value
         case str():
-            return value.encode("utf-8", "backslashreplace").decode()
+            return encodable(value)
         case float() | Decimal():
             return float(value) if math.isfinite(value) else None
         case bytes() | bytearray() | memoryview():
@@ -37,6 +37,11 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case _:
             return str(value)
+
+
+def encodable(text: str) -> str:
+    """Text that every encoder takes, whatever the bytes of a file name were."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:

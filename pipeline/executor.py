@@ -64,7 +64,7 @@ class Executor:
         try:
             self._start()
         except BaseException as error:
-            died = self._watch is not None and self._watch.is_dead()
+            died = self._ray_died()
             self.__exit__()
             if died and isinstance(error, Exception):
                 raise ClusterError(f"{RAY_DIED}: {error}") from error
@@ -86,12 +86,16 @@ class Executor:
     def __exit__(self, *_) -> None:
         if self._watch is not None:
             self._watch.stop()
-            if self._watch.is_dead():
-                kill_children()
-                return
+        if self._ray_died():
+            kill_children()
+            return
         for handle in self._workers.values():
             ray.kill(handle)
         ray.shutdown()
+
+    def _ray_died(self) -> bool:
+        """Whether a process of a cluster that was started here has died."""
+        return self._watch is not None and self._watch.is_dead()
 
     @property
     def running(self) -> int:
@@ -125,7 +129,7 @@ class Executor:
             self._submit(self._suspects.pop())
         if not self._running:
             return []
-        if self._watch is not None and self._watch.is_dead():
+        if self._ray_died():
             raise ClusterError(RAY_DIED)
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         if not done:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.cli_print import moment_json
+from pipeline.cli_print import encodable, moment_json
 from pipeline.output import check_output, write_output
 from storage.archive import Archive
 from storage.errors import UsageError
@@ -56,14 +56,14 @@ def _json(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
 
 def _row(title: str, moment: Moment) -> dict:
     row = {"text": title, **moment_json(moment), "source_uri": moment.uri}
-    return {name: _plain(value) if isinstance(value, str) else value for name, value in row.items()}
+    return {name: encodable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _vtt(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
     """Chapters of one video, in order of time, as the W3C's WebVTT has them."""
     if len({moment.uri for moment in moments}) > 1:
         raise UsageError("chapters are of one video, and the moments are of several; choose one with --video")
-    words = " ".join(_plain(title).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->").split())
+    words = " ".join(encodable(title).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->").split())
     cues = [
         f"{_vtt_time(moment.start_seconds)} --> {_vtt_time(moment.end_seconds)}\n{words}\n"
         for moment in sorted(moments, key=lambda moment: moment.start_seconds)
@@ -81,13 +81,13 @@ def _otio(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
     """One track with a clip for each moment, best first, of the media that it lies in."""
     import opentimelineio as otio
 
-    track = otio.schema.Track(name=_plain(title), kind=otio.schema.TrackKind.Video)
+    track = otio.schema.Track(name=encodable(title), kind=otio.schema.TrackKind.Video)
     for moment in moments:
         rate = _frame_rate(archive, moment.video_number)
         start = otio.opentime.RationalTime.from_seconds(max(0.0, moment.start_seconds), rate).round()
         end = otio.opentime.RationalTime.from_seconds(moment.end_seconds, rate).round()
         media = otio.schema.ExternalReference(target_url=moment.uri)
-        name = _plain(source_text(moment.uri).rsplit("/", 1)[-1])
+        name = encodable(source_text(moment.uri).rsplit("/", 1)[-1])
         found = {"score": moment.score, "best_seconds": moment.best_seconds, "video_id": moment.video_id}
         clip = otio.schema.Clip(
             name=name,
@@ -96,7 +96,7 @@ def _otio(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
             metadata={"vidx": found},
         )
         track.append(clip)
-    timeline = otio.schema.Timeline(name=_plain(title))
+    timeline = otio.schema.Timeline(name=encodable(title))
     timeline.tracks.append(track)
     return otio.adapters.write_to_string(timeline, "otio_json")
 
@@ -111,11 +111,6 @@ def _frame_rate(archive: Archive, video_number: int) -> float:
         return _UNKNOWN_RATE
     rate = float(frames / seconds)
     return next((usual for usual in _RATES if abs(usual / rate - 1) < 1e-3), rate)
-
-
-def _plain(text: str) -> str:
-    """Text that every encoder takes, whatever the bytes of a file name were."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 FORMATS = {".csv": _csv, ".json": _json, ".vtt": _vtt, ".otio": _otio}

@@ -225,6 +225,7 @@ class _Run:
         report: Callable[[Progress], None],
     ):
         self._known = known
+        self._restored = known.restored
         self._unexamined = deque(known.todo)
         self._archive = archive
         self._job = job
@@ -271,7 +272,7 @@ class _Run:
             self._settle(receipt)
         finished = list(self._finished)
         if finished:
-            self._archive.publish(finished, self._known.restored)
+            self._archive.publish(finished, self._restored)
         del self._finished[: len(finished)]
         for row in finished:
             self._result.count(row)
