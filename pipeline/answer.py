@@ -89,7 +89,7 @@ def _choose(
         if frame_limit is None or len(frames) <= frame_limit:
             return _stretches(frames, archive.uris({frame.video_number for frame in frames})), frames
     query = Query((Term(question),))
-    found = search(archive, bundle, query, within, Wanted(MOMENTS, bundle.search_floor)).moments
+    found = search(archive, bundle, query, within, Wanted(MOMENTS)).moments
     return _frames_of_moments(archive, found, frame_limit)
 
 

@@ -136,16 +136,16 @@ class Archive:
         """The moments that texts describe, best first; none where nothing reaches the least score.
 
         Args:
-            texts: of several, a frame's score is the mean; `Term(text, weight)` weighs one of them.
+            texts: of several, a frame's score is the mean; `Term(text, weight, kind)` weighs one of them, or names a
+                picture (Kind.IMAGE, its path) or a moment of the archive (Kind.MOMENT, VIDEO@TIME).
             without: frames that one of these describes are left out.
             top: at most so many moments.
             per_video: at most so many of one video.
-            min_score: the least score of a hit; None takes the model's own.
+            min_score: the least score of a hit; None takes what the model or the archive says.
             where: narrows the archive, as `narrowed` says.
         """
         query = Query(tuple(text if isinstance(text, Term) else Term(text) for text in texts), tuple(without))
-        floor = self._bundle.search_floor if min_score is None else min_score
-        found = self._searcher.search(query, self.narrowed(**where), Wanted(top, floor, per_video))
+        found = self._searcher.search(query, self.narrowed(**where), Wanted(top, min_score, per_video))
         return Moments(self._stored, str(query), found.moments, found.frames_searched, found.frames_pending)
 
     def ask(

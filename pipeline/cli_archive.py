@@ -39,7 +39,7 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
         _print_deleted([row for row in archive.videos() if row.status is Status.DELETED], as_json)
         return
     found = archive.status()
-    pending = open_index(archive).pending_count(archive)
+    pending = open_index(archive).pending_count
     if as_json:
         print_json(
             {

@@ -58,10 +58,9 @@ def retrieval(
     bundle = bundle_of(archive, model)
     annotated = read_annotations(queries, archive, within_video)
     searcher = Searcher(archive, bundle)
-    floor = bundle.search_floor if min_score is None else min_score
     judged = []
     for number, one in enumerate(annotated, 1):
-        found = searcher.search(Query((Term(one.text),)), Filter(video=one.video), Wanted(DEPTH, floor))
+        found = searcher.search(Query((Term(one.text),)), Filter(video=one.video), Wanted(DEPTH, min_score))
         judged.append(judge(one, found.moments))
         if sys.stderr.isatty():
             click.echo(f"\r{number}/{len(annotated)} queries", err=True, nl=number == len(annotated))
@@ -69,7 +68,9 @@ def retrieval(
     if found.frames_pending:
         note(f"{found.frames_pending} frames are not searchable yet, and count as not found; run `vidx index` first")
     if as_json:
-        print_json({**_scores_json(scores), "floor": floor, "queries": [_judged_json(one) for one in judged]})
+        print_json(
+            {**_scores_json(scores), "floor": found.floor.score, "queries": [_judged_json(one) for one in judged]}
+        )
     else:
         _print_scores(scores, judged)
 

@@ -47,7 +47,7 @@ def models(archive_dir: str, as_json: bool) -> None:
                     "trained": bundle.card.trained,
                     "accuracy": bundle.card.accuracy,
                     "unknown_answers": bundle.card.unknown_answers,
-                    "search_floor": bundle.search_floor,
+                    "search_floor": bundle.card.search_floor,
                     "used_by_archive": bundle.model_id == used,
                 }
                 for bundle in bundles

@@ -44,13 +44,16 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = (), err: bool = False
+) -> None:
     """A plain table; control characters in cells are shown escaped, so that a file name cannot write the terminal.
 
     Args:
         columns: headings.
         rows: cells; None is shown as nothing.
         right: the headings of right-aligned columns.
+        err: to standard error.
     """
     from rich import box
     from rich.console import Console
@@ -63,8 +66,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Se
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    width = None if sys.stdout.isatty() else 100_000  # in a pipe or a file a row stays one line
-    Console(width=width, highlight=False).print(table)
+    width = None if (sys.stderr if err else sys.stdout).isatty() else 100_000  # in a pipe or a file: one line
+    Console(width=width, highlight=False, stderr=err).print(table)
 
 
 def printable(cell: Any) -> str:
@@ -119,7 +122,7 @@ def moment_json(moment: Moment) -> dict[str, Any]:
     }
 
 
-def print_moments(moments: Sequence[Moment]) -> None:
+def print_moments(moments: Sequence[Moment], err: bool = False) -> None:
     """Moments as a table, best first."""
     print_table(
         ("score", "start", "end", "best", "video", "source"),
@@ -135,4 +138,5 @@ def print_moments(moments: Sequence[Moment]) -> None:
             for m in moments
         ),
         right=("score", "start", "end", "best"),
+        err=err,
     )

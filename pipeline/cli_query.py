@@ -13,12 +13,10 @@ from pipeline.cli_options import (
     filter_options,
     json_option,
     model_options,
-    parse_instant,
-    parse_moment,
     parse_tags,
-    parse_time,
 )
 
+NEAR_MISSES = 3
 NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
 
 model_option = click.option(
@@ -36,6 +34,10 @@ def search_options(command: Callable) -> Callable:
     """What `search` and `export` look for, and where."""
     options = (
         archive_option,
+        click.option("--image", "images", metavar="FILE", multiple=True, help="Find what looks like this picture."),
+        click.option(
+            "--like", "likes", metavar="VIDEO@TIME", multiple=True, help="Find what looks like this moment, elsewhere."
+        ),
         click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this."),
         filter_options,
         click.option(
@@ -54,7 +56,7 @@ def search_options(command: Callable) -> Callable:
             "floor",
             type=click.FloatRange(-1, 1),
             default=None,
-            help="Least score of a hit; the model's own.",
+            help="Least score of a hit; without it what the model or the archive says.",
         ),
         model_option,
     )
@@ -64,20 +66,23 @@ def search_options(command: Callable) -> Callable:
 
 
 @click.command()
-@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @search_options
+@click.option("--explain", is_flag=True, help="Say where the least score comes from, and what comes closest below it.")
 @sheet_option
 @json_option
 def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: Any) -> None:
-    """Find the moments that texts describe, best first.
+    """Find the moments that texts describe, or that look like pictures, best first.
 
-    The score is the cosine between the text's and the best frame's search key; of several texts, their mean. A text
-    that ends in ^2 counts twice.
+    The score is the cosine between the search keys of the text or picture and of the best frame; of several, their
+    mean. One that ends in ^2 counts twice.
 
     \b
     vidx search "a white van"
     vidx search "a red car" --video cars.mp4 --from 0:10:00 --top 3 --json
     vidx search "a bus^2" "rain" --not "at night" --tag camera=north --after 2024-05-01
+    vidx search --like cars.mp4@0:12:31
+    vidx search "in the snow" --image bus.jpg^2 --explain
 
     Exit code 4: nothing found.
     """
@@ -89,24 +94,29 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
         print_json(
             {
                 "query": str(found.query),
-                "terms": [{"text": term.text, "weight": term.weight} for term in found.query.terms],
+                "terms": [
+                    {"text": term.text, "weight": term.weight, "kind": str(term.kind)} for term in found.query.terms
+                ],
                 "without": list(found.query.without),
-                "floor": found.floor,
+                "floor": found.result.floor.score,
                 "model_id": found.bundle.model_id,
                 "moments": [moment_json(moment) for moment in found.result.moments],
                 "frames_searched": found.result.frames_searched,
                 "frames_pending": found.result.frames_pending,
             }
+            | (_explained(found.result) if options["explain"] else {})
         )
     elif found.result.moments:
         print_moments(found.result.moments)
+    if options["explain"] and not as_json:
+        _explain(found.result)
     _write_sheet(options, str(found.query), found.archive, found.result.moments)
     _end_search(found)
 
 
 @click.command()
 @click.argument("file", metavar="FILE")
-@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @search_options
 def export(file: str, texts: tuple[str, ...], archive_dir: str, **options: Any) -> None:
     """Write the moments that texts describe to a file for other programs.
@@ -138,7 +148,6 @@ class _Found:
     archive: Any
     bundle: Any
     query: Any
-    floor: float
     result: Any
 
 
@@ -150,10 +159,31 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
 
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
-    query = query_of(texts, options["without"])
-    floor = bundle.search_floor if options["floor"] is None else options["floor"]
-    wanted = Wanted(options["limit"], floor, options["per_video"])
-    return _Found(archive, bundle, query, floor, run_search(archive, bundle, query, _filter(archive, options), wanted))
+    query = query_of(texts, options["without"], options["images"], options["likes"])
+    near = NEAR_MISSES if options.get("explain") else 0
+    wanted = Wanted(options["limit"], options["floor"], options["per_video"], near)
+    return _Found(archive, bundle, query, run_search(archive, bundle, query, _filter(archive, options), wanted))
+
+
+def _explained(result: Any) -> dict[str, Any]:
+    from pipeline.cli_print import moment_json
+
+    return {
+        "floor_source": result.floor.source,
+        "method": result.method,
+        "frames_left_out": result.frames_left_out,
+        "near_misses": [moment_json(moment) for moment in result.near_misses],
+    }
+
+
+def _explain(result: Any) -> None:
+    from pipeline.cli_print import note, print_moments
+
+    note(f"{result.frames_searched} frames; {result.method or 'nothing was compared'}")
+    note(f"a hit scores at least {result.floor.score:g} ({result.floor.source}; --min-score)")
+    if result.near_misses:
+        note("closest below that:")
+        print_moments(result.near_misses, err=True)
 
 
 def _end_search(found: _Found) -> None:
@@ -166,7 +196,11 @@ def _end_search(found: _Found) -> None:
         note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
     if not result.moments:
         searched = result.frames_searched
-        why = f"none of {searched} frames reaches a score of {found.floor:g} (--min-score)" if searched else NO_FRAMES
+        why = (
+            f"none of {searched} frames reaches a score of {result.floor.score:g} (--min-score)"
+            if searched
+            else NO_FRAMES
+        )
         limits = f"; {limits_of(found.bundle)}" if searched and found.bundle.card.states_limits else ""
         shows = f", but for {result.frames_left_out} that show what --not names" if result.frames_left_out else ""
         note(f"nothing found: {why}{shows}{limits}")
@@ -295,6 +329,7 @@ def _write_sheet(options: Mapping[str, Any], title: str, archive: Any, moments: 
 
 def _filter(archive: Any, options: Mapping[str, Any]) -> Any:
     from pipeline.filter import Filter
+    from pipeline.times import parse_instant, parse_moment, parse_time
     from storage.errors import UsageError
 
     video, from_text, to_text = options["video"], options["from_text"], options["to_text"]

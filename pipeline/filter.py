@@ -1,6 +1,6 @@
 """filter: the part of an archive that a query is narrowed to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -9,10 +9,11 @@ import numpy as np
 from storage.archive import Archive
 from storage.catalog import select_frames
 from storage.errors import UsageError
-from storage.frames import PartBounds
+from storage.frames import PartBounds, Rows
 from storage.records import FrameRef, VideoRow
 
 Span = tuple[float | None, float | None]  # positions in seconds, half-open; None leaves a side open
+_Range = tuple[list[int] | None, float | None, float | None, np.ndarray | None]  # videos, span, frame indexes
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,21 @@ class Filter:
             UsageError: the SQL condition is wrong.
             ArchiveError: a part is missing or damaged.
         """
+        frames = [frame for chosen in self._ranges(archive) for frame in archive.frames(*chosen)]
+        return sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
+
+    def rows(self, archive: Archive) -> Rows:
+        """Where the same frames lie; parts of which all frames pass are not opened."""
+        found: dict[str, np.ndarray | None] = {}
+        for chosen in self._ranges(archive):
+            found |= archive.rows(*chosen)
+        return found
+
+    def _ranges(self, archive: Archive) -> Iterator[_Range]:
+        """What passes, as ranges of videos that share one span, each video in one of them."""
         if self.is_everything:
-            return archive.frames()
+            yield None, None, None, None
+            return
         selected = select_frames(archive, self.where) if self.where else None
         extents = _extents(archive.part_bounds())
         by_span: dict[Span, list[int]] = {}
@@ -68,12 +82,14 @@ class Filter:
             number = row.video_number
             if number in extents and self._passes(row) and (selected is None or number in selected):
                 span = self._span(row, *extents[number])
-                if span is not None:
+                if span is None:
+                    continue
+                if selected is None or selected[number] is None:
                     by_span.setdefault(span, []).append(number)
-        frames = [frame for span, numbers in by_span.items() for frame in archive.frames(numbers, *span)]
-        if selected is not None:
-            frames = _among(frames, selected)
-        return sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
+                else:
+                    yield [number], *span, selected[number]
+        for span, numbers in by_span.items():
+            yield numbers, *span, None
 
     def _passes(self, row: VideoRow) -> bool:
         """Whether any frame of a video can pass, but for the times."""
@@ -108,12 +124,3 @@ def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:
     np.minimum.at(first, places, bounds.first_seconds)
     np.maximum.at(end, places, bounds.last_seconds + bounds.longest_seconds)
     return dict(zip(numbers.tolist(), zip(first.tolist(), end.tolist(), strict=True), strict=True))
-
-
-def _among(frames: list[FrameRef], selected: Mapping[int, np.ndarray | None]) -> list[FrameRef]:
-    wanted = {number: None if indexes is None else set(indexes.tolist()) for number, indexes in selected.items()}
-    return [
-        frame
-        for frame in frames
-        if wanted[frame.video_number] is None or frame.frame_index in wanted[frame.video_number]
-    ]

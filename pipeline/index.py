@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipeline.config import IndexConfig
+from pipeline.floors import update_floors
 from pipeline.known import Known, Plan, Wanted, plan_known, plan_sources
 from pipeline.split import split
 from storage.archive import Archive
@@ -29,7 +30,7 @@ from storage.records import (
     VideoRow,
 )
 from storage.sweep import sweep
-from storage.vectors import update_index
+from storage.vectors import improve_index, open_index, update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle, find_bundle
 from workers.content import identify
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do 
     from pipeline.executor import Executor, Outcome
 
 COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
+INDEX_FRAMES = 1 << 14  # published and not in the index: until then a search compares them one by one
 ELSEWHERE_SECONDS = 0.5  # between two looks at what other jobs are doing
 READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver holds
 
@@ -155,6 +157,8 @@ def run_index(
                 raise
     update_index(archive)
     if known.todo:  # a run with nothing to do ends in a second
+        improve_index(archive)
+        update_floors(archive, bundle, open_index(archive))
         sweep(archive)
     result.seconds = time.monotonic() - start
     return result
@@ -243,6 +247,7 @@ class _Run:
         self._video_count = len(known.todo)
         self._seen: dict[str, str] = {}
         self._expected_frames = 0.0
+        self._unindexed = 0
 
     def run(self, executor: "Executor") -> None:
         """Until every source is published, failed or skipped."""
@@ -274,10 +279,14 @@ class _Run:
         if finished:
             self._archive.publish(finished, self._restored)
         del self._finished[: len(finished)]
+        self._unindexed += sum(row.frame_count for row in finished)
         for row in finished:
             self._result.count(row)
             if row.video_number is not None:
                 self._job.release(row.video_number)
+        if self._unindexed >= INDEX_FRAMES:
+            update_index(self._archive)
+            self._unindexed = 0
         self._last_commit = time.monotonic()
 
     def _give_out(self, executor: "Executor") -> None:

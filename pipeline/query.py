@@ -4,21 +4,41 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.floors import Floor, Floors
+from pipeline.times import parse_moment
+from storage.archive import Archive
+from storage.cells import keeps, read_keys
 from storage.errors import UsageError
 from storage.files import is_text
+from storage.records import FrameRef
 from workers.bundle import Bundle
 from workers.clip_text import TextEncoder
+
+if TYPE_CHECKING:
+    from workers.picture_key import PictureEncoder
+
+
+class Kind(StrEnum):
+    """What a term of a query is: words, the path of a picture, or VIDEO@TIME in the archive."""
+
+    TEXT = "text"
+    IMAGE = "image"
+    MOMENT = "moment"
 
 
 @dataclass(frozen=True)
 class Term:
-    """A text and how much it counts among the others."""
+    """A text, a picture or a moment, and how much it counts among the others."""
 
     text: str
     weight: float = 1.0
+    kind: Kind = Kind.TEXT
 
     def __post_init__(self):
         if not 0 < self.weight < math.inf:
@@ -32,8 +52,9 @@ class Query:
     """What is looked for.
 
     Attributes:
-        terms: a frame's score is the weighted mean of its cosines with them.
-        without: texts; a frame whose cosine with one of them reaches the model's own floor is no hit.
+        terms: a frame's score is the weighted mean of its cosines with them; where texts and pictures meet, each cosine
+            counts by its share of its own kind's floor.
+        without: texts; a frame whose cosine with one of them reaches the floor of texts is no hit.
     """
 
     terms: tuple[Term, ...]
@@ -41,7 +62,7 @@ class Query:
 
     def __post_init__(self):
         if not self.terms:
-            raise UsageError("nothing to search for: give at least one text")
+            raise UsageError("nothing to search for: give a text, --image or --like")
 
     def __str__(self) -> str:
         return " + ".join(term.text for term in self.terms) + "".join(f" - {text}" for text in self.without)
@@ -53,17 +74,103 @@ class QueryKeys:
 
     Attributes:
         wanted: (E,) float32, whose product with a frame's key is the frame's score.
+        floor: the least score of a hit.
         unwanted: (W, E) float32, L2-normalised.
+        unwanted_floor: from which on a frame shows what is not wanted.
+        examples: frames of the archive that others are to be like; their own moments are no answer.
     """
 
     wanted: np.ndarray
+    floor: Floor
     unwanted: np.ndarray
+    unwanted_floor: float
+    examples: tuple[FrameRef, ...]
 
     def __repr__(self) -> str:
         return f"QueryKeys(unwanted={self.unwanted.shape})"
 
 
-def parse_term(text: str) -> Term:
+class QueryEncoder:
+    """Makes keys of queries to one archive, with the parts of its model that they need."""
+
+    def __init__(self, archive: Archive, bundle: Bundle, floors: Floors):
+        self._archive = archive
+        self._bundle = bundle
+        self._floors = floors
+
+    def embed(self, query: Query) -> QueryKeys:
+        """The keys of a query; what the text tower cannot take in is cut at a text's end.
+
+        Raises:
+            UsageError: an empty text, a model that cannot search so, no such picture or moment.
+        """
+        self._check(query)
+        keys, floors, examples = [], [], []
+        for term in query.terms:
+            floors.append(self._floors.text if term.kind is Kind.TEXT else self._floors.picture)
+            if term.kind is Kind.MOMENT:
+                examples.append(self._frame(term.text))
+                keys.append(read_keys(self._archive.frames_uri, examples[-1:])[0].astype(np.float32))
+            elif term.kind is Kind.IMAGE:
+                keys.append(self._embed_picture(term.text))
+            else:
+                keys.append(self._text_encoder.embed(term.text))
+        weights = np.array([term.weight for term in query.terms], np.float32)
+        floor = _joined(floors, weights)
+        shares = [floor.score / one.score if min(floor.score, one.score) > 0 else 1.0 for one in floors]
+        wanted = (weights / weights.sum() * np.array(shares, np.float32)) @ np.stack(keys)
+        unwanted = np.array([self._text_encoder.embed(text) for text in query.without], np.float32)
+        unwanted_floor = self._floors.text.score if query.without else 0.0
+        return QueryKeys(wanted, floor, unwanted.reshape(-1, len(wanted)), unwanted_floor, tuple(examples))
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return TextEncoder(self._bundle)
+
+    @cached_property
+    def _picture_encoder(self) -> "PictureEncoder":
+        from workers.picture_key import PictureEncoder  # with torch
+
+        return PictureEncoder(self._bundle)
+
+    def _embed_picture(self, path: str) -> np.ndarray:
+        from workers.picture_key import read_picture
+
+        return self._picture_encoder.embed(read_picture(path))
+
+    def _frame(self, name: str) -> FrameRef:
+        """The frame that is shown at VIDEO@TIME."""
+        video, start, end = parse_moment(name)
+        if start is None or end is not None:
+            raise UsageError(f"--like {name}: give one moment of a video in the archive, e.g. a.mp4@0:01:05")
+        row = self._archive.find_video(video)
+        frames = [] if row.video_number is None else self._archive.frames(row.video_number, start, start + 1e-6)
+        if not frames:
+            raise UsageError(f"--like {name}: the archive has no frame of that time; the video's frames are elsewhere")
+        if not keeps(self._archive.frames_uri, "search_key", frames[-1:]):
+            raise UsageError(f"--like {name}: its frames have no search keys, as its model gives none")
+        return frames[-1]
+
+    def _check(self, query: Query) -> None:
+        texts = [term.text for term in query.terms if term.kind is Kind.TEXT]
+        for text in (*texts, *query.without):
+            check_text("text to search", text)
+        if (texts or query.without) and not self._bundle.has_text_search:
+            raise UsageError(
+                f"model {self._bundle.name} has no text tower, so text cannot be searched; "
+                "`vidx ask --all` takes frames without a search"
+            )
+
+
+def _joined(floors: Sequence[Floor], weights: np.ndarray) -> Floor:
+    """The weighted mean."""
+    if len({floor.score for floor in floors}) == 1:
+        return floors[0]
+    sources = dict.fromkeys(f"{floor.score:g}: {floor.source}" for floor in floors)
+    return Floor(float(np.average([floor.score for floor in floors], weights=weights)), "; ".join(sources))
+
+
+def parse_term(text: str, kind: Kind = Kind.TEXT) -> Term:
     """`a red bus^2` counts twice as much as `a dog`.
 
     Raises:
@@ -71,31 +178,8 @@ def parse_term(text: str) -> Term:
     """
     match = re.fullmatch(r"(.*\S)\s*\^(\d+(?:\.\d*)?)", text, re.DOTALL)
     if not match:
-        return Term(text)
-    return Term(match[1], float(match[2]))
-
-
-def check_query(query: Query, bundle: Bundle) -> None:
-    """Refuses what cannot be searched.
-
-    Raises:
-        UsageError: an empty text, or a model without text tower.
-    """
-    for text in (*(term.text for term in query.terms), *query.without):
-        check_text("text to search", text)
-    if not bundle.has_text_search:
-        raise UsageError(
-            f"model {bundle.name} has no text tower, so text cannot be searched; "
-            "`vidx ask --all` takes frames without a search"
-        )
-
-
-def embed(query: Query, encoder: TextEncoder) -> QueryKeys:
-    """The keys of a query; what the text tower cannot take in is cut at a text's end."""
-    weights = np.array([term.weight for term in query.terms], np.float32)
-    keys = np.stack([encoder.embed(term.text) for term in query.terms])  # (N, E)
-    unwanted = [encoder.embed(text) for text in query.without]
-    return QueryKeys(weights / weights.sum() @ keys, np.array(unwanted, np.float32).reshape(-1, keys.shape[1]))
+        return Term(text, kind=kind)
+    return Term(match[1], float(match[2]), kind)
 
 
 def check_text(what: str, text: str) -> None:
@@ -110,9 +194,14 @@ def check_text(what: str, text: str) -> None:
         raise UsageError(f"the {what} holds bytes that are no UTF-8; type it as text")
 
 
-def query_of(texts: Sequence[str], without: Sequence[str]) -> Query:
-    """The query that a user types: texts that may end in a weight, and texts of what is not to be seen."""
+def query_of(
+    texts: Sequence[str], without: Sequence[str], images: Sequence[str] = (), moments: Sequence[str] = ()
+) -> Query:
+    """The query that a user types: terms that may end in a weight, and texts of what is not to be seen."""
     for text in without:
         if parse_term(text).text != text:
             raise UsageError(f"--not {text}: what is left out has no weight")
-    return Query(tuple(parse_term(text) for text in texts), tuple(without))
+    terms = [parse_term(text) for text in texts]
+    terms += [parse_term(text, Kind.IMAGE) for text in images]
+    terms += [parse_term(text, Kind.MOMENT) for text in moments]
+    return Query(tuple(terms), tuple(without))

@@ -2,22 +2,23 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from pipeline.filter import Filter
+from pipeline.floors import Floor, Floors
 from pipeline.moments import fallen, moments_of
-from pipeline.query import Query, QueryKeys, check_query, embed
+from pipeline.query import Query, QueryEncoder, QueryKeys
 from storage.archive import Archive
 from storage.cells import read_keys
 from storage.errors import UsageError
 from storage.files import source_text
+from storage.frames import Rows
 from storage.records import FrameRef, Hit, Moment
-from storage.vectors import Index, ids_of, open_index
+from storage.vectors import Index, open_index
 from workers.bundle import Bundle, find_bundle
-from workers.clip_text import TextEncoder
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
 MOST_HITS = 8192  # once there are moments enough; one of more frames than that may be shown in pieces
@@ -30,13 +31,15 @@ class Wanted:
 
     Attributes:
         limit: at most so many.
-        floor: the score below which a frame is no hit.
+        floor: the score below which a frame is no hit; None for what the model or the archive says (floors.py).
         per_video: at most so many of one video; None for any number.
+        near_misses: of what is below the floor, at most so many moments.
     """
 
     limit: int
-    floor: float
+    floor: float | None = None
     per_video: int | None = None
+    near_misses: int = 0
 
     def __post_init__(self):
         if self.limit < 1 or (self.per_video is not None and self.per_video < 1):
@@ -47,13 +50,22 @@ class Wanted:
 class SearchResult:
     """Moments, best first, and how much was looked at to find them.
 
-    frames_left_out counts those that would be hits and show what is not wanted.
+    Attributes:
+        moments: what was found.
+        floor: the least score of a hit, and where it comes from.
+        frames_searched, frames_pending: of the part that was searched, and of the archive.
+        frames_left_out: would be hits and show what is not wanted.
+        near_misses: the best moments below the floor, where they were asked for.
+        method: how the frames were compared, for people.
     """
 
     moments: tuple[Moment, ...]
+    floor: Floor
     frames_searched: int
     frames_pending: int
-    frames_left_out: int
+    frames_left_out: int = 0
+    near_misses: tuple[Moment, ...] = ()
+    method: str = ""
 
 
 def bundle_of(archive: Archive, model: str | None) -> Bundle:
@@ -81,7 +93,7 @@ def search(archive: Archive, bundle: Bundle, query: Query, within: Filter, wante
         within: the part of the archive to search.
         wanted: how many moments.
     Raises:
-        UsageError: an empty text, a model without text tower, or a wrong filter.
+        UsageError: an empty text, a model that cannot search so, no such picture or moment, or a wrong filter.
     """
     return Searcher(archive, bundle).search(query, within, wanted)
 
@@ -92,65 +104,71 @@ class Searcher:
     def __init__(self, archive: Archive, bundle: Bundle):
         self._archive = archive
         self._bundle = bundle
-        self._encoder: TextEncoder | None = None
 
     @cached_property
     def _index(self) -> Index:
         return open_index(self._archive)
 
+    @cached_property
+    def _encoder(self) -> QueryEncoder:
+        return QueryEncoder(self._archive, self._bundle, Floors(self._archive, self._bundle, self._index))
+
     def search(self, query: Query, within: Filter, wanted: Wanted) -> SearchResult:
         """As the function `search`."""
-        check_query(query, self._bundle)
-        self._encoder = self._encoder or TextEncoder(self._bundle)
-        keys = embed(query, self._encoder)
-        index, archive = self._index, self._archive
-        pending = index.pending_count(archive)
-        if within.is_everything:
-            ids, searched = None, index.frame_count
-        else:
-            frames = [frame for frame in within.frames(archive) if index.covers(frame.part)]
-            ids, searched = ids_of(frames), len(frames)
+        index = self._index
+        keys = self._encoder.embed(query)
+        floor = keys.floor if wanted.floor is None else Floor(wanted.floor, "as asked for")
+        rows = None if within.is_everything else within.rows(self._archive)
+        searched = index.frame_count if rows is None else index.count(rows)
         if not searched:
-            return SearchResult((), searched, pending, 0)
-        moments, left_out = _find(archive, index, keys, ids, wanted, self._bundle.search_floor)
-        return SearchResult(tuple(moments), searched, pending, left_out)
+            return SearchResult((), floor, searched, index.pending_count)
+        moments, left_out = _find(self._archive, index, keys, rows, wanted, floor.score)
+        near: Sequence[Moment] = ()
+        if wanted.near_misses:
+            more = replace(wanted, limit=len(moments) + wanted.near_misses)
+            below, _ = _find(self._archive, index, keys, rows, more, -1.0)
+            near = [moment for moment in below if moment.score < floor.score][: wanted.near_misses]
+        counts = (searched, index.pending_count, left_out)
+        return SearchResult(tuple(moments), floor, *counts, tuple(near), index.method(rows))
 
 
 def _find(
-    archive: Archive,
-    index: Index,
-    keys: QueryKeys,
-    ids: np.ndarray | None,
-    wanted: Wanted,
-    unwanted_floor: float,
+    archive: Archive, index: Index, keys: QueryKeys, rows: Rows | None, wanted: Wanted, floor: float
 ) -> tuple[Sequence[Moment], int]:
     """The best moments, whole, and how many hits were left out for what they show.
 
     More hits are asked for until there are moments enough, and each one's neighbours are known to have fallen.
     """
-    count = wanted.limit * HITS_PER_MOMENT
+    count, limit = wanted.limit * HITS_PER_MOMENT, wanted.limit
     while True:
-        found = index.search(keys.wanted, count, ids=ids)
-        above = [hit for hit in found if hit.score >= wanted.floor]
-        hits, frames = _without(archive, above, archive.hit_frames(above), keys.unwanted, unwanted_floor)
+        found = index.search(keys.wanted, count, rows)
+        above = [hit for hit in found if hit.score >= floor]
+        hits, frames = _without(archive, above, archive.hit_frames(above), keys)
         shown = {(frame.video_number, frame.frame_index): frame for frame in frames}
         moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))
-        moments = [*_spread(moments, wanted.per_video)][: wanted.limit]
+        moments = [moment for moment in moments if not any(_holds(moment, frame) for frame in keys.examples)]
+        moments = [*_spread(moments, wanted.per_video)][:limit]
         if len(found) < count or len(above) < len(found):  # there are no more
             return moments, len(above) - len(hits)
-        enough = len(moments) == wanted.limit
+        enough = len(moments) == limit
         if enough and (count >= MOST_HITS or found[-1].score <= min(fallen(moment.score) for moment in moments)):
             return moments, len(above) - len(hits)
         count *= 4
 
 
+def _holds(moment: Moment, frame: FrameRef) -> bool:
+    is_within = moment.start_seconds <= frame.time_seconds < moment.end_seconds
+    return moment.video_number == frame.video_number and is_within
+
+
 def _without(
-    archive: Archive, hits: list[Hit], frames: list[FrameRef], unwanted: np.ndarray, floor: float
+    archive: Archive, hits: list[Hit], frames: list[FrameRef], keys: QueryKeys
 ) -> tuple[list[Hit], list[FrameRef]]:
     """The hits, with their frames, that do not reach the floor with any of the unwanted keys."""
-    if not len(unwanted) or not hits:
+    if not len(keys.unwanted) or not hits:
         return hits, frames
-    reaches = (read_keys(archive.frames_uri, frames).astype(np.float32) @ unwanted.T >= floor).any(axis=1)
+    scores = read_keys(archive.frames_uri, frames).astype(np.float32) @ keys.unwanted.T
+    reaches = (scores >= keys.unwanted_floor).any(axis=1)
     kept = np.flatnonzero(~reaches).tolist()
     return [hits[place] for place in kept], [frames[place] for place in kept]
 

@@ -32,7 +32,7 @@ from storage.files import (
     writing,
 )
 from storage.frame_table import FrameTable
-from storage.frames import LivePart, PartBounds, find_frames, find_hits
+from storage.frames import LivePart, PartBounds, Rows, find_frames, find_hits, find_rows
 from storage.layout import COLUMNS
 from storage.numbers import NUMBERS, NumberTable
 from storage.records import FrameRef, Hit, Problem, Reason, Receipt, Sampling, Status, VideoRow
@@ -317,6 +317,7 @@ class Archive:
         video_numbers: int | Iterable[int] | None = None,
         start_seconds: float | None = None,
         end_seconds: float | None = None,
+        frame_indexes: np.ndarray | None = None,
     ) -> list[FrameRef]:
         """Published frames, by (video_number, ticks).
 
@@ -324,14 +325,31 @@ class Archive:
             video_numbers: one video, several, or None for all.
             start_seconds, end_seconds: half-open range of positions; a frame is in it if its span
                 [time, time + duration) meets it. None: open.
+            frame_indexes: only these ranks, ascending; None: all.
         Raises:
             ArchiveError: a part is missing or damaged.
         """
+        ids = self._published_among(video_numbers)
+        return find_frames(self.frames_uri, self.part_bounds(), ids, start_seconds, end_seconds, frame_indexes)
+
+    def rows(
+        self,
+        video_numbers: int | Iterable[int] | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        frame_indexes: np.ndarray | None = None,
+    ) -> Rows:
+        """Where the same frames lie; as `frames` otherwise."""
+        ids, bounds = self._published_among(video_numbers), self.part_bounds()
+        found = find_rows(self.frames_uri, bounds, ids, start_seconds, end_seconds, frame_indexes)
+        return {bounds.path[place]: rows for place, rows in found}
+
+    def _published_among(self, video_numbers: int | Iterable[int] | None) -> dict[int, str]:
         ids = self.published()
-        if video_numbers is not None:
-            chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
-            ids = {number: ids[number] for number in chosen if number in ids}
-        return find_frames(self.frames_uri, self.part_bounds(), ids, start_seconds, end_seconds, None)
+        if video_numbers is None:
+            return ids
+        chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
+        return {number: ids[number] for number in chosen if number in ids}
 
     def hit_frames(self, hits: Sequence[Hit]) -> list[FrameRef]:
         """The frames that a search found, in the order of the hits."""

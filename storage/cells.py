@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from storage.errors import ArchiveError
-from storage.files import join, map_file, read_ranges, source_text
+from storage.files import join, local_path, map_file, read_ranges, source_text
 from storage.layout import CELLS_KEY, PROBLEM_KEY, SHAPES_KEY, damage, open_parquet, read_columns, unpack_patches
 from storage.records import FrameRef, PatchRows, Problem, Reason
 
@@ -139,16 +140,72 @@ def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
         return read_columns(uri, names).slice(0, 1).to_pylist()[0]
 
 
-def part_keys(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """All search keys of a part, (T, E) float16, and their frame indexes, (T,) int64; None where it keeps none."""
+def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Search keys of a part, (T, E) float16, and their frame indexes, (T,) int64; None where it keeps none.
+
+    Args:
+        frames_uri: the archive's frames table.
+        part_name: the part.
+        rows: (T,) int64, which; None for all.
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
     part = _open_part(frames_uri, part_name)
     if "search_key" not in part.widths:
         return None
-    count = int(part.group_starts[-1])
-    cells = _checked_rows(part, "search_key", np.arange(count))
+    rows = np.arange(int(part.group_starts[-1])) if rows is None else rows
+    cells = _checked_rows(part, "search_key", rows)
     with damage(part.uri):
         frame_index = read_columns(part.uri, ["frame_index"]).column(0).to_numpy()
-    return np.ascontiguousarray(cells).view("<f2"), frame_index
+    return np.ascontiguousarray(cells).view("<f2"), frame_index[rows]
+
+
+def key_offsets(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each search key of a part, and its CRC32C, stands in the file, (T,) int64 each; -1 where not in place."""
+    part = _open_part(frames_uri, part_name)
+    rows = np.arange(int(part.group_starts[-1]))
+    if not {"search_key", "checksums"} <= part.bases.keys():
+        return np.full(len(rows), -1), np.full(len(rows), -1)
+    place = 4 * list(part.widths).index("search_key")
+    keys, checksums = (_offsets(part, name, rows) + LENGTH_BYTES for name in ("search_key", "checksums"))
+    return keys, checksums + place
+
+
+def read_keys_at(
+    frames_uri: str, part_name: str, rows: np.ndarray, keys: np.ndarray, checksums: np.ndarray, width: int
+) -> np.ndarray:
+    """(T, E) float16: search keys of a part by offsets that were worked out before; its footer is not read.
+
+    Args:
+        frames_uri: the archive's frames table.
+        part_name: the part.
+        rows: (T,) int64, which.
+        keys, checksums: (T,) int64, as key_offsets gives them.
+        width: E.
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
+    uri = join(frames_uri, part_name)
+    path = local_path(uri)
+    if path is None or (keys < 0).any():
+        return part_keys(frames_uri, part_name, rows)[0]
+    cells = bytearray(2 * width * len(rows))
+    with damage(uri):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            for place, (row, key, checksum) in enumerate(
+                zip(rows.tolist(), keys.tolist(), checksums.tolist(), strict=True)
+            ):
+                cell = os.pread(file, 2 * width, key)
+                wanted = int.from_bytes(os.pread(file, 4, checksum), "little")
+                if len(cell) != 2 * width or google_crc32c.value(cell) != wanted:
+                    raise ArchiveError(
+                        f"{source_text(uri)}: damaged: search_key of row {row} does not match its checksum"
+                    )
+                cells[place * 2 * width : (place + 1) * 2 * width] = cell
+        finally:
+            os.close(file)
+    return np.frombuffer(cells, "<f2").reshape(len(rows), width)
 
 
 def _read_floats(frames_uri: str, column: str, refs: Sequence[FrameRef], wanted: tuple[int, ...] | None) -> np.ndarray:
@@ -255,8 +312,7 @@ def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray
     """(T, width) uint8, or None where the lengths before the values show that they lie elsewhere."""
     width = part.widths[column]
     stride = width + LENGTH_BYTES
-    groups = np.searchsorted(part.group_starts, rows, "right") - 1
-    offsets = part.bases[column][groups] + (rows - part.group_starts[groups]) * stride
+    offsets = _offsets(part, column, rows)
     if part.content is None:
         joined = np.frombuffer(b"".join(read_ranges(part.uri, offsets.tolist(), stride)), np.uint8)
         content, offsets = joined, np.arange(len(rows)) * stride
@@ -268,6 +324,13 @@ def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray
     if (lengths != width).any():
         return None
     return _gather(content, offsets + LENGTH_BYTES, width)
+
+
+def _offsets(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray:
+    """(T,) int64: where the lengths before the values stand."""
+    stride = part.widths[column] + LENGTH_BYTES
+    groups = np.searchsorted(part.group_starts, rows, "right") - 1
+    return part.bases[column][groups] + (rows - part.group_starts[groups]) * stride
 
 
 def _gather(content: np.ndarray, offsets: np.ndarray, width: int) -> np.ndarray:

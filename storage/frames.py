@@ -1,7 +1,7 @@
 """Finds stored frames by video, time or index: parts are skipped by the bounds in Delta's log, the rest are read."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +23,9 @@ _BOUNDS = (
     "max.time_seconds",
     "max.duration_seconds",
 )
+
+
+Rows = Mapping[str, np.ndarray | None]  # rows of parts by path, ascending; None for all rows of one
 
 
 @dataclass(frozen=True)
@@ -101,33 +104,43 @@ def part_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
     )
 
 
-def find_frames(
+def find_rows(
     frames_uri: str,
     bounds: PartBounds,
-    video_ids: Mapping[int, str],
+    video_numbers: Iterable[int],
     start_seconds: float | None,
     end_seconds: float | None,
-    frame_indexes: Iterable[int] | None,
-) -> list[FrameRef]:
-    """Frames of the given videos, by video number and time.
+    frame_indexes: np.ndarray | None = None,
+) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Places of parts in `bounds`, each with its rows, ascending, that are wanted, or None for all of its rows.
+
+    Only parts that reach over an end of the range are opened.
 
     Args:
         frames_uri: the frames table.
         bounds: its parts.
-        video_ids: id of each video wanted, by number.
+        video_numbers: of these videos.
         start_seconds, end_seconds: half-open range of positions; a frame is in it if its span meets it. None: open.
-        frame_indexes: only these ranks, or None for all.
+        frame_indexes: only these ranks, ascending, or None for all.
+    Raises:
+        ArchiveError: a part is missing or damaged.
     """
-    wanted = np.isin(bounds.video_number, np.fromiter(video_ids, np.int64, len(video_ids)))
+    wanted = np.isin(bounds.video_number, np.fromiter(video_numbers, np.int64))
+    whole = wanted.copy()
     if start_seconds is not None:
         wanted &= bounds.last_seconds + bounds.longest_seconds >= start_seconds
+        whole &= bounds.first_seconds >= start_seconds
     if end_seconds is not None:
         wanted &= bounds.first_seconds < end_seconds
-    indexes = None if frame_indexes is None else np.unique(np.fromiter(frame_indexes, np.int64))
-    if indexes is not None:
-        wanted &= np.searchsorted(indexes, bounds.first_index) < np.searchsorted(indexes, bounds.last_index, "right")
-    found = []
+        whole &= bounds.last_seconds < end_seconds
+    if frame_indexes is not None:
+        first = np.searchsorted(frame_indexes, bounds.first_index)
+        wanted &= first < np.searchsorted(frame_indexes, bounds.last_index, "right")
+        whole[:] = False
     for place in np.flatnonzero(wanted).tolist():
+        if whole[place]:
+            yield place, None
+            continue
         times = read_times(join(frames_uri, bounds.path[place]))
         rows = np.ones(len(times.ticks), bool)
         if start_seconds is not None:
@@ -136,10 +149,31 @@ def find_frames(
             )
         if end_seconds is not None:
             rows &= times.time_seconds < end_seconds
-        if indexes is not None:
-            rows &= np.isin(times.frame_index, indexes)
+        if frame_indexes is not None:
+            rows &= np.isin(times.frame_index, frame_indexes)
+        if rows.any():
+            yield place, np.flatnonzero(rows)
+
+
+def find_frames(
+    frames_uri: str,
+    bounds: PartBounds,
+    video_ids: Mapping[int, str],
+    start_seconds: float | None,
+    end_seconds: float | None,
+    frame_indexes: np.ndarray | None = None,
+) -> list[FrameRef]:
+    """Frames of the given videos, by video number and time; arguments as find_rows.
+
+    Args:
+        video_ids: id of each video wanted, by number.
+    """
+    found = []
+    for place, rows in find_rows(frames_uri, bounds, video_ids, start_seconds, end_seconds, frame_indexes):
+        times = read_times(join(frames_uri, bounds.path[place]))
         number = int(bounds.video_number[place])
-        found += _refs(bounds.path[place], number, video_ids[number], times, np.flatnonzero(rows))
+        rows = np.arange(len(times.ticks)) if rows is None else rows
+        found += _refs(bounds.path[place], number, video_ids[number], times, rows)
     return sorted(found, key=lambda ref: (ref.video_number, ref.ticks))
 
 
@@ -155,12 +189,21 @@ def find_hits(frames_uri: str, bounds: PartBounds, video_ids: Mapping[int, str],
     found = {}
     for number, indexes in by_video.items():
         if number in video_ids:
-            for ref in find_frames(frames_uri, bounds, {number: video_ids[number]}, None, None, indexes):
+            wanted = np.unique(np.array(indexes, np.int64))
+            for ref in find_frames(frames_uri, bounds, {number: video_ids[number]}, None, None, wanted):
                 found[number, ref.frame_index] = ref
     missing = [hit for hit in hits if (hit.video_number, hit.frame_index) not in found]
     if missing:
         raise ArchiveError(f"{frames_uri}: damaged archive: {missing[0]} is in the index but not among the frames")
     return [found[hit.video_number, hit.frame_index] for hit in hits]
+
+
+def rows_of(frames: Iterable[FrameRef]) -> Rows:
+    """Where frames lie."""
+    found: dict[str, list[int]] = {}
+    for frame in frames:
+        found.setdefault(frame.part, []).append(frame.row)
+    return {path: np.unique(np.array(rows, np.int64)) for path, rows in found.items()}
 
 
 def _refs(path: str, number: int, video_id: str, times: Times, rows: np.ndarray) -> list[FrameRef]:

@@ -10,7 +10,7 @@ from storage.files import join, local_path, source_text
 from storage.records import VideoRow
 from storage.settings import TABLES
 from storage.tables import LOG, RowTable, cut_short_commit, damaged_checkpoints
-from storage.vectors import drop_index, update_index
+from storage.vectors import drop_index, improve_index, update_index
 from storage.verify import Fault, Verification, verify
 
 
@@ -64,6 +64,7 @@ def repair(uri: str) -> Repair:
         return Repair(found, tuple(rows), tuple(notes))
     drop_index(archive)
     update_index(archive)
+    improve_index(archive)
     return Repair(found, tuple(rows), tuple(notes), verify(uri).faults)
 
 

@@ -13,7 +13,7 @@ from storage.files import join, list_names, local_path, remove
 from storage.jobs import Job, oldest_start
 from storage.settings import TABLES
 from storage.tables import unnamed_files
-from storage.vectors import MANIFEST, named_files, update_index
+from storage.vectors import improve_index, named_files, update_index
 
 SWEEP_AGE_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
 
@@ -41,6 +41,7 @@ def clean(archive: Archive, older_than_seconds: int) -> Cleaned:
     newest = time.time() if started is None else min(time.time(), started)
     frames = _drop_hidden(archive, min(newest - MARGIN_SECONDS, time.time() - older_than_seconds))
     update_index(archive, max_retired=0)
+    improve_index(archive)
     return Cleaned(frames, sweep(archive, older_than_seconds))
 
 
@@ -60,7 +61,7 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
         table_uri = join(archive.uri, name)
         unnamed = unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))
         found += [uri for uri in (join(table_uri, path) for path in unnamed) if _modified(uri) < newest]
-    kept = {MANIFEST, *named_files(archive)}
+    kept = named_files(archive)
     newest = min(newest, now - older_than_seconds)
     for name in list_names(archive.index_uri):
         uri = join(archive.index_uri, name)

@@ -1,78 +1,82 @@
 """The vector index: search keys of all frames, by which FAISS finds the frames nearest to a query.
 
-    index/index.json    what the index holds: for each file its parts, count and checksum; swapped atomically
-    index/ID.faiss      keys as float16 (FAISS: IDMap, SQfp16), row id = video number << 32 | frame index
+    index/index.json    what the index holds; swapped atomically (storage/index_manifest.py)
+    index/*             its files: keys as stored (storage/exact_keys.py), or codes of them (storage/coded_keys.py)
 
-A file is never changed. Additions go to a new one, which takes in those that are not larger than itself, so that an
-addition costs what it adds and the files' number grows with the logarithm of the keys. Search is exact: each file is
-mapped and scanned. What is not published any more, and parts that others have replaced, are left out at search,
-whatever the files hold. The index is derived: a missing or damaged one is built again from the parts.
+Archives of up to EXACT_KEYS keys are searched exactly, larger ones through codes. A file is never changed. Additions
+go to a new one, which takes in those that are not larger than itself, so that an addition costs what it adds and the
+files' number grows with the logarithm of the keys. What is not published any more, and parts that others have
+replaced, are left out at search, whatever the files hold; parts that no file holds yet are searched exactly beside
+them. The index is derived: a missing or damaged one is built again from the parts.
 """
 
 import contextlib
-import json
-import os
-import uuid
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import cached_property
 
-import faiss
-import google_crc32c
 import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
-from storage.errors import ArchiveError
-from storage.files import (
-    exists,
-    file_size,
-    join,
-    list_names,
-    local_path,
-    make_folder,
-    map_file,
-    read_bytes,
-    remove,
-    write_bytes,
-    writing,
+from storage.coded_keys import (
+    MAX_CODES,
+    SAMPLE_PER_LIST,
+    Coarse,
+    CodedKeys,
+    best_keys,
+    build_codes,
+    code_faults,
+    join_codes,
+    list_count_for,
+    open_coarse,
+    open_codes,
+    sample_keys,
+    write_coarse,
+    write_codes,
 )
-from storage.frames import LivePart
-from storage.records import FrameRef, Hit
+from storage.errors import ArchiveError
+from storage.exact_keys import (
+    MAX_EXACT,
+    ExactKeys,
+    build_exact,
+    exact_faults,
+    in_groups,
+    open_exact,
+    row_ids_of,
+    write_exact,
+)
+from storage.files import exists, join, read_bytes, remove
+from storage.frames import Rows
+from storage.index_manifest import (
+    FLOORS,
+    LOCK,
+    MANIFEST,
+    Covered,
+    Damaged,
+    KeyFile,
+    Manifest,
+    check_sizes,
+    check_whole,
+    locked,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
+from storage.records import Hit
 
-INDEX_FORMAT = 1
-MANIFEST = "index.json"
-MAX_FILE_KEYS = 1 << 17  # what an update holds in memory: 200 MB of keys of width 768
+EXACT_KEYS = 1 << 17  # more of them, and codes are faster
+GROWTH = 4  # times as many keys as the lists were made for, and they are made anew
+LEAST_RECALL = 0.95  # of the best ten keys
+RECALL_QUERIES = 24
+NARROW_ROWS = 4096  # so many frames to choose from are compared one by one
 MAX_RETIRED = 0.25  # share of a file's keys, before it is written again without them
 UPDATE_ROUNDS = 5
 OPEN_ROUNDS = 3
 
-
-@dataclass(frozen=True)
-class _Covered:
-    """A part whose keys are in a file."""
-
-    path: str
-    video_number: int
-    key_count: int
-
-
-@dataclass(frozen=True)
-class _KeyFile:
-    """One FAISS file and what it must be; without a name where its parts keep no keys."""
-
-    name: str
-    checksum: int
-    size_bytes: int
-    covered: tuple[_Covered, ...]
-
-    @property
-    def key_count(self) -> int:
-        return sum(part.key_count for part in self.covered)
-
-
-class _Damaged(Exception):
-    """The index, or a file of it, is not what was written."""
+_Part = tuple[str, int, int]  # path, video number, row count
+_LiveParts = Mapping[str, _Part]  # of published videos, by path
 
 
 class Index:
@@ -82,55 +86,136 @@ class Index:
         rebuilt: it was missing or damaged, and was built again from the parts just now.
     """
 
-    def __init__(self, archive: Archive, files: Sequence[tuple[_KeyFile, faiss.IndexIDMap]], rebuilt: bool):
-        self._live = frozenset(part.path for part in archive.parts())
-        self._files = files
+    def __init__(
+        self,
+        archive: Archive,
+        exact: Sequence[ExactKeys],
+        coarse: Coarse | None,
+        coded: Sequence[CodedKeys],
+        without_keys: Iterable[str],
+        rebuilt: bool,
+    ):
+        self._archive = archive
+        self._coarse = coarse
+        self._coded = coded
+        self._live = _live_parts(archive)
+        empty = set(without_keys)
+        held = {path for keys in (*exact, *coded) for path in keys.covered.paths}
+        new = [part for path, part in self._live.items() if path not in held and path not in empty]
+        self._exact = [*exact, *_build_all(archive, new)]
         self.rebuilt = rebuilt
 
     @cached_property
-    def _covered(self) -> frozenset[str]:
-        covered = {part.path for file, _ in self._files for part in file.covered if part.key_count}
-        return self._live & covered
+    def _counts(self) -> dict[str, int]:
+        """Keys of each published part."""
+        every = (part for keys in (*self._exact, *self._coded) for part in keys.covered.parts())
+        return {path: count for path, _, count in every if count and path in self._live}
 
     def covers(self, part: str) -> bool:
         """Whether the frames of a part can be found."""
-        return part in self._covered
+        return part in self._counts
 
     @cached_property
     def frame_count(self) -> int:
         """Published frames that a search compares."""
-        return sum(part.key_count for file, _ in self._files for part in file.covered if part.path in self._live)
+        return sum(self._counts.values())
 
-    def pending_count(self, archive: Archive) -> int:
-        """Published frames that no search finds yet, or ever where the model gives no search keys."""
-        return sum(part.row_count for part in archive.parts() if not self.covers(part.path))
+    @cached_property
+    def pending_count(self) -> int:
+        """Published frames that no search finds, as the model gives no search keys."""
+        return sum(count for path, (_, _, count) in self._live.items() if not self.covers(path))
 
-    def search(self, query: np.ndarray, k: int, ids: np.ndarray | None = None) -> list[Hit]:
+    def count(self, rows: Rows) -> int:
+        """How many of some frames a search compares."""
+        return sum(
+            self._counts[path] if chosen is None else len(chosen)
+            for path, chosen in rows.items()
+            if path in self._counts
+        )
+
+    def search(self, query: np.ndarray, k: int, rows: Rows | None = None) -> list[Hit]:
         """The k frames whose keys have the greatest inner product with the query, best first.
+
+        Exact where the keys are not coded, and among few frames; else about the best, with exact scores.
 
         Args:
             query: (E,) float32, L2-normalised.
             k: at most so many.
-            ids: (F,) int64, only these frames, as `ids_of` makes them; None: all.
+            rows: only these frames; None: all.
         Raises:
             ValueError: the query is not as wide as the keys.
+            ArchiveError: a part is missing or damaged.
         """
-        found: list[tuple[float, int]] = []
-        for file, index in self._files:
-            found += _search_file(file, index, query, k, self._live, ids)
+        query = np.ascontiguousarray(query, np.float32)
+        for keys in (*self._exact, *self._coded):
+            if query.shape != (keys.width,):
+                raise ValueError(f"query is {query.shape}, keys are ({keys.width},)")
+        if self._coded and self._is_narrow(rows):
+            found = self._compare(query, rows)
+        else:
+            found = []
+            for keys in self._exact:
+                found += keys.search(query, k, self._mask(keys.covered, rows))
+            if self._coded:
+                masks = [self._mask(keys.covered, rows) for keys in self._coded]
+                found += best_keys(self._archive, self._coarse, self._coded, query, k, masks)
         found.sort(key=lambda hit: (-hit[0], hit[1]))  # equal scores in order of video and time
         return [Hit(row_id >> 32, row_id & 0xFFFFFFFF, score) for score, row_id in found[:k]]
 
+    def method(self, rows: Rows | None = None) -> str:
+        """How `search` compares frames, for people."""
+        if not self._coded:
+            return "each frame was compared"
+        if self._is_narrow(rows):
+            return "each frame of the filter was compared"
+        return f"through codes in {self._coarse.list_count} lists"
 
-def ids_of(frames: Sequence[FrameRef]) -> np.ndarray:
-    """(T,) int64 row ids of frames."""
-    numbers = np.fromiter((frame.video_number for frame in frames), np.int64, len(frames))
-    return _row_ids(numbers, np.fromiter((frame.frame_index for frame in frames), np.int64, len(frames)))
+    def _is_narrow(self, rows: Rows | None) -> bool:
+        return rows is not None and self.count(rows) <= NARROW_ROWS
 
+    def recall(self) -> float:
+        """Share of the best ten keys that a search finds, over queries between the keys of two frames each."""
+        random, paths = np.random.default_rng(0), sorted(self._counts)
+        first = np.zeros(1, np.int64)
+        masks = [self._mask(keys.covered, None) for keys in self._coded]
+        shares = []
+        for _ in range(RECALL_QUERIES):
+            pair = [paths[place] for place in random.integers(len(paths), size=2)]
+            query = sum(part_keys(self._archive.frames_uri, path, first)[0][0].astype(np.float32) for path in pair)
+            found, true = (
+                best_keys(self._archive, self._coarse, self._coded, query, 10, masks, probes)
+                for probes in (None, self._coarse.list_count)
+            )
+            shares.append(len(set(found) & set(true)) / len(true))
+        return float(np.mean(shares))
 
-def _row_ids(video_number: np.ndarray | int, frame_index: np.ndarray) -> np.ndarray:
-    """Video number (31 bits) and frame index (32 bits) in one int64."""
-    return (np.asarray(video_number, np.int64) << 32) | frame_index
+    def _mask(self, covered: Covered, rows: Rows | None) -> np.ndarray | None:
+        """(keys,) bool: which of a file's keys may be found; None for all."""
+        if rows is None:
+            is_live = np.fromiter((path in self._live for path in covered.paths), bool, len(covered.paths))
+            return None if is_live.all() else np.repeat(is_live, covered.key_counts)
+        mask = np.zeros(covered.key_count, bool)
+        for path, chosen in rows.items():
+            part = covered.order.get(path)
+            if part is None or path not in self._counts:
+                continue
+            start, end = covered.starts[part], covered.starts[part + 1]
+            if chosen is None:
+                mask[start:end] = True
+            else:
+                mask[start + chosen] = True
+        return mask
+
+    def _compare(self, query: np.ndarray, rows: Rows) -> list[tuple[float, int]]:
+        """(score, row id) of some frames, by the keys that the parts store."""
+        found = []
+        for path, chosen in rows.items():
+            if path in self._counts:
+                keys, frame_index = part_keys(self._archive.frames_uri, path, chosen)
+                scores = keys.astype(np.float32) @ query
+                row_ids = row_ids_of(self._live[path][1], frame_index)
+                found += zip(scores.tolist(), row_ids.tolist(), strict=True)
+        return found
 
 
 def update_index(archive: Archive, max_retired: float = MAX_RETIRED) -> int:
@@ -143,15 +228,9 @@ def update_index(archive: Archive, max_retired: float = MAX_RETIRED) -> int:
         ArchiveError: a part is missing or damaged, or the index cannot be written.
     """
     added = 0
-    for _ in range(UPDATE_ROUNDS):  # of two jobs that end together the last to write looks once more
+    for _ in range(UPDATE_ROUNDS):  # another job may have published more meanwhile
         archive.refresh()
-        try:
-            files = _read_manifest(archive)
-            for file in files:
-                _check_size(archive, file)
-        except _Damaged:
-            files = []
-        count = _bring_up(archive, files, max_retired)
+        count = _bring_up(archive, max_retired)
         if count is None:
             break
         added += count
@@ -164,135 +243,163 @@ def open_index(archive: Archive) -> Index:
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    parts = archive.parts()
-    if not parts and not exists(join(archive.index_uri, MANIFEST)):
-        return Index(archive, [], False)
+    if not archive.parts() and not exists(join(archive.index_uri, MANIFEST)):
+        return Index(archive, [], None, [], (), False)
     for _ in range(OPEN_ROUNDS):  # a job that swaps the index meanwhile removes the files of the old one
-        with contextlib.suppress(_Damaged):
-            return Index(archive, _read_files(archive), False)
+        with contextlib.suppress(Damaged):
+            return _open(archive, read_manifest(archive), False)
     try:
-        _bring_up(archive, [], MAX_RETIRED)
-        return Index(archive, _read_files(archive), True)
-    except (ArchiveError, _Damaged):  # read-only: in memory, for this process alone
-        built = [_build(archive, group) for group in _groups(parts)]
-        return Index(archive, [(_KeyFile("", 0, 0, covered), index) for index, covered in built if index], True)
+        drop_index(archive)
+        update_index(archive)
+        improve_index(archive)
+        return _open(archive, read_manifest(archive), True)
+    except (ArchiveError, OSError, Damaged):  # read-only: in memory, for this process alone
+        return Index(archive, [], None, [], (), True)
 
 
-def _bring_up(archive: Archive, files: list[_KeyFile], max_retired: float) -> int | None:
+def _open(archive: Archive, manifest: Manifest, rebuilt: bool) -> Index:
+    exact = [open_exact(archive, file) for file in manifest.exact if file.files]
+    coded_files = [file for file in manifest.coded if file.files]
+    coarse = _open_coarse(archive, manifest) if coded_files else None
+    coded = [open_codes(archive, coarse, file) for file in coded_files]
+    empty = [path for file in manifest.key_files if not file.files for path in file.covered.paths]
+    return Index(archive, exact, coarse, coded, empty, rebuilt)
+
+
+def _open_coarse(archive: Archive, manifest: Manifest) -> Coarse:
+    return open_coarse(archive, manifest.coarse)
+
+
+def _live_parts(archive: Archive) -> _LiveParts:
+    return {part.path: (part.path, part.video_number, part.row_count) for part in archive.parts()}
+
+
+def _build_all(archive: Archive, parts: Sequence[_Part]) -> list[ExactKeys]:
+    built = [build_exact(archive, group) for group in in_groups(parts, MAX_EXACT)]
+    return [ExactKeys(index, covered) for index, covered in built if index is not None]
+
+
+def _bring_up(archive: Archive, max_retired: float) -> int | None:
     """Writes what the files lack, and the manifest; the count of keys added, None where all is there already."""
-    live = {part.path: part for part in archive.parts()}
-    covered = {part.path for file in files for part in file.covered}
-    new = [part for path, part in live.items() if path not in covered]
-    kept, folded = _choose_files(files, live, sum(part.row_count for part in new), max_retired)
-    if not new and not folded and exists(join(archive.index_uri, MANIFEST)):
-        return None
-    again = [live[part.path] for file in folded for part in file.covered if part.path in live]
-    written = [_write_file(archive, group) for group in _groups([*again, *new])]
-    _write_manifest(archive, [*kept, *written])
-    _tidy(archive, folded if files else None, {file.name for file in (*kept, *written)})
-    new_paths = {part.path for part in new}
-    return sum(part.key_count for file in written for part in file.covered if part.path in new_paths)
+    with locked(archive):
+        try:
+            before = read_manifest(archive)
+            check_sizes(archive, before)
+            is_whole = True
+        except Damaged:
+            before, is_whole = Manifest(), False
+        live = _live_parts(archive)
+        covered = {path for file in before.key_files for path in file.covered.paths}
+        new = [part for path, part in live.items() if path not in covered]
+        kept, folded = _choose_files(before, live, sum(count for _, _, count in new), max_retired)
+        if is_whole and not new and not folded:
+            return None
+        if before.coarse is None:
+            again = [live[path] for file in folded for path in file.covered.paths if path in live]
+            written = [write_exact(archive, group) for group in in_groups([*again, *new], MAX_EXACT)]
+            write_manifest(archive, Manifest((*kept, *written)))
+        else:
+            written = _write_codes(archive, _open_coarse(archive, before), folded, new, live)
+            write_manifest(archive, replace(before, coded=(*kept, *written)))
+    new_paths = {path for path, _, _ in new}
+    return sum(count for file in written for path, _, count in file.covered.parts() if path in new_paths)
+
+
+def improve_index(archive: Archive) -> None:
+    """Goes over from exact search to codes, makes the lists anew where they fit no more, or goes back.
+
+    Lists fit no more when there are GROWTH times as many keys as they were made for, or when a sample of searches finds
+    less than LEAST_RECALL of what is there; that is looked at each time that the keys have grown by a quarter. The old
+    index serves until the new one is in place.
+
+    Raises:
+        ArchiveError: a part is missing or damaged, or the index cannot be written.
+    """
+    try:
+        manifest = read_manifest(archive)
+        if manifest.key_count <= EXACT_KEYS // 2 and manifest.coarse is not None:
+            drop_index(archive)
+        elif manifest.key_count > max(EXACT_KEYS, GROWTH * manifest.trained_count):
+            _train(archive, manifest.key_count)
+        elif manifest.coarse is None or manifest.key_count < 1.25 * manifest.checked_count:
+            return
+        elif _open(archive, manifest, False).recall() < LEAST_RECALL:
+            _train(archive, manifest.key_count)
+        else:
+            with locked(archive):
+                write_manifest(archive, replace(read_manifest(archive), checked_count=manifest.key_count))
+            return
+    except Damaged:
+        return  # another job has swapped or dropped it just now; whoever is next looks again
+    update_index(archive)
+
+
+def _train(archive: Archive, key_count: int) -> None:
+    parts = list(_live_parts(archive).values())
+    list_count = list_count_for(key_count)
+    coarse = Coarse.train(sample_keys(archive, parts, list_count * SAMPLE_PER_LIST), list_count)
+    files = _write_codes(archive, coarse, [], parts, {})
+    written = write_coarse(archive, coarse)
+    with locked(archive):
+        write_manifest(archive, Manifest((), tuple(files), written, key_count, key_count))
+
+
+def _write_codes(
+    archive: Archive, coarse: Coarse, folded: Iterable[KeyFile], new: Sequence[_Part], live: _LiveParts
+) -> list[KeyFile]:
+    """Files of codes of new parts and of what is live in those that are written again."""
+    parts, opened = list(new), []
+    for file in folded:
+        try:
+            for written in file.files:
+                check_whole(archive, written)  # so that no damage is written again as if it were right
+            if file.files:
+                opened.append(open_codes(archive, coarse, file))
+        except Damaged:
+            parts += [live[path] for path in file.covered.paths if path in live]
+    built = (build_codes(archive, coarse, group) for group in in_groups(parts, MAX_CODES))
+    files, waiting = [], []
+    for codes in itertools.chain(opened, built):
+        if waiting and sum(len(file.rows) for file in (*waiting, codes)) > MAX_CODES:
+            files.append(_write_joined(archive, coarse, waiting, live))
+            waiting = []
+        waiting.append(codes)
+    return [*files, _write_joined(archive, coarse, waiting, live)] if waiting else files
+
+
+def _write_joined(archive: Archive, coarse: Coarse, files: Sequence[CodedKeys], live: _LiveParts) -> KeyFile:
+    if len(files) == 1 and not files[0].is_mapped:
+        return write_codes(archive, files[0])
+    is_live = [[not file.is_mapped or path in live for path in file.covered.paths] for file in files]
+    return write_codes(archive, join_codes(coarse, files, is_live))
 
 
 def _choose_files(
-    files: list[_KeyFile], live: Mapping[str, LivePart], new_count: int, max_retired: float
-) -> tuple[list[_KeyFile], list[_KeyFile]]:
+    manifest: Manifest, live: _LiveParts, new_count: int, max_retired: float
+) -> tuple[list[KeyFile], list[KeyFile]]:
     """Files that stay, and files that are written again together with the new keys."""
+    is_coded = manifest.coarse is not None
     kept, folded = [], []
-    for file in files:
-        retired = sum(part.key_count for part in file.covered if part.path not in live)
-        (folded if retired > max_retired * file.key_count else kept).append(file)
-    count = new_count
-    for file in sorted(kept, key=lambda file: file.key_count):
-        if file.key_count > count or file.key_count + count > MAX_FILE_KEYS:
+    for file in manifest.coded if is_coded else manifest.exact:
+        retired = sum(count for path, _, count in file.covered.parts() if path not in live)
+        (folded if retired > max_retired * file.covered.key_count else kept).append(file)
+    count, most = new_count, MAX_CODES if is_coded else MAX_EXACT
+    for file in sorted(kept, key=lambda file: file.covered.key_count):
+        key_count = file.covered.key_count
+        if key_count > count or key_count + count > most:
             break
         kept.remove(file)
         folded.append(file)
-        count += file.key_count
+        count += key_count
     return kept, folded
 
 
-def _groups(parts: Iterable[LivePart]) -> Iterator[list[LivePart]]:
-    """The parts of one file each."""
-    group, count = [], 0
-    for part in parts:
-        if group and count + part.row_count > MAX_FILE_KEYS:
-            yield group
-            group, count = [], 0
-        group.append(part)
-        count += part.row_count
-    if group:
-        yield group
-
-
-def _build(archive: Archive, parts: Sequence[LivePart]) -> tuple[faiss.IndexIDMap | None, tuple[_Covered, ...]]:
-    """Keys of the parts in a new FAISS index; None where the parts keep none."""
-    index, covered = None, []
-    for part in parts:
-        found = part_keys(archive.frames_uri, part.path)
-        covered.append(_Covered(part.path, part.video_number, 0 if found is None else len(found[0])))
-        if found is None:
-            continue
-        keys, frame_index = found
-        if index is None:
-            scalar = faiss.IndexScalarQuantizer(
-                keys.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-            )
-            index = faiss.IndexIDMap(scalar)
-        # The codes of QT_fp16 are the float16 keys themselves; FAISS's own encoder takes 20 times as long.
-        index.add_sa_codes(keys.view(np.uint8), _row_ids(part.video_number, frame_index))
-    return index, tuple(covered)
-
-
-def _write_file(archive: Archive, parts: Sequence[LivePart]) -> _KeyFile:
-    index, covered = _build(archive, parts)
-    if index is None:
-        return _KeyFile("", 0, 0, covered)
-    data = faiss.serialize_index(index)
-    name = f"{uuid.uuid4().hex}.faiss"
-    uri = join(archive.index_uri, name)
-    with writing(uri):
-        make_folder(archive.index_uri)
-        write_bytes(uri, data)
-    return _KeyFile(name, google_crc32c.value(data), len(data), covered)
-
-
-def _write_manifest(archive: Archive, files: Sequence[_KeyFile]) -> None:
-    content = {
-        "format": INDEX_FORMAT,
-        "model_id": archive.model_id,
-        "archive_version": archive.version,
-        "files": [asdict(file) for file in files],
-    }
-    text = json.dumps({"checksum": _text_checksum(content), **content})
-    uri = join(archive.index_uri, MANIFEST)
-    with writing(uri):
-        make_folder(archive.index_uri)
-        write_bytes(uri, text.encode())
-
-
-def _read_manifest(archive: Archive) -> list[_KeyFile]:
-    try:
-        content = json.loads(read_bytes(join(archive.index_uri, MANIFEST)))
-        checksum = content.pop("checksum")
-        if checksum != _text_checksum(content):
-            raise _Damaged("checksum of the manifest")
-        if (content["format"], content["model_id"]) != (INDEX_FORMAT, archive.model_id):
-            raise _Damaged("another format or model")
-        return [
-            _KeyFile(**{**file, "covered": tuple(_Covered(**part) for part in file["covered"])})
-            for file in content["files"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _Damaged(str(error)) from error
-
-
 def named_files(archive: Archive) -> set[str]:
-    """Names of the FAISS files that the manifest names; none where it is missing or damaged."""
+    """Names of the files that the index consists of; those that the manifest names are left out where it is damaged."""
     try:
-        return {file.name for file in _read_manifest(archive)}
-    except _Damaged:
-        return set()
+        return {MANIFEST, LOCK, FLOORS} | read_manifest(archive).names()
+    except Damaged:
+        return {MANIFEST, LOCK, FLOORS}
 
 
 def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
@@ -313,116 +420,35 @@ def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
         archive.refresh()  # a job has written another index meanwhile, and removed files of this one
 
 
-def _faults_by_manifest(archive: Archive, manifest: str) -> Iterator[tuple[str, str]]:
+def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]:
     try:
-        files = _read_manifest(archive)
-    except _Damaged as error:
-        yield manifest, f"damaged: {error}"
+        manifest = read_manifest(archive)
+    except Damaged as error:
+        yield uri, f"damaged: {error}"
         return
-    live = {part.path for part in archive.parts()}
-    for file in files:
-        uri = join(archive.index_uri, file.name)
+    floors = join(archive.index_uri, FLOORS)
+    if exists(floors):
         try:
-            found = _file_keys(uri, file) if file.name else {}
-        except _Damaged as error:
-            yield uri, f"damaged: {error}"
-            continue
-        for part in file.covered:
-            if part.path in live and not _are_stored(archive, part, found.get(part.path)):
-                yield uri, f"its keys of {part.path} are not those that are stored"
-
-
-def _file_keys(uri: str, file: _KeyFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The keys of each part in a FAISS file, (T, E) float16, with their row ids."""
-    index = _read_file(uri, file)
-    scalar = faiss.downcast_index(index.index)
-    row_ids = faiss.vector_to_array(index.id_map)
-    found, start = {}, 0
-    for part in file.covered:
-        end = start + part.key_count
-        keys = scalar.reconstruct_n(start, part.key_count) if part.key_count else np.empty((0, index.d), np.float32)
-        found[part.path] = (keys.astype(np.float16), row_ids[start:end])
-        start = end
-    return found
-
-
-def _are_stored(archive: Archive, part: _Covered, found: tuple[np.ndarray, np.ndarray] | None) -> bool:
-    stored = part_keys(archive.frames_uri, part.path)
-    if stored is None or found is None or part.key_count == 0:
-        return stored is None and part.key_count == 0
-    keys, frame_index = stored
-    return np.array_equal(found[0], keys) and np.array_equal(found[1], _row_ids(part.video_number, frame_index))
+            read_json(floors)
+        except Damaged as error:
+            yield floors, f"damaged: {error}"
+    live = _live_parts(archive)
+    for file in manifest.exact:
+        for name, detail in exact_faults(archive, file, [path in live for path in file.covered.paths]):
+            yield join(archive.index_uri, name), detail
+    coarse = None
+    if manifest.coarse is not None:
+        try:
+            check_whole(archive, manifest.coarse)
+            coarse = _open_coarse(archive, manifest)
+        except Damaged as error:
+            yield join(archive.index_uri, manifest.coarse.name), f"damaged: {error}"
+    for file in manifest.coded:
+        for name, detail in code_faults(archive, coarse, file, [path in live for path in file.covered.paths]):
+            yield join(archive.index_uri, name), detail
 
 
 def drop_index(archive: Archive) -> None:
     """Forgets the index, so that the next update builds it from the parts."""
-    remove(join(archive.index_uri, MANIFEST))
-
-
-def _text_checksum(content: dict) -> int:
-    return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
-
-
-def _check_size(archive: Archive, file: _KeyFile) -> None:
-    if file.name:
-        try:
-            size = file_size(join(archive.index_uri, file.name))
-        except OSError as error:
-            raise _Damaged(str(error)) from error
-        if size != file.size_bytes:
-            raise _Damaged(f"{file.name}: {size} bytes")
-
-
-def _read_files(archive: Archive) -> list[tuple[_KeyFile, faiss.IndexIDMap]]:
-    files = _read_manifest(archive)
-    return [(file, _read_file(join(archive.index_uri, file.name), file)) for file in files if file.name]
-
-
-def _read_file(uri: str, file: _KeyFile) -> faiss.IndexIDMap:
-    """A FAISS file, mapped where it is local, after its checksum."""
-    try:
-        mapping = map_file(uri)
-        data = np.frombuffer(read_bytes(uri) if mapping is None else mapping, np.uint8)
-        if len(data) != file.size_bytes or google_crc32c.value(data) != file.checksum:
-            raise _Damaged(f"{uri}: checksum")
-        if mapping is None:
-            return faiss.deserialize_index(data)
-        return faiss.read_index(os.fsdecode(local_path(uri)), faiss.IO_FLAG_MMAP_IFC)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _Damaged(f"{uri}: {error}") from error
-
-
-def _tidy(archive: Archive, replaced: Iterable[_KeyFile] | None, named: set[str]) -> None:
-    """Removes files that the manifest named before, or, where that is not known, every one that it does not name now.
-
-    Readers that have one mapped keep it, others read the new manifest.
-    """
-    names = list_names(archive.index_uri) if replaced is None else [file.name for file in replaced]
-    for name in names:
-        if name.endswith(".faiss") and name not in named:
-            with contextlib.suppress(OSError):
-                remove(join(archive.index_uri, name))
-
-
-def _search_file(
-    file: _KeyFile, index: faiss.IndexIDMap, query: np.ndarray, k: int, live: frozenset[str], ids: np.ndarray | None
-) -> list[tuple[float, int]]:
-    """(score, row id) of the best keys of one file, those of its parts that are live."""
-    if query.shape != (index.d,):
-        raise ValueError(f"query is {query.shape}, keys are ({index.d},)")
-    parameters = None
-    row_ids = faiss.vector_to_array(index.id_map)
-    is_live = [part.path in live for part in file.covered]
-    if ids is not None or not all(is_live):
-        mask = np.repeat(is_live, [part.key_count for part in file.covered])  # keys lie in the order of their parts
-        if ids is not None:
-            mask &= np.isin(row_ids, ids)
-        bits = np.packbits(mask, bitorder="little")
-        parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-    stored = faiss.downcast_index(index.index)  # by place, so that the selector can be a bitmap
-    scores, places = stored.search(query[None].astype(np.float32), min(k, index.ntotal), params=parameters)
-    return [
-        (float(score), int(row_ids[place]))
-        for score, place in zip(scores[0], places[0], strict=True)
-        if place >= 0  # FAISS pads with -1
-    ]
+    for name in (MANIFEST, FLOORS):
+        remove(join(archive.index_uri, name))

@@ -60,7 +60,7 @@ def test_a_bundle_says_what_its_files_say():
     assert not bundle.has_text_search  # a text tower, but no tokenizer
     assert not find_bundle(str(TINY)).has_search_key
     assert bundle.card.licence == "unknown"
-    assert 0.1 <= bundle.search_floor <= 0.2
+    assert bundle.card.search_floor is None
 
 
 def test_the_default_model_is_built_in_and_can_be_searched_by_text():

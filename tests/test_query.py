@@ -1,17 +1,23 @@
 """Filters and combined queries, against the stored rows and keys themselves."""
 
+import json
 from datetime import UTC, datetime, timedelta
 
+import av
 import numpy as np
 import pytest
+from conftest import SAMPLES
+from PIL import Image
 from small_archive import MODEL_ID, add_video, failed_row, random_rows, receipt_for
 
 from pipeline.filter import Filter
-from pipeline.query import Query, Term, embed, parse_term
-from pipeline.search import Wanted, search
+from pipeline.floors import Floor, Floors, picture_floor, text_floor
+from pipeline.query import Kind, Query, Term, parse_term
+from pipeline.search import Searcher, Wanted, search
 from storage.archive import create_archive, open_archive
 from storage.cells import read_keys
 from storage.errors import UsageError
+from storage.vectors import index_faults, open_index
 from workers.bundle import find_bundle
 from workers.clip_text import TextEncoder
 
@@ -134,12 +140,15 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
     archive, frames, keys = clips
     bundle = find_bundle("nano")
     query, floor = Query((Term("an apple"),), without=("a strawberry", "a snake")), 0.1
-    wanted = embed(query, TextEncoder(bundle))
-    shows, unwanted = keys @ wanted.wanted, keys @ wanted.unwanted.T
+    encoder = TextEncoder(bundle)
+    shows, unwanted = (
+        keys @ encoder.embed("an apple"),
+        keys @ np.stack([encoder.embed(text) for text in query.without]).T,
+    )
     hits = [
         (frame.video_id, frame.time_seconds)
         for frame, score, others in zip(frames, shows, unwanted, strict=True)
-        if score >= floor and (others < bundle.search_floor).all()
+        if score >= floor and (others < bundle.card.search_floor).all()
     ]
     assert 0 < len(hits) < (shows >= floor).sum()
     result = search(archive, bundle, query, Filter(), Wanted(1000, floor))
@@ -201,7 +210,10 @@ def test_filters_and_terms_from_the_command_line(vidx, samples_archive):
     command = ["search", "an apple^2", "a snake", "--archive", str(samples_archive[0]), "--min-score", "-1", "--json"]
     where = ["--where", "source LIKE '%nano_scenes_1%' AND time_seconds < 10", "--top", "2", "--per-video", "1"]
     found = vidx(*command, *where).json
-    assert found["terms"] == [{"text": "an apple", "weight": 2.0}, {"text": "a snake", "weight": 1.0}]
+    assert found["terms"] == [
+        {"text": "an apple", "weight": 2.0, "kind": "text"},
+        {"text": "a snake", "weight": 1.0, "kind": "text"},
+    ]
     assert found["frames_searched"] == 10
     assert len(found["moments"]) == 1
     assert vidx(*command, "--tag", "camera=north").code == 4
@@ -221,3 +233,125 @@ def test_a_range_of_times_that_ends_before_it_starts_is_refused(vidx, samples_ar
     run = vidx("search", "x", "--archive", str(samples_archive[0]), "--after", "2024-05-02", "--before", "2024-05-01")
     assert run.code == 2
     assert "must end after it starts" in run.err
+
+
+def key_at(archive, name, seconds):
+    """The frame of a video that is shown then, and its key."""
+    number = archive.find_video(name).video_number
+    frame = archive.frames(number, seconds, seconds + 1e-6)[-1]
+    return frame, read_keys(archive.frames_uri, [frame])[0].astype(np.float32)
+
+
+def test_moments_like_one_of_the_archive_are_found_elsewhere(clips):
+    archive, frames, keys = clips
+    own, example = key_at(archive, "nano_scenes_1.mp4", 9.0)
+    query = Query((Term("nano_scenes_1.mp4@9", kind=Kind.MOMENT),))
+    result = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, 0.2))
+    assert result.moments
+    cosines = {(frame.video_id, frame.time_seconds): key @ example for frame, key in zip(frames, keys, strict=True)}
+    for moment in result.moments:
+        is_own = moment.video_id == own.video_id
+        assert not (is_own and moment.start_seconds <= own.time_seconds < moment.end_seconds)
+        assert moment.score == pytest.approx(float(cosines[moment.video_id, moment.best_seconds]), abs=1e-3)
+    assert result.floor.source == "as asked for"
+
+
+def test_a_picture_is_found_where_it_was_taken_from(clips, tmp_path):
+    archive, _, _ = clips
+    pixels = decoded(SAMPLES / "nano_scenes_1.mp4", 9.0)
+    Image.fromarray(pixels).save(tmp_path / "scene^1.png")
+    query = Query((Term(str(tmp_path / "scene^1.png"), kind=Kind.IMAGE),))
+    (moment,) = search(archive, find_bundle("nano"), query, Filter(), Wanted(1, -1.0)).moments
+    assert moment.start_seconds <= 9.0 < moment.end_seconds
+    assert "nano_scenes_1" in moment.uri
+    assert moment.score > 0.999
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    query = Query((Term(str(tmp_path / "turned.jpg"), kind=Kind.IMAGE),))
+    (again,) = search(archive, find_bundle("nano"), query, Filter(), Wanted(1, -1.0)).moments
+    assert again.best_seconds == moment.best_seconds
+    assert again.score > 0.99
+
+
+def decoded(path, seconds):
+    """(height, width, 3) uint8 of the frame that is shown then."""
+    with av.open(str(path)) as file:
+        frames = [frame for frame in file.decode(video=0) if frame.time <= seconds + 1e-6]
+    return frames[-1].to_ndarray(format="rgb24")
+
+
+def test_texts_and_pictures_count_by_their_floors(clips):
+    archive, _, keys = clips
+    bundle = find_bundle("nano")
+    terms = (Term("two apples", 3.0), Term("nano_scenes_1.mp4@1", kind=Kind.MOMENT))
+    result = search(archive, bundle, Query(terms), Filter(), Wanted(1, -1.0))
+    searcher = Searcher(archive, bundle)
+    alone = [searcher.search(Query((term,)), Filter(), Wanted(1)).floor.score for term in terms]
+    both = searcher.search(Query(terms), Filter(), Wanted(1)).floor
+    assert both.score == pytest.approx(0.75 * alone[0] + 0.25 * alone[1])
+    _, example = key_at(archive, "nano_scenes_1.mp4", 1.0)
+    text = TextEncoder(bundle).embed("two apples")
+    scores = both.score * (0.75 * (keys @ text) / alone[0] + 0.25 * (keys @ example) / alone[1])
+    assert max(scores) >= result.moments[0].score - 1e-3
+    assert min(abs(scores - result.moments[0].score)) < 1e-3
+
+
+def test_the_floor_of_an_archive_lets_few_unrelated_texts_through(clips):
+    archive, _, _ = clips
+    bundle = find_bundle("nano")
+    index = open_index(archive)
+    floor = text_floor(bundle, index)
+    encoder = TextEncoder(bundle)
+    unrelated = ("a lobster", "two cellists", "rain")
+    assert sum(index.search(encoder.embed(text), 1)[0].score >= floor.score for text in unrelated) <= 1
+    assert index.search(encoder.embed("two apples"), 1)[0].score > floor.score
+    assert picture_floor(archive).score < 1.0
+
+
+def test_floors_are_kept_with_the_archive_and_made_anew_when_damaged(archive_copy):
+    archive, bundle = open_archive(str(archive_copy)), find_bundle("nano")
+    path = archive_copy / "index" / "floors.json"
+    text = path.read_text()
+    kept = json.loads(text.split("\n", 1)[1])
+    assert kept["model_id"] == archive.model_id
+    floors = Floors(archive, bundle, open_index(archive))
+    assert (floors.text.score, floors.text.source) == (bundle.card.search_floor, "stated by the model")
+    assert floors.picture == Floor(**kept["picture"])
+    assert not [*index_faults(archive)]
+    for other in ("", text[:-9], text.replace("0.", "1."), "[]"):
+        path.write_text(other)
+        assert [fault.endswith("floors.json") for fault, _ in index_faults(archive)] == [True]
+        assert Floors(archive, bundle, open_index(archive)).picture == floors.picture
+
+
+def test_explain_says_where_the_floor_comes_from_and_what_is_near(vidx, samples_archive):
+    command = ["search", "two apples", "--archive", str(samples_archive[0]), "--min-score", "0.99", "--explain"]
+    run = vidx(*command)
+    assert run.code == 4
+    assert "as asked for" in run.err
+    assert "nano_scenes_1.mp4" in run.err
+    assert run.out == ""
+    found = vidx(*command, "--json").json
+    assert (found["moments"], found["floor"], found["floor_source"]) == ([], 0.99, "as asked for")
+    assert len(found["near_misses"]) == 3
+    assert found["near_misses"][0]["source"].endswith("nano_scenes_1.mp4")
+    assert found["method"] == "each frame was compared"
+
+
+def test_pictures_and_moments_that_cannot_be_searched_are_refused_in_a_line(vidx, samples_archive, tmp_path):
+    (tmp_path / "not.jpg").write_text("no picture")
+    wrong = (
+        ((), "--image or --like"),
+        (("--image", str(tmp_path / "not.jpg")), "no picture that Pillow can read"),
+        (("--image", str(tmp_path / "missing.jpg")), "No such file"),
+        (("--image", str(tmp_path)), "directory"),
+        (("--like", "nano_scenes_1.mp4"), "one moment"),
+        (("--like", "nano_scenes_1.mp4@1-2"), "one moment"),
+        (("--like", "nano_scenes_1.mp4@1:00:00"), "no frame of that time"),
+        (("--like", "unknown.mp4@1"), "no such video"),
+    )
+    for options, words in wrong:
+        run = vidx("search", *options, "--archive", str(samples_archive[0]))
+        assert (run.code, words in run.err, run.err.count("\n")) == (2, True, 1), run.err

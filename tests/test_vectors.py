@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,8 +18,9 @@ from storage.archive import create_archive, open_archive
 from storage.cells import read_keys
 from storage.errors import ArchiveError
 from storage.files import local_path
+from storage.frames import rows_of
 from storage.records import Status
-from storage.vectors import ids_of, open_index, update_index
+from storage.vectors import open_index, update_index
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -59,7 +61,7 @@ def test_search_finds_what_brute_force_finds(archive):
         add_video(archive, name, 40 * name)
     assert update_index(archive) == 600
     index = open_index(archive)
-    assert (index.frame_count, index.pending_count(archive), index.rebuilt) == (600, 0, False)
+    assert (index.frame_count, index.pending_count, index.rebuilt) == (600, 0, False)
     for seed in range(5):
         assert_same(index.search(unit(seed), 20), brute_force(archive, unit(seed), 20))
     assert len(index.search(unit(0), 10_000)) == 600
@@ -96,23 +98,25 @@ def indexed(tmp_path_factory):
 def test_a_filter_leaves_what_brute_force_leaves(indexed, seed, k, videos, span):
     archive, index = indexed
     frames = archive.frames(videos, *(sorted(span) if span else (None, None)))
-    ids = None if videos is None and span is None else ids_of(frames)
-    hits = index.search(unit(seed), k, ids)
+    rows = None if videos is None and span is None else rows_of(frames)
+    hits = index.search(unit(seed), k, rows)
     wanted = brute_force(archive, unit(seed), k, frames) if frames else []
     assert_same(hits, wanted)
 
 
-def test_frames_not_yet_in_the_index_are_counted_as_pending(archive):
+def test_frames_not_yet_in_the_index_are_found_all_the_same(archive):
     add_video(archive, 1, 10)
     update_index(archive)
     add_video(archive, 2, 7)
+    (file,) = data_files(archive)
     index = open_index(archive)
-    assert (index.frame_count, index.pending_count(archive), index.rebuilt) == (10, 7, False)
-    by_number = {part.video_number: part.path for part in archive.parts()}
-    assert index.covers(by_number[reserve(archive, 1)])
-    assert not index.covers(by_number[reserve(archive, 2)])
+    assert (index.frame_count, index.pending_count, index.rebuilt) == (17, 0, False)
+    assert all(index.covers(part.path) for part in archive.parts())
+    assert_same(index.search(unit(2), 17), brute_force(archive, unit(2), 17))
+    rows = rows_of(archive.frames(reserve(archive, 2), 2, 5))
+    assert_same(index.search(unit(2), 17, rows), brute_force(archive, unit(2), 17, archive.frames(2, 2, 5)))
+    assert data_files(archive) == [file]
     assert update_index(archive) == 7
-    assert open_index(archive).pending_count(archive) == 0
     assert update_index(archive) == 0
 
 
@@ -141,21 +145,21 @@ def test_keys_of_a_replaced_part_are_never_found(archive):
     assert open_index(archive).frame_count == 56
     assert archive.commit_frames([receipt_for(archive, 1, new)]) == [True]
     for published in (False, True):
-        index = open_index(open_archive(archive.uri))  # which does not know the new part yet
-        assert (index.frame_count, index.pending_count(archive), index.covers(part.part.path)) == (50, 9, False)
+        index = open_index(open_archive(archive.uri))  # of which no file has the new part yet
+        assert (index.frame_count, index.pending_count, index.covers(part.part.path)) == (59, 0, False)
         for row in (0, 4):  # only in the old part; in both, with another key
             hits = index.search(old.tokens.search_key[row].astype(np.float32), 100)
-            assert {hit.video_number for hit in hits} == {reserve(archive, 2)}
-            assert len(open_archive(archive.uri).hit_frames(hits)) == 50
+            assert len(open_archive(archive.uri).hit_frames(hits)) == 59
+            assert hits[0].score < 0.999
         if not published:
             archive.publish([row_for(archive, 1, 9)])
     assert update_index(archive) == 9
     found = open_archive(archive.uri)
     index = open_index(found)
-    assert (index.frame_count, index.pending_count(found)) == (59, 0)
+    assert (index.frame_count, index.pending_count) == (59, 0)
     assert_same(index.search(unit(4), 100), brute_force(found, unit(4), 100))
-    ids = ids_of(found.frames(reserve(archive, 1)))
-    assert len(index.search(unit(4), 100, ids)) == len(found.hit_frames(index.search(unit(4), 100, ids))) == 9
+    rows = rows_of(found.frames(reserve(archive, 1)))
+    assert len(index.search(unit(4), 100, rows)) == len(found.hit_frames(index.search(unit(4), 100, rows))) == 9
 
 
 def test_a_file_of_mostly_retired_keys_is_written_again(archive):
@@ -231,7 +235,7 @@ def test_a_read_only_archive_without_index_is_searched_all_the_same(tmp_path):
 
 
 def test_large_archives_are_indexed_in_several_files_of_bounded_size(archive, monkeypatch):
-    monkeypatch.setattr("storage.vectors.MAX_FILE_KEYS", 50)
+    monkeypatch.setattr("storage.vectors.MAX_EXACT", 50)
     for name in range(1, 12):
         add_video(archive, name, 20)
     update_index(archive)
@@ -247,18 +251,19 @@ def test_an_index_of_another_model_is_not_used(archive):
     add_video(archive, 1, 10)
     update_index(archive)
     path = os.path.join(index_folder(archive), "index.json")
-    with open(path) as file:
-        content = json.load(file)
-    assert content["model_id"] == MODEL_ID
-    with open(path, "w") as file:
-        json.dump({**content, "model_id": "ff" * 32}, file)
+    with open(path, "rb") as file:
+        _, _, text = file.read().partition(b"\n")
+    assert json.loads(text)["model_id"] == MODEL_ID
+    text = json.dumps({**json.loads(text), "model_id": "ff" * 32}).encode()
+    with open(path, "wb") as file:
+        file.write(b"%08x\n" % google_crc32c.value(text) + text)
     assert open_index(archive).rebuilt
 
 
 def test_an_empty_archive_has_an_empty_index(archive):
     assert update_index(archive) == 0
     index = open_index(archive)
-    assert (index.frame_count, index.pending_count(archive), index.rebuilt) == (0, 0, False)
+    assert (index.frame_count, index.pending_count, index.rebuilt) == (0, 0, False)
     assert index.search(unit(0), 5) == []
 
 
@@ -269,7 +274,7 @@ def test_frames_without_search_key_stay_pending(archive):
     assert update_index(archive) == 3
     assert update_index(archive) == 0
     index = open_index(archive)
-    assert (index.frame_count, index.pending_count(archive)) == (3, 5)
+    assert (index.frame_count, index.pending_count) == (3, 5)
     assert [index.covers(part.path) for part in sorted(archive.parts(), key=lambda part: part.row_count)] == [
         True,
         False,
@@ -314,5 +319,5 @@ def test_jobs_that_end_together_leave_every_frame_searchable(archive):
         assert job.exitcode == 0
     found = open_archive(archive.uri)
     index = open_index(found)
-    assert (index.frame_count, index.pending_count(found), index.rebuilt) == (30, 0, False)
+    assert (index.frame_count, index.pending_count, index.rebuilt) == (30, 0, False)
     assert_same(index.search(unit(5), 30), brute_force(found, unit(5), 30))

@@ -24,9 +24,6 @@ from workers.weights import list_tensors, read_json, tensor_digests
 
 MODEL_TYPE = "llava_mini_llama"
 
-# Cosine below which a hit counts as nothing found, for a CLIP that states no floor of its own: a text and the picture
-# it describes reach 0.2 to 0.3 (the modality gap keeps them far below 1), unrelated ones mostly stay under 0.15.
-CLIP_SEARCH_FLOOR = 0.15
 NOT_STATED = "not stated by its files"
 _TOWER_DEFAULTS = {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num_hidden_layers": 12}  # CLIPVisionConfig
 
@@ -41,7 +38,7 @@ class Card:
         trained: for people, how and on what.
         accuracy: source of pre-fusion ("exact", "patches", "tokens") -> kind of question -> per cent answered right.
         unknown_answers: the answers that say that the model does not know -> why it gives them.
-        search_floor: the least cosine that counts as found.
+        search_floor: the least cosine of a text and a frame that counts as found; None where the files do not say.
     """
 
     licence: str
@@ -50,7 +47,7 @@ class Card:
     trained: str = NOT_STATED
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unknown_answers: Mapping[str, str] = field(default_factory=dict)
-    search_floor: float = CLIP_SEARCH_FLOOR
+    search_floor: float | None = None
 
     @property
     def states_limits(self) -> bool:
@@ -163,11 +160,6 @@ class Bundle:
         most = self.patches_per_picture
         if not 0 <= patch_rows <= most:
             raise UsageError(f"--patches {patch_rows}: {self.name} has {most} patches a picture; give 0 to {most}")
-
-    @property
-    def search_floor(self) -> float:
-        """The least cosine that counts as found."""
-        return self.card.search_floor
 
     @cached_property
     def model_id(self) -> str:
@@ -375,7 +367,7 @@ def _is_object_of(value: Any, holds: Callable[[Any], bool]) -> bool:
 # The type of a card's field -> whether a value of config.json is of it, and its name for people.
 _CARD_VALUES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
-    float: (_is_number, "a number"),
+    float | None: (_is_number, "a number"),
     Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object that gives a text to each text"),
     Mapping[str, Mapping[str, float]]: (
         lambda value: _is_object_of(value, lambda kinds: _is_object_of(kinds, _is_number)),

@@ -1,0 +1,217 @@
+"""The vector index as an archive grows to ten million frames: time, recall, memory, and what each frame costs.
+
+Usage: python ops/bench/index.py FOLDER [--frames N]
+
+Makes an archive of footage-like keys in FOLDER (1.6 kB a frame, and 0.5 kB of index), hour by hour as jobs would, and
+stops at each size to measure. It goes on where it was stopped. Recall and time are against comparing the query with
+every key in float16, by FAISS, on the same machine in the same run.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import footage
+import numpy as np
+
+from pipeline.filter import Filter
+from storage.archive import Archive, create_archive, open_archive
+from storage.cells import part_keys
+from storage.files import tree_size
+from storage.frames import Rows
+from storage.vectors import Index, improve_index, open_index, update_index
+
+SIZES = (10_800, 108_000, 1_000_800, 10_000_800)
+BATCH_VIDEOS = 8
+QUERIES = 100  # of each kind
+K = 10
+
+
+def queries(shared: footage.Directions, frames: int) -> dict[str, np.ndarray]:
+    """(QUERIES, E) float32 of each kind, about frames that the archive holds."""
+    random = np.random.default_rng(frames)
+    videos = random.integers(1, frames // footage.VIDEO_FRAMES + 1, QUERIES).tolist()
+    places = random.integers(0, footage.VIDEO_FRAMES, QUERIES).tolist()
+    makers = {"picture": footage.picture_query, "text": footage.text_query}
+    return {
+        kind: np.stack([make(shared, video, frame) for video, frame in zip(videos, places, strict=True)])
+        for kind, make in makers.items()
+    }
+
+
+def blocks(archive: Archive, rows: Rows | None = None, most: int = 1 << 18) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Keys, (T, E) float16, and row ids, (T,), of frames, as many at a time as fit into memory."""
+    keys, ids = [], []
+    for part in archive.parts():
+        if rows is not None and part.path not in rows:
+            continue
+        found, frame_index = part_keys(archive.frames_uri, part.path, None if rows is None else rows[part.path])
+        keys.append(found)
+        ids.append((np.int64(part.video_number) << 32) | frame_index)
+        if sum(len(piece) for piece in keys) >= most:
+            yield np.concatenate(keys), np.concatenate(ids)
+            keys, ids = [], []
+    if keys:
+        yield np.concatenate(keys), np.concatenate(ids)
+
+
+def exact(archive: Archive, wanted: np.ndarray, rows: Rows | None = None) -> tuple[np.ndarray, float]:
+    """(Q, K) row ids of the best keys of each query, and seconds a query, compared one after another."""
+    best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(wanted)
+    seconds, timed = 0.0, min(10, len(wanted))
+    for keys, ids in blocks(archive, rows):
+        scalar = faiss.IndexScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        scalar.add_sa_codes(keys.view(np.uint8))
+        halves = np.array_split(np.arange(len(keys)), 2)
+        for number, query in enumerate(wanted):
+            start = time.perf_counter()
+            scores, places = _both_cores(scalar, query, halves)
+            if number < timed:
+                seconds += time.perf_counter() - start
+            joined = (np.concatenate([best[number][0], scores]), np.concatenate([best[number][1], ids[places]]))
+            order = np.argsort(-joined[0], kind="stable")[:K]
+            best[number] = (joined[0][order], joined[1][order])
+    return np.stack([ids for _, ids in best]), seconds / timed
+
+
+def _both_cores(
+    index: faiss.IndexScalarQuantizer, query: np.ndarray, halves: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best keys of one query; FAISS puts one query on one thread."""
+    found: list[Any] = [None] * len(halves)
+
+    def half(number: int) -> None:
+        places = halves[number]
+        selector = faiss.IDSelectorRange(int(places[0]), int(places[-1]) + 1)
+        parameters = faiss.SearchParameters(sel=selector)
+        found[number] = index.search(query[None], K, params=parameters)
+
+    threads = [threading.Thread(target=half, args=(number,)) for number in range(len(halves)) if len(halves[number])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    scores, places = (np.concatenate([pair[side][0] for pair in found if pair]) for side in (0, 1))
+    return scores[places >= 0], places[places >= 0]
+
+
+def ours(index: Index, wanted: np.ndarray, rows: Rows | None = None) -> tuple[np.ndarray, list[float]]:
+    """(Q, K) row ids, -1 where fewer were found, and the seconds of each query, after one round to warm up."""
+    for query in wanted:
+        index.search(query, K, rows)
+    found, times = np.full((len(wanted), K), -1, np.int64), []
+    for number, query in enumerate(wanted):
+        start = time.perf_counter()
+        hits = index.search(query, K, rows)
+        times.append(time.perf_counter() - start)
+        found[number, : len(hits)] = [(hit.video_number << 32) | hit.frame_index for hit in hits]
+    return found, times
+
+
+def recall(found: np.ndarray, true: np.ndarray) -> float:
+    """Share of the true best that were found."""
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), true.tolist(), strict=True)]))
+
+
+def memory_bytes() -> int:
+    """Of this process besides the pages of files that it has mapped."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def measure(archive: Archive, shared: footage.Directions) -> dict[str, Any]:
+    """What one size gives."""
+    frames = archive.frame_count()
+    start = time.perf_counter()
+    index = open_index(archive)
+    record: dict[str, Any] = {"frames": frames, "open_seconds": time.perf_counter() - start}
+    for kind, wanted in queries(shared, frames).items():
+        found, times = ours(index, wanted)
+        true, seconds = exact(archive, wanted)
+        record[kind] = {
+            "ms": 1e3 * statistics.median(times),
+            "ms_p95": 1e3 * sorted(times)[int(0.95 * len(times))],
+            "recall": recall(found, true),
+            "exact_ms": 1e3 * seconds,
+        }
+    record["memory_bytes"] = memory_bytes()
+    wanted = np.concatenate(list(queries(shared, frames).values()))[::4]
+    for name, within in filters(archive, frames).items():
+        rows = within.rows(archive)
+        start = time.perf_counter()
+        within.rows(archive)
+        resolve = time.perf_counter() - start
+        found, times = ours(index, wanted, rows)
+        true, seconds = exact(archive, wanted, rows)
+        record[name] = {
+            "share": index.count(rows) / frames,
+            "ms": 1e3 * statistics.median(times),
+            "resolve_ms": 1e3 * resolve,
+            "recall": recall(found, true),
+            "exact_ms": 1e3 * seconds,
+        }
+    record["index_bytes"], record["archive_bytes"] = tree_size(archive.index_uri), tree_size(archive.uri)
+    return record
+
+
+def filters(archive: Archive, frames: int) -> dict[str, Filter]:
+    """One per cent of the archive: the videos of a camera; and a hundred thousandth: a minute or two of one video."""
+    row = archive.videos()[frames // footage.VIDEO_FRAMES // 2]
+    return {
+        "filter 1 %": Filter(tags={"camera": ("7",)}),
+        "filter 0.001 %": Filter(video=row, start_seconds=1000.0, end_seconds=1000.0 + frames / 1e5),
+    }
+
+
+def timed(call: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a call, and the most memory that this process has had so far."""
+    start = time.perf_counter()
+    call()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak}
+
+
+def grow(folder: Path, target: int) -> list[dict[str, Any]]:
+    """Adds hours until there are so many frames, measures at each size; what was measured is kept in the folder."""
+    records_path = folder / "records.jsonl"
+    records = [json.loads(line) for line in records_path.read_text().splitlines()] if records_path.exists() else []
+    archive = create_archive(str(folder / "archive"), model_id=footage.MODEL_ID, model_name="footage")
+    shared = footage.directions()
+    for size in (size for size in SIZES if size <= target):
+        while archive.frame_count() < size:
+            first = archive.frame_count() // footage.VIDEO_FRAMES + 1
+            last = min(first + BATCH_VIDEOS, size // footage.VIDEO_FRAMES + 1)
+            footage.add_videos(archive, shared, range(first, last))
+            print(f"{archive.frame_count()} frames", file=sys.stderr)
+        if archive.frame_count() == size and all(record["frames"] != size for record in records):
+            build = timed(lambda: update_index(archive))
+            train = timed(lambda: improve_index(archive))
+            record = {**measure(open_archive(archive.uri), shared), "build": build, "train": train}
+            records.append(record)
+            with records_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(json.dumps(record), file=sys.stderr)
+    return records
+
+
+def main() -> None:
+    """Grows the archive, measures, and writes results/index.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--frames", type=int, default=SIZES[-1])
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    records = grow(options.folder, options.frames)
+    print(records)
+
+
+if __name__ == "__main__":
+    main()

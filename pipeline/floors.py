@@ -1,0 +1,119 @@
+"""floors: the scores from which on something counts as found.
+
+For texts the model's own, where its card states one. Else the archive says: whatever it shows, most of some hundred
+texts about all kinds of things describe nothing in it, and what they score at best is what a text scores by chance. The
+floor lies so far above the middle of those scores that of texts about nothing in the archive one in a hundred passes;
+median and median deviation, so that the few that do describe something count little. For pictures it is the cosine that
+one in a hundred pairs of frames of different videos reaches.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.resources import files
+from itertools import combinations
+
+import numpy as np
+
+from storage.archive import Archive
+from storage.cells import part_keys
+from storage.files import join
+from storage.index_manifest import FLOORS, Damaged, read_json, write_json
+from storage.vectors import Index
+from workers.bundle import Bundle
+from workers.clip_text import TextEncoder
+
+TEXT_FLOOR = 0.15  # where nothing can be measured: CLIP's texts reach 0.2 to 0.3 with the pictures that they describe
+PICTURE_FLOOR = 0.75
+DEVIATIONS = 2.33 * 1.4826  # one in a hundred of a normal distribution, in median deviations
+PAIR_QUANTILE = 0.99
+PICTURES = 256  # frames that are compared with one another
+LEAST_VIDEOS = 4
+GROWTH = 1.25  # times as many frames, and the floors are worked out anew
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A score, and where it comes from, for people."""
+
+    score: float
+    source: str
+
+
+class Floors:
+    """The floors of an archive: as they were kept with it, else worked out."""
+
+    def __init__(self, archive: Archive, bundle: Bundle, index: Index):
+        self._archive = archive
+        self._bundle = bundle
+        self._index = index
+        self._kept = _read(archive)
+
+    @cached_property
+    def text(self) -> Floor:
+        """For the cosine of a text and a frame."""
+        if self._bundle.card.search_floor is not None:
+            return Floor(self._bundle.card.search_floor, "stated by the model")
+        return self._kept.get("text") or text_floor(self._bundle, self._index)
+
+    @cached_property
+    def picture(self) -> Floor:
+        """For the cosine of two pictures."""
+        return self._kept.get("picture") or picture_floor(self._archive)
+
+
+def update_floors(archive: Archive, bundle: Bundle, index: Index) -> None:
+    """Works the floors out, and keeps them with the archive, where it has grown since that was done last.
+
+    Raises:
+        ArchiveError: a part is missing or damaged, or the archive cannot be written.
+    """
+    if index.frame_count < GROWTH * _counted(archive) or not bundle.has_text_search:
+        return
+    content = {"model_id": archive.model_id, "frames": index.frame_count, "picture": asdict(picture_floor(archive))}
+    if bundle.card.search_floor is None:
+        content["text"] = asdict(text_floor(bundle, index))
+    write_json(join(archive.index_uri, FLOORS), content)
+
+
+def text_floor(bundle: Bundle, index: Index) -> Floor:
+    """What texts about nothing in particular do not reach."""
+    encoder = TextEncoder(bundle)
+    texts = files("pipeline").joinpath("unrelated_texts.txt").read_text(encoding="utf-8").splitlines()
+    best = [hit.score for text in texts for hit in index.search(encoder.embed(text), 1)]
+    if not best:
+        return Floor(TEXT_FLOOR, "CLIP's in general, as the archive holds nothing")
+    middle = float(np.median(best))
+    spread = float(np.median(np.abs(np.array(best) - middle)))
+    return Floor(round(middle + DEVIATIONS * spread, 4), f"the best scores here of {len(texts)} unrelated texts")
+
+
+def picture_floor(archive: Archive) -> Floor:
+    """What frames of different videos do not reach."""
+    first = {part.video_number: part.path for part in archive.parts()}
+    random = np.random.default_rng(len(first))
+    chosen = sorted(random.choice(sorted(first), min(PICTURES, len(first)), replace=False).tolist()) if first else []
+    found = [part_keys(archive.frames_uri, first[number], np.zeros(1, np.int64)) for number in chosen]
+    keys = [stored[0][0].astype(np.float32) for stored in found if stored is not None]
+    if len(keys) < LEAST_VIDEOS:
+        return Floor(PICTURE_FLOOR, f"CLIP's in general, as the archive has fewer than {LEAST_VIDEOS} videos")
+    products = [float(one @ other) for one, other in combinations(keys, 2)]
+    score = round(float(np.quantile(products, PAIR_QUANTILE)), 4)
+    return Floor(score, f"the cosines of frames of {len(keys)} different videos")
+
+
+def _read(archive: Archive) -> dict[str, Floor]:
+    content = _content(archive)
+    return {kind: Floor(**content[kind]) for kind in ("text", "picture") if kind in content}
+
+
+def _counted(archive: Archive) -> int:
+    return _content(archive).get("frames", 0)
+
+
+def _content(archive: Archive) -> dict:
+    """What is kept with the archive; nothing where it is damaged or another model's, so that it is worked out anew."""
+    try:
+        content = read_json(join(archive.index_uri, FLOORS))
+    except Damaged:
+        return {}
+    return content if content["model_id"] == archive.model_id else {}

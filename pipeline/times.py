@@ -1,0 +1,55 @@
+"""Times as people write them: positions in a video, moments of one, and points in time."""
+
+import os
+import re
+from datetime import UTC, datetime
+
+from storage.errors import UsageError
+
+
+def parse_time(option: str, text: str) -> float:
+    """Seconds from `83.5` or `0:01:23.5`.
+
+    Raises:
+        UsageError: neither.
+    """
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:\.\d*)?)", text.strip())
+    if not match:
+        raise UsageError(f"{option} {text}: not a time; give seconds (83.5) or h:mm:ss.s (0:01:23.5)")
+    hours, minutes, seconds = match.groups()
+    if (minutes is not None and float(seconds) >= 60) or (hours is not None and int(minutes) >= 60):
+        raise UsageError(f"{option} {text}: minutes and seconds go up to 59")
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
+
+
+def parse_instant(option: str, text: str) -> datetime:
+    """A point in time from ISO 8601; without a zone it is UTC.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        instant = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise UsageError(f"{option} {text}: not a time; give ISO 8601, e.g. 2024-05-01 or 2024-05-01T12:00Z") from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def parse_moment(video: str) -> tuple[str, float | None, float | None]:
+    """A video's name and the range after its `@`, if one is there: VIDEO@START or VIDEO@START-END.
+
+    A file whose own name holds an `@` is taken as that file.
+    """
+    if os.path.lexists(video) or "@" not in video:
+        return video, None, None
+    name, _, times = video.rpartition("@")
+    if not re.fullmatch(r"[\d:.]+(-[\d:.]+)?", times):
+        return video, None, None
+    start, _, end = times.partition("-")
+    start_seconds = parse_time(f"{name}@", start)
+    if not end:
+        return name, start_seconds, None
+    end_seconds = parse_time(f"{name}@", end)
+    if end_seconds <= start_seconds:
+        raise UsageError(f"{video}: the moment ends before it starts")
+    return name, start_seconds, end_seconds

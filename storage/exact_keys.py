@@ -1,0 +1,163 @@
+"""Search keys as they are stored, float16, in FAISS files that are mapped and scanned: search is exact.
+
+ID.faiss: FAISS IDMap over SQfp16, row id = video number << 32 | frame index, keys in the order of their parts.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import faiss
+import numpy as np
+
+from storage.archive import Archive
+from storage.cells import part_keys
+from storage.files import NewFile
+from storage.index_manifest import (
+    MANIFEST,
+    Covered,
+    Damaged,
+    KeyFile,
+    check_whole,
+    map_checked,
+    path_of,
+    write_file,
+)
+
+MAX_EXACT = 1 << 17  # what an update holds in memory: 200 MB of keys of width 768
+
+
+class ExactKeys:
+    """Keys of some parts, in memory or mapped.
+
+    Attributes:
+        covered: whose keys, in their order.
+    """
+
+    def __init__(self, index: faiss.IndexIDMap, covered: Covered):
+        self._index = index
+        self._keys = faiss.downcast_index(index.index)  # by place, so that a selector can be a bitmap
+        self.covered = covered
+        self.row_ids = faiss.vector_to_array(index.id_map)
+        if len(self.row_ids) != covered.key_count or index.ntotal != covered.key_count:
+            raise Damaged(f"{index.ntotal} keys of {covered.key_count}")
+
+    @property
+    def width(self) -> int:
+        """E."""
+        return self._index.d
+
+    def search(self, query: np.ndarray, k: int, mask: np.ndarray | None) -> list[tuple[float, int]]:
+        """(score, row id) of the best keys, of those that the mask, (keys,) bool, lets through."""
+        parameters = None
+        if mask is not None:
+            bits = np.packbits(mask, bitorder="little")
+            parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        scores, places = self._keys.search(query[None], min(k, self._index.ntotal), params=parameters)
+        found = zip(scores[0].tolist(), places[0].tolist(), strict=True)
+        return [(score, int(self.row_ids[place])) for score, place in found if place >= 0]  # FAISS pads with -1
+
+    def keys(self, part: int) -> np.ndarray:
+        """(T, E) float16: the keys of one of the parts."""
+        start, count = int(self.covered.starts[part]), int(self.covered.key_counts[part])
+        return self._keys.reconstruct_n(start, count).astype(np.float16)
+
+
+def row_ids_of(video_number: np.ndarray | int, frame_index: np.ndarray) -> np.ndarray:
+    """Video number (31 bits) and frame index (32 bits) in one int64."""
+    return (np.asarray(video_number, np.int64) << 32) | frame_index
+
+
+def build_exact(archive: Archive, parts: Sequence[tuple[str, int]]) -> tuple[faiss.IndexIDMap | None, Covered]:
+    """The keys of parts, given by path and video number; no index where they keep none.
+
+    Raises:
+        ArchiveError: a part is missing or damaged.
+    """
+    index, covered = None, []
+    for path, number in parts:
+        found = part_keys(archive.frames_uri, path)
+        covered.append((path, number, 0 if found is None else len(found[0])))
+        if found is None:
+            continue
+        keys, frame_index = found
+        if index is None:
+            scalar = faiss.IndexScalarQuantizer(
+                keys.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+            )
+            index = faiss.IndexIDMap(scalar)
+        # The codes of QT_fp16 are the float16 keys themselves; FAISS's own encoder takes 20 times as long.
+        index.add_sa_codes(keys.view(np.uint8), row_ids_of(number, frame_index))
+    return index, Covered.of(covered)
+
+
+def write_exact(archive: Archive, parts: Sequence[tuple[str, int]]) -> KeyFile:
+    """The same as a file of the index.
+
+    Raises:
+        ArchiveError: a part is missing or damaged, or the index cannot be written.
+    """
+    index, covered = build_exact(archive, parts)
+    if index is None:
+        return KeyFile((), covered)
+    data = faiss.serialize_index(index)
+
+    def write(new: NewFile) -> int:
+        new.file.write(data)
+        return len(data)  # all of it is its head: a search reads all of it anyway
+
+    return KeyFile((write_file(archive, ".faiss", write),), covered)
+
+
+def open_exact(archive: Archive, file: KeyFile) -> ExactKeys:
+    """A file of exact keys, mapped.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    (written,) = file.files
+    map_checked(archive, written)
+    try:
+        return ExactKeys(faiss.read_index(path_of(archive, written), faiss.IO_FLAG_MMAP_IFC), file.covered)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Damaged(f"{written.name}: {error}") from error
+
+
+def exact_faults(archive: Archive, file: KeyFile, is_live: Sequence[bool]) -> Iterator[tuple[str, str]]:
+    """Name and what is wrong with a file, by itself and against the parts that are live.
+
+    Raises:
+        ArchiveError: a part is missing or damaged.
+    """
+    try:
+        for written in file.files:
+            check_whole(archive, written)
+        opened = open_exact(archive, file) if file.files else None
+    except Damaged as error:
+        yield file.files[0].name, f"damaged: {error}"
+        return
+    for place, (path, number, count) in enumerate(file.covered.parts()):
+        if not is_live[place]:
+            continue
+        stored = part_keys(archive.frames_uri, path)
+        if stored is None or count == 0 or opened is None:
+            is_right = stored is None and count == 0
+        else:
+            keys, frame_index = stored
+            row_ids = opened.row_ids[opened.covered.starts[place] : opened.covered.starts[place + 1]]
+            is_right = np.array_equal(opened.keys(place), keys)
+            is_right = is_right and np.array_equal(row_ids, row_ids_of(number, frame_index))
+        if not is_right:
+            yield file.files[0].name if file.files else MANIFEST, f"its keys of {path} are not those that are stored"
+
+
+def in_groups(parts: Sequence[tuple[str, int, int]], most: int) -> Iterator[list[tuple[str, int]]]:
+    """(path, video number) of the parts of one file each, of parts given with their row counts."""
+    group: list[tuple[str, int]] = []
+    count = 0
+    for path, number, row_count in parts:
+        if group and count + row_count > most:
+            yield group
+            group, count = [], 0
+        group.append((path, number))
+        count += row_count
+    if group:
+        yield group

@@ -1,0 +1,208 @@
+"""The index of large archives, made small: codes against brute force, and what is added, replaced, deleted, damaged."""
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+from small_archive import MODEL_ID, add_video, random_rows, receipt_for, reserve, row_for
+from test_vectors import assert_same, brute_force, index_folder, unit
+
+from storage import coded_keys, vectors
+from storage.archive import create_archive, open_archive
+from storage.cells import read_keys
+from storage.errors import ArchiveError
+from storage.files import local_path
+from storage.frames import rows_of
+from storage.vectors import improve_index, index_faults, open_index, update_index
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "EXACT_KEYS", 500)
+    monkeypatch.setattr(vectors, "NARROW_ROWS", 20)
+    monkeypatch.setattr(coded_keys, "ROUTER_LISTS", 64)  # so that both steps of training and assigning run
+    return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
+
+
+def fill(archive, names, count=60):
+    for name in names:
+        add_video(archive, name, count)
+    update_index(archive)
+    improve_index(archive)
+
+
+def suffixes(archive):
+    return sorted(name.rsplit(".", 1)[1] for name in os.listdir(index_folder(archive)))
+
+
+def recall(archive, index, k=10, rows=None, frames=None):
+    """Share of the true best k that are found, over some queries."""
+    shares = []
+    for seed in range(20):
+        wanted = {hit[:2] for hit in brute_force(archive, unit(seed), k, frames)}
+        found = {(hit.video_number, hit.frame_index) for hit in index.search(unit(seed), k, rows)}
+        shares.append(len(found & wanted) / len(wanted))
+    return np.mean(shares)
+
+
+def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
+    fill(archive, range(1, 9))
+    assert suffixes(archive) == ["faiss", "json", "lock"]
+    fill(archive, [9])
+    assert suffixes(archive) == ["coarse", "codes", "json", "lock", "rows"]
+    index = open_index(archive)
+    assert (index.frame_count, index.pending_count, index.rebuilt) == (540, 0, False)
+    assert recall(archive, index) > 0.98
+    hits = index.search(unit(3), 540)
+    assert len({(hit.video_number, hit.frame_index) for hit in hits}) == len(hits) > 500
+    keys = read_keys(archive.frames_uri, archive.hit_frames(hits)).astype(np.float32)
+    assert np.allclose(keys @ unit(3), [hit.score for hit in hits], atol=1e-6)
+
+
+def test_additions_are_coded_by_the_same_lists_and_joined(archive):
+    fill(archive, range(1, 10))
+    for name in range(10, 20):
+        fill(archive, [name], count=30)
+        assert recall(archive, open_index(archive)) > 0.97
+    names = suffixes(archive)
+    assert names.count("coarse") == 1
+    assert 1 < names.count("codes") == names.count("rows") <= 5
+    assert list(index_faults(archive)) == []
+    assert open_index(archive).frame_count == 840
+
+
+def test_lists_are_made_anew_when_the_archive_has_outgrown_them(archive, monkeypatch):
+    fill(archive, range(1, 10))
+    (before,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".coarse")]
+    monkeypatch.setattr(vectors, "GROWTH", 1.5)
+    fill(archive, range(10, 16))
+    (after,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".coarse")]
+    assert before != after
+    assert suffixes(archive).count("codes") == 1
+    assert recall(archive, open_index(archive)) > 0.98
+
+
+def test_filters_are_exact_where_few_frames_are_left_and_nearly_so_elsewhere(archive):
+    fill(archive, range(1, 11))
+    index = open_index(archive)
+    narrow = archive.frames(reserve(archive, 4), 10, 25)
+    for seed in range(5):
+        hits = index.search(unit(seed), 10, rows_of(narrow))
+        assert_same(hits, brute_force(archive, unit(seed), 10, narrow))
+    wide = archive.frames([reserve(archive, name) for name in (2, 5, 9)])
+    assert recall(archive, index, rows=rows_of(wide), frames=wide) > 0.98
+    whole = archive.rows([reserve(archive, name) for name in (2, 5, 9)])
+    assert set(whole.values()) == {None}
+    assert index.count(whole) == index.count(rows_of(wide)) == 180
+    assert index.search(unit(1), 10, whole) == index.search(unit(1), 10, rows_of(wide))
+    assert index.search(unit(1), 10, {}) == []
+
+
+def test_what_is_retired_is_never_found_and_goes_when_asked(archive):
+    fill(archive, range(1, 11))
+    gone = archive.find_video("3.mp4")
+    archive.delete([gone])
+    index = open_index(open_archive(archive.uri))
+    assert gone.video_number not in {hit.video_number for hit in index.search(unit(1), 600)}
+    assert index.frame_count == 540
+    codes = [name for name in os.listdir(index_folder(archive)) if name.endswith(".codes")]
+    update_index(archive)
+    assert codes == [name for name in os.listdir(index_folder(archive)) if name.endswith(".codes")]
+    update_index(archive, max_retired=0)
+    assert codes != [name for name in os.listdir(index_folder(archive)) if name.endswith(".codes")]
+    index = open_index(archive)
+    assert index.frame_count == 540
+    assert recall(archive, index) > 0.98
+    assert list(index_faults(archive)) == []
+
+
+def test_frames_newer_than_the_index_are_searched_on_top(archive):
+    fill(archive, range(1, 10))
+    rows = add_video(archive, 30, 40)
+    index = open_index(archive)
+    assert (index.frame_count, index.pending_count) == (580, 0)
+    query = rows.tokens.search_key[7].astype(np.float32)
+    (hit,) = index.search(query, 1)
+    assert (hit.video_number, hit.frame_index) == (reserve(archive, 30), 7 * 25)
+
+
+def test_an_archive_that_shrinks_is_searched_exactly_again(archive):
+    fill(archive, range(1, 11))
+    archive.delete([archive.find_video(f"{name}.mp4") for name in range(1, 9)])
+    update_index(archive, max_retired=0)
+    improve_index(archive)
+    assert suffixes(archive) == ["faiss", "json", "lock"]
+    assert_same(open_index(archive).search(unit(1), 120), brute_force(archive, unit(1), 120))
+
+
+def flip(path, place):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_damage_in_any_file_is_named_or_made_good(archive):
+    fill(archive, range(1, 10))
+    random = np.random.default_rng(1)
+    for suffix in ("codes", "rows", "coarse"):
+        for _ in range(4):
+            (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(suffix)]
+            path = os.path.join(index_folder(archive), name)
+            flip(path, int(random.integers(os.path.getsize(path))))
+            faults = list(index_faults(archive))
+            assert faults
+            assert faults[0][0].endswith(name)
+            with contextlib.suppress(ArchiveError):  # which says what is damaged; else whatever is found is true
+                hits = open_index(archive).search(unit(0), 5)
+                keys = read_keys(archive.frames_uri, archive.hit_frames(hits)).astype(np.float32)
+                assert np.allclose(keys @ unit(0), [hit.score for hit in hits], atol=1e-6)
+            vectors.drop_index(archive)
+            assert open_index(archive).rebuilt
+            assert list(index_faults(archive)) == []
+
+
+def test_a_lost_file_is_written_again_from_the_parts(archive):
+    fill(archive, range(1, 10))
+    for suffix in ("codes", "rows", "coarse"):
+        (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(suffix)]
+        os.remove(os.path.join(index_folder(archive), name))
+        assert open_index(archive).rebuilt
+        assert recall(archive, open_index(archive)) > 0.98
+        assert suffixes(archive) == ["coarse", "codes", "json", "lock", "rows"]
+
+
+def test_a_search_that_meets_a_damaged_key_says_so(archive):
+    fill(archive, range(1, 10))
+    rows = add_video(archive, 30, 40)
+    update_index(archive)
+    (part,) = [part for part in archive.parts() if part.video_number == reserve(archive, 30)]
+    path = os.path.join(local_path(archive.frames_uri).decode(), part.path)
+    key = rows.tokens.search_key[7]
+    with open(path, "rb") as file:
+        flip(path, file.read().index(key.tobytes()))
+    with pytest.raises(ArchiveError, match=r"damaged: search_key of row 7"):
+        open_index(archive).search(key.astype(np.float32), 1)
+
+
+def test_parts_without_keys_stay_pending_in_a_coded_index(archive):
+    fill(archive, range(1, 10))
+    archive.commit_frames([receipt_for(archive, 40, random_rows(5, key_width=None))])
+    archive.publish([row_for(archive, 40, 5)])
+    update_index(archive)
+    index = open_index(archive)
+    assert (index.frame_count, index.pending_count) == (540, 5)
+    assert update_index(archive) == 0
+
+
+def test_lists_that_find_too_little_are_made_anew(archive, monkeypatch):
+    fill(archive, range(1, 10))
+    (before,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".coarse")]
+    fill(archive, range(10, 13))
+    assert os.path.exists(os.path.join(index_folder(archive), before))
+    monkeypatch.setattr(coded_keys, "PROBES", 1)
+    assert open_index(archive).recall() < 0.9
+    fill(archive, range(13, 17))
+    assert not os.path.exists(os.path.join(index_folder(archive), before))

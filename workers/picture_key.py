@@ -1,0 +1,58 @@
+"""The search key of a picture that somebody has: a photo, a screenshot, a frame of some video."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from storage.errors import UsageError
+from workers.bundle import Bundle
+from workers.clip import ClipTower, load_tower, pixel_values, tower_features
+from workers.picture import model_pixels
+from workers.preprocess import frame_parts
+
+
+class PictureEncoder:
+    """A bundle's vision tower, without the rest of the model, on the CPU.
+
+    Raises:
+        UsageError: the tower gives no search keys, or its files are wrong.
+    """
+
+    def __init__(self, bundle: Bundle):
+        self._bundle = bundle
+        self._device = torch.device("cpu")
+        self._tower: ClipTower = load_tower(
+            bundle.tower_directory, bundle.config.select_layer, self._device, torch.float32
+        )
+        if not self._tower.projection_width:
+            raise UsageError(f"model {bundle.name} gives no search keys, so pictures cannot be searched")
+
+    @torch.inference_mode()
+    def embed(self, picture: np.ndarray) -> np.ndarray:
+        """(E,) float32, L2-normalised: the key that a frame with this picture, (height, width, 3) uint8, would have."""
+        parts = frame_parts(model_pixels(picture)[None], 1, self._bundle.pictures)  # (1, 1, S, S, 3)
+        pixels = pixel_values(parts, self._bundle.pictures, self._device, torch.float32)
+        return tower_features(self._tower, pixels.flatten(0, 1)).search_key[0].numpy()
+
+
+def read_picture(path: str) -> np.ndarray:
+    """(height, width, 3) uint8 RGB of a picture file, turned as it says.
+
+    Raises:
+        UsageError: it cannot be read, or is no picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(Path(path)) as file:
+                return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    except UnidentifiedImageError:
+        raise UsageError(f"--image {path}: no picture that Pillow can read; give a JPEG, PNG or WebP file") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UsageError(f"--image {path}: larger than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"--image {path}: cannot be read: {reason}") from error
