@@ -14,6 +14,7 @@ COMMANDS = {
     "index": ("pipeline.cli_index", "Index videos: files, folders, globs and manifests."),
     "search": ("pipeline.cli_query", "Find the moments that a text describes."),
     "export": ("pipeline.cli_query", "Write the moments that a text describes for other programs."),
+    "clip": ("pipeline.cli_clip", "Cut a moment out of its video."),
     "ask": ("pipeline.cli_query", "Answer a question, citing the moments it was answered from."),
     "status": ("pipeline.cli_archive", "Show what an archive holds."),
     "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),

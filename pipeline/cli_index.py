@@ -45,6 +45,9 @@ from pipeline.cli_options import archive_option, archive_uri, json_option, model
 @click.option("--batch", type=int, metavar="N", default=None, help="Frames per forward pass; 32.")
 @click.option("--max-pixels", type=int, metavar="N", default=None, help="Refuse videos with larger frames; 100000000.")
 @click.option(
+    "--thumbnails/--no-thumbnails", default=None, help="Keep a small JPEG of each frame, 160 pixels wide; it does."
+)
+@click.option(
     "--config",
     metavar="FILE",
     default=None,

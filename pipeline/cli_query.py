@@ -22,12 +22,18 @@ NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status`
 model_option = click.option(
     "--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now; the one that made it."
 )
-sheet_option = click.option(
-    "--contact-sheet",
-    metavar="FILE",
-    default=None,
-    help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
-)
+
+
+def sheet_option(command: Callable) -> Callable:
+    """How moments are seen."""
+    show = click.option("--show", is_flag=True, help="Draw the moments' thumbnails in this terminal.")
+    sheet = click.option(
+        "--contact-sheet",
+        metavar="FILE",
+        default=None,
+        help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
+    )
+    return sheet(show(command))
 
 
 def search_options(command: Callable) -> Callable:
@@ -316,9 +322,17 @@ def _check_sheet(options: Mapping[str, Any]) -> None:
         from pipeline.output import check_output
 
         check_output(options["contact_sheet"], SUFFIXES)
+    if options["show"]:
+        from pipeline.contact_sheet import check_show
+
+        check_show()
 
 
 def _write_sheet(options: Mapping[str, Any], title: str, archive: Any, moments: Sequence[Any]) -> None:
+    if options["show"] and moments:
+        from pipeline.contact_sheet import show_moments
+
+        show_moments(archive, moments)
     if options["contact_sheet"] is not None and moments:
         from pipeline.cli_print import note, printable
         from pipeline.contact_sheet import write_contact_sheet

@@ -31,6 +31,7 @@ class IndexConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch: int = Field(default=32, ge=1, le=4096)
     max_pixels: int = Field(default=100_000_000, ge=1)
+    thumbnails: bool = True
     decode_threads: int = Field(default=1, ge=1, le=64)
     timeout_seconds: float = Field(default=60, gt=0)
     retry_failed: bool = False

@@ -2,9 +2,12 @@
 
 import base64
 import io
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from jinja2 import Environment
@@ -19,12 +22,13 @@ from storage.files import source_text
 from storage.records import FrameRef, Moment
 
 SUFFIXES = (".html", ".png")
+_CARD_CELLS = 30  # width of a card in a terminal
 _COLUMNS, _SIDE, _GAP, _LINES, _FONT_SIZE = 5, 240, 12, 2, 15  # of the PNG, in pixels but for the first
 
 
 @dataclass(frozen=True)
 class _Card:
-    """A moment as people read it; thumbnail is a JPEG file."""
+    """A moment as people read it; thumbnail is a JPEG file, or empty where none is kept."""
 
     start: str
     end: str
@@ -48,8 +52,37 @@ def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequen
         ArchiveError: a part is missing or damaged.
     """
     cards = _cards(archive, moments)
-    data = _html(title, cards) if Path(path).suffix.lower() == ".html" else _png(cards)
+    if Path(path).suffix.lower() == ".html":
+        data = _html(title, cards)
+    else:
+        file = io.BytesIO()
+        _sheet(cards, _COLUMNS).save(file, "PNG")
+        data = file.getvalue()
     write_output(path, data)
+
+
+def check_show() -> None:
+    """Refuses to show pictures where that cannot work.
+
+    Raises:
+        UsageError: standard output is no terminal, or the library is missing.
+    """
+    if not sys.stdout.isatty():
+        raise UsageError("--show draws in a terminal, and standard output is none; use --contact-sheet FILE")
+    if not os.get_terminal_size(sys.stdout.fileno()).columns:
+        raise UsageError("--show: this terminal does not say its size; use --contact-sheet FILE")
+    if find_spec("textual_image") is None:
+        raise UsageError("--show needs textual-image; install it with pip install 'vidx[show]'")
+
+
+def show_moments(archive: Archive, moments: Sequence[Moment]) -> None:
+    """Draws the moments' thumbnails in the terminal: by its own protocol for pictures, else in half blocks."""
+    from rich.console import Console
+    from textual_image.renderable import Image as Shown  # asks the terminal what it can do
+
+    console = Console()
+    columns = max(1, min(_COLUMNS, console.width // _CARD_CELLS))
+    console.print(Shown(_sheet(_cards(archive, moments), columns), width=min(console.width, columns * _CARD_CELLS)))
 
 
 def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
@@ -81,25 +114,25 @@ def _html(title: str, cards: Sequence[_Card]) -> bytes:
     return Environment(autoescape=True).from_string(template).render(title=printable(title), cards=cards).encode()
 
 
-def _png(cards: Sequence[_Card]) -> bytes:
+def _sheet(cards: Sequence[_Card], most_columns: int) -> Image.Image:
     """A grid; the title is left to the file's name, since the built-in font has few scripts."""
     font = ImageFont.load_default(_FONT_SIZE)
-    columns = min(_COLUMNS, max(1, len(cards)))
+    columns = min(most_columns, max(1, len(cards)))
     rows = -(-len(cards) // columns)
     width, height = _SIDE + _GAP, _SIDE * 9 // 16 + _LINES * (_FONT_SIZE + 4) + _GAP
     sheet = Image.new("RGB", (columns * width + _GAP, max(1, rows) * height + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for place, card in enumerate(cards):
         left, top = _GAP + place % columns * width, _GAP + place // columns * height
-        picture = ImageOps.contain(Image.open(io.BytesIO(card.thumbnail)), (_SIDE, _SIDE * 9 // 16))
+        size = (_SIDE, _SIDE * 9 // 16)
+        none = Image.new("RGB", size, "lightgray")
+        picture = ImageOps.contain(Image.open(io.BytesIO(card.thumbnail)), size) if card.thumbnail else none
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top))
         below = top + _SIDE * 9 // 16 + 3
         for line in (f"{card.start} - {card.end}   {card.score}", card.name):
             draw.text((left, below), _fitting(draw, line, font), fill="black", font=font)
             below += _FONT_SIZE + 4
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return file.getvalue()
+    return sheet
 
 
 def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont) -> str:

@@ -1,6 +1,5 @@
 """fuse: a question's text with the frames it is asked about, from the best source of pre-fusion at hand."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,16 +9,16 @@ from torch import Tensor
 from storage.archive import Archive
 from storage.cells import cell_shape, keeps, read_compressor_out, read_patches
 from storage.errors import VideoProblem
-from storage.files import local_path, source_text
-from storage.records import FrameRef, Reason, VideoRow
-from workers.content import identify
+from storage.files import local_path
+from storage.records import FrameRef, VideoRow
+from workers.content import check_still_there, in_video
+from workers.cut import PADDING_PIXELS
 from workers.decode import Decoder
 from workers.encode import exact_inputs
 from workers.llava_mini import FusionInputs, LlavaMini, fuse_question, patches_inputs, tokens_inputs
 
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together
 DECODED_AT_ONCE = 64  # frames whose pixels are: 338 kB each
-PADDING_PIXELS = 128  # FFmpeg pads each side of a picture (800 to 832, say) before it compares with its limit
 
 
 @dataclass(frozen=True)
@@ -99,34 +98,15 @@ def decoded_inputs(
         VideoProblem: a video is gone, changed, or does not give its frames again; the detail names it.
     """
     for row in rows.values():
-        _check_reachable(row)  # all first: a video out of reach is found before anything is decoded
+        check_still_there(row)  # all first: a video out of reach is found before anything is decoded
     for number, group in groupby(frames, key=lambda frame: frame.video_number):
         row = rows[number]
         for batch in _chunks(list(group), DECODED_AT_ONCE):
             try:
                 pixels = decoder.frames_at(local_path(row.uri), row.probe, [frame.ticks for frame in batch])
             except VideoProblem as problem:
-                raise _named(row, problem) from problem
+                raise in_video(row, problem) from problem
             yield from exact_inputs(model.vision, pixels)
-
-
-def _check_reachable(row: VideoRow) -> None:
-    path = local_path(row.uri)
-    try:
-        stat = os.stat(path)
-        same = stat.st_size == row.size_bytes
-        if same and stat.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
-            same = identify(path).video_id == row.video_id
-    except OSError as error:
-        raise _named(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error
-    except VideoProblem as problem:
-        raise _named(row, problem) from problem
-    if not same:
-        raise _named(row, VideoProblem(Reason.CHANGED, "changed since it was indexed"))
-
-
-def _named(row: VideoRow, problem: VideoProblem) -> VideoProblem:
-    return VideoProblem(problem.reason, f"{source_text(row.uri)}: {problem.detail}")
 
 
 def _chunks(frames: Sequence[FrameRef], size: int) -> Iterable[Sequence[FrameRef]]:

@@ -210,6 +210,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
         decode_threads=config.decode_threads,
         timeout_seconds=config.timeout_seconds,
         choice=choice,
+        thumbnails=config.thumbnails,
     )
 
 

@@ -1,10 +1,17 @@
 """A contact sheet shows each moment's stored thumbnail with its times, and loads nothing from anywhere."""
 
 import base64
+import contextlib
 import html.parser
 import io
+import os
+import pty
+import re
+import subprocess
+import termios
 
 import pytest
+from conftest import SAMPLES, VIDX
 from PIL import Image
 from small_archive import MODEL_ID, add_video
 
@@ -92,3 +99,44 @@ def test_a_search_writes_the_thumbnails_of_its_moments(vidx, samples_archive, tm
     for place, word in (("found.gif", ".html, .png"), ("no/folder.png", "no folder")):
         refused = vidx(*command, "--contact-sheet", str(tmp_path / place))
         assert (refused.code, word in refused.err) == (2, True)
+
+
+def test_pictures_are_drawn_in_a_terminal_and_nowhere_else(vidx, samples_archive):
+    command = ["search", "an apple", "--archive", str(samples_archive[0]), "--top", "2", "--min-score", "-1", "--show"]
+    piped = vidx(*command)
+    assert (piped.code, "--contact-sheet" in piped.err, piped.out) == (2, True, "")
+    colours = set(re.findall(rb"\x1b\[[0-9;]*48;2;\d+;\d+;\d+", in_terminal(command, columns=100)))
+    assert len(colours) > 50  # a picture in half blocks has many
+    assert b"its size" in in_terminal(command, columns=0)
+
+
+def in_terminal(command, columns):
+    """What vidx writes into a terminal that answers no questions."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, columns))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    colours = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    with subprocess.Popen([VIDX, *command], **streams, env={**os.environ, **colours}) as process:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(ours, 1 << 16):
+                seen += data
+        process.wait(60)
+    os.close(ours)
+    return seen
+
+
+def test_an_archive_without_thumbnails_says_so_where_they_would_be(vidx, tmp_path):
+    archive, sheet = tmp_path / "archive", tmp_path / "found.html"
+    sources = [str(SAMPLES / name) for name in ("nano_scenes_1.mp4",)]
+    assert vidx("index", *sources, "--archive", str(archive), "--no-thumbnails").code == 0
+    _, rows = run_sql(open_archive(str(archive)), "SELECT DISTINCT octet_length(thumbnail) FROM frames")
+    assert rows == [(0,)]
+    command = ["search", "an apple", "--archive", str(archive), "--top", "2"]
+    assert vidx(*command, "--contact-sheet", str(sheet)).code == 0
+    page = Page(sheet.read_text(encoding="utf-8"))
+    assert page.pictures == []
+    assert "no thumbnail kept" in page.words
+    assert vidx(*command, "--contact-sheet", str(tmp_path / "found.png")).code == 0
+    assert Image.open(tmp_path / "found.png").width > 100

@@ -32,6 +32,7 @@ class WorkerSettings:
     decode_threads: int
     timeout_seconds: float
     choice: Choice
+    thumbnails: bool
 
     def new_decoder(self) -> Decoder:
         """A decoder process of its own for one user at a time."""
@@ -108,9 +109,10 @@ class Encoder:
         from workers.segment import index_segment  # after it: transformers' lazy imports do not bear two threads
 
         settings = self._settings
+        stored = (settings.frames_uri, settings.batch, settings.thumbnails)
         with self._borrowed_decoder() as decoder:
             try:
-                return index_segment(task, decoder, self._vision, self._model_turn, settings.frames_uri, settings.batch)
+                return index_segment(task, decoder, self._vision, self._model_turn, *stored)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise

@@ -7,7 +7,8 @@ import stat
 import time
 
 from storage.errors import VideoProblem
-from storage.records import Content, Reason
+from storage.files import local_path, source_text
+from storage.records import Content, Reason, VideoRow
 from workers.hash_cache import HashCache
 
 
@@ -51,6 +52,31 @@ def check_unchanged(path: str | bytes, content: Content) -> None:
         raise VideoProblem(
             Reason.CHANGED, f"the file changed: {content.size_bytes} bytes when hashed, {now.st_size} bytes now"
         )
+
+
+def check_still_there(row: VideoRow) -> None:
+    """Nothing, where the video's file still holds what was indexed.
+
+    Raises:
+        VideoProblem: it is gone or holds something else; the detail names it.
+    """
+    path = local_path(row.uri)
+    try:
+        stat = os.stat(path)
+        same = stat.st_size == row.size_bytes
+        if same and stat.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
+            same = identify(path).video_id == row.video_id
+    except OSError as error:
+        raise in_video(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error
+    except VideoProblem as problem:
+        raise in_video(row, problem) from problem
+    if not same:
+        raise in_video(row, VideoProblem(Reason.CHANGED, "changed since it was indexed"))
+
+
+def in_video(row: VideoRow, problem: VideoProblem) -> VideoProblem:
+    """The same problem, naming the video."""
+    return VideoProblem(problem.reason, f"{source_text(row.uri)}: {problem.detail}")
 
 
 def open_source(path: str | bytes) -> int:

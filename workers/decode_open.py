@@ -97,7 +97,7 @@ class OpenVideo:
         self._capture = av.logging.Capture(local=False)
         self.lines = self._capture.__enter__()
         try:
-            self.container = _open_container(file, max_pixels, self.lines)
+            self.container = open_container(file, max_pixels, self.lines)
         except BaseException:
             self._capture.__exit__(None, None, None)
             raise
@@ -192,7 +192,7 @@ def check_refused_size(lines: list, max_pixels: int) -> None:
             check_pixels(int(match[1]), int(match[2]), max_pixels)
 
 
-def _open_container(file: VideoFile, max_pixels: int, lines: list) -> av.container.InputContainer:
+def open_container(file: VideoFile, max_pixels: int, lines: list) -> av.container.InputContainer:
     options = {
         "format_whitelist": DEMUXERS,
         "protocol_whitelist": "file",

@@ -20,6 +20,7 @@ def index_segment(
     model_turn: AbstractContextManager,
     frames_uri: str,
     batch: int,
+    thumbnails: bool = True,
 ) -> Receipt:
     """Writes the segment's rows as one part and says what became of it; nothing is committed.
 
@@ -30,19 +31,22 @@ def index_segment(
         model_turn: a lock held while the model computes, so that decoding of one segment overlaps encoding of another.
         frames_uri: the archive's frames table.
         batch: frames per forward pass; fixed, so that the same segment gives the same rows again.
+        thumbnails: keep a small JPEG of each frame.
     Raises:
         ArchiveError: the part cannot be written.
     """
-    receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch)
+    receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails)
     # Once more from the segment's start, and what came out before is kept the second time.
     if receipt.problem is not None and receipt.problem.reason in RETRIED:
         if receipt.part is not None:
             PartWriter.discard(frames_uri, receipt.part)
-        receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch)
+        receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails)
     return receipt
 
 
-def _attempt(task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri: str, batch: int) -> Receipt:
+def _attempt(
+    task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri: str, batch: int, thumbnails: bool
+) -> Receipt:
     path = local_path(task.uri)
     writer = PartWriter(
         frames_uri,
@@ -66,7 +70,8 @@ def _attempt(task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri:
                 with model_turn, clock.measure("encode"):
                     tokens = encode_frames(model, frames, sampling.patches)
                 with clock.measure("store"):
-                    writer.append(_columns(task.probe, frames), tokens, frames.thumbnails)
+                    kept = frames.thumbnails if thumbnails else [b""] * len(frames)
+                    writer.append(_columns(task.probe, frames), tokens, kept)
                 frame_count += len(frames)
             check_unchanged(path, task.content)
         except VideoProblem as error:

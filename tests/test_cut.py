@@ -1,0 +1,92 @@
+"""`vidx clip`: what is cut out is the moment, with its sound, copied and not encoded again."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import SAMPLES
+
+
+def ffprobe(path, *options):
+    command = ["ffprobe", "-v", "error", *options, "-of", "json", str(path)]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def shown(path, seconds):
+    """The picture that ffmpeg shows at a position."""
+    command = ["ffmpeg", "-v", "error", "-i", str(path), "-ss", str(seconds), "-frames:v", "1", "-vf", "scale=64:64"]
+    data = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "gray", "-"], capture_output=True, check=True).stdout
+    return np.frombuffer(data, np.uint8).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "end", "suffix"),
+    [
+        ("bottles_on_table.mp4", 12.3, 15.0, ".mp4"),
+        ("bottles_on_table.mp4", 12.3, 15.0, ".mkv"),
+        ("bird_first_frame_at_10s.mp4", 11.0, 13.0, ".mp4"),
+        ("highway.avi", 3.0, 6.0, ".avi"),
+        ("highway.avi", 3.0, 6.0, ".mp4"),
+        ("tractor.webm", 3.0, 6.0, ".webm"),
+        ("cars_overhead_vfr.mkv", 20.0, 24.0, ".mkv"),
+    ],
+)
+def test_a_clip_shows_the_moment(vidx, samples_archive, tmp_path, name, start, end, suffix):
+    out = tmp_path / f"out{suffix}"
+    run = vidx("clip", f"{name}@{start}-{end}", str(out), "--archive", str(samples_archive[0]), "--json")
+    assert run.code == 0, run.err
+    said = run.json
+    hides = suffix == ".mp4"
+    assert said["start_seconds"] == pytest.approx(start) if hides else said["start_seconds"] <= start + 0.05
+    assert said["end_seconds"] >= end - 0.2
+    found = ffprobe(out, "-show_entries", "stream=codec_name,codec_type:format=duration")
+    source = ffprobe(SAMPLES / name, "-show_entries", "stream=codec_name,codec_type")
+    copied = [stream["codec_name"] for stream in source["streams"] if stream["codec_type"] in ("video", "audio")]
+    assert [stream["codec_name"] for stream in found["streams"]] == copied
+    length = said["end_seconds"] - said["start_seconds"]
+    assert float(found["format"]["duration"]) == pytest.approx(length, abs=0.25)
+    for offset in (0.1, end - start - 0.5):
+        at = start - said["start_seconds"] + offset
+        # the file's own clock: a player of the bird begins at 10 seconds, ffmpeg counts from there as well
+        origin = 10.0 if name.startswith("bird") else 0.0
+        assert np.abs(shown(out, at) - shown(SAMPLES / name, start + offset - origin)).mean() < 6
+
+
+def test_sound_is_cut_with_the_picture(vidx, tmp_path):
+    video = tmp_path / "beep.mp4"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=8:r=10:s=128x96", "-f", "lavfi", "-i"]
+    command += ["sine=d=8", "-c:v", "mpeg4", "-g", "20", "-c:a", "aac", str(video)]
+    subprocess.run(command, check=True)
+    assert vidx("index", str(video), "--archive", str(tmp_path / "a")).code == 0
+    run = vidx("clip", "beep.mp4@3.5-6", "--archive", str(tmp_path / "a"), cwd=tmp_path)
+    assert run.code == 0, run.err
+    out = tmp_path / run.out.strip()
+    assert out.name == "beep_0.00.03.5-0.00.06.0.mp4"
+    found = ffprobe(out, "-show_entries", "stream=codec_type,start_time,duration")
+    assert [stream["codec_type"] for stream in found["streams"]] == ["video", "audio"]
+    for stream in found["streams"]:
+        assert float(stream["start_time"]) == pytest.approx(0, abs=0.1)
+        assert float(stream["duration"]) == pytest.approx(2.5, abs=0.3)
+    again = vidx("clip", "beep.mp4@3.5-6", "out.webm", "--archive", str(tmp_path / "a"), cwd=tmp_path)
+    assert (again.code, ".mkv" in again.err, again.err.count("\n")) == (2, True, 1), again.err
+    assert not list(tmp_path.glob("out.webm*"))
+    video.write_bytes(video.read_bytes() + b"x")
+    changed = vidx("clip", "beep.mp4@3.5-6", "--archive", str(tmp_path / "a"), cwd=tmp_path)
+    assert (changed.code, "changed since it was indexed" in changed.err) == (2, True), changed.err
+
+
+def test_what_cannot_be_cut_is_refused_in_a_line(vidx, samples_archive, tmp_path):
+    wrong = (
+        (("highway.avi",), "VIDEO@START-END"),
+        (("highway.avi@3",), "VIDEO@START-END"),
+        (("highway.avi@3-5", str(tmp_path / "out.txt")), ".mkv"),
+        (("highway.avi@3-5", str(tmp_path / "no" / "out.avi")), "no folder"),
+        (("highway.avi@900-905", str(tmp_path / "out.avi")), "no picture"),
+        (("highway.avi@3-5", str(SAMPLES / "highway.avi")), "the video itself"),
+        (("unknown.avi@3-5", str(tmp_path / "out.avi")), "no such video"),
+    )
+    for arguments, words in wrong:
+        run = vidx("clip", *arguments, "--archive", str(samples_archive[0]))
+        assert (run.code, words in run.err, run.err.count("\n")) == (2, True, 1), run.err
+    assert not list(tmp_path.iterdir())
