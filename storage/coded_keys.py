@@ -238,7 +238,7 @@ def sample_keys(archive: Archive, parts: Sequence[tuple[str, int, int]], count: 
             if stored is not None:
                 found.append(stored[0].astype(np.float32))
         skip = (skip - row_count) % step
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
 
 def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int]]) -> CodedKeys:

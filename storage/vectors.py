@@ -260,14 +260,10 @@ def open_index(archive: Archive) -> Index:
 def _open(archive: Archive, manifest: Manifest, rebuilt: bool) -> Index:
     exact = [open_exact(archive, file) for file in manifest.exact if file.files]
     coded_files = [file for file in manifest.coded if file.files]
-    coarse = _open_coarse(archive, manifest) if coded_files else None
+    coarse = open_coarse(archive, manifest.coarse) if coded_files else None
     coded = [open_codes(archive, coarse, file) for file in coded_files]
     empty = [path for file in manifest.key_files if not file.files for path in file.covered.paths]
     return Index(archive, exact, coarse, coded, empty, rebuilt)
-
-
-def _open_coarse(archive: Archive, manifest: Manifest) -> Coarse:
-    return open_coarse(archive, manifest.coarse)
 
 
 def _live_parts(archive: Archive) -> _LiveParts:
@@ -281,28 +277,38 @@ def _build_all(archive: Archive, parts: Sequence[_Part]) -> list[ExactKeys]:
 
 def _bring_up(archive: Archive, max_retired: float) -> int | None:
     """Writes what the files lack, and the manifest; the count of keys added, None where all is there already."""
+    live = _live_parts(archive)
+    if _whole_manifest(archive) is None and sum(count for _, _, count in live.values()) > EXACT_KEYS:
+        keys = _train(archive)  # lost: no exact files, which would only be replaced
+        if keys:
+            return keys
     with locked(archive):
-        try:
-            before = read_manifest(archive)
-            check_sizes(archive, before)
-            is_whole = True
-        except Damaged:
-            before, is_whole = Manifest(), False
-        live = _live_parts(archive)
+        found = _whole_manifest(archive)
+        before, coarse = found or (Manifest(), None)
         covered = {path for file in before.key_files for path in file.covered.paths}
         new = [part for path, part in live.items() if path not in covered]
         kept, folded = _choose_files(before, live, sum(count for _, _, count in new), max_retired)
-        if is_whole and not new and not folded:
+        if found and not new and not folded:
             return None
-        if before.coarse is None:
+        if coarse is None:
             again = [live[path] for file in folded for path in file.covered.paths if path in live]
             written = [write_exact(archive, group) for group in in_groups([*again, *new], MAX_EXACT)]
             write_manifest(archive, Manifest((*kept, *written)))
         else:
-            written = _write_codes(archive, _open_coarse(archive, before), folded, new, live)
+            written = _write_codes(archive, coarse, folded, new, live)
             write_manifest(archive, replace(before, coded=(*kept, *written)))
     new_paths = {path for path, _, _ in new}
     return sum(count for file in written for path, _, count in file.covered.parts() if path in new_paths)
+
+
+def _whole_manifest(archive: Archive) -> tuple[Manifest, Coarse | None] | None:
+    """What the index consists of, with its centroids; None where any of it is missing or visibly damaged."""
+    try:
+        manifest = read_manifest(archive)
+        check_sizes(archive, manifest)
+        return manifest, None if manifest.coarse is None else open_coarse(archive, manifest.coarse)
+    except Damaged:
+        return None
 
 
 def improve_index(archive: Archive) -> None:
@@ -320,11 +326,11 @@ def improve_index(archive: Archive) -> None:
         if manifest.key_count <= EXACT_KEYS // 2 and manifest.coarse is not None:
             drop_index(archive)
         elif manifest.key_count > max(EXACT_KEYS, GROWTH * manifest.trained_count):
-            _train(archive, manifest.key_count)
+            _train(archive)
         elif manifest.coarse is None or manifest.key_count < 1.25 * manifest.checked_count:
             return
         elif _open(archive, manifest, False).recall() < LEAST_RECALL:
-            _train(archive, manifest.key_count)
+            _train(archive)
         else:
             with locked(archive):
                 write_manifest(archive, replace(read_manifest(archive), checked_count=manifest.key_count))
@@ -334,14 +340,20 @@ def improve_index(archive: Archive) -> None:
     update_index(archive)
 
 
-def _train(archive: Archive, key_count: int) -> None:
+def _train(archive: Archive) -> int:
+    """Makes an index of codes from all parts, and says how many keys it has; none, and no index, without keys."""
     parts = list(_live_parts(archive).values())
-    list_count = list_count_for(key_count)
-    coarse = Coarse.train(sample_keys(archive, parts, list_count * SAMPLE_PER_LIST), list_count)
+    list_count = list_count_for(sum(count for _, _, count in parts))
+    sample = sample_keys(archive, parts, list_count * SAMPLE_PER_LIST)
+    if not len(sample):
+        return 0
+    coarse = Coarse.train(sample, list_count)
     files = _write_codes(archive, coarse, [], parts, {})
     written = write_coarse(archive, coarse)
+    keys = sum(file.covered.key_count for file in files)
     with locked(archive):
-        write_manifest(archive, Manifest((), tuple(files), written, key_count, key_count))
+        write_manifest(archive, Manifest((), tuple(files), written, keys, keys))
+    return keys
 
 
 def _write_codes(
@@ -440,7 +452,7 @@ def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]
     if manifest.coarse is not None:
         try:
             check_whole(archive, manifest.coarse)
-            coarse = _open_coarse(archive, manifest)
+            coarse = open_coarse(archive, manifest.coarse)
         except Damaged as error:
             yield join(archive.index_uri, manifest.coarse.name), f"damaged: {error}"
     for file in manifest.coded:
