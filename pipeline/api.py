@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from pipeline.filter import Filter
 from pipeline.output import check_output
-from pipeline.query import Query, Term
-from pipeline.search import FRAMES_SHOWN, Searcher, Wanted, bundle_of
+from pipeline.query import Kind, Query, Term
+from pipeline.search import FRAMES_SHOWN, Searcher, SearchResult, Wanted, bundle_of
 from storage.archive import ArchiveStatus, open_archive
 from storage.catalog import run_sql
 from storage.errors import UsageError
@@ -38,16 +38,18 @@ class Moments(Sequence[Moment]):
     """Moments, best first, as a sequence, a table or a page of thumbnails.
 
     Attributes:
+        floor: the least score of a hit.
         frames_searched: how many frames were looked at.
-        frames_pending: how many no search finds yet; `vidx index` on any source completes the index.
+        frames_pending: how many no search finds, as they have no search keys.
     """
 
-    def __init__(self, archive: "StoredArchive", title: str, found: Sequence[Moment], searched: int, pending: int):
+    def __init__(self, archive: "StoredArchive", title: str, found: SearchResult):
         self._archive = archive
         self._title = title
-        self._moments = tuple(found)
-        self.frames_searched = searched
-        self.frames_pending = pending
+        self._moments = found.moments
+        self.floor = found.floor.score
+        self.frames_searched = found.frames_searched
+        self.frames_pending = found.frames_pending
 
     @overload
     def __getitem__(self, place: int) -> Moment: ...
@@ -127,26 +129,32 @@ class Archive:
     def search(
         self,
         *texts: str | Term,
+        images: Sequence[str | PathLike[str]] = (),
+        like: Sequence[str] = (),
         without: Sequence[str] = (),
         top: int = 10,
         per_video: int | None = None,
         min_score: float | None = None,
         **where: Any,
     ) -> Moments:
-        """The moments that texts describe, best first; none where nothing reaches the least score.
+        """The moments that texts describe, or that look like pictures, best first; none below the least score.
 
         Args:
-            texts: of several, a frame's score is the mean; `Term(text, weight, kind)` weighs one of them, or names a
-                picture (Kind.IMAGE, its path) or a moment of the archive (Kind.MOMENT, VIDEO@TIME).
+            texts: of several, a frame's score is the mean; `Term(text, weight)` weighs one of them.
+            images: paths of pictures that the moments are to look like.
+            like: moments of the archive, VIDEO@TIME, that others are to look like.
             without: frames that one of these describes are left out.
             top: at most so many moments.
             per_video: at most so many of one video.
             min_score: the least score of a hit; None takes what the model or the archive says.
             where: narrows the archive, as `narrowed` says.
         """
-        query = Query(tuple(text if isinstance(text, Term) else Term(text) for text in texts), tuple(without))
+        terms = [text if isinstance(text, Term) else Term(text) for text in texts]
+        terms += [Term(fspath(path), kind=Kind.IMAGE) for path in images]
+        terms += [Term(moment, kind=Kind.MOMENT) for moment in like]
+        query = Query(tuple(terms), tuple(without))
         found = self._searcher.search(query, self.narrowed(**where), Wanted(top, min_score, per_video))
-        return Moments(self._stored, str(query), found.moments, found.frames_searched, found.frames_pending)
+        return Moments(self._stored, str(query), found)
 
     def ask(
         self,

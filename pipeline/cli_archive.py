@@ -64,7 +64,7 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
     rows = (
         ("archive", archive_dir),
         ("videos", counts + deleted),
-        ("frames", f"{found.frames}, of which {found.frames - pending} can be searched, {pending} are pending"),
+        ("frames", f"{found.frames}, of which {found.frames - pending} can be searched"),
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
         ("size", size(found.size_bytes)),
         ("version", f"{found.version}, format {found.format_version}"),

@@ -66,7 +66,7 @@ def retrieval(
             click.echo(f"\r{number}/{len(annotated)} queries", err=True, nl=number == len(annotated))
     scores = score(judged)
     if found.frames_pending:
-        note(f"{found.frames_pending} frames are not searchable yet, and count as not found; run `vidx index` first")
+        note(f"{found.frames_pending} frames have no search keys, and count as not found")
     if as_json:
         print_json(
             {**_scores_json(scores), "floor": found.floor.score, "queries": [_judged_json(one) for one in judged]}

@@ -199,7 +199,7 @@ def _end_search(found: _Found) -> None:
 
     result = found.result
     if result.frames_pending:
-        note(f"{result.frames_pending} frames are not searchable yet; `vidx index` on any source completes the index")
+        note(f"{result.frames_pending} frames of the archive have no search keys, and no search finds them")
     if not result.moments:
         searched = result.frames_searched
         why = (

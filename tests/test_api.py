@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, SAMPLES
+from PIL import Image
 
 from pipeline.api import Archive
 from pipeline.query import Term
@@ -48,6 +49,18 @@ def test_an_answer_is_the_answer_of_the_command(vidx, archive, samples_archive):
     found = archive.ask("How many apples are there?", video=video, start_seconds=8, end_seconds=9)
     assert (found.text, found.frame_count, found.fuse) == (wanted["answer"], wanted["frames_used"], wanted["fuse"])
     assert archive.ask("What?", where="false") is None
+
+
+def test_pictures_and_moments_are_searched_as_by_the_command(vidx, archive, samples_archive, tmp_path):
+    picture = tmp_path / "scene.jpg"
+    Image.new("RGB", (64, 48), "purple").save(picture)
+    command = ["search", "a cow", "--image", str(picture), "--like", "nano_scenes_1.mp4@2"]
+    wanted = vidx(*command, "--archive", str(samples_archive[0]), "--min-score", "0.1", "--json").json
+    found = archive.search("a cow", images=[picture], like=["nano_scenes_1.mp4@2"], min_score=0.1)
+    assert [round(moment.score, 4) for moment in found] == [round(one["score"], 4) for one in wanted["moments"]]
+    assert found
+    assert found.floor == 0.1
+    assert archive.search("a cow").floor > 0.1
 
 
 def test_what_is_wrong_is_said_as_by_the_command(archive, tmp_path):
