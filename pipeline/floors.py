@@ -27,7 +27,7 @@ PICTURE_FLOOR = 0.75
 DEVIATIONS = 2.33 * 1.4826  # one in a hundred of a normal distribution, in median deviations
 PAIR_QUANTILE = 0.99
 PICTURES = 256  # frames that are compared with one another
-LEAST_VIDEOS = 4
+LEAST_VIDEOS = 20
 GROWTH = 1.25  # times as many frames, and the floors are worked out anew
 
 

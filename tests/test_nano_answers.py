@@ -25,8 +25,8 @@ def table():
 def test_questions_get_the_true_answer(table):
     moment, time = (table["accuracy"][name]["all"] for name in ("moment", "time"))
     assert min(moment["questions"], time["questions"]) > 100
-    assert moment["exact"] >= 80
-    assert time["exact"] >= 60
+    assert moment["exact"] >= 90
+    assert time["exact"] >= 88
     assert moment["patches"] >= 0.96 * moment["exact"]
     for yardstick in ("chance", "no picture", "other pictures"):
         assert moment[yardstick] < 0.6 * moment["exact"]
