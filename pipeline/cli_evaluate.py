@@ -26,7 +26,12 @@ def evaluate() -> None:
 @click.argument("queries", metavar="FILE")
 @archive_option
 @click.option("--within-video", is_flag=True, help="Search each text in its own video alone, not in the whole archive.")
-@click.option("--min-score", type=click.FloatRange(-1, 1), default=None, help="Least score of a hit; the model's own.")
+@click.option(
+    "--min-score",
+    type=click.FloatRange(-1, 1),
+    default=None,
+    help="Least score of a hit; without it what the model or the archive says.",
+)
 @click.option("--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now.")
 @json_option
 def retrieval(

@@ -16,6 +16,7 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
+from storage.errors import UsageError
 from storage.files import join
 from storage.index_manifest import FLOORS, Damaged, read_json, write_json
 from storage.vectors import Index
@@ -62,16 +63,20 @@ class Floors:
 
 
 def update_floors(archive: Archive, bundle: Bundle, index: Index) -> None:
-    """Works the floors out, and keeps them with the archive, where it has grown since that was done last.
+    """Works the floors out, and keeps them with the archive, where it has grown or shrunk since that was done last.
 
     Raises:
         ArchiveError: a part is missing or damaged, or the archive cannot be written.
     """
-    if index.frame_count < GROWTH * _counted(archive) or not bundle.has_text_search:
+    counted = _counted(archive)
+    if not index.frame_count or counted / GROWTH < index.frame_count < counted * GROWTH:
         return
     content = {"model_id": archive.model_id, "frames": index.frame_count, "picture": asdict(picture_floor(archive))}
-    if bundle.card.search_floor is None:
-        content["text"] = asdict(text_floor(bundle, index))
+    if bundle.card.search_floor is None and bundle.has_text_search:
+        try:
+            content["text"] = asdict(text_floor(bundle, index))
+        except UsageError:
+            return  # a text tower that cannot be used: who searches by text is told
     write_json(join(archive.index_uri, FLOORS), content)
 
 
@@ -89,7 +94,9 @@ def text_floor(bundle: Bundle, index: Index) -> Floor:
 
 def picture_floor(archive: Archive) -> Floor:
     """What frames of different videos do not reach."""
-    first = {part.video_number: part.path for part in archive.parts()}
+    first: dict[int, str] = {}
+    for part in archive.parts():
+        first.setdefault(part.video_number, part.path)
     random = np.random.default_rng(len(first))
     chosen = sorted(random.choice(sorted(first), min(PICTURES, len(first)), replace=False).tolist()) if first else []
     found = [part_keys(archive.frames_uri, first[number], np.zeros(1, np.int64)) for number in chosen]

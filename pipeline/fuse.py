@@ -12,8 +12,7 @@ from storage.errors import VideoProblem
 from storage.files import local_path
 from storage.records import FrameRef, VideoRow
 from workers.content import check_still_there, in_video
-from workers.cut import PADDING_PIXELS
-from workers.decode import Decoder
+from workers.decode import PADDING_PIXELS, Decoder
 from workers.encode import exact_inputs
 from workers.llava_mini import FusionInputs, LlavaMini, fuse_question, patches_inputs, tokens_inputs
 

@@ -157,8 +157,9 @@ def run_index(
                 raise
     update_index(archive)
     if known.todo:  # a run with nothing to do ends in a second
-        improve_index(archive)
-        update_floors(archive, bundle, open_index(archive))
+        if not result.interrupted:
+            improve_index(archive)
+            update_floors(archive, bundle, open_index(archive))
         sweep(archive)
     result.seconds = time.monotonic() - start
     return result
@@ -287,6 +288,7 @@ class _Run:
                 self._job.release(row.video_number)
         if self._unindexed >= INDEX_FRAMES:
             update_index(self._archive)
+            improve_index(self._archive)
             self._unindexed = 0
         self._last_commit = time.monotonic()
 

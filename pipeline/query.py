@@ -98,16 +98,18 @@ class QueryEncoder:
         self._bundle = bundle
         self._floors = floors
 
-    def embed(self, query: Query) -> QueryKeys:
+    def embed(self, query: Query, floor: Floor | None) -> QueryKeys:
         """The keys of a query; what the text tower cannot take in is cut at a text's end.
 
+        Args:
+            query: what to look for.
+            floor: the least score of a hit; None for that of its kinds.
         Raises:
             UsageError: an empty text, a model that cannot search so, no such picture or moment.
         """
         self._check(query)
-        keys, floors, examples = [], [], []
+        keys, examples = [], []
         for term in query.terms:
-            floors.append(self._floors.text if term.kind is Kind.TEXT else self._floors.picture)
             if term.kind is Kind.MOMENT:
                 examples.append(self._frame(term.text))
                 keys.append(read_keys(self._archive.frames_uri, examples[-1:])[0].astype(np.float32))
@@ -116,9 +118,15 @@ class QueryEncoder:
             else:
                 keys.append(self._text_encoder.embed(term.text))
         weights = np.array([term.weight for term in query.terms], np.float32)
-        floor = _joined(floors, weights)
-        shares = [floor.score / one.score if min(floor.score, one.score) > 0 else 1.0 for one in floors]
-        wanted = (weights / weights.sum() * np.array(shares, np.float32)) @ np.stack(keys)
+        shares = np.ones(len(weights), np.float32)
+        is_text = [term.kind is Kind.TEXT for term in query.terms]
+        if floor is None or len(set(is_text)) > 1:  # or nothing needs them, and they may take seconds
+            floors = [self._floors.text if of_text else self._floors.picture for of_text in is_text]
+            mean = _joined(floors, weights)
+            if min(mean.score, *(one.score for one in floors)) > 0:
+                shares = np.array([mean.score / one.score for one in floors], np.float32)
+            floor = floor or mean
+        wanted = (weights / weights.sum() * shares) @ np.stack(keys)
         unwanted = np.array([self._text_encoder.embed(text) for text in query.without], np.float32)
         unwanted_floor = self._floors.text.score if query.without else 0.0
         return QueryKeys(wanted, floor, unwanted.reshape(-1, len(wanted)), unwanted_floor, tuple(examples))

@@ -1,5 +1,6 @@
 """search: a query -> its keys -> FAISS -> hits -> moments. Nothing here loads torch."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -116,39 +117,45 @@ class Searcher:
     def search(self, query: Query, within: Filter, wanted: Wanted) -> SearchResult:
         """As the function `search`."""
         index = self._index
-        keys = self._encoder.embed(query)
-        floor = keys.floor if wanted.floor is None else Floor(wanted.floor, "as asked for")
+        keys = self._encoder.embed(query, None if wanted.floor is None else Floor(wanted.floor, "as asked for"))
+        floor = keys.floor
         rows = None if within.is_everything else within.rows(self._archive)
         searched = index.frame_count if rows is None else index.count(rows)
         if not searched:
             return SearchResult((), floor, searched, index.pending_count)
-        moments, left_out = _find(self._archive, index, keys, rows, wanted, floor.score)
+        moments, left_out = _find(self._archive, index, keys, rows, wanted, (floor.score, math.inf))
         near: Sequence[Moment] = ()
         if wanted.near_misses:
-            more = replace(wanted, limit=len(moments) + wanted.near_misses)
-            below, _ = _find(self._archive, index, keys, rows, more, -1.0)
-            near = [moment for moment in below if moment.score < floor.score][: wanted.near_misses]
+            more = replace(wanted, limit=wanted.near_misses)
+            near, _ = _find(self._archive, index, keys, rows, more, (-math.inf, floor.score))
         counts = (searched, index.pending_count, left_out)
         return SearchResult(tuple(moments), floor, *counts, tuple(near), index.method(rows))
 
 
 def _find(
-    archive: Archive, index: Index, keys: QueryKeys, rows: Rows | None, wanted: Wanted, floor: float
+    archive: Archive,
+    index: Index,
+    keys: QueryKeys,
+    rows: Rows | None,
+    wanted: Wanted,
+    scores: tuple[float, float],
 ) -> tuple[Sequence[Moment], int]:
-    """The best moments, whole, and how many hits were left out for what they show.
+    """The best moments with scores in a half-open range, whole, and how many hits were left out for what they show.
 
     More hits are asked for until there are moments enough, and each one's neighbours are known to have fallen.
     """
     count, limit = wanted.limit * HITS_PER_MOMENT, wanted.limit
     while True:
         found = index.search(keys.wanted, count, rows)
-        above = [hit for hit in found if hit.score >= floor]
+        above = [hit for hit in found if scores[0] <= hit.score < scores[1]]
         hits, frames = _without(archive, above, archive.hit_frames(above), keys)
         shown = {(frame.video_number, frame.frame_index): frame for frame in frames}
         moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))
         moments = [moment for moment in moments if not any(_holds(moment, frame) for frame in keys.examples)]
         moments = [*_spread(moments, wanted.per_video)][:limit]
-        if len(found) < count or len(above) < len(found):  # there are no more
+        if len(found) < count or found[-1].score < scores[0]:  # there are no more
+            return moments, len(above) - len(hits)
+        if count >= index.frame_count:
             return moments, len(above) - len(hits)
         enough = len(moments) == limit
         if enough and (count >= MOST_HITS or found[-1].score <= min(fallen(moment.score) for moment in moments)):

@@ -143,6 +143,7 @@ class Archive:
         self._videos = RowTable(join(uri, "videos"))  # before the frames, so that all that they show is there
         self._videos.rows()
         self._frames = FrameTable(self.frames_uri)
+        self._published: tuple[int, dict[int, str]] | None = None
 
     def __repr__(self) -> str:
         return f"Archive({self.uri!r}, version={self.version})"
@@ -400,9 +401,13 @@ class Archive:
 
     def published(self) -> dict[int, str]:
         """Video id by number, of every video that shows frames."""
-        rows = self._videos.rows()
-        columns = (rows.column(name).to_pylist() for name in ("video_number", "video_id", "frame_count"))
-        return {number: video_id for number, video_id, count in zip(*columns, strict=True) if count and number}
+        version = self._videos.version
+        if self._published is None or self._published[0] != version:
+            rows = self._videos.rows()
+            columns = (rows.column(name).to_pylist() for name in ("video_number", "video_id", "frame_count"))
+            shown = {number: video_id for number, video_id, count in zip(*columns, strict=True) if count and number}
+            self._published = (version, shown)
+        return self._published[1]
 
     def videos(self) -> list[VideoRow]:
         """All rows, by uri, those of deleted videos too."""

@@ -2,7 +2,7 @@
 
     ID.coarse   E as int64, rotation (E, E) float32, centroids (L, E) float16, of all files of codes together
     ID.codes    FAISS IVFRaBitQ without its centroids; an id is a place in the order of the parts' keys
-    ID.rows     for each place the row id, and where the key and its CRC32C stand in the part's file
+    ID.rows     for each place the row id, where the key and its CRC32C stand in the part's file, and a CRC32C of these
 
 A search looks into the lists whose centroids lie nearest to the query, ranks their codes, and ranks the best of them
 again by the keys that the parts store. New keys go into a file of their own by the same centroids; files are joined
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import faiss
+import google_crc32c
 import numpy as np
 
 from storage.archive import Archive
 from storage.cells import key_offsets, part_keys, read_keys_at
+from storage.errors import ArchiveError
 from storage.exact_keys import row_ids_of
-from storage.files import NewFile, join
+from storage.files import NewFile, join, source_text
 from storage.frames import read_times
 from storage.index_manifest import (
     Covered,
@@ -35,13 +37,13 @@ from storage.index_manifest import (
 BITS = 4  # of a code for each dimension
 SAMPLE_PER_LIST = 50  # keys that centroids are trained on
 ITERATIONS = 12
-MAX_CODES = 1 << 24  # what an update holds in memory: 7 GB of codes of width 768
+MAX_CODES = 1 << 24  # of a file: 7 GB of width 768 in memory, and as much again while files are joined
 CHUNK_KEYS = 1 << 16
 ROUTER_LISTS = 4096  # more centroids than that are found through an index of their own when keys are assigned
 PROBES = 256  # lists that a search looks into
 CANDIDATES = 200  # codes that it ranks again at least
 
-_ROW = np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8")])
+_ROW = np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8"), ("crc", "<u4")])
 
 
 class Coarse:
@@ -211,6 +213,8 @@ def probe_count(share: float) -> int:
 def _rank_again(archive: Archive, file: CodedKeys, places: np.ndarray, query: np.ndarray) -> list[tuple[float, int]]:
     """(score, row id) of the keys at some places, ascending, by what the parts store."""
     rows = file.rows[places]
+    if not np.array_equal(_crc(rows), rows["crc"]):
+        raise ArchiveError(f"{source_text(archive.index_uri)}: damaged; `vidx repair` makes the index anew")
     parts = np.searchsorted(file.covered.starts, places, "right") - 1
     ends = np.flatnonzero(np.diff(parts, append=-1)) + 1
     keys, start = [], 0
@@ -278,7 +282,14 @@ def _rows_of(archive: Archive, path: str, number: int) -> np.ndarray:
     rows = np.empty(len(frame_index), _ROW)
     rows["row_id"] = row_ids_of(number, frame_index)
     rows["key"], rows["checksum"] = key_offsets(archive.frames_uri, path)
+    rows["crc"] = _crc(rows)
     return rows
+
+
+def _crc(rows: np.ndarray) -> np.ndarray:
+    """(T,) uint32: the checksum of each row before its own."""
+    data, width, end = rows.tobytes(), _ROW.itemsize, _ROW.fields["crc"][1]
+    return np.array([google_crc32c.value(data[at : at + end]) for at in range(0, len(data), width)], np.uint32)
 
 
 def join_codes(coarse: Coarse, files: Sequence[CodedKeys], live: Sequence[Sequence[bool]]) -> CodedKeys:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -22,10 +22,10 @@ from storage.files import (
     NewFile,
     file_size,
     join,
-    list_names,
     local_path,
     make_folder,
     map_file,
+    open_for_read,
     read_bytes,
     remove,
     write_bytes,
@@ -35,6 +35,7 @@ from storage.files import (
 INDEX_FORMAT = 2
 MANIFEST = "index.json"
 LOCK = "index.lock"
+TRAINING = "training.lock"
 FLOORS = "floors.json"  # pipeline/floors.py
 SUFFIXES = (".faiss", ".coarse", ".codes", ".rows")
 
@@ -166,9 +167,9 @@ def write_manifest(archive: Archive, after: Manifest) -> None:
         ArchiveError: the index cannot be written.
     """
     try:
-        known: Iterable[str] = read_manifest(archive).names()
+        known = read_manifest(archive).names()
     except Damaged:
-        known = list_names(archive.index_uri)
+        known = set()  # what it named cannot be told from what others are writing: `vidx clean` sees to it
     content = {
         "format": INDEX_FORMAT,
         "model_id": archive.model_id,
@@ -213,26 +214,35 @@ def write_json(uri: str, content: dict) -> None:
 
 
 @contextlib.contextmanager
-def locked(archive: Archive) -> Iterator[None]:
-    """Keeps other writers of the index out, until this process ends at the latest.
+def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bool]:
+    """Keeps other writers of the index out, until this process ends at the latest; says whether it does.
 
     Where files cannot be locked the last one to write the manifest wins.
 
+    Args:
+        archive: whose index.
+        name: of the lock: LOCK for the manifest, TRAINING for making it anew.
+        wait: until another has done; or else say False at once.
     Raises:
         ArchiveError: the index cannot be written.
     """
-    uri = join(archive.index_uri, LOCK)
+    uri = join(archive.index_uri, name)
     path = local_path(uri)
     if path is None:
-        yield
+        yield True
         return
     with contextlib.ExitStack() as stack:
         with writing(uri):
             make_folder(archive.index_uri)
             file = stack.enter_context(open(path, "wb"))
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
 
 
 def write_file(archive: Archive, suffix: str, write: Callable[[NewFile], int]) -> Written:
@@ -257,8 +267,10 @@ def write_file(archive: Archive, suffix: str, write: Callable[[NewFile], int]) -
         except BaseException:
             new.discard()
             raise
-    with map_file(uri) as mapping:
-        head_checksum = google_crc32c.value(mapping[:head_bytes]) if head_bytes < size_bytes else checksum
+        head_checksum = checksum
+        if head_bytes < size_bytes:
+            with open_for_read(uri) as file:
+                head_checksum = google_crc32c.value(file.read(head_bytes))
     return Written(name, size_bytes, checksum, head_bytes, head_checksum)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.files import join, list_names, local_path, remove
+from storage.index_manifest import TRAINING, locked
 from storage.jobs import Job, oldest_start
 from storage.settings import TABLES
 from storage.tables import unnamed_files
@@ -61,17 +62,18 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
         table_uri = join(archive.uri, name)
         unnamed = unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))
         found += [uri for uri in (join(table_uri, path) for path in unnamed) if _modified(uri) < newest]
-    kept = named_files(archive)
     newest = min(newest, now - older_than_seconds)
-    for name in list_names(archive.index_uri):
-        uri = join(archive.index_uri, name)
-        if name not in kept and _modified(uri) < newest:
-            found.append(uri)
-    removed = 0
-    for uri in found:
-        with contextlib.suppress(OSError):
-            remove(uri)
-            removed += 1
+    with locked(archive, TRAINING, wait=False) as is_alone, locked(archive):  # nobody is writing files of the index
+        kept = named_files(archive)
+        for name in list_names(archive.index_uri) if is_alone else ():
+            uri = join(archive.index_uri, name)
+            if name not in kept and _modified(uri) < newest:
+                found.append(uri)
+        removed = 0
+        for uri in found:
+            with contextlib.suppress(OSError):
+                remove(uri)
+                removed += 1
     return removed
 
 

@@ -47,12 +47,13 @@ from storage.exact_keys import (
     row_ids_of,
     write_exact,
 )
-from storage.files import exists, join, read_bytes, remove
+from storage.files import exists, join, read_bytes, remove, source_text
 from storage.frames import Rows
 from storage.index_manifest import (
     FLOORS,
     LOCK,
     MANIFEST,
+    TRAINING,
     Covered,
     Damaged,
     KeyFile,
@@ -75,6 +76,7 @@ MAX_RETIRED = 0.25  # share of a file's keys, before it is written again without
 UPDATE_ROUNDS = 5
 OPEN_ROUNDS = 3
 
+_KEPT = {MANIFEST, LOCK, TRAINING, FLOORS}
 _Part = tuple[str, int, int]  # path, video number, row count
 _LiveParts = Mapping[str, _Part]  # of published videos, by path
 
@@ -174,7 +176,7 @@ class Index:
         return rows is not None and self.count(rows) <= NARROW_ROWS
 
     def recall(self) -> float:
-        """Share of the best ten keys that a search finds, over queries between the keys of two frames each."""
+        """Share of the ten that all lists would give, over queries that lie between the keys of two frames each."""
         random, paths = np.random.default_rng(0), sorted(self._counts)
         first = np.zeros(1, np.int64)
         masks = [self._mask(keys.covered, None) for keys in self._coded]
@@ -245,15 +247,24 @@ def open_index(archive: Archive) -> Index:
     """
     if not archive.parts() and not exists(join(archive.index_uri, MANIFEST)):
         return Index(archive, [], None, [], (), False)
+    seen = None
     for _ in range(OPEN_ROUNDS):  # a job that swaps the index meanwhile removes the files of the old one
+        seen = _bytes_of(join(archive.index_uri, MANIFEST))
         with contextlib.suppress(Damaged):
             return _open(archive, read_manifest(archive), False)
     try:
-        drop_index(archive)
+        with locked(archive):
+            if _bytes_of(join(archive.index_uri, MANIFEST)) == seen:  # no other process has made another meanwhile
+                drop_index(archive)
         update_index(archive)
         improve_index(archive)
         return _open(archive, read_manifest(archive), True)
-    except (ArchiveError, OSError, Damaged):  # read-only: in memory, for this process alone
+    except (ArchiveError, OSError, Damaged) as error:  # read-only: in memory, for this process alone
+        if sum(part.row_count for part in archive.parts()) > EXACT_KEYS:
+            raise ArchiveError(
+                f"{source_text(archive.index_uri)}: missing or damaged, and too large to do without; make the archive "
+                f"writable and run `vidx repair` ({' '.join(str(error).split())})"
+            ) from error
         return Index(archive, [], None, [], (), True)
 
 
@@ -277,12 +288,13 @@ def _build_all(archive: Archive, parts: Sequence[_Part]) -> list[ExactKeys]:
 
 def _bring_up(archive: Archive, max_retired: float) -> int | None:
     """Writes what the files lack, and the manifest; the count of keys added, None where all is there already."""
-    live = _live_parts(archive)
-    if _whole_manifest(archive) is None and sum(count for _, _, count in live.values()) > EXACT_KEYS:
-        keys = _train(archive)  # lost: no exact files, which would only be replaced
+    if _whole_manifest(archive) is None and sum(part.row_count for part in archive.parts()) > EXACT_KEYS:
+        keys = _train(archive, wait=True)  # lost: no exact files, which would only be replaced
         if keys:
             return keys
     with locked(archive):
+        archive.refresh()
+        live = _live_parts(archive)
         found = _whole_manifest(archive)
         before, coarse = found or (Manifest(), None)
         covered = {path for file in before.key_files for path in file.covered.paths}
@@ -315,8 +327,8 @@ def improve_index(archive: Archive) -> None:
     """Goes over from exact search to codes, makes the lists anew where they fit no more, or goes back.
 
     Lists fit no more when there are GROWTH times as many keys as they were made for, or when a sample of searches finds
-    less than LEAST_RECALL of what is there; that is looked at each time that the keys have grown by a quarter. The old
-    index serves until the new one is in place.
+    less than LEAST_RECALL of what all lists would give; that is looked at each time that the keys have grown by a
+    quarter. The old index serves until the new one is in place.
 
     Raises:
         ArchiveError: a part is missing or damaged, or the index cannot be written.
@@ -324,7 +336,7 @@ def improve_index(archive: Archive) -> None:
     try:
         manifest = read_manifest(archive)
         if manifest.key_count <= EXACT_KEYS // 2 and manifest.coarse is not None:
-            drop_index(archive)
+            _uncode(archive)
         elif manifest.key_count > max(EXACT_KEYS, GROWTH * manifest.trained_count):
             _train(archive)
         elif manifest.coarse is None or manifest.key_count < 1.25 * manifest.checked_count:
@@ -340,20 +352,38 @@ def improve_index(archive: Archive) -> None:
     update_index(archive)
 
 
-def _train(archive: Archive) -> int:
-    """Makes an index of codes from all parts, and says how many keys it has; none, and no index, without keys."""
-    parts = list(_live_parts(archive).values())
-    list_count = list_count_for(sum(count for _, _, count in parts))
-    sample = sample_keys(archive, parts, list_count * SAMPLE_PER_LIST)
-    if not len(sample):
-        return 0
-    coarse = Coarse.train(sample, list_count)
-    files = _write_codes(archive, coarse, [], parts, {})
-    written = write_coarse(archive, coarse)
-    keys = sum(file.covered.key_count for file in files)
+def _train(archive: Archive, wait: bool = False) -> int:
+    """Makes an index of codes from all parts, and says how many keys it has.
+
+    None, and no index, where there are no keys, or where another process makes one or, with wait, has made one.
+    """
+    with locked(archive, TRAINING, wait) as is_alone:
+        if not is_alone or (wait and _whole_manifest(archive) is not None):
+            return 0
+        parts = list(_live_parts(archive).values())
+        list_count = list_count_for(sum(count for _, _, count in parts))
+        sample = sample_keys(archive, parts, list_count * SAMPLE_PER_LIST)
+        if not len(sample):
+            return 0
+        coarse = Coarse.train(sample, list_count)
+        files = _write_codes(archive, coarse, [], parts, {})
+        keys = sum(file.covered.key_count for file in files)
+        made = Manifest((), tuple(files), write_coarse(archive, coarse), keys, keys)
+        with locked(archive):
+            try:
+                check_sizes(archive, made)
+            except Damaged:
+                return 0  # somebody has tidied the folder meanwhile; the next job makes it
+            write_manifest(archive, made)
+        return keys
+
+
+def _uncode(archive: Archive) -> None:
+    """Makes an index of exact keys, for an archive that has become small."""
     with locked(archive):
-        write_manifest(archive, Manifest((), tuple(files), written, keys, keys))
-    return keys
+        archive.refresh()
+        parts = list(_live_parts(archive).values())
+        write_manifest(archive, Manifest(tuple(write_exact(archive, group) for group in in_groups(parts, MAX_EXACT))))
 
 
 def _write_codes(
@@ -363,10 +393,11 @@ def _write_codes(
     parts, opened = list(new), []
     for file in folded:
         try:
+            if not file.files:  # parts without keys
+                raise Damaged("nothing to join")
             for written in file.files:
                 check_whole(archive, written)  # so that no damage is written again as if it were right
-            if file.files:
-                opened.append(open_codes(archive, coarse, file))
+            opened.append(open_codes(archive, coarse, file))
         except Damaged:
             parts += [live[path] for path in file.covered.paths if path in live]
     built = (build_codes(archive, coarse, group) for group in in_groups(parts, MAX_CODES))
@@ -396,7 +427,7 @@ def _choose_files(
         retired = sum(count for path, _, count in file.covered.parts() if path not in live)
         (folded if retired > max_retired * file.covered.key_count else kept).append(file)
     count, most = new_count, MAX_CODES if is_coded else MAX_EXACT
-    for file in sorted(kept, key=lambda file: file.covered.key_count):
+    for file in sorted(kept, key=lambda file: file.covered.key_count) if new_count else ():
         key_count = file.covered.key_count
         if key_count > count or key_count + count > most:
             break
@@ -409,9 +440,9 @@ def _choose_files(
 def named_files(archive: Archive) -> set[str]:
     """Names of the files that the index consists of; those that the manifest names are left out where it is damaged."""
     try:
-        return {MANIFEST, LOCK, FLOORS} | read_manifest(archive).names()
+        return _KEPT | read_manifest(archive).names()
     except Damaged:
-        return {MANIFEST, LOCK, FLOORS}
+        return _KEPT
 
 
 def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
@@ -423,13 +454,20 @@ def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
         ArchiveError: a part is missing or damaged.
     """
     manifest = join(archive.index_uri, MANIFEST)
-    while exists(manifest):
-        before = read_bytes(manifest)
+    while (before := _bytes_of(manifest)) is not None:
         found = [*_faults_by_manifest(archive, manifest)]
-        if not exists(manifest) or read_bytes(manifest) == before:
+        if _bytes_of(manifest) in (None, before):
             yield from found
             return
         archive.refresh()  # a job has written another index meanwhile, and removed files of this one
+
+
+def _bytes_of(uri: str) -> bytes | None:
+    """A file's content, or None where it is gone."""
+    try:
+        return read_bytes(uri)
+    except FileNotFoundError:
+        return None
 
 
 def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]:
@@ -462,5 +500,12 @@ def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]
 
 def drop_index(archive: Archive) -> None:
     """Forgets the index, so that the next update builds it from the parts."""
-    for name in (MANIFEST, FLOORS):
+    names: set[str] = set()
+    with contextlib.suppress(Damaged):
+        names = read_manifest(archive).names()
+    for name in (MANIFEST, *names):
         remove(join(archive.index_uri, name))
+    try:
+        read_json(join(archive.index_uri, FLOORS))
+    except Damaged:
+        remove(join(archive.index_uri, FLOORS))

@@ -180,8 +180,9 @@ def folder_of(archive: Archive) -> Path:
 
 
 def held_files(archive: Archive) -> set[str]:
-    """All its files, from its folder on."""
-    return {str(path.relative_to(folder_of(archive))) for path in folder_of(archive).rglob("*") if path.is_file()}
+    """All its files but locks, from its folder on."""
+    files = (path for path in folder_of(archive).rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder_of(archive))) for path in files}
 
 
 def make_old(archive: Archive) -> None:

@@ -1,11 +1,13 @@
 """The index of large archives, made small: codes against brute force, and what is added, replaced, deleted, damaged."""
 
 import contextlib
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
-from small_archive import MODEL_ID, add_video, random_rows, receipt_for, reserve, row_for
+from small_archive import MODEL_ID, add_video, make_old, random_rows, receipt_for, reserve, row_for
 from test_vectors import assert_same, brute_force, index_folder, unit
 
 from storage import coded_keys, vectors
@@ -14,7 +16,10 @@ from storage.cells import read_keys
 from storage.errors import ArchiveError
 from storage.files import local_path
 from storage.frames import rows_of
+from storage.sweep import sweep
 from storage.vectors import improve_index, index_faults, open_index, update_index
+
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def fill(archive, names, count=60):
 
 
 def suffixes(archive):
-    return sorted(name.rsplit(".", 1)[1] for name in os.listdir(index_folder(archive)))
+    return sorted(name.rsplit(".", 1)[1] for name in os.listdir(index_folder(archive)) if not name.endswith(".lock"))
 
 
 def recall(archive, index, k=10, rows=None, frames=None):
@@ -48,9 +53,9 @@ def recall(archive, index, k=10, rows=None, frames=None):
 
 def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     fill(archive, range(1, 9))
-    assert suffixes(archive) == ["faiss", "json", "lock"]
+    assert suffixes(archive) == ["faiss", "json"]
     fill(archive, [9])
-    assert suffixes(archive) == ["coarse", "codes", "json", "lock", "rows"]
+    assert suffixes(archive) == ["coarse", "codes", "json", "rows"]
     index = open_index(archive)
     assert (index.frame_count, index.pending_count, index.rebuilt) == (540, 0, False)
     assert recall(archive, index) > 0.98
@@ -132,7 +137,7 @@ def test_an_archive_that_shrinks_is_searched_exactly_again(archive):
     archive.delete([archive.find_video(f"{name}.mp4") for name in range(1, 9)])
     update_index(archive, max_retired=0)
     improve_index(archive)
-    assert suffixes(archive) == ["faiss", "json", "lock"]
+    assert suffixes(archive) == ["faiss", "json"]
     assert_same(open_index(archive).search(unit(1), 120), brute_force(archive, unit(1), 120))
 
 
@@ -142,6 +147,70 @@ def flip(path, place):
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 0x10]))
+
+
+def rebuild(archive):
+    vectors.drop_index(archive)
+    assert open_index(archive).rebuilt
+    assert list(index_faults(archive)) == []
+    make_old(archive)
+    sweep(archive)
+
+
+def test_a_search_that_meets_a_damaged_place_says_so_and_blames_no_part(archive):
+    fill(archive, range(1, 10))
+    for field in ("row_id", "key", "checksum", "crc"):
+        best = open_index(archive).search(unit(0), 1)[0]
+        (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".rows")]
+        path = os.path.join(index_folder(archive), name)
+        rows = np.memmap(path, coded_keys._ROW, "r+")
+        (place,) = np.flatnonzero(rows["row_id"] == (best.video_number << 32) | best.frame_index)
+        rows[field][place] ^= 1
+        rows.flush()
+        with pytest.raises(ArchiveError, match="index: damaged; `vidx repair`"):
+            open_index(archive).search(unit(0), 1)
+        rebuild(archive)
+
+
+def train_at(uri, start_at):
+    """One of several processes that find the index lost."""
+    time.sleep(max(0.0, start_at - time.time()))
+    vectors.EXACT_KEYS = 500
+    index = open_index(open_archive(uri))
+    assert index.frame_count == 540
+    assert len(index.search(unit(1), 10)) == 10
+
+
+def test_processes_that_find_the_index_lost_leave_one_that_is_whole(archive):
+    fill(archive, range(1, 10))
+    vectors.drop_index(archive)
+    start_at = time.time() + 4
+    jobs = [SPAWN.Process(target=train_at, args=(archive.uri, start_at)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+        assert job.exitcode == 0
+    assert not open_index(archive).rebuilt
+    assert list(index_faults(archive)) == []
+    assert open_index(archive).frame_count == 540
+
+
+def test_an_update_without_anything_new_changes_nothing(archive):
+    for names in (range(1, 3), range(3, 11)):  # compared one by one, then coded
+        archive.commit_frames([receipt_for(archive, 40, random_rows(5, key_width=None))])
+        archive.publish([row_for(archive, 40, 5)])
+        fill(archive, names)
+        before = {name: os.stat(os.path.join(index_folder(archive), name)).st_mtime_ns for name in suffixed(archive)}
+        update_index(archive)
+        improve_index(archive)
+        assert before == {
+            name: os.stat(os.path.join(index_folder(archive), name)).st_mtime_ns for name in suffixed(archive)
+        }
+
+
+def suffixed(archive):
+    return [name for name in os.listdir(index_folder(archive)) if not name.endswith(".lock")]
 
 
 def test_damage_in_any_file_is_named_or_made_good(archive):
@@ -159,9 +228,7 @@ def test_damage_in_any_file_is_named_or_made_good(archive):
                 hits = open_index(archive).search(unit(0), 5)
                 keys = read_keys(archive.frames_uri, archive.hit_frames(hits)).astype(np.float32)
                 assert np.allclose(keys @ unit(0), [hit.score for hit in hits], atol=1e-6)
-            vectors.drop_index(archive)
-            assert open_index(archive).rebuilt
-            assert list(index_faults(archive)) == []
+            rebuild(archive)
 
 
 def test_a_lost_file_is_written_again_from_the_parts(archive):
@@ -171,7 +238,7 @@ def test_a_lost_file_is_written_again_from_the_parts(archive):
         os.remove(os.path.join(index_folder(archive), name))
         assert open_index(archive).rebuilt
         assert recall(archive, open_index(archive)) > 0.98
-        assert suffixes(archive) == ["coarse", "codes", "json", "lock", "rows"]
+        assert suffixes(archive) == ["coarse", "codes", "json", "rows"]
 
 
 def test_a_search_that_meets_a_damaged_key_says_so(archive):

@@ -30,6 +30,7 @@ def shown(path, seconds):
         ("highway.avi", 3.0, 6.0, ".mp4"),
         ("tractor.webm", 3.0, 6.0, ".webm"),
         ("cars_overhead_vfr.mkv", 20.0, 24.0, ".mkv"),
+        ("highway.avi", 4.0, 6.0, ".ts"),
     ],
 )
 def test_a_clip_shows_the_moment(vidx, samples_archive, tmp_path, name, start, end, suffix):
@@ -90,3 +91,15 @@ def test_what_cannot_be_cut_is_refused_in_a_line(vidx, samples_archive, tmp_path
         run = vidx("clip", *arguments, "--archive", str(samples_archive[0]))
         assert (run.code, words in run.err, run.err.count("\n")) == (2, True, 1), run.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mpg"])
+def test_a_source_without_an_index_is_cut_from_a_keyframe_before(vidx, tmp_path, suffix):
+    video, out = tmp_path / f"long{suffix}", tmp_path / "out.mp4"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=d=40:r=10:s=128x96", "-c:v", "mpeg2video"]
+    subprocess.run([*command, "-g", "100", "-bf", "2", "-b:v", "1M", str(video)], check=True)
+    assert vidx("index", str(video), "--archive", str(tmp_path / "a"), "--fps", "0.5").code == 0
+    run = vidx("clip", f"long{suffix}@25.5-28", str(out), "--archive", str(tmp_path / "a"), "--json")
+    assert run.code == 0, run.err
+    assert run.json["start_seconds"] == pytest.approx(25.5)
+    assert np.abs(shown(out, 0.5) - shown(video, 26.0)).mean() < 6

@@ -30,6 +30,7 @@ FRAMES_AHEAD = 64  # at most so many decoded frames (22 MB) wait for the consume
 # hundred times what it takes, and a length that no file of a size exceeds, whatever its header says.
 BUSY_SECONDS_PER_SECOND = 10
 HD_PIXELS = 1920 * 1080
+PADDING_PIXELS = 128  # FFmpeg pads each side of a picture (800 to 832, say) before it compares with its limit
 LEAST_BYTES_PER_SECOND = 2_000
 PROBED_BYTES_PER_SECOND = 1_000_000
 # A decoder that hung or died is tried once more, in a new process: a second time the file is to blame.
@@ -160,6 +161,38 @@ class Decoder:
         if not wanted:
             return np.empty((0, FRAME_SIDE, FRAME_SIDE, 3), np.uint8)
         return np.stack([pictures[tick] for tick in wanted])
+
+    def cut(
+        self,
+        path: str | bytes,
+        probe: Probe,
+        start_seconds: float,
+        end_seconds: float,
+        container: str,
+        write: Callable[[int, bytes], None],
+    ) -> dict[str, float]:
+        """Copies a stretch of a video and its sound, from the keyframe before it on, without decoding.
+
+        Args:
+            path, probe: the source.
+            start_seconds, end_seconds: positions that a player shows, half-open.
+            container: FFmpeg's name of the new file's format.
+            write: is given an offset in the new file and bytes.
+        Returns:
+            start_seconds and end_seconds of what came out, as positions in the source, and stream_count.
+        Raises:
+            VideoProblem: the source cannot be read, has no picture there, or cannot be copied into this format.
+        """
+        request = {"kind": "cut", "probe": probe_to_json(probe), "format": container}
+        request |= {"start_seconds": start_seconds, "end_seconds": end_seconds}
+        done: dict[str, float] = {}
+        with self._ask(path, request, lambda size_bytes: size_bytes / LEAST_BYTES_PER_SECOND) as call:
+            for header, body in call:
+                if header["kind"] == "write":
+                    write(header["offset"], bytes(body))
+                elif header["kind"] == "cut":
+                    done = {name: header[name] for name in ("start_seconds", "end_seconds", "stream_count")}
+        return done
 
     def close(self) -> None:
         """Ends the process; the decoder may be used again and starts another."""

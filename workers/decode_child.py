@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from fractions import Fraction
 
 import av
@@ -18,6 +19,7 @@ import numpy as np
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
 from workers import decode_decord, decode_pyav
+from workers.decode_cut import NewFile, cut
 from workers.decode_open import DecodeTask, out_of_memory
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
 from workers.picture import thumbnail
@@ -112,6 +114,11 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
             known, ticks = probe_from_json(request["probe"]), request["ticks"]
             for at, pixels in decode_pyav.frames_at(file, known, ticks, threads, max_pixels, answer.alive):
                 answer.send("pixels", {"ticks": at}, pixels.tobytes())
+        elif request["kind"] == "cut":
+            known, kind = probe_from_json(request["probe"]), request["format"]
+            new = NewFile(lambda offset, data: answer.send("write", {"offset": offset}, data))
+            moment = (request["start_seconds"], request["end_seconds"])
+            answer.send("cut", asdict(cut(file, known, *moment, kind, max_pixels, new, answer.alive)))
         else:
             raise ValueError(f"unknown request {request['kind']!r}")
     except VideoProblem as problem:

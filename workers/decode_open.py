@@ -193,6 +193,7 @@ def check_refused_size(lines: list, max_pixels: int) -> None:
 
 
 def open_container(file: VideoFile, max_pixels: int, lines: list) -> av.container.InputContainer:
+    """A file opened by PyAV, which reads nothing else; as OpenVideo."""
     options = {
         "format_whitelist": DEMUXERS,
         "protocol_whitelist": "file",

@@ -1,6 +1,8 @@
 """The search key of a picture that somebody has: a photo, a screenshot, a frame of some video."""
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,6 @@ def read_picture(path: str) -> np.ndarray:
         raise UsageError(f"--image {path}: no picture that Pillow can read; give a JPEG, PNG or WebP file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UsageError(f"--image {path}: larger than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"--image {path}: cannot be read: {reason}") from error

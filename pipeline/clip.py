@@ -1,0 +1,83 @@
+"""clip: a moment of a video as a file of its own."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cli_print import clock
+from pipeline.output import check_output
+from storage.errors import UsageError, VideoProblem
+from storage.files import local_path, source_text
+from storage.records import VideoRow
+from workers.content import check_still_there
+from workers.decode import PADDING_PIXELS, Decoder
+
+FORMATS = {  # FFmpeg's names, by suffix
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "webm",
+    ".avi": "avi",
+    ".ts": "mpegts",
+    ".mts": "mpegts",
+    ".m2ts": "mpegts",
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file that was cut out; positions in the source, in seconds, as a player of the new file shows it."""
+
+    file: str
+    start_seconds: float
+    end_seconds: float
+    streams: int
+
+
+def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | None) -> Clip:
+    """Copies a moment and its sound into a file, from the keyframe before it on; nothing is encoded again.
+
+    Args:
+        row: the video.
+        start_seconds, end_seconds: positions that a player shows, half-open.
+        file: its suffix names the format; None for VIDEO_START-END in the current folder.
+    Raises:
+        UsageError: the video is gone or changed, has no picture there, or does not fit into the format; or the file
+            cannot be written.
+    """
+    source = Path(source_text(row.uri))
+    if row.probe is None:
+        raise UsageError(f"{source}: could not be read when it was indexed, so nothing can be cut out of it")
+    times = f"{clock(start_seconds)}-{clock(end_seconds)}".replace(":", ".")
+    suffix = source.suffix if source.suffix.lower() in FORMATS else ".mkv"
+    out = file or f"{source.stem}_{times}{suffix}"
+    check_output(out, FORMATS)
+    partial = f"{out}.{os.getpid()}.part"
+    try:
+        check_still_there(row)
+        if os.path.exists(out) and os.path.samefile(out, local_path(row.uri)):
+            raise UsageError(f"{out}: is the video itself; name another file")
+        done = _write(row, start_seconds, end_seconds, partial, FORMATS[Path(out).suffix.lower()])
+        os.replace(partial, out)
+    except VideoProblem as problem:
+        named = problem.detail if str(source) in problem.detail else f"{source}: {problem.detail}"
+        hint = "" if out.endswith(".mkv") else "; an .mkv file holds most codecs"
+        raise UsageError(named + hint if "this format" in named else named) from problem
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+    return Clip(out, done["start_seconds"], done["end_seconds"], int(done["stream_count"]))
+
+
+def _write(row: VideoRow, start_seconds: float, end_seconds: float, path: str, container: str) -> dict[str, float]:
+    pixels = (row.probe.width + PADDING_PIXELS) * (row.probe.height + PADDING_PIXELS)
+    with open(path, "wb", buffering=0) as new, Decoder(max_pixels=pixels) as decoder:
+
+        def write(offset: int, data: bytes) -> None:
+            new.seek(offset)
+            new.write(data)
+
+        return decoder.cut(local_path(row.uri), row.probe, start_seconds, end_seconds, container, write)
