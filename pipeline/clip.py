@@ -8,9 +8,9 @@ from pipeline.cli_print import clock
 from pipeline.output import check_output
 from storage.errors import UsageError, VideoProblem
 from storage.files import local_path, source_text
-from storage.records import VideoRow
-from workers.content import check_still_there
-from workers.decode import PADDING_PIXELS, Decoder
+from storage.records import Reason, VideoRow
+from workers.content import check_still_there, in_video
+from workers.decode import Decoder, allowed_pixels
 
 FORMATS = {  # FFmpeg's names, by suffix
     ".mp4": "mp4",
@@ -61,9 +61,8 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
         done = _write(row, start_seconds, end_seconds, partial, FORMATS[Path(out).suffix.lower()])
         os.replace(partial, out)
     except VideoProblem as problem:
-        named = problem.detail if str(source) in problem.detail else f"{source}: {problem.detail}"
-        hint = "" if out.endswith(".mkv") else "; an .mkv file holds most codecs"
-        raise UsageError(named + hint if "this format" in named else named) from problem
+        may_fit = problem.reason is Reason.UNSUPPORTED_CODEC and not out.endswith(".mkv")
+        raise UsageError(problem.detail + ("; an .mkv file holds most codecs" if may_fit else "")) from problem
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from error
     finally:
@@ -73,11 +72,13 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
 
 
 def _write(row: VideoRow, start_seconds: float, end_seconds: float, path: str, container: str) -> dict[str, float]:
-    pixels = (row.probe.width + PADDING_PIXELS) * (row.probe.height + PADDING_PIXELS)
-    with open(path, "wb", buffering=0) as new, Decoder(max_pixels=pixels) as decoder:
+    with open(path, "wb", buffering=0) as new, Decoder(max_pixels=allowed_pixels(row.probe)) as decoder:
 
         def write(offset: int, data: bytes) -> None:
             new.seek(offset)
             new.write(data)
 
-        return decoder.cut(local_path(row.uri), row.probe, start_seconds, end_seconds, container, write)
+        try:
+            return decoder.cut(local_path(row.uri), row.probe, start_seconds, end_seconds, container, write)
+        except VideoProblem as problem:
+            raise in_video(row, problem) from problem

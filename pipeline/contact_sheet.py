@@ -103,10 +103,10 @@ def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
 
 
 def _best_frame(archive: Archive, moment: Moment) -> FrameRef:
-    shown = archive.frames(moment.video_number, moment.best_seconds, moment.best_seconds + 1e-6)
-    if not shown:
+    shown = archive.frame_at(moment.video_number, moment.best_seconds)
+    if shown is None:
         raise UsageError(f"{source_text(moment.uri)}: was taken out of the archive meanwhile; search again")
-    return shown[-1]
+    return shown
 
 
 def _html(title: str, cards: Sequence[_Card]) -> bytes:

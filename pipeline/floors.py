@@ -10,7 +10,6 @@ one in a hundred pairs of frames of different videos reaches.
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
-from itertools import combinations
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from storage.cells import part_keys
 from storage.errors import UsageError
 from storage.files import join
 from storage.index_manifest import FLOORS, Damaged, read_json, write_json
-from storage.vectors import Index
+from storage.vectors import Index, open_index
 from workers.bundle import Bundle
 from workers.clip_text import TextEncoder
 
@@ -47,34 +46,33 @@ class Floors:
         self._archive = archive
         self._bundle = bundle
         self._index = index
-        self._kept = _read(archive)
 
     @cached_property
     def text(self) -> Floor:
         """For the cosine of a text and a frame."""
         if self._bundle.card.search_floor is not None:
             return Floor(self._bundle.card.search_floor, "stated by the model")
-        return self._kept.get("text") or text_floor(self._bundle, self._index)
+        return _kept(self._archive, "text") or text_floor(self._bundle, self._index)
 
     @cached_property
     def picture(self) -> Floor:
         """For the cosine of two pictures."""
-        return self._kept.get("picture") or picture_floor(self._archive)
+        return _kept(self._archive, "picture") or picture_floor(self._archive)
 
 
-def update_floors(archive: Archive, bundle: Bundle, index: Index) -> None:
+def update_floors(archive: Archive, bundle: Bundle) -> None:
     """Works the floors out, and keeps them with the archive, where it has grown or shrunk since that was done last.
 
     Raises:
         ArchiveError: a part is missing or damaged, or the archive cannot be written.
     """
-    counted = _counted(archive)
-    if not index.frame_count or counted / GROWTH < index.frame_count < counted * GROWTH:
+    frames, counted = archive.frame_count(), _content(archive).get("frames", 0)
+    if not frames or counted / GROWTH < frames < counted * GROWTH:
         return
-    content = {"model_id": archive.model_id, "frames": index.frame_count, "picture": asdict(picture_floor(archive))}
+    content = {"model_id": archive.model_id, "frames": frames, "picture": asdict(picture_floor(archive))}
     if bundle.card.search_floor is None and bundle.has_text_search:
         try:
-            content["text"] = asdict(text_floor(bundle, index))
+            content["text"] = asdict(text_floor(bundle, open_index(archive)))
         except UsageError:
             return  # a text tower that cannot be used: who searches by text is told
     write_json(join(archive.index_uri, FLOORS), content)
@@ -100,21 +98,18 @@ def picture_floor(archive: Archive) -> Floor:
     random = np.random.default_rng(len(first))
     chosen = sorted(random.choice(sorted(first), min(PICTURES, len(first)), replace=False).tolist()) if first else []
     found = [part_keys(archive.frames_uri, first[number], np.zeros(1, np.int64)) for number in chosen]
-    keys = [stored[0][0].astype(np.float32) for stored in found if stored is not None]
+    keys = [stored[0].astype(np.float32) for stored in found if stored is not None]
     if len(keys) < LEAST_VIDEOS:
         return Floor(PICTURE_FLOOR, f"CLIP's in general, as the archive has fewer than {LEAST_VIDEOS} videos")
-    products = [float(one @ other) for one, other in combinations(keys, 2)]
-    score = round(float(np.quantile(products, PAIR_QUANTILE)), 4)
+    products = np.stack(keys) @ np.stack(keys).T
+    score = round(float(np.quantile(products[np.triu_indices(len(keys), 1)], PAIR_QUANTILE)), 4)
     return Floor(score, f"the cosines of frames of {len(keys)} different videos")
 
 
-def _read(archive: Archive) -> dict[str, Floor]:
-    content = _content(archive)
-    return {kind: Floor(**content[kind]) for kind in ("text", "picture") if kind in content}
-
-
-def _counted(archive: Archive) -> int:
-    return _content(archive).get("frames", 0)
+def _kept(archive: Archive, kind: str) -> Floor | None:
+    """What is kept with the archive for "text" or "picture"."""
+    values = _content(archive).get(kind)
+    return None if values is None else Floor(**values)
 
 
 def _content(archive: Archive) -> dict:

@@ -12,7 +12,7 @@ from storage.errors import VideoProblem
 from storage.files import local_path
 from storage.records import FrameRef, VideoRow
 from workers.content import check_still_there, in_video
-from workers.decode import PADDING_PIXELS, Decoder
+from workers.decode import Decoder, allowed_pixels
 from workers.encode import exact_inputs
 from workers.llava_mini import FusionInputs, LlavaMini, fuse_question, patches_inputs, tokens_inputs
 
@@ -71,7 +71,7 @@ def fuse(archive: Archive, model: LlavaMini, ids: Sequence[int], frames: Sequenc
 
 def _allowed_pixels(rows: Iterable[VideoRow]) -> int:
     """Room for the largest of these videos, all of which were allowed when they were indexed."""
-    return max((row.probe.width + PADDING_PIXELS) * (row.probe.height + PADDING_PIXELS) for row in rows)
+    return max(allowed_pixels(row.probe) for row in rows)
 
 
 def stored_inputs(

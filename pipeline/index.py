@@ -30,7 +30,7 @@ from storage.records import (
     VideoRow,
 )
 from storage.sweep import sweep
-from storage.vectors import improve_index, open_index, update_index
+from storage.vectors import improve_index, update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle, find_bundle
 from workers.content import identify
@@ -159,7 +159,7 @@ def run_index(
     if known.todo:  # a run with nothing to do ends in a second
         if not result.interrupted:
             improve_index(archive)
-            update_floors(archive, bundle, open_index(archive))
+            update_floors(archive, bundle)
         sweep(archive)
     result.seconds = time.monotonic() - start
     return result

@@ -152,12 +152,12 @@ class QueryEncoder:
         if start is None or end is not None:
             raise UsageError(f"--like {name}: give one moment of a video in the archive, e.g. a.mp4@0:01:05")
         row = self._archive.find_video(video)
-        frames = [] if row.video_number is None else self._archive.frames(row.video_number, start, start + 1e-6)
-        if not frames:
+        frame = None if row.video_number is None else self._archive.frame_at(row.video_number, start)
+        if frame is None:
             raise UsageError(f"--like {name}: the archive has no frame of that time; the video's frames are elsewhere")
-        if not keeps(self._archive.frames_uri, "search_key", frames[-1:]):
+        if not keeps(self._archive.frames_uri, "search_key", [frame]):
             raise UsageError(f"--like {name}: its frames have no search keys, as its model gives none")
-        return frames[-1]
+        return frame
 
     def _check(self, query: Query) -> None:
         texts = [term.text for term in query.terms if term.kind is Kind.TEXT]

@@ -153,14 +153,15 @@ def _find(
         moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))
         moments = [moment for moment in moments if not any(_holds(moment, frame) for frame in keys.examples)]
         moments = [*_spread(moments, wanted.per_video)][:limit]
-        if len(found) < count or found[-1].score < scores[0]:  # there are no more
-            return moments, len(above) - len(hits)
-        if count >= index.frame_count:
-            return moments, len(above) - len(hits)
-        enough = len(moments) == limit
-        if enough and (count >= MOST_HITS or found[-1].score <= min(fallen(moment.score) for moment in moments)):
+        are_all = len(found) < count or found[-1].score < scores[0] or count >= index.frame_count
+        if are_all or (len(moments) == limit and (count >= MOST_HITS or found[-1].score <= _least_fallen(moments))):
             return moments, len(above) - len(hits)
         count *= 4
+
+
+def _least_fallen(moments: Sequence[Moment]) -> float:
+    """The score below which no frame belongs to any of the moments."""
+    return min(fallen(moment.score) for moment in moments)
 
 
 def _holds(moment: Moment, frame: FrameRef) -> bool:

@@ -352,6 +352,14 @@ class Archive:
         chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
         return {number: ids[number] for number in chosen if number in ids}
 
+    def frame_at(self, video_number: int, seconds: float) -> FrameRef | None:
+        """The frame that is shown at a position; None where no published frame is.
+
+        Raises:
+            ArchiveError: a part is missing or damaged.
+        """
+        return next(reversed(self.frames(video_number, seconds, seconds + 1e-6)), None)
+
     def hit_frames(self, hits: Sequence[Hit]) -> list[FrameRef]:
         """The frames that a search found, in the order of the hits."""
         return find_hits(self.frames_uri, self.part_bounds(), self.published(), hits)

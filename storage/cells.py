@@ -140,8 +140,8 @@ def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
         return read_columns(uri, names).slice(0, 1).to_pylist()[0]
 
 
-def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Search keys of a part, (T, E) float16, and their frame indexes, (T,) int64; None where it keeps none.
+def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -> np.ndarray | None:
+    """Search keys of a part, (T, E) float16; None where it keeps none.
 
     Args:
         frames_uri: the archive's frames table.
@@ -154,10 +154,7 @@ def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -
     if "search_key" not in part.widths:
         return None
     rows = np.arange(int(part.group_starts[-1])) if rows is None else rows
-    cells = _checked_rows(part, "search_key", rows)
-    with damage(part.uri):
-        frame_index = read_columns(part.uri, ["frame_index"]).column(0).to_numpy()
-    return np.ascontiguousarray(cells).view("<f2"), frame_index[rows]
+    return np.ascontiguousarray(_checked_rows(part, "search_key", rows)).view("<f2")
 
 
 def key_offsets(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +185,7 @@ def read_keys_at(
     uri = join(frames_uri, part_name)
     path = local_path(uri)
     if path is None or (keys < 0).any():
-        return part_keys(frames_uri, part_name, rows)[0]
+        return part_keys(frames_uri, part_name, rows)
     cells = bytearray(2 * width * len(rows))
     with damage(uri):
         file = os.open(path, os.O_RDONLY)

@@ -20,9 +20,8 @@ import numpy as np
 from storage.archive import Archive
 from storage.cells import key_offsets, part_keys, read_keys_at
 from storage.errors import ArchiveError
-from storage.exact_keys import row_ids_of
-from storage.files import NewFile, join, source_text
-from storage.frames import read_times
+from storage.exact_keys import part_row_ids
+from storage.files import NewFile, source_text
 from storage.index_manifest import (
     Covered,
     Damaged,
@@ -242,7 +241,7 @@ def sample_keys(archive: Archive, parts: Sequence[tuple[str, int, int]], count: 
         if skip < row_count:
             stored = part_keys(archive.frames_uri, path, np.arange(skip, row_count, step))
             if stored is not None:
-                found.append(stored[0].astype(np.float32))
+                found.append(stored.astype(np.float32))
         skip = (skip - row_count) % step
     return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
@@ -265,12 +264,12 @@ def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int
         waiting.clear()
 
     for path, number in parts:
-        found = part_keys(archive.frames_uri, path)
-        covered.append((path, number, 0 if found is None else len(found[0])))
-        if found is None:
+        keys = part_keys(archive.frames_uri, path)
+        covered.append((path, number, 0 if keys is None else len(keys)))
+        if keys is None:
             continue
         rows.append(_rows_of(archive, path, number))
-        waiting.append(found[0])
+        waiting.append(keys)
         if sum(len(keys) for keys in waiting) >= CHUNK_KEYS:
             add()
     if waiting:
@@ -280,9 +279,9 @@ def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int
 
 def _rows_of(archive: Archive, path: str, number: int) -> np.ndarray:
     """(T,) _ROW: where the keys of a part are."""
-    frame_index = read_times(join(archive.frames_uri, path)).frame_index
-    rows = np.empty(len(frame_index), _ROW)
-    rows["row_id"] = row_ids_of(number, frame_index)
+    row_ids = part_row_ids(archive, path, number)
+    rows = np.empty(len(row_ids), _ROW)
+    rows["row_id"] = row_ids
     rows["key"], rows["checksum"] = key_offsets(archive.frames_uri, path)
     rows["crc"] = _crc(rows)
     return rows

@@ -10,7 +10,8 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
-from storage.files import NewFile
+from storage.files import NewFile, join
+from storage.frames import read_times
 from storage.index_manifest import (
     MANIFEST,
     Covered,
@@ -66,6 +67,15 @@ def row_ids_of(video_number: np.ndarray | int, frame_index: np.ndarray) -> np.nd
     return (np.asarray(video_number, np.int64) << 32) | frame_index
 
 
+def part_row_ids(archive: Archive, path: str, video_number: int) -> np.ndarray:
+    """(T,) int64: the row ids of a part's frames.
+
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
+    return row_ids_of(video_number, read_times(join(archive.frames_uri, path)).frame_index)
+
+
 def build_exact(archive: Archive, parts: Sequence[tuple[str, int]]) -> tuple[faiss.IndexIDMap | None, Covered]:
     """The keys of parts, given by path and video number; no index where they keep none.
 
@@ -74,18 +84,17 @@ def build_exact(archive: Archive, parts: Sequence[tuple[str, int]]) -> tuple[fai
     """
     index, covered = None, []
     for path, number in parts:
-        found = part_keys(archive.frames_uri, path)
-        covered.append((path, number, 0 if found is None else len(found[0])))
-        if found is None:
+        keys = part_keys(archive.frames_uri, path)
+        covered.append((path, number, 0 if keys is None else len(keys)))
+        if keys is None:
             continue
-        keys, frame_index = found
         if index is None:
             scalar = faiss.IndexScalarQuantizer(
                 keys.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
             )
             index = faiss.IndexIDMap(scalar)
         # The codes of QT_fp16 are the float16 keys themselves; FAISS's own encoder takes 20 times as long.
-        index.add_sa_codes(keys.view(np.uint8), row_ids_of(number, frame_index))
+        index.add_sa_codes(keys.view(np.uint8), part_row_ids(archive, path, number))
     return index, Covered.of(covered)
 
 
@@ -141,10 +150,9 @@ def exact_faults(archive: Archive, file: KeyFile, is_live: Sequence[bool]) -> It
         if stored is None or count == 0 or opened is None:
             is_right = stored is None and count == 0
         else:
-            keys, frame_index = stored
             row_ids = opened.row_ids[opened.covered.starts[place] : opened.covered.starts[place + 1]]
-            is_right = np.array_equal(opened.keys(place), keys)
-            is_right = is_right and np.array_equal(row_ids, row_ids_of(number, frame_index))
+            is_right = np.array_equal(opened.keys(place), stored)
+            is_right = is_right and np.array_equal(row_ids, part_row_ids(archive, path, number))
         if not is_right:
             yield file.files[0].name if file.files else MANIFEST, f"its keys of {path} are not those that are stored"
 

@@ -37,7 +37,6 @@ MANIFEST = "index.json"
 LOCK = "index.lock"
 TRAINING = "training.lock"
 FLOORS = "floors.json"  # pipeline/floors.py
-SUFFIXES = (".faiss", ".coarse", ".codes", ".rows")
 
 
 class Damaged(Exception):
@@ -169,7 +168,7 @@ def write_manifest(archive: Archive, after: Manifest) -> None:
     try:
         known = read_manifest(archive).names()
     except Damaged:
-        known = set()  # what it named cannot be told from what others are writing: `vidx clean` sees to it
+        known: set[str] = set()  # what it named cannot be told from what others are writing: `vidx clean` sees to it
     content = {
         "format": INDEX_FORMAT,
         "model_id": archive.model_id,
@@ -181,11 +180,9 @@ def write_manifest(archive: Archive, after: Manifest) -> None:
         "coded": [_values(file) for file in after.coded],
     }
     write_json(join(archive.index_uri, MANIFEST), content)
-    kept = after.names()
-    for name in known:
-        if name.endswith(SUFFIXES) and name not in kept:
-            with contextlib.suppress(OSError):
-                remove(join(archive.index_uri, name))
+    for name in known - after.names():
+        with contextlib.suppress(OSError):
+            remove(join(archive.index_uri, name))
 
 
 def read_json(uri: str) -> dict:

@@ -44,7 +44,7 @@ from storage.exact_keys import (
     exact_faults,
     in_groups,
     open_exact,
-    row_ids_of,
+    part_row_ids,
     write_exact,
 )
 from storage.files import exists, join, read_bytes, remove, source_text
@@ -91,11 +91,11 @@ class Index:
     def __init__(
         self,
         archive: Archive,
-        exact: Sequence[ExactKeys],
-        coarse: Coarse | None,
-        coded: Sequence[CodedKeys],
-        without_keys: Iterable[str],
-        rebuilt: bool,
+        exact: Sequence[ExactKeys] = (),
+        coarse: Coarse | None = None,
+        coded: Sequence[CodedKeys] = (),
+        without_keys: Iterable[str] = (),
+        rebuilt: bool = False,
     ):
         self._archive = archive
         self._coarse = coarse
@@ -183,7 +183,7 @@ class Index:
         shares = []
         for _ in range(RECALL_QUERIES):
             pair = [paths[place] for place in random.integers(len(paths), size=2)]
-            query = sum(part_keys(self._archive.frames_uri, path, first)[0][0].astype(np.float32) for path in pair)
+            query = sum(part_keys(self._archive.frames_uri, path, first)[0].astype(np.float32) for path in pair)
             found, true = (
                 best_keys(self._archive, self._coarse, self._coded, query, 10, masks, probes)
                 for probes in (None, self._coarse.list_count)
@@ -191,11 +191,19 @@ class Index:
             shares.append(len(set(found) & set(true)) / len(true))
         return float(np.mean(shares))
 
+    @cached_property
+    def _live_masks(self) -> dict[int, np.ndarray | None]:
+        """The mask of each file where nothing is filtered, by the id of what it covers."""
+        masks = {}
+        for keys in (*self._exact, *self._coded):
+            is_live = np.array([path in self._live for path in keys.covered.paths], bool)
+            masks[id(keys.covered)] = None if is_live.all() else np.repeat(is_live, keys.covered.key_counts)
+        return masks
+
     def _mask(self, covered: Covered, rows: Rows | None) -> np.ndarray | None:
         """(keys,) bool: which of a file's keys may be found; None for all."""
         if rows is None:
-            is_live = np.fromiter((path in self._live for path in covered.paths), bool, len(covered.paths))
-            return None if is_live.all() else np.repeat(is_live, covered.key_counts)
+            return self._live_masks[id(covered)]
         mask = np.zeros(covered.key_count, bool)
         for path, chosen in rows.items():
             part = covered.order.get(path)
@@ -213,9 +221,10 @@ class Index:
         found = []
         for path, chosen in rows.items():
             if path in self._counts:
-                keys, frame_index = part_keys(self._archive.frames_uri, path, chosen)
+                keys = part_keys(self._archive.frames_uri, path, chosen)
                 scores = keys.astype(np.float32) @ query
-                row_ids = row_ids_of(self._live[path][1], frame_index)
+                row_ids = part_row_ids(self._archive, path, self._live[path][1])
+                row_ids = row_ids if chosen is None else row_ids[chosen]
                 found += zip(scores.tolist(), row_ids.tolist(), strict=True)
         return found
 
@@ -246,7 +255,7 @@ def open_index(archive: Archive) -> Index:
         ArchiveError: a part is missing or damaged.
     """
     if not archive.parts() and not exists(join(archive.index_uri, MANIFEST)):
-        return Index(archive, [], None, [], (), False)
+        return Index(archive)
     seen = None
     for _ in range(OPEN_ROUNDS):  # a job that swaps the index meanwhile removes the files of the old one
         seen = _bytes_of(join(archive.index_uri, MANIFEST))
@@ -265,7 +274,7 @@ def open_index(archive: Archive) -> Index:
                 f"{source_text(archive.index_uri)}: missing or damaged, and too large to do without; make the archive "
                 f"writable and run `vidx repair` ({' '.join(str(error).split())})"
             ) from error
-        return Index(archive, [], None, [], (), True)
+        return Index(archive, rebuilt=True)
 
 
 def _open(archive: Archive, manifest: Manifest, rebuilt: bool) -> Index:

@@ -62,9 +62,9 @@ def check_still_there(row: VideoRow) -> None:
     """
     path = local_path(row.uri)
     try:
-        stat = os.stat(path)
-        same = stat.st_size == row.size_bytes
-        if same and stat.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
+        now = os.stat(path)
+        same = now.st_size == row.size_bytes
+        if same and now.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
             same = identify(path).video_id == row.video_id
     except OSError as error:
         raise in_video(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error

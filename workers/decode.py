@@ -237,6 +237,11 @@ class Decoder:
         return self._call
 
 
+def allowed_pixels(probe: Probe) -> int:
+    """The limit on pixels under which a video that was read once is read again."""
+    return (probe.width + PADDING_PIXELS) * (probe.height + PADDING_PIXELS)
+
+
 def check_choice(choice: Choice) -> None:
     """Raises UsageError where a choice needs a package that is not installed."""
     if choice is Choice.SCENES and find_spec("scenedetect") is None:

@@ -105,8 +105,7 @@ def cut(
                 last = first
                 for packet in _moment(container, streams, first, start, end, kind in HIDES_LEAD, alive):
                     if packet.stream is video:
-                        shown = packet.pts if packet.pts is not None else packet.dts
-                        last = max(last, float((shown + (packet.duration or 0)) * packet.time_base))
+                        last = max(last, _shown(packet) + _length(packet))
                     _shift(packet, begins)
                     packet.stream = copies[packet.stream.index]
                     out.mux(packet)
@@ -144,9 +143,8 @@ def _keyframe_after(
     _go_to(container, video, seconds)
     for packet in container.demux(video):
         alive()
-        shown = packet.pts if packet.pts is not None else packet.dts
-        if packet.is_keyframe and shown is not None:
-            return float(shown * packet.time_base)
+        if packet.is_keyframe and (packet.pts is not None or packet.dts is not None):
+            return _shown(packet)
     return None
 
 
@@ -168,10 +166,10 @@ def _moment(
     sound_from = start if hides_lead else first
     for packet in _with_decode_times(container.demux(streams)):
         alive()
-        shown = float((packet.pts if packet.pts is not None else packet.dts) * packet.time_base)
+        shown = _shown(packet)
         decoded = float(packet.dts * packet.time_base)
         if packet.stream is not video:
-            if decoded < end and shown + float((packet.duration or 0) * packet.time_base) > sound_from:
+            if decoded < end and shown + _length(packet) > sound_from:
                 early.append(packet)
                 if has_begun:
                     yield from early
@@ -219,6 +217,16 @@ def _with_decode_times(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
             yield held
         last[stream] = packet.dts
         yield packet
+
+
+def _shown(packet: av.Packet) -> float:
+    """When it is shown, in seconds of the file's clock."""
+    return float((packet.pts if packet.pts is not None else packet.dts) * packet.time_base)
+
+
+def _length(packet: av.Packet) -> float:
+    """How long it is shown, in seconds; 0 where the file does not say."""
+    return float((packet.duration or 0) * packet.time_base)
 
 
 def _shift(packet: av.Packet, seconds: float) -> None:

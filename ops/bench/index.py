@@ -27,6 +27,7 @@ from harness import figure, run_vidx, save, seconds
 from pipeline.filter import Filter
 from storage.archive import Archive, create_archive, open_archive
 from storage.cells import part_keys
+from storage.exact_keys import part_row_ids
 from storage.files import tree_size
 from storage.frames import Rows
 from storage.vectors import Index, improve_index, open_index, update_index
@@ -59,9 +60,10 @@ def blocks(archive: Archive, rows: Rows | None = None, most: int = 1 << 18) -> I
     for part in archive.parts():
         if rows is not None and part.path not in rows:
             continue
-        found, frame_index = part_keys(archive.frames_uri, part.path, None if rows is None else rows[part.path])
-        keys.append(found)
-        ids.append((np.int64(part.video_number) << 32) | frame_index)
+        chosen = None if rows is None else rows[part.path]
+        keys.append(part_keys(archive.frames_uri, part.path, chosen))
+        row_ids = part_row_ids(archive, part.path, part.video_number)
+        ids.append(row_ids if chosen is None else row_ids[chosen])
         if sum(len(piece) for piece in keys) >= most:
             yield np.concatenate(keys), np.concatenate(ids)
             keys, ids = [], []

@@ -19,10 +19,9 @@ from typing import Any
 import footage
 import numpy as np
 from harness import figure, save
-from index import WIDTH, K, exact, queries, recall
+from index import WIDTH, K, blocks, exact, queries, recall
 
 from storage.archive import open_archive
-from storage.cells import part_keys
 from storage.files import tree_size
 from storage.vectors import drop_index, improve_index, open_index, update_index
 
@@ -102,9 +101,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     archive = open_archive(str(options.folder / "archive"))
-    stored = [(part.video_number, *part_keys(archive.frames_uri, part.path)) for part in archive.parts()]
-    keys = np.concatenate([found.astype(np.float32) for _, found, _ in stored])
-    ids = np.concatenate([(np.int64(number) << 32) | indexes for number, _, indexes in stored])
+    keys, ids = (np.concatenate(pieces) for pieces in zip(*blocks(archive), strict=True))
+    keys = keys.astype(np.float32)
     place_of = {row_id: place for place, row_id in enumerate(ids.tolist())}
     wanted = queries(footage.directions(WIDTH), len(keys))
     true = {kind: exact(archive, each)[0] for kind, each in wanted.items()}
