@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": ("pipeline.cli_care", "Check that every byte of an archive is what was written."),
     "repair": ("pipeline.cli_care", "Take out what is damaged and index it again."),
     "clean": ("pipeline.cli_care", "Remove what an archive shows no more."),
+    "compact": ("pipeline.cli_care", "Join small files into larger ones."),
     "delete": ("pipeline.cli_delete", "Take videos out of an archive."),
     "expire": ("pipeline.cli_delete", "Take out videos that were recorded long ago."),
     "evaluate": ("pipeline.cli_evaluate", "Measure how well what is known is found."),

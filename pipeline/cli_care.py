@@ -1,4 +1,4 @@
-"""`vidx verify`, `vidx repair` and `vidx clean`."""
+"""`vidx verify`, `vidx repair`, `vidx clean` and `vidx compact`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,40 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
         print_json({"files_removed": cleaned.files, "frames_removed": cleaned.frames})
     else:
         click.echo(f"{cleaned.files} files removed, {cleaned.frames} frames that no video shows")
+
+
+@click.command()
+@archive_option
+@click.option(
+    "--target-mib",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="MIB",
+    help="How large files of frames may become; larger ones are left as they are.",
+)
+@json_option
+def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
+    """Join the small files of each video into larger ones, while the archive is searched and added to.
+
+    Frames, answers and the order of results stay the same. The old files stay for those who read them at this moment;
+    `vidx clean` removes them when they are a week old. It may be stopped at any time, and goes on where it was.
+
+    \b
+    vidx compact
+    vidx compact --target-mib 512 --json
+    """
+    from pipeline.cli_print import print_json
+    from storage.archive import open_archive
+    from storage.compact import compact as compact_archive
+
+    done = compact_archive(open_archive(archive_uri(archive_dir), write=True), target_mib << 20, _report)
+    if as_json:
+        print_json({"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written})
+    elif done.parts_joined:
+        click.echo(f"{done.parts_joined} files of {done.videos} videos joined into {done.parts_written}")
+    else:
+        click.echo("nothing to join")
 
 
 def _report(done: int, total: int) -> None:

@@ -390,7 +390,7 @@ class _Run:
         del self._videos[video.content.video_id]
         frame_count = self._archive.committed_frame_count(video.number)
         problem = video.problem
-        if not video.resumed <= self._archive.segments(video.number):
+        if not self._archive.holds(video.number, video.resumed):
             problem = Problem(Reason.DAMAGED, "frames of an earlier run were taken out while this one worked")
         if problem is None and video.resumed:
             problem = next(iter(self._archive.problems(video.number)), None)

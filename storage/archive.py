@@ -35,7 +35,18 @@ from storage.frame_table import FrameTable
 from storage.frames import LivePart, PartBounds, Rows, find_frames, find_hits, find_rows
 from storage.layout import COLUMNS
 from storage.numbers import NUMBERS, NumberTable
-from storage.records import FrameRef, Hit, Problem, Reason, Receipt, Sampling, Status, VideoRow
+from storage.records import (
+    FrameRef,
+    Hit,
+    Part,
+    Problem,
+    Reason,
+    Receipt,
+    Sampling,
+    Status,
+    VideoRow,
+    lies_within,
+)
 from storage.settings import (
     FORMAT_VERSION,
     TABLES,
@@ -238,17 +249,18 @@ class Archive:
         if number is None:
             return set()
         self._frames.refresh()
-        problems, wanted = self._frames.problems(number), set(segment_keys)
-        return {
+        for_good = [
             key
-            for key, problem in problems.items()
-            if key in wanted and (problem is None or not (whole_only or problem.reason.may_pass))
-        }
+            for key, problem in self._frames.problems(number).items()
+            if problem is None or not (whole_only or problem.reason.may_pass)
+        ]
+        return _pieces(segment_keys, for_good)
 
-    def segments(self, video_number: int) -> set[str]:
-        """The committed segments of a number, whole or not."""
+    def holds(self, video_number: int, segment_keys: Collection[str]) -> bool:
+        """Whether segments of a number are committed, whole or not."""
         bounds = self.part_bounds()
-        return set(bounds.segment[bounds.of(video_number)].tolist())
+        there = bounds.segment[bounds.of(video_number)].tolist()
+        return len(_pieces(segment_keys, there)) == len(segment_keys)
 
     def committed_frame_count(self, video_number: int) -> int:
         """Frames committed under a number, published or not."""
@@ -273,6 +285,10 @@ class Archive:
             ArchiveError: the archive cannot be written.
         """
         self._frames.drop(paths)
+
+    def join_parts(self, joined: Sequence[tuple[Part, Sequence[str]]]) -> list[bool]:
+        """Puts written parts in the place of those whose rows they hold; FrameTable.join says more."""
+        return self._frames.join(joined)
 
     def recount(self) -> list[VideoRow]:
         """Rows that said more frames than are stored: partial or failed now, with what is left, as they are returned.
@@ -499,6 +515,12 @@ class Archive:
             version=self.version,
             format_version=self.settings.format_version,
         )
+
+
+def _pieces(keys: Iterable[str], of: Collection[str]) -> set[str]:
+    """Those of the segments that are, or lie within, one of the others."""
+    known = set(of)
+    return {key for key in keys if key in known or any(lies_within(key, other) for other in of)}
 
 
 def _row_at(rows: pa.Table, place: int) -> VideoRow:

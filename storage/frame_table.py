@@ -9,7 +9,7 @@ from storage.errors import ArchiveError
 from storage.files import exists, join, source_text
 from storage.frames import PartBounds, part_bounds
 from storage.parts import PartWriter
-from storage.records import Part, Problem, Receipt
+from storage.records import Part, Problem, Receipt, lies_within
 from storage.tables import Conflict
 
 
@@ -108,6 +108,36 @@ class FrameTable:
             with contextlib.suppress(Conflict):
                 tables.commit(self._table, [], removed, versions)
 
+    def join(self, joined: Sequence[tuple[Part, Sequence[str]]]) -> list[bool]:
+        """Puts each of several written parts in the place of those whose rows it holds, at once; says which landed.
+
+        One of whose rows another process has taken out or replaced meanwhile does not land, and is removed.
+
+        Args:
+            joined: new parts, each with the paths of the old ones.
+        Raises:
+            ArchiveError: the archive cannot be written. The group is in, whole, or not at all; no part is removed.
+        """
+        for _ in tables.attempts():
+            self.refresh()
+            bounds = self.bounds()
+            places = {path: place for place, path in enumerate(bounds.path.tolist())}
+            waiting = [(part, paths) for part, paths in joined if places.keys() >= set(paths)]
+            if not waiting:
+                break
+            old = [places[path] for _, paths in waiting for path in paths]
+            guards = {_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in old}
+            versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
+            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in old]
+            with contextlib.suppress(Conflict):
+                tables.commit(self._table, [part for part, _ in waiting], removed, versions)
+        there = set(self.bounds().path)
+        for part, _ in joined:
+            if part.path not in there:
+                with contextlib.suppress(OSError):
+                    PartWriter.discard(self.uri, part)
+        return [part.path in there for part, _ in joined]
+
     def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], dict[str, tuple[str, int]]]:
         """The receipts to commit, and by segment the path and size of each part that makes way for one of them."""
         bounds = self.bounds()
@@ -122,6 +152,8 @@ class FrameTable:
             if receipt.part is None or key in seen:
                 continue
             place = places.get(key)
+            if place is None and self._is_joined(receipt):
+                continue
             if place is not None:
                 path, row_count = bounds.path[place], int(bounds.row_count[place])
                 if path == receipt.part.path or not self._is_better(receipt, path, row_count):
@@ -130,6 +162,13 @@ class FrameTable:
             seen.add(key)
             waiting.append(receipt)
         return waiting, replaced
+
+    def _is_joined(self, receipt: Receipt) -> bool:
+        """Whether a segment's rows are in a part of several segments, which holds all that there is of each."""
+        bounds = self.bounds()
+        places = bounds.of(receipt.video_number).tolist()
+        around = (place for place in places if lies_within(receipt.segment.key, bounds.segment[place]))
+        return any(part_problem(self.uri, bounds.path[place]) is None for place in around)
 
     def _is_better(self, receipt: Receipt, path: str, row_count: int) -> bool:
         """Whether a segment's rows are to take the place of those that are in."""

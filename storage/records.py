@@ -6,8 +6,9 @@
 Times are float64 seconds or integer ticks of the stream's time base; ranges are half-open.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -156,6 +157,23 @@ class Segment:
         start = "" if self.start_ticks is None else self.start_ticks
         end = "" if self.end_ticks is None else self.end_ticks
         return f"{start}..{end}"
+
+
+def segment_range(key: str) -> tuple[float, float]:
+    """Start and end of a segment, in ticks, by its key; infinite where it is open."""
+    start, end = key.split("..")
+    return int(start) if start else -math.inf, int(end) if end else math.inf
+
+
+def joined_key(keys: Sequence[str]) -> str:
+    """The key of the segment that reaches from the start of the first to the end of the last."""
+    return f"{keys[0].split('..')[0]}..{keys[-1].split('..')[1]}"
+
+
+def lies_within(key: str, other: str) -> bool:
+    """Whether a segment is the other one or a piece of it, by their keys."""
+    (start, end), (other_start, other_end) = segment_range(key), segment_range(other)
+    return other_start <= start and end <= other_end
 
 
 class Choice(StrEnum):

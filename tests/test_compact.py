@@ -1,0 +1,217 @@
+"""compact joins the parts of a video; nothing that was stored, found or shown changes, whoever reads meanwhile."""
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from small_archive import (
+    MODEL_ID,
+    SAMPLING,
+    add_video,
+    cells_left,
+    folder_of,
+    make_old,
+    partial_receipt,
+    random_rows,
+    receipt_for,
+    row_for,
+    video_id_of,
+)
+
+from pipeline.cli import vidx
+from storage.archive import create_archive, open_archive
+from storage.cells import read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
+from storage.compact import compact
+from storage.errors import ArchiveError
+from storage.layout import read_columns
+from storage.records import Reason, Status
+from storage.sweep import clean
+from storage.vectors import open_index, update_index
+from storage.verify import verify
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="small")
+
+
+def add_in_pieces(archive, name, pieces=4, frames=5):
+    """A video of several segments, the last open; returns its rows."""
+    rows = random_rows(pieces * frames, seed=name, patches=(3, 4))
+    cuts = [None, *(10 * frames * piece for piece in range(1, pieces)), None]
+    for piece in range(pieces):
+        own = rows.cut(frames * piece, frames * (piece + 1))
+        assert archive.commit_frames([receipt_for(archive, name, own, (cuts[piece], cuts[piece + 1]))]) == [True]
+    archive.publish([row_for(archive, name, pieces * frames)])
+    update_index(archive)
+    return rows
+
+
+def parts_of(archive):
+    return sorted(open_archive(archive.uri).part_bounds().path.tolist())
+
+
+def stored(archive, name):
+    """All that an archive says of the frames of a video, cells included."""
+    frames = archive.frames(row_for(archive, name, 1).video_number)
+    uri = archive.frames_uri
+    patches = read_patches(uri, frames)
+    times = [replace(frame, part="", row=0) for frame in frames]
+    tokens = (read_tokens(uri, frames), read_compressor_out(uri, frames), read_keys(uri, frames))
+    cells = [cell.tobytes() for cell in (*tokens, patches.values, patches.scales, patches.positions)]
+    return times, cells, read_thumbnails(uri, frames)
+
+
+def narrow(archive):
+    """The rows of an archive's parts but for what says in which of them they lie."""
+    tables = [read_columns(f"{archive.frames_uri}/{path}") for path in parts_of(archive)]
+    rows = [row for table in tables for row in table.drop_columns(["row", "segment"]).to_pylist()]
+    return sorted(rows, key=lambda row: (row["video_number"], row["ticks"]))
+
+
+def test_each_video_becomes_one_part_and_every_cell_stays(archive):
+    rows = {name: add_in_pieces(archive, name) for name in (1, 2)}
+    before = {name: stored(archive, name) for name in rows}, narrow(archive)
+    done = compact(archive)
+    assert (done.videos, done.parts_joined, done.parts_written) == (2, 8, 2)
+    found = open_archive(archive.uri)
+    assert len(found.part_bounds()) == 2
+    assert set(found.part_bounds().segment.tolist()) == {".."}
+    assert ({name: stored(found, name) for name in rows}, narrow(found)) == before
+    assert verify(found.uri).faults == ()
+    again = compact(found)
+    assert (again.videos, again.parts_joined, again.parts_written) == (0, 0, 0)
+
+
+def test_parts_grow_up_to_the_target(archive):
+    add_in_pieces(archive, 1, pieces=6)
+    size = int(archive.part_bounds().size_bytes.max())
+    done = compact(archive, target_bytes=3 * size)
+    assert (done.parts_joined, done.parts_written) == (6, 2)
+    bounds = open_archive(archive.uri).part_bounds()
+    assert sorted(bounds.segment.tolist()) == ["..150", "150.."]
+    assert compact(archive, target_bytes=size).parts_joined == 0  # none is split or grows
+
+
+def test_search_finds_the_same_while_and_after(archive):
+    rows = {name: add_in_pieces(archive, name) for name in (1, 2, 3)}
+    open_before = open_index(archive)
+    queries = [each.tokens.search_key[7].astype(np.float32) for each in rows.values()]
+    wanted = [open_before.search(query, 12) for query in queries]
+    compact(open_archive(archive.uri))
+    assert [open_before.search(query, 12) for query in queries] == wanted  # by the files of its version
+    index = open_index(open_archive(archive.uri))
+    assert [index.search(query, 12) for query in queries] == wanted
+    assert not index.rebuilt
+    assert index.count(dict.fromkeys(parts_of(archive))) == 60
+
+
+def test_old_files_go_when_they_are_old_enough(archive):
+    rows = add_in_pieces(archive, 1)
+    old = parts_of(archive)
+    compact(archive)
+    clean(open_archive(archive.uri), 3600)
+    assert all((folder_of(archive) / "frames" / path).exists() for path in old)
+    make_old(archive)
+    clean(open_archive(archive.uri), 3600)  # they are old, but it is not an hour since they were replaced
+    assert all((folder_of(archive) / "frames" / path).exists() for path in old)
+    clean(open_archive(archive.uri), 0)
+    assert not any((folder_of(archive) / "frames" / path).exists() for path in old)
+    assert all(cells_left(archive, rows))
+
+
+def test_what_is_not_whole_or_shown_is_left_alone(archive):
+    rows = random_rows(8)
+    part = partial_receipt(archive, 1, rows.cut(0, 4), Reason.CORRUPT)
+    archive.commit_frames([part])
+    archive.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
+    for piece, cut in enumerate([(None, 40), (40, None)]):  # of a job that still runs
+        archive.commit_frames([receipt_for(archive, 2, rows.cut(4 * piece, 4 * piece + 4), cut)])
+    before = parts_of(archive)
+    assert compact(archive).parts_joined == 0
+    assert parts_of(archive) == before
+
+
+def test_a_job_knows_the_segments_of_a_joined_part_again(archive):
+    rows = add_in_pieces(archive, 1)
+    compact(archive)
+    found = open_archive(archive.uri)
+    keys = ["..50", "50..100", "100..150", "150.."]
+    assert found.committed(video_id_of(1), SAMPLING, keys) == set(keys)
+    assert found.holds(row_for(archive, 1, 1).video_number, keys)
+    late = receipt_for(archive, 1, rows.cut(5, 10), (50, 100))
+    assert found.commit_frames([late]) == [False]
+    assert found.committed_frame_count(late.video_number) == 20
+
+
+def test_parts_that_went_meanwhile_are_not_brought_back(archive, monkeypatch):
+    add_in_pieces(archive, 1)
+    add_in_pieces(archive, 2)
+    gone = row_for(archive, 1, 1).video_number
+    join = type(archive).join_parts
+
+    def slow_join(self, joined):
+        other = open_archive(self.uri)
+        bounds = other.part_bounds()
+        other.drop_parts(bounds.path[bounds.of(gone)][:1].tolist())
+        return join(self, joined)
+
+    monkeypatch.setattr(type(archive), "join_parts", slow_join)
+    done = compact(archive)
+    assert (done.videos, done.parts_joined, done.parts_written) == (1, 4, 1)
+    found = open_archive(archive.uri)
+    assert found.committed_frame_count(gone) == 15
+    assert len(list((folder_of(archive) / "frames").glob("*.parquet"))) == 9  # 8 old ones, 1 new
+
+
+def test_videos_are_added_and_deleted_at_the_same_time(archive):
+    for name in range(1, 9):
+        add_in_pieces(archive, name)
+    problems = []
+
+    def others():
+        try:
+            own = open_archive(archive.uri)
+            for name in range(9, 13):
+                add_in_pieces(own, name)
+            own.delete([row_for(own, 3, 20), row_for(own, 9, 20)])
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    compact(archive)
+    thread.join()
+    assert problems == []
+    compact(archive)
+    found = open_archive(archive.uri)
+    assert verify(found.uri).faults == ()
+    assert found.frame_count() == 200
+    assert {part.row_count for part in found.parts()} == {20}
+
+
+def test_a_damaged_part_is_named_and_nothing_is_lost(archive):
+    add_in_pieces(archive, 1)
+    bounds = archive.part_bounds()
+    path = folder_of(archive) / "frames" / bounds.path[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    before = parts_of(archive)
+    with pytest.raises(ArchiveError, match=path.name):
+        compact(archive)
+    assert parts_of(archive) == before
+    assert len(list(path.parent.glob("*.parquet"))) == 4
+
+
+def test_the_command_says_what_it_joined(archive):
+    add_video(archive, 5)
+    add_in_pieces(archive, 1)
+    result = CliRunner().invoke(vidx, ["compact", "--archive", str(folder_of(archive)), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"videos": 1, "files_joined": 4, "files_written": 1}
+    result = CliRunner().invoke(vidx, ["compact", "--archive", str(folder_of(archive))])
+    assert result.stdout == "nothing to join\n"
