@@ -30,6 +30,7 @@ from storage.coded_keys import (
     code_faults,
     join_codes,
     list_count_for,
+    multiply,
     open_coarse,
     open_codes,
     sample_keys,
@@ -67,7 +68,7 @@ from storage.index_manifest import (
 )
 from storage.records import Hit
 
-EXACT_KEYS = 1 << 17  # more of them, and codes are faster
+EXACT_KEYS = 1 << 15  # more of them, and codes are faster (ops/bench/index.py)
 GROWTH = 4  # times as many keys as the lists were made for, and they are made anew
 LEAST_RECALL = 0.95  # of the best ten keys
 RECALL_QUERIES = 24
@@ -222,7 +223,7 @@ class Index:
         for path, chosen in rows.items():
             if path in self._counts:
                 keys = part_keys(self._archive.frames_uri, path, chosen)
-                scores = keys.astype(np.float32) @ query
+                scores = multiply(keys.astype(np.float32), query)
                 row_ids = part_row_ids(self._archive, path, self._live[path][1])
                 row_ids = row_ids if chosen is None else row_ids[chosen]
                 found += zip(scores.tolist(), row_ids.tolist(), strict=True)
@@ -269,7 +270,7 @@ def open_index(archive: Archive) -> Index:
         improve_index(archive)
         return _open(archive, read_manifest(archive), True)
     except (ArchiveError, OSError, Damaged) as error:  # read-only: in memory, for this process alone
-        if sum(part.row_count for part in archive.parts()) > EXACT_KEYS:
+        if sum(part.row_count for part in archive.parts()) > MAX_EXACT:
             raise ArchiveError(
                 f"{source_text(archive.index_uri)}: missing or damaged, and too large to do without; make the archive "
                 f"writable and run `vidx repair` ({' '.join(str(error).split())})"

@@ -33,7 +33,8 @@ CONTRASTS = """() => {
       around.unshift(getComputedStyle(node).backgroundColor);
     around.unshift(paper);
     const [one, other] = [light(around), light([...around, getComputedStyle(element).color])];
-    return [(Math.max(one, other) + .05) / (Math.min(one, other) + .05), parseFloat(getComputedStyle(element).fontSize)];
+    const contrast = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
+    return [contrast, parseFloat(getComputedStyle(element).fontSize)];
   });
 }"""
 

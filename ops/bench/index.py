@@ -9,9 +9,11 @@ as wide as the built-in model's, is for `vidx search` as a whole process.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -30,7 +32,7 @@ from storage.cells import part_keys
 from storage.exact_keys import part_row_ids
 from storage.files import tree_size
 from storage.frames import Rows
-from storage.vectors import Index, improve_index, open_index, update_index
+from storage.vectors import Index, drop_index, improve_index, open_index, update_index
 from workers.bundle import find_bundle
 from workers.clip_text import TextEncoder
 
@@ -129,10 +131,15 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), true.tolist(), strict=True)]))
 
 
-def memory_bytes() -> int:
-    """Of this process besides the pages of files that it has mapped."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+def memory_bytes(uri: str) -> int:
+    """Of a process that has opened the index and searched, besides the pages of files that it has mapped."""
+    code = (
+        "import numpy as np; from storage.archive import open_archive; from storage.vectors import open_index;"
+        f"index = open_index(open_archive({uri!r})); queries = np.random.default_rng(0).standard_normal((20, {WIDTH}));"
+        "[index.search(query.astype(np.float32), 10) for query in queries];"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')))"
+    )
+    return 1024 * int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def measure(archive: Archive, shared: footage.Directions) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def measure(archive: Archive, shared: footage.Directions) -> dict[str, Any]:
             "recall": recall(found, true),
             "exact_ms": 1e3 * exact_seconds,
         }
-    record["memory_bytes"] = memory_bytes()
+    record["memory_bytes"] = memory_bytes(archive.uri)
     wanted = np.concatenate(list(queries(shared, frames).values()))[::4]
     for name, within in filters(archive, frames).items():
         rows = within.rows(archive)
@@ -171,10 +178,10 @@ def measure(archive: Archive, shared: footage.Directions) -> dict[str, Any]:
 
 
 def filters(archive: Archive, frames: int) -> dict[str, Filter]:
-    """One per cent of the archive: the videos of a camera; and a hundred thousandth: a minute or two of one video."""
+    """The videos of one camera of a hundred; and a hundred thousandth: a minute or two of one video."""
     row = archive.videos()[frames // footage.VIDEO_FRAMES // 2]
     return {
-        "filter 1 %": Filter(tags={"camera": ("7",)}),
+        "filter 1 %": Filter(tags={"camera": (row.tags["camera"],)}),
         "filter 0.001 %": Filter(video=row, start_seconds=1000.0, end_seconds=1000.0 + frames / 1e5),
     }
 
@@ -200,9 +207,10 @@ def grow(folder: Path, target: int) -> list[dict[str, Any]]:
             footage.add_videos(archive, shared, range(first, last))
             print(f"{archive.frame_count()} frames", file=sys.stderr)
         if archive.frame_count() == size and all(record["frames"] != size for record in records):
+            drop_index(archive)
             build = timed(lambda: update_index(archive))
-            train = timed(lambda: improve_index(archive))
-            record = {**measure(open_archive(archive.uri), shared), "build": build, "train": train}
+            improve_index(archive)
+            record = {**measure(open_archive(archive.uri), shared), "build": build}
             records.append(record)
             with records_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -245,15 +253,15 @@ def figures(records: list[dict[str, Any]], added: dict[str, Any], whole: dict[st
             one = record[kind]
             value = f"{one['ms']:.1f} ms, recall@10 {one['recall']:.3f} ({one['exact_ms']:.0f} ms)"
             rows.append(figure(f"search {size}, {kind} queries ({words})", EXACT, value, "≤ 10 ms, ≥ 0.95", **one))
-        for name in ("filter 1 %", "filter 0.001 %"):
+        for name in ("filter 1 %", "filter 0.001 %") if record["frames"] > 1e6 else ():
             one = record[name]
             value = f"{one['ms']:.1f} ms, recall@10 {one['recall']:.3f} ({one['exact_ms']:.1f} ms)"
             rows.append(figure(f"{name} of {size}", EXACT, value, "≤ 20 ms, ≥ 0.95 / 1", **one))
+    rows.append(growth(records))
     last = records[-1]
-    build, train = last["build"], last["train"]
-    minutes = f"{(build['seconds'] + train['seconds']) / 60:.1f} minutes, {train['peak_bytes'] / 2**30:.1f} GiB at most"
-    size = f"{last['frames']:,}"
-    rows.append(figure(f"build the index of {size} keys", "-", minutes, "≤ 24 GiB", build=build, train=train))
+    build, size = last["build"], f"{last['frames']:,}"
+    minutes = f"{build['seconds'] / 60:.1f} minutes, {build['peak_bytes'] / 2**30:.1f} GiB at most"
+    rows.append(figure(f"build the index of {size} keys", "-", minutes, "≤ 24 GiB", build=build))
     memory = f"{last['memory_bytes'] / 2**30:.2f} GiB"
     rows.append(figure(f"memory of a search in {size} keys besides mapped files", "-", memory, "≤ 2.5 GB"))
     value = f"{added['seconds']:.2f} s, {'found' if added['found'] else 'not found'} at once"
@@ -261,6 +269,24 @@ def figures(records: list[dict[str, Any]], added: dict[str, Any], whole: dict[st
     value = f"{whole['seconds']:.2f} s"
     rows.append(figure(f"`vidx search` as a whole process, {whole['frames']:,} frames", "-", value, "≤ 1.0 s", **whole))
     return rows
+
+
+def growth(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What each added frame costs from one size to the next; ops/bench/growth.py draws it."""
+    large = [record for record in records if record["frames"] > 1e5]
+    costs = {
+        name: [
+            (more[f"{name}_bytes"] - less[f"{name}_bytes"]) / (more["frames"] - less["frames"])
+            for less, more in itertools.pairwise(large)
+        ]
+        for name in ("archive", "index")
+    }
+    value = "; ".join(
+        f"{name} {' → '.join(f'{cost:,.0f}' for cost in each)} bytes" for name, each in costs.items() if each
+    )
+    sizes = " → ".join(f"{record['frames']:,}" for record in large)
+    what = f"each added frame, keys and index alone, {sizes} frames"
+    return figure(what, "the step before", value, "flat within 10 %", costs=costs, records=records)
 
 
 def main() -> None:
