@@ -1,145 +1,388 @@
-"""answer: a question -> frames -> fused text -> the LLM's answer, with the moments it was given."""
+"""answer: a question -> frames -> the model that is shown them -> its answer, with the moments it rests on."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
 
 from pipeline.filter import Filter
-from pipeline.fuse import fuse as fuse_frames
+from pipeline.fuse import Showing
 from pipeline.moments import adjoin
 from pipeline.query import Query, Term, check_text
-from pipeline.search import Wanted, search
+from pipeline.search import FRAMES_SHOWN, Searcher, Wanted
+from pipeline.times import clock
 from storage.archive import Archive
-from storage.cells import read_tokens
 from storage.errors import UsageError
-from storage.records import Answer, FrameRef, Moment
+from storage.records import Answer, FrameRef, Moment, WindowAnswer
 from workers.bundle import Bundle
-from workers.llava_mini import answer_embeds, generate, load_model
-from workers.prompt import context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
+from workers.llava_mini import LlavaMini, load_model
+from workers.memory import answer_bytes
+from workers.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
+from workers.shown_frames import Sampling
 
-MOMENTS = 8  # asked of the search; the best ones fill the frames
+MOMENTS = 8  # asked of the search at least; the best ones fill the frames
+FRAMES_PER_MOMENT = 16  # more frames than so many for each, and more moments are asked for
 EDGE_SECONDS = 5e-4  # shrinks a moment, so that the rounding of ticks to seconds takes in no neighbour
+CACHE_BYTES = 1 << 30  # of what was computed of frames, kept for further questions
+ANYTHING = -1.0  # a floor that every frame reaches
+MANY_FRAMES = 1000  # and the memory that they take is announced
+HEARD = "These are the answers for each stretch of time:"
 
 
-def answer(
-    archive: Archive,
-    bundle: Bundle,
-    question: str,
-    within: Filter,
-    *,
-    frame_limit: int | None,
-    fuse: str | None,
-    max_tokens: int,
-    device: str,
-    dtype: str,
-    stream: Callable[[str], None],
-) -> Answer | None:
-    """The model's answer from the frames that fit the question best.
+class Over(StrEnum):
+    """Which of more frames than the model's context holds it is shown: the best, every so manyth, or all in windows."""
 
-    Args:
-        archive: what is asked.
-        bundle: the archive's model.
-        question: any text.
-        within: the part of the archive that is asked.
+    RETRIEVE = "retrieve"
+    STRIDE = "stride"
+    WINDOWS = "windows"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a question is to be answered.
+
+    Attributes:
         frame_limit: at most so many frames. A narrowed range that holds no more is taken whole, without a search; of
             anything else, those of the best moments. None takes every frame within the range.
         fuse: the source of pre-fusion; None takes the best at hand for found frames, the best stored for all.
-        max_tokens: length of the answer at most.
-        device: for the model, as workers.load.choose_device takes it.
-        dtype: for the model, as workers.load.choose_dtype takes it.
-        stream: gets the answer's text piece by piece.
-    Returns:
-        The answer, or None where the range has no frames or none of them fits the question.
-    Raises:
-        UsageError: an empty question, or more frames than the model's context holds.
+        over: what becomes of more frames than the context holds; None refuses.
+        anyway: take the best frames even where none fits the question.
+        most_tokens: length of the answer at most.
+        most_words: the same in words; None for no such limit.
+        sampling: how each token is chosen.
     """
-    check_text("question", question)
-    moments, frames = _choose(archive, bundle, question, within, frame_limit)
-    if not frames:
-        return None
-    ids = prompt_ids(load_tokenizer(bundle), question)
-    _check_context(bundle, ids, len(frames), max_tokens)
-    model = load_model(bundle, device, dtype)
-    wanted = fuse or ("stored" if frame_limit is None else "exact")
-    fused = fuse_frames(archive, model, ids, frames, wanted)
-    embeds = answer_embeds(model, ids, fused.features, read_tokens(archive.frames_uri, frames))
-    pieces = []
-    for piece in stream_text(model.tokenizer, generate(model, embeds, max_tokens)):
-        stream(piece)
-        pieces.append(piece)
-    return Answer(
-        question=question,
-        text="".join(pieces),
-        moments=tuple(moments),
-        fuse=fused.source,
-        fuse_note=fused.note,
-        frame_count=len(frames),
-        video_bytes_read=fused.video_bytes_read,
-    )
+
+    frame_limit: int | None = FRAMES_SHOWN
+    fuse: str | None = None
+    over: Over | None = None
+    anyway: bool = False
+    most_tokens: int = 128
+    most_words: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
 
 
-def _choose(
-    archive: Archive, bundle: Bundle, question: str, within: Filter, frame_limit: int | None
-) -> tuple[Sequence[Moment], list[FrameRef]]:
-    """Moments, and their frames in order of video and time.
+@dataclass(frozen=True)
+class Chosen:
+    """Frames to be shown.
 
-    A search would only lose frames where all of a chosen range can be shown, and many a question ("how many are
-    there?") says nothing of what a frame shows.
+    Attributes:
+        frames: in order of video and time.
+        moments: what they are of, the best first, or in order of time where nothing was searched for.
+        within: the part of the archive that they are from.
+        over: why these, where there were more than the context holds.
     """
-    if frame_limit is None or not within.is_everything:
-        frames = within.frames(archive)
-        if frame_limit is None or len(frames) <= frame_limit:
-            return _stretches(frames, archive.uris({frame.video_number for frame in frames})), frames
-    query = Query((Term(question),))
-    found = search(archive, bundle, query, within, Wanted(MOMENTS)).moments
-    return _frames_of_moments(archive, found, frame_limit)
+
+    frames: tuple[FrameRef, ...]
+    moments: tuple[Moment, ...]
+    within: Filter = field(default_factory=Filter)
+    over: Over | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.frames)
 
 
-def _frames_of_moments(
-    archive: Archive, found: Sequence[Moment], frame_limit: int
-) -> tuple[list[Moment], list[FrameRef]]:
-    """The best moments until the frames are full, the last one thinned out evenly."""
-    moments, frames = [], []
-    for moment in found:
-        room = frame_limit - len(frames)
-        if room == 0:
-            break
-        start, end = moment.start_seconds + EDGE_SECONDS, moment.end_seconds - EDGE_SECONDS
-        inside = archive.frames(
-            video_numbers=[moment.video_number], start_seconds=start, end_seconds=max(end, start + EDGE_SECONDS)
+def _silent(text: str) -> None:
+    pass
+
+
+class Asker:
+    """An archive at one version and its model, held for any number of questions.
+
+    What was computed of shown frames is kept, up to a limit, the last used for longest: the next question about them
+    pays for its own words alone.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        bundle: Bundle,
+        device: str = "auto",
+        dtype: str = "auto",
+        cache_bytes: int = CACHE_BYTES,
+        searcher: Searcher | None = None,
+    ):
+        """Nothing is loaded before the first question.
+
+        Args:
+            archive: what is asked.
+            bundle: its model.
+            device, dtype: for the model, as workers.load.choose_device and choose_dtype take them.
+            cache_bytes: how much to keep of shown frames.
+            searcher: of the same archive and model, where there is one already.
+        """
+        self._archive = archive
+        self._bundle = bundle
+        self._device, self._dtype = device, dtype
+        self._cache_bytes = cache_bytes
+        self._searcher = searcher or Searcher(archive, bundle)
+        self._showings: OrderedDict[tuple, Showing] = OrderedDict()
+
+    def of(self, archive: Archive, searcher: Searcher) -> "Asker":
+        """For the same archive at another version, with the model that is loaded."""
+        other = Asker(archive, self._bundle, self._device, self._dtype, self._cache_bytes, searcher)
+        if "_model" in self.__dict__:
+            other._model = self._model
+        return other
+
+    @cached_property
+    def _model(self) -> LlavaMini:
+        return load_model(self._bundle, self._device, self._dtype)
+
+    @cached_property
+    def _tokenizer(self):
+        return load_tokenizer(self._bundle)
+
+    def ask(
+        self,
+        question: str,
+        within: Filter,
+        asked: Asked,
+        *,
+        stream: Callable[[str], None] = _silent,
+        announce: Callable[[str], None] = _silent,
+    ) -> Answer | None:
+        """The model's answer from the frames that fit the question best.
+
+        Args:
+            question: any text.
+            within: the part of the archive that is asked.
+            asked: how.
+            stream: gets the answer's text piece by piece.
+            announce: gets what is worth knowing before something long begins.
+        Returns:
+            The answer, or None where the range has no frames or none of them fits the question.
+        Raises:
+            UsageError: an empty question, or more frames than the model's context holds.
+        """
+        check_text("question", question)
+        chosen = self.choose(question, within, asked)
+        return self.answer(question, chosen, asked, stream=stream, announce=announce) if chosen else None
+
+    def choose(self, question: str, within: Filter, asked: Asked) -> Chosen:
+        """The frames to show.
+
+        A search would only lose frames where all of a chosen range can be shown, and many a question ("how many are
+        there?") says nothing of what a frame shows.
+        """
+        if asked.frame_limit is None or not within.is_everything:
+            frames = within.frames(self._archive)
+            if asked.frame_limit is None or len(frames) <= asked.frame_limit:
+                return Chosen(tuple(frames), self._stretches(frames), within)
+        return self._retrieve(question, within, asked.frame_limit, asked.anyway)
+
+    def answer(
+        self,
+        question: str,
+        chosen: Chosen,
+        asked: Asked,
+        *,
+        history: Turns = (),
+        stream: Callable[[str], None] = _silent,
+        announce: Callable[[str], None] = _silent,
+    ) -> Answer:
+        """The model's answer from some frames.
+
+        Args:
+            question: any text.
+            chosen: the frames; at least one.
+            asked: how to answer.
+            history: what was asked and answered before, which the model sees too.
+            stream, announce: as `ask` takes them.
+        Raises:
+            UsageError: more frames than the model's context holds.
+        """
+        ids = prompt_ids(self._tokenizer, question, history)
+        room = frames_that_fit(self._bundle, ids, asked.most_tokens)
+        if len(chosen.frames) <= room:
+            return self._answer(question, ids, chosen, asked, stream, announce)
+        if asked.over is None or room == 0:
+            raise UsageError(self._too_many(ids, len(chosen.frames), asked.most_tokens))
+        if asked.over is Over.WINDOWS:
+            return self._answer_by_windows(question, chosen, room, asked, stream, announce)
+        if asked.over is Over.RETRIEVE:
+            fewer = self._retrieve(question, chosen.within, room, True)
+        else:
+            fewer = replace(chosen, frames=tuple(_evenly(chosen.frames, room)))
+        fewer = replace(fewer, over=asked.over)
+        announce(f"{len(fewer.frames)} of {len(chosen.frames)} frames are shown (--over {asked.over})")
+        return self._answer(question, ids, fewer, asked, stream, announce)
+
+    def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
+        """Whether the model's context holds all of it."""
+        ids = prompt_ids(self._tokenizer, question, history)
+        return len(chosen.frames) <= frames_that_fit(self._bundle, ids, asked.most_tokens)
+
+    def best_score(self, question: str, frames: Sequence[FrameRef]) -> tuple[float, float]:
+        """How well a question fits the best of some frames, and from what score on it counts as found."""
+        score, floor = self._searcher.best_score(Query((Term(question),)), frames)
+        return score, floor.score
+
+    # --- choosing
+
+    def _retrieve(self, question: str, within: Filter, frame_limit: int, anyway: bool) -> Chosen:
+        query = Query((Term(question),))
+        moments = max(MOMENTS, -(-frame_limit // FRAMES_PER_MOMENT))
+        wanted = Wanted(moments, ANYTHING if anyway else None)
+        found = self._searcher.search(query, within, wanted).moments
+        return replace(self._of_moments(found, frame_limit), within=within)
+
+    def _of_moments(self, found: Sequence[Moment], frame_limit: int) -> Chosen:
+        """The best moments until the frames are full, the last one thinned out evenly."""
+        moments, frames = [], []
+        for moment in found:
+            room = frame_limit - len(frames)
+            if room == 0:
+                break
+            start, end = moment.start_seconds + EDGE_SECONDS, moment.end_seconds - EDGE_SECONDS
+            end = max(end, start + EDGE_SECONDS)
+            frames += _evenly(self._archive.frames([moment.video_number], start, end), room)
+            moments.append(moment)
+        frames.sort(key=lambda frame: (frame.video_number, frame.ticks))
+        return Chosen(tuple(frames), tuple(moments))
+
+    def _stretches(self, frames: Sequence[FrameRef]) -> tuple[Moment, ...]:
+        """Moments without a score: the runs of adjoining frames, in order of video and time."""
+        uris = self._archive.uris({frame.video_number for frame in frames})
+        runs: list[list[FrameRef]] = []
+        for frame in frames:
+            if runs and runs[-1][-1].video_number == frame.video_number and adjoin(runs[-1][-1], frame):
+                runs[-1].append(frame)
+            else:
+                runs.append([frame])
+        moments = []
+        for run in runs:
+            first, last = run[0], run[-1]
+            uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
+            moments.append(
+                Moment(first.video_id, first.video_number, uri, first.time_seconds, end, first.time_seconds, None)
+            )
+        return tuple(moments)
+
+    # --- answering
+
+    def _answer(
+        self,
+        question: str,
+        ids: Sequence[int],
+        chosen: Chosen,
+        asked: Asked,
+        stream: Callable[[str], None],
+        announce: Callable[[str], None],
+    ) -> Answer:
+        needed = answer_bytes(self._bundle, context_needed(self._bundle, ids, len(chosen.frames), asked.most_tokens))
+        if len(chosen.frames) >= MANY_FRAMES:
+            announce(f"{len(chosen.frames)} frames: about {needed / 1e9:.2g} GB of memory besides the model")
+        showing = self._showing(chosen.frames, asked)
+        bytes_read = showing.video_bytes_read
+        pieces = []
+        for piece in _words(self._pieces(showing, ids, asked), asked.most_words):
+            stream(piece)
+            pieces.append(piece)
+        self._forget()
+        return Answer(
+            question=question,
+            text="".join(pieces),
+            moments=chosen.moments,
+            fuse=showing.source,
+            fuse_note=showing.note,
+            frame_count=len(chosen.frames),
+            video_bytes_read=showing.video_bytes_read - bytes_read,
+            over=str(chosen.over or ""),
+            memory_bytes=needed,
         )
-        frames += _evenly(inside, room)
-        moments.append(moment)
-    return moments, sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
+
+    def _pieces(self, showing: Showing, ids: Sequence[int], asked: Asked) -> Iterator[str]:
+        return stream_text(self._tokenizer, showing.reply(ids, asked.most_tokens, asked.sampling))
+
+    def _answer_by_windows(
+        self,
+        question: str,
+        chosen: Chosen,
+        room: int,
+        asked: Asked,
+        stream: Callable[[str], None],
+        announce: Callable[[str], None],
+    ) -> Answer:
+        """An answer for each stretch of the frames, and one that the model gives when it has read those."""
+        count = -(-len(chosen.frames) // room)
+        bounds = [number * len(chosen.frames) // count for number in range(count + 1)]
+        announce(f"{len(chosen.frames)} frames are shown in {count} windows (--over {Over.WINDOWS})")
+        ids = prompt_ids(self._tokenizer, question)
+        windows = []
+        for start, end in itertools.pairwise(bounds):
+            frames = chosen.frames[start:end]
+            one = self._answer(question, ids, Chosen(frames, self._stretches(frames)), asked, _silent, _silent)
+            first, last = frames[0], frames[-1]
+            windows.append(
+                WindowAnswer(
+                    self._archive.uris([first.video_number])[first.video_number],
+                    first.time_seconds,
+                    last.time_seconds + last.duration_seconds,
+                    one.text,
+                )
+            )
+            announce(f"{_span(windows[-1])}: {one.text}")
+        heard = "\n".join(f"{_span(window)}: {window.text}" for window in windows)
+        last_question = f"{question}\n{HEARD}\n{heard}"
+        ids = prompt_ids(self._tokenizer, last_question)
+        room = frames_that_fit(self._bundle, ids, asked.most_tokens)
+        if not room:
+            raise UsageError(
+                f"the answers of {count} windows with the question and an answer of {asked.most_tokens} tokens "
+                f"(--max-tokens) do not fit the {self._bundle.context_length} tokens of {self._bundle.name}'s context; "
+                "narrow with --video, --from and --to, or ask for shorter answers with --max-words"
+            )
+        fewer = _evenly(chosen.frames, min(room, FRAMES_SHOWN))
+        final = replace(chosen, frames=tuple(fewer), over=Over.WINDOWS)
+        answer = self._answer(last_question, ids, final, asked, stream, announce)
+        return replace(answer, question=question, frame_count=len(chosen.frames), windows=tuple(windows))
+
+    def _showing(self, frames: Sequence[FrameRef], asked: Asked) -> Showing:
+        """The frames as they are kept, or shown anew."""
+        wanted = asked.fuse or ("stored" if asked.frame_limit is None else "exact")
+        key = (wanted, *((frame.part, frame.row) for frame in frames))
+        showing = self._showings.pop(key, None)
+        if showing is None:
+            showing = Showing(self._archive, self._model, frames, wanted, self._cache_bytes)
+        self._showings[key] = showing
+        return showing
+
+    def _forget(self) -> None:
+        """Lets go of what has not been used for longest, down to the limit; the last one stays whatever it takes."""
+        while len(self._showings) > 1 and sum(each.size_bytes for each in self._showings.values()) > self._cache_bytes:
+            self._showings.popitem(last=False)
+
+    def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int) -> str:
+        bundle = self._bundle
+        needed, fit = context_needed(bundle, ids, frame_count, most_tokens), frames_that_fit(bundle, ids, most_tokens)
+        return (
+            f"{frame_count} frames with the question and an answer of {most_tokens} tokens (--max-tokens) need "
+            f"{needed} tokens of context, and {bundle.name} has {bundle.context_length}, room for {fit} frames; narrow "
+            "with --video, --from and --to, or say with --over which to show: retrieve, stride or windows"
+        )
 
 
-def _evenly(frames: list[FrameRef], count: int) -> list[FrameRef]:
+def _evenly(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:
     if len(frames) <= count:
-        return frames
+        return list(frames)
     return [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]
 
 
-def _stretches(frames: Sequence[FrameRef], uris: dict[int, str]) -> list[Moment]:
-    """Moments without a score: the runs of adjoining frames, in order of video and time."""
-    runs: list[list[FrameRef]] = []
-    for frame in frames:
-        if runs and runs[-1][-1].video_number == frame.video_number and adjoin(runs[-1][-1], frame):
-            runs[-1].append(frame)
-        else:
-            runs.append([frame])
-    moments = []
-    for run in runs:
-        first, last = run[0], run[-1]
-        uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
-        moments.append(
-            Moment(first.video_id, first.video_number, uri, first.time_seconds, end, first.time_seconds, None)
-        )
-    return moments
+def _words(pieces: Iterable[str], most: int | None) -> Iterator[str]:
+    """Text piece by piece, up to so many words."""
+    told = ""
+    for piece in pieces:
+        if most is not None:
+            ends = [match.end() for match in re.finditer(r"\S+", told + piece)]
+            if len(ends) > most:
+                yield (told + piece)[len(told) : ends[most - 1]]
+                return
+        told += piece
+        yield piece
 
 
-def _check_context(bundle: Bundle, ids: Sequence[int], frame_count: int, max_tokens: int) -> None:
-    needed = context_needed(bundle, ids, frame_count, max_tokens)
-    if needed > bundle.context_length:
-        raise UsageError(
-            f"{frame_count} frames with the question and an answer of {max_tokens} tokens (--max-tokens) need {needed} "
-            f"tokens of context, and {bundle.name} has {bundle.context_length}, room for "
-            f"{frames_that_fit(bundle, ids, max_tokens)} frames; narrow with --video, --from and --to"
-        )
+def _span(window: WindowAnswer) -> str:
+    return f"{clock(window.start_seconds)} to {clock(window.end_seconds)}"

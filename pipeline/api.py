@@ -9,7 +9,7 @@ print(archive.ask("When does the bus leave?", video="cars.mp4").text)
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from os import PathLike, fspath
@@ -30,6 +30,7 @@ from storage.records import Answer, Moment, VideoRow
 if TYPE_CHECKING:
     import pandas
 
+    from pipeline.answer import Asker
     from storage.archive import Archive as StoredArchive
     from workers.bundle import Bundle
 
@@ -113,6 +114,7 @@ class Archive:
         self._stored = stored
         self._bundle = bundle
         self._searcher = Searcher(stored, bundle)
+        self._asker: Asker | None = None
 
     @classmethod
     def open(cls, place: str | PathLike[str], model: str | None = None) -> "Archive":
@@ -125,6 +127,8 @@ class Archive:
         """Moves to the newest version."""
         self._stored = open_archive(self._stored.uri)  # moments that were found keep theirs
         self._searcher = Searcher(self._stored, self._bundle)
+        if self._asker is not None:
+            self._asker = self._asker.of(self._stored, self._searcher)
 
     def search(
         self,
@@ -162,37 +166,48 @@ class Archive:
         *,
         frames: int | None = FRAMES_SHOWN,
         fuse: str | None = None,
+        over: str | None = None,
+        anyway: bool = False,
         max_tokens: int = 128,
+        max_words: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
         device: str = "auto",
         dtype: str = "auto",
+        stream: Callable[[str], None] | None = None,
         **where: Any,
     ) -> Answer | None:
         """The model's answer with the moments that it was given; None where no frame fits the question.
+
+        The model stays loaded, and what was computed of the frames is kept: the next question about the same ones pays
+        for its own words alone.
 
         Args:
             question: any text.
             frames: at most so many; None takes all within `where`.
             fuse: "exact", "patches" or "tokens"; None takes the best at hand.
-            max_tokens: length of the answer at most.
-            device, dtype: for the model.
+            over: "retrieve", "stride" or "windows", where there are more frames than the model's context holds; None
+                refuses.
+            anyway: answer from the best frames even where none fits the question.
+            max_tokens, max_words: length of the answer at most.
+            temperature: above 0, the answer is drawn, by the seed; else the likeliest one is given.
+            seed: of the draws.
+            device, dtype: for the model; what the first question says holds.
+            stream: gets the answer's text piece by piece.
             where: narrows the archive, as `narrowed` says.
         """
-        from pipeline.answer import answer  # with torch
+        from pipeline.answer import Asked, Asker, Over  # with torch
+        from workers.shown_frames import Sampling
 
         if frames is not None and frames < 1:
             raise UsageError(f"frames={frames}: show the model at least one, or None for all")
-        return answer(
-            self._stored,
-            self._bundle,
-            question,
-            self.narrowed(**where),
-            frame_limit=frames,
-            fuse=fuse,
-            max_tokens=max_tokens,
-            device=device,
-            dtype=dtype,
-            stream=lambda piece: None,
-        )
+        if over is not None and over not in list(Over):
+            raise UsageError(f"over={over!r}: one of {', '.join(Over)}")
+        if self._asker is None:
+            self._asker = Asker(self._stored, self._bundle, device, dtype, searcher=self._searcher)
+        sampling = Sampling(temperature, seed)
+        asked = Asked(frames, fuse, None if over is None else Over(over), anyway, max_tokens, max_words, sampling)
+        return self._asker.ask(question, self.narrowed(**where), asked, stream=stream or (lambda piece: None))
 
     def narrowed(
         self,

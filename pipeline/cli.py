@@ -16,6 +16,7 @@ COMMANDS = {
     "export": ("pipeline.cli_query", "Write the moments that a text describes for other programs."),
     "clip": ("pipeline.cli_clip", "Cut a moment out of its video."),
     "ask": ("pipeline.cli_query", "Answer a question, citing the moments it was answered from."),
+    "chat": ("pipeline.cli_chat", "Ask one question after another."),
     "status": ("pipeline.cli_archive", "Show what an archive holds."),
     "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),
     "verify": ("pipeline.cli_care", "Check that every byte of an archive is what was written."),

@@ -23,9 +23,9 @@ def clip(moment: str, file: str | None, archive_dir: str, as_json: bool) -> None
     vidx clip cars.mp4@0:12:31-0:12:40
     vidx clip 1f0c22@83-95.5 van.mkv
     """
-    from pipeline.cli_print import clock, note, print_json, printable
+    from pipeline.cli_print import note, print_json, printable
     from pipeline.clip import clip as cut
-    from pipeline.times import parse_moment
+    from pipeline.times import clock, parse_moment
     from storage.archive import open_archive
     from storage.errors import UsageError
     from storage.files import source_text

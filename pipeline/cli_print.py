@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pipeline.times import clock
 from storage.files import source_text
 from storage.records import Moment
 
@@ -17,6 +18,11 @@ from storage.records import Moment
 def print_json(value: Any) -> None:
     """One JSON document on standard output: binary values in hex, times in ISO 8601, no NaN."""
     click.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def json_line(value: Any) -> str:
+    """The same document in one line."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -79,15 +85,6 @@ def printable(cell: Any) -> str:
     if isinstance(cell, float):
         cell = f"{cell:.3f}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(cell))
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss.s of a position."""
-    tenths = round(seconds * 10)
-    sign, tenths = ("-", -tenths) if tenths < 0 else ("", tenths)
-    minutes, tenths = divmod(tenths, 600)
-    hours, minutes = divmod(minutes, 60)
-    return f"{sign}{hours}:{minutes:02d}:{tenths // 10:02d}.{tenths % 10}"
 
 
 def size(size_bytes: int) -> str:

@@ -168,7 +168,7 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
     query = query_of(texts, options["without"], options["images"], options["likes"])
     near = NEAR_MISSES if options.get("explain") else 0
     wanted = Wanted(options["limit"], options["floor"], options["per_video"], near)
-    return _Found(archive, bundle, query, run_search(archive, bundle, query, _filter(archive, options), wanted))
+    return _Found(archive, bundle, query, run_search(archive, bundle, query, filter_of(archive, options), wanted))
 
 
 def _explained(result: Any) -> dict[str, Any]:
@@ -213,29 +213,79 @@ def _end_search(found: _Found) -> None:
         sys.exit(4)
 
 
+def ask_options(command: Callable) -> Callable:
+    """How `ask` and `chat` answer."""
+    options = (
+        click.option(
+            "--frames",
+            type=click.IntRange(1, 100_000),
+            default=None,
+            help="Show the model at most so many frames; 32. A chosen range of no more is shown whole, without a "
+            "search.",
+        ),
+        click.option(
+            "--fuse",
+            type=click.Choice(["exact", "patches", "tokens"]),
+            default=None,
+            help="What the question is fused with: the frames' patches decoded again, the stored patch rows, or the "
+            "compressed tokens alone. Without it the best at hand; with --all the best that is stored.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(1, 4096),
+            default=128,
+            show_default=True,
+            help="Length of the answer at most.",
+        ),
+        click.option("--max-words", type=click.IntRange(1), metavar="N", help="The same in words."),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0, 10),
+            default=0.0,
+            show_default=True,
+            help="Above 0, draw the answer, the more freely the greater; 0 gives the likeliest.",
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def asked_of(options: Mapping[str, Any]) -> Any:
+    """How a question is to be answered, by the options of `ask_options` and those of `ask` alone."""
+    from pipeline.answer import Asked, Over
+    from pipeline.search import FRAMES_SHOWN
+    from workers.shown_frames import Sampling
+
+    over = options.get("over")
+    return Asked(
+        frame_limit=None if options.get("take_all") else options["frames"] or FRAMES_SHOWN,
+        fuse=options["fuse"],
+        over=None if over is None else Over(over),
+        anyway=options.get("anyway", False),
+        most_tokens=options["max_tokens"],
+        most_words=options["max_words"],
+        sampling=Sampling(options["temperature"], options["seed"]),
+    )
+
+
 @click.command()
 @click.argument("question")
 @archive_option
 @filter_options
 @click.option(
-    "--frames",
-    type=click.IntRange(1, 100_000),
-    default=None,
-    help="Show the model at most so many frames; 32. A chosen range of no more is shown whole, without a search.",
-)
-@click.option(
     "--all", "take_all", is_flag=True, help="Take every frame of the chosen range, however many, instead of searching."
 )
 @click.option(
-    "--fuse",
-    type=click.Choice(["exact", "patches", "tokens"]),
+    "--over",
+    type=click.Choice(["retrieve", "stride", "windows"]),
     default=None,
-    help="What the question is fused with: the frames' patches decoded again, the stored patch rows, or the compressed "
-    "tokens alone. Without it the best at hand; with --all the best that is stored.",
+    help="Of more frames than the model's context holds, show the best, or every so manyth, or ask of each stretch "
+    "that fits and then of the answers.",
 )
-@click.option(
-    "--max-tokens", type=click.IntRange(1, 4096), default=128, show_default=True, help="Length of the answer at most."
-)
+@click.option("--anyway", is_flag=True, help="Answer from the best frames even where none fits the question.")
+@ask_options
 @sheet_option
 @model_option
 @model_options
@@ -249,13 +299,14 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     vidx ask "When does the white van leave?"
     vidx ask "What is on the table?" --video bottles.mp4 --from 12 --to 0:00:30
     vidx ask "What happens?" --video bottles.mp4 --all --fuse tokens --json
+    vidx ask "Is there ever a dog?" --all --over windows
 
     Exit code 4: nothing found to answer from.
     """
-    from pipeline.answer import answer as run_answer
+    from pipeline.answer import Asker
     from pipeline.cli_models import hint_of_unknown
     from pipeline.cli_print import moment_json, note, print_json, print_moments
-    from pipeline.search import FRAMES_SHOWN, bundle_of
+    from pipeline.search import bundle_of
     from storage.archive import open_archive
     from storage.errors import UsageError
 
@@ -264,24 +315,14 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     _check_sheet(options)
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
-    where = _filter(archive, options)
+    where = filter_of(archive, options)
 
     def stream(text: str) -> None:
         if not as_json:
             click.echo(text, nl=False)
 
-    answer = run_answer(
-        archive,
-        bundle,
-        question,
-        where,
-        frame_limit=None if options["take_all"] else options["frames"] or FRAMES_SHOWN,
-        fuse=options["fuse"],
-        max_tokens=options["max_tokens"],
-        device=options["device"] or "auto",
-        dtype=options["dtype"] or "auto",
-        stream=stream,
-    )
+    asker = Asker(archive, bundle, options["device"] or "auto", options["dtype"] or "auto", cache_bytes=0)
+    answer = asker.ask(question, where, asked_of(options), stream=stream, announce=note)
     found = answer is not None
     why_unknown = bundle.card.why_unknown(answer.text) if found else None
     hint = "" if why_unknown is None else hint_of_unknown(bundle, why_unknown)
@@ -297,6 +338,9 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
                 "fuse": answer.fuse if found else None,
                 "fuse_note": answer.fuse_note if found else "",
                 "frames_used": answer.frame_count if found else 0,
+                "over": answer.over if found else "",
+                "windows": [_window_json(window) for window in answer.windows] if found else [],
+                "memory_bytes": answer.memory_bytes if found else 0,
                 "video_bytes_read": answer.video_bytes_read if found else 0,
                 "model_id": bundle.model_id,
             }
@@ -305,15 +349,31 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         click.echo()
         print_moments(answer.moments)
         click.echo(f"from {answer.frame_count} frames, fused with {answer.fuse}")
+    if not found and where.rows(archive):
+        note(
+            "not found in this archive: no frame fits the question; --anyway answers from the best ones, --all from "
+            "every frame of --video, --from/--to and the other filters"
+        )
+        sys.exit(4)
     if not found:
-        fits = "no frame fits the question; --all takes every frame of --video, --from/--to and the other filters"
-        note(f"nothing found: {fits if where.frames(archive) else NO_FRAMES}")
+        note(f"nothing found: {NO_FRAMES}")
         sys.exit(4)
     _write_sheet(options, question, archive, answer.moments)
     if answer.fuse_note:
         note(answer.fuse_note)
     if hint:
         note(hint)
+
+
+def _window_json(window: Any) -> dict[str, Any]:
+    from storage.files import source_text
+
+    return {
+        "source": source_text(window.uri),
+        "start_seconds": window.start_seconds,
+        "end_seconds": window.end_seconds,
+        "answer": window.text,
+    }
 
 
 def _check_sheet(options: Mapping[str, Any]) -> None:
@@ -341,7 +401,8 @@ def _write_sheet(options: Mapping[str, Any], title: str, archive: Any, moments: 
         note(f"contact sheet: {printable(options['contact_sheet'])}")
 
 
-def _filter(archive: Any, options: Mapping[str, Any]) -> Any:
+def filter_of(archive: Any, options: Mapping[str, Any]) -> Any:
+    """The part of an archive that the options of `filter_options` leave."""
     from pipeline.filter import Filter
     from pipeline.times import parse_instant, parse_moment, parse_time
     from storage.errors import UsageError

@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli_print import clock
 from pipeline.output import check_output
+from pipeline.times import clock
 from storage.errors import UsageError, VideoProblem
 from storage.files import local_path, source_text
 from storage.records import Reason, VideoRow

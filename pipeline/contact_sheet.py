@@ -13,8 +13,9 @@ from pathlib import Path
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.cli_print import clock, printable
+from pipeline.cli_print import printable
 from pipeline.output import write_output
+from pipeline.times import clock
 from storage.archive import Archive
 from storage.cells import read_thumbnails
 from storage.errors import UsageError

@@ -1,72 +1,89 @@
-"""fuse: a question's text with the frames it is asked about, from the best source of pre-fusion at hand."""
+"""fuse: the frames that a question is asked about, shown to the model from the best source of pre-fusion at hand."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
-from torch import Tensor
-
 from storage.archive import Archive
-from storage.cells import cell_shape, keeps, read_compressor_out, read_patches
+from storage.cells import cell_shape, keeps, read_compressor_out, read_patches, read_tokens
 from storage.errors import VideoProblem
 from storage.files import local_path
 from storage.records import FrameRef, VideoRow
 from workers.content import check_still_there, in_video
 from workers.decode import Decoder, allowed_pixels
 from workers.encode import exact_inputs
-from workers.llava_mini import FusionInputs, LlavaMini, fuse_question, patches_inputs, tokens_inputs
+from workers.llava_mini import FusionInputs, LlavaMini, patches_inputs, tokens_inputs
+from workers.shown_frames import Sampling, ShownFrames
 
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together
 DECODED_AT_ONCE = 64  # frames whose pixels are: 338 kB each
 
 
-@dataclass(frozen=True)
-class Fused:
-    """A question fused with its frames.
+class Showing:
+    """Frames of an archive, shown to its model.
 
     Attributes:
-        features: (L, H) float32, the mean over the frames.
-        source: what pre-fusion read: "exact", "patches" or "tokens".
-        note: why it is another source than the one wanted, or nothing.
-        video_bytes_read: of video files.
-    """
-
-    features: Tensor
-    source: str
-    note: str
-    video_bytes_read: int
-
-
-def fuse(archive: Archive, model: LlavaMini, ids: Sequence[int], frames: Sequence[FrameRef], wanted: str) -> Fused:
-    """The question fused with every frame.
-
-    Args:
-        archive: where the frames are stored.
-        model: the archive's model.
-        ids: the prompt.
         frames: in order of video and time.
-        wanted: "exact", "patches", "tokens", or "stored" for the best that needs no video. What is not at hand for
-            every frame is replaced by the best that is, and the note says so.
+        source: what pre-fusion reads: "exact", "patches" or "tokens".
+        note: why it is another source than the one wanted, or nothing.
+        video_bytes_read: of video files, so far.
     """
-    stored = "patches" if keeps(archive.frames_uri, "patches", frames) else "tokens"
-    note, bytes_read = "", 0
-    if wanted == "exact":
-        numbers = {frame.video_number for frame in frames}
-        rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers}
+
+    def __init__(self, archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], wanted: str, most_bytes: int):
+        """Nothing is read yet but the frames' tokens.
+
+        Args:
+            archive: where the frames are stored.
+            model: the archive's model.
+            frames: in order of video and time.
+            wanted: "exact", "patches", "tokens", or "stored" for the best that needs no video. What is not at hand for
+                every frame is replaced by the best that is, and the note says so.
+            most_bytes: may be kept for further questions.
+        """
+        self.frames = tuple(frames)
+        self.note, self.video_bytes_read = "", 0
+        self._archive = archive
+        self._model = model
+        self._most_bytes = most_bytes
+        self._tokens = read_tokens(archive.frames_uri, frames)
+        stored = "patches" if keeps(archive.frames_uri, "patches", frames) else "tokens"
+        if wanted == "patches" and stored == "tokens":
+            self.note = (
+                "fused with tokens instead of patches: not all of these frames were indexed with a patch tier "
+                "(--patches)"
+            )
+        self._stored = stored
+        self._show(wanted if wanted in ("exact", "tokens") else stored)
+
+    def _show(self, source: str) -> None:
+        self.source = source
+        inputs = self._decoded if source == "exact" else self._stored_inputs
+        self._shown = ShownFrames(self._model, self._tokens, inputs, self._most_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """What is kept for further questions."""
+        return self._shown.size_bytes
+
+    def reply(self, ids: Sequence[int], most_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """The answer to a prompt, id by id, as ShownFrames.reply."""
+        try:
+            yield from self._shown.reply(ids, most_tokens, sampling)
+        except VideoProblem as problem:  # which comes before the first id, or not at all
+            self.note = f"fused with {self._stored} instead of exact: {problem.detail}"
+            self._show(self._stored)
+            yield from self._shown.reply(ids, most_tokens, sampling)
+
+    def _stored_inputs(self) -> Iterator[FusionInputs]:
+        return stored_inputs(self._archive, self._model, self.frames, self.source)
+
+    def _decoded(self) -> Iterator[FusionInputs]:
+        numbers = {frame.video_number for frame in self.frames}
+        rows = {row.video_number: row for row in self._archive.videos() if row.video_number in numbers}
         with Decoder(max_pixels=_allowed_pixels(rows.values())) as decoder:
             try:
-                features = fuse_question(model, ids, decoded_inputs(rows, model, frames, decoder))
-                return Fused(features, "exact", "", decoder.bytes_read)
-            except VideoProblem as problem:
-                note = f"fused with {stored} instead of exact: {problem.detail}"
-            bytes_read = decoder.bytes_read
-    elif wanted == "patches" and stored == "tokens":
-        note = (
-            "fused with tokens instead of patches: not all of these frames were indexed with a patch tier (--patches)"
-        )
-    source = "tokens" if wanted == "tokens" else stored
-    features = fuse_question(model, ids, stored_inputs(archive, model, frames, source))
-    return Fused(features, source, note, bytes_read)
+                yield from decoded_inputs(rows, self._model, self.frames, decoder)
+            finally:
+                self.video_bytes_read += decoder.bytes_read
 
 
 def _allowed_pixels(rows: Iterable[VideoRow]) -> int:

@@ -131,6 +131,15 @@ class Searcher:
         counts = (searched, index.pending_count, left_out)
         return SearchResult(tuple(moments), floor, *counts, tuple(near), index.method(rows))
 
+    def best_score(self, query: Query, frames: Sequence[FrameRef]) -> tuple[float, Floor]:
+        """The best score that a query has among some frames, and the least one of a hit.
+
+        Raises:
+            UsageError: as `search`; also where the frames have no search keys.
+        """
+        keys = self._encoder.embed(query, None)
+        return float((read_keys(self._archive.frames_uri, frames).astype(np.float32) @ keys.wanted).max()), keys.floor
+
 
 def _find(
     archive: Archive,

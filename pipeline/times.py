@@ -53,3 +53,12 @@ def parse_moment(video: str) -> tuple[str, float | None, float | None]:
     if end_seconds <= start_seconds:
         raise UsageError(f"{video}: the moment ends before it starts")
     return name, start_seconds, end_seconds
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss.s of a position."""
+    tenths = round(seconds * 10)
+    sign, tenths = ("-", -tenths) if tenths < 0 else ("", tenths)
+    minutes, tenths = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    return f"{sign}{hours}:{minutes:02d}:{tenths // 10:02d}.{tenths % 10}"

@@ -424,8 +424,29 @@ class FrameRef:
 
 
 @dataclass(frozen=True)
+class WindowAnswer:
+    """What the model says of one stretch of the frames, from one position to another."""
+
+    uri: str
+    start_seconds: float
+    end_seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What the model says, and the moments it was shown."""
+    """What the model says, and the moments it was shown.
+
+    Attributes:
+        question, text: what was asked and answered.
+        moments: what the frames are of.
+        fuse, fuse_note: what pre-fusion read, and why not something better.
+        frame_count: frames that the model was shown.
+        video_bytes_read: of video files.
+        over: how they were chosen where there were more than the context holds: "retrieve", "stride" or "windows".
+        windows: the answers that the last one was made from, where it was.
+        memory_bytes: that the answer takes besides the model, as reckoned beforehand.
+    """
 
     question: str
     text: str
@@ -434,3 +455,6 @@ class Answer:
     fuse_note: str
     frame_count: int
     video_bytes_read: int
+    over: str = ""
+    windows: tuple[WindowAnswer, ...] = ()
+    memory_bytes: int = 0

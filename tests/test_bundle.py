@@ -78,6 +78,7 @@ CARD = {
     "accuracy": {"exact": {"colour": 98, "count": 71.5}, "tokens": {"colour": 60}},
     "unknown_answers": {"I do not know that": "the question is outside", "Nothing.": "the footage is outside"},
     "search_floor": 0,
+    "takes_history": False,
 }
 
 
@@ -90,6 +91,7 @@ def test_a_card_says_what_config_json_says(checkpoint):
     change_config(checkpoint, vidx={"licence": "MIT"})
     plain = read_bundle("x", checkpoint).card
     assert (plain.trained, plain.accuracy, plain.unknown_answers) == (plain.knows, {}, {})
+    assert plain.takes_history  # as the published weights do
     assert not plain.states_limits
 
 

@@ -39,6 +39,7 @@ class Card:
         accuracy: source of pre-fusion ("exact", "patches", "tokens") -> kind of question -> per cent answered right.
         unknown_answers: the answers that say that the model does not know -> why it gives them.
         search_floor: the least cosine of a text and a frame that counts as found; None where the files do not say.
+        takes_history: it was trained on conversations; else each question is best put to it by itself.
     """
 
     licence: str
@@ -48,6 +49,7 @@ class Card:
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unknown_answers: Mapping[str, str] = field(default_factory=dict)
     search_floor: float | None = None
+    takes_history: bool = True
 
     @property
     def states_limits(self) -> bool:
@@ -368,6 +370,7 @@ def _is_object_of(value: Any, holds: Callable[[Any], bool]) -> bool:
 _CARD_VALUES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
     float | None: (_is_number, "a number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
     Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object that gives a text to each text"),
     Mapping[str, Mapping[str, float]]: (
         lambda value: _is_object_of(value, lambda kinds: _is_object_of(kinds, _is_number)),

@@ -316,20 +316,51 @@ def prefuse_vision(vision: VisionPart, patches: Tensor, compressed: Tensor) -> T
 # --- pre-fusion
 
 
-def prefuse(vision: VisionPart, sequence: Tensor, positions: Tensor, kept: int) -> Tensor:
+@dataclass(eq=False)
+class Past:
+    """Keys and values of a block's rows so far, (T, key heads, P, H / heads) each; None before the first."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of some more rows, after all before them."""
+        if self.keys is not None:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def crop(self, length: int) -> None:
+        """Forgets the rows from a place on; the memory is free once the next ones are there."""
+        if self.keys is not None:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+
+def prefuse(
+    vision: VisionPart, sequence: Tensor, positions: Tensor, kept: int, past: Sequence[Past] | None = None
+) -> Tensor:
     """Causal pre-fusion; the last block computes the last `kept` rows alone.
 
     Args:
         sequence: (T, S, H). positions: (1 or T, S).
+        kept: how many rows are wanted.
+        past: for each block, the rows before these, to which these are added; None where they are the first and no
+            others follow.
     Returns:
         (T, kept, H).
     """
+    count, held = sequence.shape[1], len(past[0]) if past is not None else 0
     rotary = vision.rotary(sequence, positions)
-    causal = torch.ones(kept, sequence.shape[1], dtype=torch.bool, device=sequence.device)
-    causal = causal.tril(sequence.shape[1] - kept) if kept > 1 else None  # (kept, S); the very last row sees all
-    for block in vision.prefusion[:-1]:
-        sequence = block_rows(block, sequence, rotary)
-    return block_rows(vision.prefusion[-1], sequence, rotary, kept, causal)
+    causal = torch.ones(count, held + count, dtype=torch.bool, device=sequence.device).tril(held)
+    last_number = len(vision.prefusion) - 1
+    for number, block in enumerate(vision.prefusion):
+        wanted = kept if number == last_number else count if held else None
+        allowed = None if wanted in (None, 1) else causal[count - wanted :]  # the very last row sees all
+        sequence = block_rows(block, sequence, rotary, wanted, allowed, None if past is None else past[number])
+    return sequence
 
 
 def block_keys(block: LlamaDecoderLayer, normed: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -346,13 +377,15 @@ def block_rows(
     rotary: tuple[Tensor, Tensor],
     kept: int | None = None,
     allowed: Tensor | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """The last `kept` rows of a Llama block's output; all, causal, where kept is None.
 
     Args:
         sequence: (T, S, H).
         rotary: cosines and sines, (1 or T, S, H / heads).
-        allowed: (kept, S) bool, which rows each kept one may attend to; None with kept: all of them.
+        allowed: (kept, P + S) bool, which rows each kept one may attend to; None with kept: all of them.
+        past: the P rows before these, to which these are added.
     Returns:
         (T, kept, H).
     """
@@ -360,6 +393,8 @@ def block_rows(
     first = 0 if kept is None else sequence.shape[1] - kept
     normed = block.input_layernorm(sequence)  # (T, S, H)
     keys, values = block_keys(block, normed, rotary)
+    if past is not None:
+        keys, values = past.extend(keys, values)
     queries = attention.q_proj(normed[:, first:])
     queries = queries.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (T, heads, kept, H / heads)
     cosines, sines = (part[:, first:] for part in rotary)
@@ -441,12 +476,12 @@ def fuse_frames(model: LlavaMini, ids: Sequence[int], inputs: FusionInputs) -> T
     places = vision.bundle.patches_per_frame + torch.arange(rest, device=vision.device)  # (C*C + U,)
     positions = torch.cat([inputs.positions, places.expand(frame_count, -1)], dim=1)  # (T, S)
     fused = raw.float().repeat(frame_count, 1, 1)  # (T, L, H)
-    with _precise_attention(vision):
+    with precise_attention(vision):
         fused[:, unmasked] = prefuse(vision, sequence, positions, len(unmasked)).float()
     return fused
 
 
-def _precise_attention(vision: VisionPart) -> AbstractContextManager[None]:
+def precise_attention(vision: VisionPart) -> AbstractContextManager[None]:
     """On a CPU, attention with an exact exponential.
 
     The fast kernel rounds it to 20 bits, and greedy decoding amplifies that: the largest distance to the published
@@ -457,7 +492,7 @@ def _precise_attention(vision: VisionPart) -> AbstractContextManager[None]:
 
 def embed_text(model: LlavaMini, ids: Sequence[int]) -> Tensor:
     """The LLM's embeddings of ids, those below 0 as id 0: (L, H)."""
-    return model.llm.model.embed_tokens(torch.tensor(ids, device=model.vision.device).clamp(min=0))
+    return model.llm.model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=model.vision.device).clamp(min=0))
 
 
 def frames_at_once(vision: VisionPart, row_count: int) -> int:

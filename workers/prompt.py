@@ -75,31 +75,37 @@ def load_tokenizer(bundle: Bundle, system_message: str = SYSTEM_MESSAGE) -> Prom
     return PromptTokenizer(tokenizer, template, special, system_message, clean_up)
 
 
-def build_prompt(tokenizer: PromptTokenizer, question: str) -> str:
-    """The text around a question, with the placeholder for the frames in front of it.
+Turns = Sequence[tuple[str, str]]  # questions and their answers, the oldest first
+
+
+def build_prompt(tokenizer: PromptTokenizer, question: str, history: Turns = ()) -> str:
+    """The text around a question, with the placeholder for the frames in front of it, or of the first one before it.
 
     Raises:
-        UsageError: the template refuses the two turns or drops the placeholder.
+        UsageError: the template refuses the turns or drops the placeholder.
     """
-    turns = [
-        {"role": "system", "content": tokenizer.system_message},
-        {"role": "user", "content": f"{PLACEHOLDER_TEXT}\n{question}"},
-    ]
+    said = [text for turn in history for text in turn] + [question]
+    turns = [{"role": "system", "content": tokenizer.system_message}]
+    for number, text in enumerate(said):
+        content = f"{PLACEHOLDER_TEXT}\n{text}" if number == 0 else text
+        turns.append({"role": "assistant" if number % 2 else "user", "content": content})
     try:
         prompt = tokenizer.template.render(messages=turns, add_generation_prompt=False, **tokenizer.special)
     except jinja2.TemplateError as error:
-        raise UsageError(f"the model's chat template refuses a system and a user turn: {error}") from error
+        raise UsageError(
+            f"the model's chat template refuses a system turn and {len(said)} of user and model: {error}"
+        ) from error
     if PLACEHOLDER_TEXT not in prompt:
         raise UsageError(f"the model's chat template drops {PLACEHOLDER_TEXT}, which stands for the frames")
     return prompt
 
 
-def prompt_ids(tokenizer: PromptTokenizer, question: str) -> list[int]:
+def prompt_ids(tokenizer: PromptTokenizer, question: str, history: Turns = ()) -> list[int]:
     """A question's whole prompt as ids, PLACEHOLDER_ID where the frames go.
 
     Only the first <image> is a placeholder: one in the question is the user's text.
     """
-    return encode_prompt(tokenizer, build_prompt(tokenizer, question))
+    return encode_prompt(tokenizer, build_prompt(tokenizer, question, history))
 
 
 def encode_prompt(tokenizer: PromptTokenizer, prompt: str) -> list[int]:

@@ -1,0 +1,195 @@
+"""One frame among a thousand, three thousand and ten thousand: is it found, with its time, and is it seen among all?
+
+Usage: python ops/bench/needle.py FOLDER [--seed N]
+
+Videos of nano's world are indexed at six frames a second. Ten of the world's things are the needles: from the stored
+frames that show none of them a haystack is made, one frame a second, and in it one frame of each needle, where chance
+puts it. Each is asked for by `ask` with retrieval (answered "yes", with a moment that holds the frame) and by `--all`;
+ten things of the world that are nowhere in it, and are asked for too, say how much of that is guessing.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import ROOT, figure, run_vidx, save
+
+sys.path.insert(0, str(ROOT))
+
+from ops.nano.pictograms import THINGS, with_article
+from pipeline.answer import Asked, Asker
+from pipeline.filter import Filter
+from pipeline.search import bundle_of
+from storage.archive import Archive, create_archive, open_archive
+from storage.cells import read_compressor_out, read_keys, read_patches, read_tokens
+from storage.files import source_text
+from storage.parts import FrameColumns, PartWriter
+from storage.records import FrameRef, Receipt, Sampling, Segment, Status, TokenBatch, VideoRow
+from storage.vectors import update_index
+
+SIZES = (1_000, 3_000, 10_000)
+VIDEOS, MINUTES, FPS = 10, 5.0, 6
+NEEDLES = 10
+EDGE_SECONDS = 0.5  # frames so near to a scene's end may be of a fade
+CHUNK = 500
+
+
+def make(folder: Path, seed: int) -> tuple[Archive, list[dict[str, str]]]:
+    """The world of a seed, indexed, and its moments; what is there already is used."""
+    world, place = folder / f"world-{seed}", folder / f"frames-{seed}"
+    if not (world / "MOMENTS.csv").exists():
+        size = ["--seed", str(seed), "--videos", str(VIDEOS), "--minutes", str(MINUTES)]
+        subprocess.run([sys.executable, str(ROOT / "ops/nano/world"), *size, str(world)], check=True)
+    run_vidx("index", str(world), "--fps", str(FPS), "--archive", str(place))
+    with (world / "MOMENTS.csv").open(encoding="utf-8", newline="") as file:
+        return open_archive(str(place)), list(csv.DictReader(file))
+
+
+def frames_of(archive: Archive, moments: Sequence[dict[str, str]]) -> list[tuple[FrameRef, set[str]]]:
+    """Frames well inside a scene, each with the words of its caption."""
+    videos = {source_text(row.uri).rsplit("/", 1)[-1]: row for row in archive.videos()}
+    found = []
+    for moment in moments:
+        start, end = float(moment["start_seconds"]) + EDGE_SECONDS, float(moment["end_seconds"]) - EDGE_SECONDS
+        if start < end:
+            words = set(moment["text"].replace(",", "").split())
+            within = Filter(videos[moment["file"]], start, end)
+            found += [(frame, words) for frame in within.frames(archive) if start <= frame.time_seconds < end]
+    return found
+
+
+def haystack(source: Archive, frames: Sequence[FrameRef], place: Path) -> Archive:
+    """An archive of one video, a frame a second, of the stored rows of some frames."""
+    archive = create_archive(str(place), model_id=source.model_id, model_name=source.model_name)
+    video_id, sampling = "cd" * 32, Sampling(Fraction(1), 64)
+    number = archive.reserve([(video_id, sampling)])[video_id, str(sampling)]
+    receipts = []
+    for start in range(0, len(frames), CHUNK):
+        piece = frames[start : start + CHUNK]
+        end = start + len(piece)
+        segment = Segment(video_id, start, end, start)
+        writer = PartWriter(
+            archive.frames_uri,
+            video_id=video_id,
+            video_number=number,
+            segment_key=segment.key,
+            time_base=Fraction(1),
+            model_id=archive.model_id,
+            sampling=str(sampling),
+            dtype="float32",
+        )
+        ticks, uri = np.arange(start, end), source.frames_uri
+        columns = FrameColumns(ticks, ticks, ticks * 1.0, ticks * 1.0, np.ones(len(piece)))
+        tokens = TokenBatch(
+            read_tokens(uri, piece), read_compressor_out(uri, piece), read_keys(uri, piece), read_patches(uri, piece)
+        )
+        writer.append(columns, tokens, [b""] * len(piece))
+        receipts.append(Receipt(segment, number, writer.close(), None, "pyav", len(piece), 0.0, 0.0, 0.0))
+    archive.commit_frames(receipts)
+    row = VideoRow(
+        video_id=video_id,
+        video_number=number,
+        uri="file:///haystack.mp4",
+        status=Status.INDEXED,
+        problem=None,
+        model_id=archive.model_id,
+        sampling=str(sampling),
+        frame_count=len(frames),
+        size_bytes=1,
+        mtime_ns=1,
+        probe=None,
+        captured_at=None,
+        tags={},
+        attempts=1,
+    )
+    archive.publish([row])
+    update_index(archive)
+    return archive
+
+
+def hide(
+    frames: Sequence[tuple[FrameRef, set[str]]], size: int, source: np.random.Generator
+) -> tuple[list[FrameRef], dict[str, int], list[str]]:
+    """The frames of a haystack, the second of each needle by its word, and words of what is not in it."""
+    order = source.permutation(len(THINGS))[: 2 * NEEDLES].tolist()
+    needles, absent = [THINGS[place] for place in order[:NEEDLES]], [THINGS[place] for place in order[NEEDLES:]]
+    forms = {form for thing in (*needles, *absent) for form in (thing.word, thing.plural)}
+    hay = [frame for frame, words in frames if not words & forms]
+    if len(hay) < size:
+        raise SystemExit(f"{len(hay)} frames without the needles, {size} wanted: take another --seed")
+    chosen = [hay[place] for place in np.sort(source.permutation(len(hay))[:size]).tolist()]
+    seconds = {}
+    for thing, second in zip(needles, source.permutation(size)[:NEEDLES].tolist(), strict=True):
+        with_it = [frame for frame, words in frames if words & {thing.word, thing.plural}]
+        chosen[second] = with_it[int(source.integers(len(with_it)))]
+        seconds[thing.word] = second
+    return chosen, seconds, [thing.word for thing in absent]
+
+
+def retrieved(asker: Asker, seconds: dict[str, int], absent: Sequence[str]) -> dict[str, int]:
+    """How many needles are found with their time, and how many of what is not there is."""
+    asked = Asked(fuse="patches", most_tokens=20)
+    answers = {word: asker.ask(f"Is there {with_article(word)}?", Filter(), asked) for word in (*seconds, *absent)}
+    found = [
+        word
+        for word, second in seconds.items()
+        if (answer := answers[word]) is not None
+        and answer.text == "yes"
+        and any(moment.start_seconds <= second < moment.end_seconds for moment in answer.moments)
+    ]
+    wrong = [word for word in absent if answers[word] is not None and answers[word].text == "yes"]
+    return {"found": len(found), "wrong": len(wrong)}
+
+
+def seen_among_all(asker: Asker, seconds: dict[str, int], absent: Sequence[str]) -> dict[str, int]:
+    """How many needles the model says to see when it is shown every frame, and how many of what is not there."""
+    asked = Asked(frame_limit=None, fuse="tokens", most_tokens=20)
+    says = {
+        word: asker.ask(f"Is there ever {with_article(word)}?", Filter(), asked).text == "yes"
+        for word in (*seconds, *absent)
+    }
+    return {"found": sum(says[word] for word in seconds), "wrong": sum(says[word] for word in absent)}
+
+
+def main() -> None:
+    """Measures and writes results/needle.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=5000021)
+    parser.add_argument("--haystacks", type=int, default=4, help="of each size; the first is shown whole too")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    source, moments = make(options.folder, options.seed)
+    frames = frames_of(source, moments)
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        found = wrong = 0
+        whole: dict[str, int] = {}
+        for number in range(options.haystacks):
+            chosen, seconds, absent = hide(frames, size, np.random.default_rng([options.seed, size, number]))
+            place = options.folder / f"hay-{options.seed}-{size}-{number}"
+            archive = open_archive(str(place)) if (place / "archive.json").exists() else haystack(source, chosen, place)
+            asker = Asker(archive, bundle_of(archive, None), "cpu")
+            one = retrieved(asker, seconds, absent)
+            found, wrong = found + one["found"], wrong + one["wrong"]
+            if not whole:
+                whole = seen_among_all(asker, seconds, absent)
+            print(size, number, one, whole, file=sys.stderr)
+        count = NEEDLES * options.haystacks
+        what = f"one frame of a thing among {size:,}"
+        value = f"{100 * found / count:.0f} % of {count} found with their time"
+        yard = f"things that are not there: {wrong} of {count}"
+        rows.append(figure(f"{what}, asked with retrieval", yard, value, "≥ 95 %"))
+        value, yard = f"{whole['found']} of {NEEDLES} seen", f"things that are not there: {whole['wrong']} of {NEEDLES}"
+        rows.append(figure(f"{what}, all shown (`--all`)", yard, value, "the honest figure"))
+    save("needle", rows)
+
+
+if __name__ == "__main__":
+    main()

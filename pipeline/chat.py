@@ -1,0 +1,103 @@
+"""chat: questions about an archive, one after another, with the frames and the words of those before."""
+
+from collections.abc import Callable
+
+from pipeline.answer import Asked, Asker, Chosen
+from pipeline.filter import Filter
+from storage.records import Answer
+from workers.bundle import Bundle
+
+TOPIC_SHARE = 0.25  # of the floor: what else fits a question by so much better is another topic
+
+
+class Conversation:
+    """A conversation about a part of an archive.
+
+    The model is shown what it was shown before for as long as the topic stays: where a chosen range is shown whole,
+    while a question finds nothing, and while what it finds fits it hardly better than what is shown (TOPIC_SHARE), as
+    it is with "how many are there?". Else the moments that it finds take their place.
+
+    Attributes:
+        within: what is asked about; changing it starts anew with the next question.
+        last: the answer given last.
+    """
+
+    def __init__(self, asker: Asker, bundle: Bundle, within: Filter, asked: Asked):
+        """Nothing is loaded before the first question.
+
+        Args:
+            asker: the archive and its model.
+            bundle: the model; one that takes single questions alone does not see those before.
+            within: the part of the archive.
+            asked: how to answer.
+        """
+        self.within = within
+        self.last: Answer | None = None
+        self._asker = asker
+        self._bundle = bundle
+        self._asked = asked
+        self._turns: list[tuple[str, str]] = []
+        self._shown: Chosen | None = None
+
+    def reset(self) -> None:
+        """Forgets what was said and shown."""
+        self._turns, self._shown, self.last = [], None, None
+
+    def ask(self, question: str, stream: Callable[[str], None], announce: Callable[[str], None]) -> Answer | None:
+        """The answer; None where nothing is found, and nothing has been shown before.
+
+        What was streamed of an answer that is broken off stays part of the conversation.
+
+        Args:
+            question: any text.
+            stream: gets the answer's text piece by piece.
+            announce: gets what is worth knowing before it.
+        Raises:
+            UsageError: an empty question, or one that does not fit the model's context by itself.
+        """
+        chosen = self._choose(question)
+        if not chosen:
+            return None
+        history = self._history(question, chosen, announce)
+        said: list[str] = []
+
+        def hear(piece: str) -> None:
+            said.append(piece)
+            stream(piece)
+
+        try:
+            self.last = self._asker.answer(
+                question, chosen, self._asked, history=history, stream=hear, announce=announce
+            )
+        finally:
+            if said:
+                self._shown = chosen
+                self._turns.append((question, "".join(said)))
+        return self.last
+
+    def _choose(self, question: str) -> Chosen | None:
+        shown = self._shown
+        if shown is not None and shown.within != self.within:
+            shown = None
+        if shown is not None and all(moment.score is None for moment in shown.moments):
+            return shown  # a chosen range, whole
+        found = self._asker.choose(question, self.within, self._asked)
+        if shown is not None and not (found and self._is_better(question, found, shown)):
+            return shown
+        return found
+
+    def _is_better(self, question: str, found: Chosen, shown: Chosen) -> bool:
+        score, floor = self._asker.best_score(question, shown.frames)
+        return max(moment.score for moment in found.moments) - score > TOPIC_SHARE * abs(floor)
+
+    def _history(self, question: str, chosen: Chosen, announce: Callable[[str], None]) -> list[tuple[str, str]]:
+        """What was said before, without the oldest of it where the context is full."""
+        if not self._bundle.card.takes_history:
+            return []
+        history = list(self._turns)
+        while history and not self._asker.fits(question, chosen, self._asked, history):
+            history.pop(0)
+        if forgotten := len(self._turns) - len(history):
+            announce(f"the context is full: the model no longer sees the first {forgotten} of {len(self._turns)} turns")
+            self._turns = history
+        return history

@@ -1,0 +1,206 @@
+"""`vidx chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli_options import archive_option, archive_uri, filter_options, json_option, model_options
+from pipeline.cli_query import ask_options, asked_of, filter_of, model_option
+
+if TYPE_CHECKING:
+    from pipeline.chat import Conversation
+    from storage.archive import Archive
+    from storage.records import Answer
+    from workers.bundle import Bundle
+
+HELP = """\
+/video VIDEO   ask about one video; /video alone: about all
+/time FROM TO  ask about these positions of it; /time alone: about all of it
+/sources       the moments that the last answer rests on; /sources FILE.html: with pictures, as a page
+/reset         forget what was said
+/quit          end; so does the end of the input"""
+
+
+@click.command()
+@archive_option
+@filter_options
+@ask_options
+@model_option
+@model_options
+@json_option
+def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
+    """Ask one question after another; the model stays loaded, and sees what was said before.
+
+    A question is answered from the moments that fit it best. What comes after it is about the same moments until it
+    finds others. Ctrl-C stops an answer; /help lists the commands. Questions may come from a file or a pipe, one a
+    line; --json gives a line of JSON for each answer.
+
+    \b
+    vidx chat
+    vidx chat --video bottles.mp4 --from 12 --to 30
+    vidx chat --json < questions.txt
+    """
+    from pipeline.answer import Asker
+    from pipeline.chat import Conversation
+    from pipeline.cli_print import note
+    from pipeline.search import bundle_of
+    from storage.archive import open_archive
+    from storage.errors import UsageError
+
+    archive = open_archive(archive_uri(archive_dir))
+    bundle = bundle_of(archive, options["model"])
+    asker = Asker(archive, bundle, options["device"] or "auto", options["dtype"] or "auto")
+    talk = Conversation(asker, bundle, filter_of(archive, options), asked_of(options))
+    turns = _Turns(archive, bundle, talk, options, as_json)
+    if sys.stdin.isatty():
+        note(f"{archive.frame_count()} frames, model {bundle.name}; /help lists the commands")
+        if not bundle.card.takes_history:
+            note(f"{bundle.name} was trained on single questions: it does not see those before")
+    for line in _lines():
+        try:
+            if not turns.take(line.strip()):
+                break
+        except UsageError as error:
+            note(str(error))
+        except KeyboardInterrupt:
+            click.echo()
+            note("stopped")
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, with the terminal's editing, or else the lines of the standard input."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - makes input() edit and remember
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo()
+
+
+class _Turns:
+    """Carries out what is typed."""
+
+    def __init__(self, archive: Archive, bundle: Bundle, talk: Conversation, options: dict[str, Any], as_json: bool):
+        self._archive = archive
+        self._bundle = bundle
+        self._talk = talk
+        self._options = options
+        self._as_json = as_json
+
+    def take(self, line: str) -> bool:
+        """One line; False ends the conversation."""
+        from storage.errors import UsageError
+
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if not line:
+            return True
+        if not line.startswith("/"):
+            self._ask(line)
+        elif command in ("/quit", "/exit"):
+            return False
+        elif command == "/help":
+            click.echo(HELP, err=True)
+        elif command == "/reset":
+            self._talk.reset()
+        elif command == "/video":
+            self._narrow(video=rest or None, from_text=None, to_text=None)
+        elif command == "/time":
+            times = rest.split()
+            if len(times) not in (0, 2):
+                raise UsageError(f"{line}: give two positions, as in /time 0:10:00 0:12:30, or none")
+            start, end = times or (None, None)
+            self._narrow(from_text=start, to_text=end)
+        elif command == "/sources":
+            self._sources(rest)
+        else:
+            raise UsageError(f"{command}: no such command; /help lists them")
+        return True
+
+    def _narrow(self, **changes: str | None) -> None:
+        from pipeline.cli_print import note
+
+        options = self._options | changes
+        self._talk.within = filter_of(self._archive, options)
+        self._options = options
+        frames = self._talk.within.frames(self._archive)
+        note(f"{len(frames)} frames" if frames else "no frames are there; another /video or /time finds some")
+
+    def _ask(self, question: str) -> None:
+        from pipeline.cli_print import note
+
+        def stream(text: str) -> None:
+            if not self._as_json:
+                click.echo(text, nl=False)
+                sys.stdout.flush()
+
+        if not sys.stdin.isatty() and not self._as_json:
+            click.echo(f"> {question}")
+        answer = self._talk.ask(question, stream, note)
+        if self._as_json:
+            self._print_json(question, answer)
+        elif answer is None:
+            note("not found in this archive: no frame fits the question; /video and /time say what it is about")
+        else:
+            click.echo()
+            self._cite(answer)
+
+    def _cite(self, answer: Answer) -> None:
+        from pipeline.cli_models import hint_of_unknown
+        from pipeline.cli_print import note, printable
+        from pipeline.times import clock
+        from storage.files import source_text
+
+        first, others = answer.moments[0], len(answer.moments) - 1
+        place = f"{source_text(first.uri).rsplit('/', 1)[-1]} {clock(first.start_seconds)}-{clock(first.end_seconds)}"
+        more = f" and {others} more moments, /sources lists them" if others else ""
+        note(f"[{printable(place)}{more}; {answer.frame_count} frames, {answer.fuse}]")
+        if answer.fuse_note:
+            note(answer.fuse_note)
+        why = self._bundle.card.why_unknown(answer.text)
+        if why is not None:
+            note(hint_of_unknown(self._bundle, why))
+
+    def _print_json(self, question: str, answer: Answer | None) -> None:
+        from pipeline.cli_print import json_line, moment_json
+
+        click.echo(
+            json_line(
+                {
+                    "question": question,
+                    "answer": answer.text if answer else "",
+                    "found": answer is not None,
+                    "moments": [moment_json(moment) for moment in answer.moments] if answer else [],
+                    "fuse": answer.fuse if answer else None,
+                    "frames_used": answer.frame_count if answer else 0,
+                }
+            )
+        )
+
+    def _sources(self, file: str) -> None:
+        from pipeline.cli_print import note, print_moments
+
+        answer = self._talk.last
+        if answer is None:
+            note("nothing has been answered yet")
+        elif file:
+            from pipeline.contact_sheet import SUFFIXES, write_contact_sheet
+            from pipeline.output import check_output
+
+            check_output(file, SUFFIXES)
+            write_contact_sheet(file, answer.question, self._archive, answer.moments)
+            note(f"contact sheet: {file}")
+        else:
+            print_moments(answer.moments)

@@ -1,0 +1,249 @@
+"""Frames that a model is shown: what was computed of them for one prompt serves the next one too.
+
+Pre-fusion and the LLM are causal and read the frames first, so all that comes before the first different id of two
+prompts is the same for both: each frame's rows and the shared text in pre-fusion, and in the LLM the shared text and
+the frames' tokens. Their keys and values are kept; a further question pays for its own words, and a further turn of a
+conversation for the last answer and its own. What comes out is what the whole prompt would give, up to the order of
+sums (tests/test_shown_frames.py).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from workers.llava_mini import (
+    FusionInputs,
+    LlavaMini,
+    Past,
+    answer_embeds,
+    embed_text,
+    frames_at_once,
+    fuse_question,
+    precise_attention,
+    prefuse,
+)
+from workers.memory import PREFILL_ROWS
+from workers.prompt import PLACEHOLDER_ID
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest one; above that the greater, the more freely it is drawn.
+        seed: of the draws; the same gives the same answer on one machine.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class ShownFrames:
+    """T frames in the order of time, and the prompt that was read with them last."""
+
+    def __init__(
+        self,
+        model: LlavaMini,
+        tokens: np.ndarray,
+        inputs: Callable[[], Iterable[FusionInputs]],
+        most_bytes: int,
+    ):
+        """Frames; nothing is computed yet.
+
+        Args:
+            model: the whole model.
+            tokens: (T, C*C, H), the stored vision tokens.
+            inputs: what pre-fusion reads of the same frames, in any order; called again where its keys and values are
+                not kept.
+            most_bytes: keys and values of pre-fusion are kept up to this; those of the LLM always.
+        """
+        self._model = model
+        self._tokens = tokens
+        self._inputs = inputs
+        self._most_bytes = most_bytes
+        self._ids: list[int] = []  # what is in both caches
+        self._batches: list[list[Past]] | None = None  # for each batch of frames, by block
+        self._cache: DynamicCache | None = None
+
+    @property
+    def frame_count(self) -> int:
+        """T."""
+        return len(self._tokens)
+
+    @property
+    def size_bytes(self) -> int:
+        """What is kept."""
+        tensors = [part for batch in self._batches or () for past in batch for part in (past.keys, past.values)]
+        tensors += [
+            part for layer in (self._cache.layers if self._cache else ()) for part in (layer.keys, layer.values)
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """The logits, (V,), of what follows a prompt (from `prompt_ids`).
+
+        Raises:
+            VideoProblem: the inputs raised it; the next prompt starts anew.
+        """
+        ids = list(ids)
+        known = min(_common(self._ids, ids), len(ids) - 1)
+        if known <= ids.index(PLACEHOLDER_ID):
+            known = 0
+        self._forget_from(known)
+        self._ids = []  # until both caches are whole again
+        fused = self._fuse(ids, known)
+        if known:
+            embeds = fused.to(self._model.vision.dtype)[None]  # (1, new, H)
+        else:
+            self._cache = DynamicCache(config=self._model.llm.config)
+            embeds = answer_embeds(self._model, ids, fused, self._tokens)
+        logits = self._forward(embeds)
+        self._ids = ids
+        return logits
+
+    def reply(self, ids: Sequence[int], most_tokens: int, sampling: Sampling = Sampling()) -> Iterator[int]:
+        """The answer to a prompt, id by id, up to an end token (not yielded) or so many."""
+        logits = self.read(ids)
+        choose = _chooser(sampling, logits.device)
+        try:
+            for count in range(1, most_tokens + 1):
+                token = choose(logits)
+                if token in self._model.vision.bundle.config.eos_ids:
+                    return
+                yield token
+                if count < most_tokens:
+                    logits = self._step(token)
+        finally:
+            self._crop_llm(len(self._ids))
+
+    @torch.inference_mode()
+    def _step(self, token: int) -> Tensor:
+        embeds = self._model.llm.model.embed_tokens(torch.tensor([[token]], device=self._model.vision.device))
+        return self._forward(embeds)
+
+    def _forward(self, embeds: Tensor) -> Tensor:
+        """The LLM's logits, (V,), after some more rows, (1, S, H)."""
+        for piece in embeds.split(PREFILL_ROWS, dim=1):
+            output = self._model.llm(inputs_embeds=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1]
+
+    # --- pre-fusion
+
+    def _fuse(self, ids: Sequence[int], known: int) -> Tensor:
+        """(L - known, H) float32: the text from place `known` on, fused with each frame, and the mean."""
+        if self._batches is None and not self._fits(ids):
+            return fuse_question(self._model, ids, self._inputs())[known:]
+        if self._batches is None:
+            known_here, self._batches = 0, []
+            sums = [self._first(ids, piece) for batch in self._inputs() for piece in self._pieces(batch, len(ids))]
+        else:
+            known_here = known
+            sums = [self._more(ids, known, batch) for batch in self._batches]
+        new = list(ids[known_here:])
+        fused = embed_text(self._model, new).float()  # what is masked stays as it is
+        fused[_unmasked(new)] = torch.stack(sums).sum(dim=0) / self.frame_count
+        return fused[known - known_here :]
+
+    def _pieces(self, batch: FusionInputs, text_rows: int) -> Iterator[FusionInputs]:
+        rows = batch.patches.shape[1] + batch.compressed.shape[1] + text_rows
+        step = frames_at_once(self._model.vision, rows)
+        for start in range(0, len(batch.compressed), step):
+            part = slice(start, start + step)
+            yield FusionInputs(batch.patches[part], batch.positions[part], batch.compressed[part])
+
+    def _first(self, ids: Sequence[int], inputs: FusionInputs) -> Tensor:
+        """(U, H) float32, summed over some frames, whose keys and values are kept from now on."""
+        vision = self._model.vision
+        frame_count, compressed_rows = inputs.compressed.shape[:2]
+        text = self._text(ids).expand(frame_count, -1, -1)  # (T, U, H)
+        sequence = torch.cat([vision.projector(inputs.patches), vision.projector(inputs.compressed), text], dim=1)
+        rest = torch.arange(compressed_rows + text.shape[1], device=vision.device) + vision.bundle.patches_per_frame
+        positions = torch.cat([inputs.positions, rest.expand(frame_count, -1)], dim=1)
+        pasts = [Past() for _ in vision.prefusion]
+        with precise_attention(vision):
+            fused = prefuse(vision, sequence, positions, text.shape[1], pasts)
+        self._batches.append(pasts)
+        return fused.float().sum(dim=0)
+
+    def _more(self, ids: Sequence[int], known: int, pasts: Sequence[Past]) -> Tensor:
+        """(U, H) float32 of the text from place `known` on, summed over the frames of a batch."""
+        vision = self._model.vision
+        text = self._text(ids[known:]).expand(len(pasts[0].keys), -1, -1)
+        if not text.shape[1]:
+            return text.float().sum(dim=0)
+        before = vision.bundle.patches_per_frame + self._tokens.shape[1] + len(_unmasked(ids[:known]))
+        positions = before + torch.arange(text.shape[1], device=vision.device)[None]
+        with precise_attention(vision):
+            return prefuse(vision, text, positions, text.shape[1], pasts).float().sum(dim=0)
+
+    def _text(self, ids: Sequence[int]) -> Tensor:
+        """(U, H): the embeddings of the ids that frames are fused with."""
+        return embed_text(self._model, [ids[place] for place in _unmasked(ids)])
+
+    def _fits(self, ids: Sequence[int]) -> bool:
+        """Whether pre-fusion's keys and values may be kept; reckoned with all patches, of which few may be stored."""
+        vision = self._model.vision
+        rows = vision.bundle.patches_per_frame + self._tokens.shape[1] + len(ids)
+        return self.frame_count * rows * prefusion_row_bytes(self._model) <= self._most_bytes
+
+    # --- forgetting
+
+    def _forget_from(self, known: int) -> None:
+        """Keeps what belongs to the first so many ids."""
+        if not known:
+            self._batches = self._cache = None
+            return
+        for batch in self._batches or ():
+            for past in batch:
+                past.crop(len(past) - len(_unmasked(self._ids[known:])))
+        self._crop_llm(known)
+
+    def _crop_llm(self, id_count: int) -> None:
+        if self._cache is not None and id_count:
+            rows = id_count - 1 + self._tokens.shape[0] * self._tokens.shape[1]
+            for layer in self._cache.layers:  # Cache.crop means one thing in one version and another in the next
+                layer.keys, layer.values = layer.keys[:, :, :rows], layer.values[:, :, :rows]
+
+
+def prefusion_row_bytes(model: LlavaMini) -> int:
+    """Keys and values of one row in all blocks of pre-fusion."""
+    return sum(_block_row_bytes(block) for block in model.vision.prefusion)
+
+
+def llm_row_bytes(model: LlavaMini) -> int:
+    """Keys and values of one row in all blocks of the LLM."""
+    return sum(_block_row_bytes(block) for block in model.llm.model.layers)
+
+
+def _block_row_bytes(block) -> int:
+    weight = block.self_attn.k_proj.weight
+    return 2 * weight.shape[0] * weight.element_size()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+def _unmasked(ids: Sequence[int]) -> list[int]:
+    """Places of what attends and is attended to: ids above 0 (released code)."""
+    return [place for place, token in enumerate(ids) if token > 0]
+
+
+def _chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], int]:
+    if sampling.temperature <= 0:
+        return lambda logits: int(logits.argmax())
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def draw(logits: Tensor) -> int:
+        shares = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+        return int(torch.multinomial(shares, 1, generator=generator))
+
+    return draw
