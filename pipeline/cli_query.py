@@ -80,8 +80,8 @@ def search_options(command: Callable) -> Callable:
 def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: Any) -> None:
     """Find the moments that texts describe, or that look like pictures, best first.
 
-    The score is the cosine between the search keys of the text or picture and of the best frame; of several, their
-    mean. One that ends in ^2 counts twice.
+    The score is the cosine between the search keys of the text or picture and of the moment's frames, on average; of
+    several texts or pictures, their mean. One that ends in ^2 counts twice.
 
     \b
     vidx search "a white van"

@@ -10,19 +10,18 @@ import numpy as np
 
 from pipeline.filter import Filter
 from pipeline.floors import Floor, Floors
-from pipeline.moments import fallen, moments_of
+from pipeline.moments import MomentFinder
 from pipeline.query import Query, QueryEncoder, QueryKeys
 from storage.archive import Archive
 from storage.cells import read_keys
 from storage.errors import UsageError
 from storage.files import source_text
 from storage.frames import Rows
-from storage.records import FrameRef, Hit, Moment
+from storage.records import FrameRef, Moment
 from storage.vectors import Index, open_index
 from workers.bundle import Bundle, find_bundle
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
-MOST_HITS = 8192  # once there are moments enough; one of more frames than that may be shown in pieces
 FRAMES_SHOWN = 32  # to the model for an answer at most, where nothing else is asked for
 
 
@@ -149,45 +148,20 @@ def _find(
     wanted: Wanted,
     scores: tuple[float, float],
 ) -> tuple[Sequence[Moment], int]:
-    """The best moments with scores in a half-open range, whole, and how many hits were left out for what they show.
+    """The best moments with scores in a half-open range, and how many hits were left out for what they show.
 
-    More hits are asked for until there are moments enough, and each one's neighbours are known to have fallen.
+    More hits are asked for until there are moments enough.
     """
-    count, limit = wanted.limit * HITS_PER_MOMENT, wanted.limit
+    finder, count = MomentFinder(archive, keys, rows), wanted.limit * HITS_PER_MOMENT
     while True:
         found = index.search(keys.wanted, count, rows)
-        above = [hit for hit in found if scores[0] <= hit.score < scores[1]]
-        hits, frames = _without(archive, above, archive.hit_frames(above), keys)
-        shown = {(frame.video_number, frame.frame_index): frame for frame in frames}
-        moments = moments_of(hits, shown, archive.uris({hit.video_number for hit in hits}))
-        moments = [moment for moment in moments if not any(_holds(moment, frame) for frame in keys.examples)]
-        moments = [*_spread(moments, wanted.per_video)][:limit]
+        hits = [hit for hit in found if scores[0] <= hit.score < scores[1]]
+        moments, left_out = finder.find(hits, *scores)
+        moments = [*_spread(moments, wanted.per_video)][: wanted.limit]
         are_all = len(found) < count or found[-1].score < scores[0] or count >= index.frame_count
-        if are_all or (len(moments) == limit and (count >= MOST_HITS or found[-1].score <= _least_fallen(moments))):
-            return moments, len(above) - len(hits)
+        if are_all or len(moments) == wanted.limit:
+            return moments, left_out
         count *= 4
-
-
-def _least_fallen(moments: Sequence[Moment]) -> float:
-    """The score below which no frame belongs to any of the moments."""
-    return min(fallen(moment.score) for moment in moments)
-
-
-def _holds(moment: Moment, frame: FrameRef) -> bool:
-    is_within = moment.start_seconds <= frame.time_seconds < moment.end_seconds
-    return moment.video_number == frame.video_number and is_within
-
-
-def _without(
-    archive: Archive, hits: list[Hit], frames: list[FrameRef], keys: QueryKeys
-) -> tuple[list[Hit], list[FrameRef]]:
-    """The hits, with their frames, that do not reach the floor with any of the unwanted keys."""
-    if not len(keys.unwanted) or not hits:
-        return hits, frames
-    scores = read_keys(archive.frames_uri, frames).astype(np.float32) @ keys.unwanted.T
-    reaches = (scores >= keys.unwanted_floor).any(axis=1)
-    kept = np.flatnonzero(~reaches).tolist()
-    return [hits[place] for place in kept], [frames[place] for place in kept]
 
 
 def _spread(moments: Sequence[Moment], per_video: int | None) -> Iterator[Moment]:

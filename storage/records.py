@@ -397,7 +397,7 @@ class Hit:
 class Moment:
     """A stretch of one video that answers a search; times are positions that a player shows.
 
-    score is the best frame's cosine, or None where every frame was taken without a search.
+    score is the mean of its frames' cosines, or None where every frame was taken without a search.
     """
 
     video_id: str
