@@ -16,6 +16,7 @@ from pipeline.search import FRAMES_SHOWN, Searcher, Wanted
 from pipeline.times import clock
 from storage.archive import Archive
 from storage.errors import UsageError
+from storage.files import source_text
 from storage.records import Answer, FrameRef, Moment, WindowAnswer
 from workers.bundle import Bundle
 from workers.llava_mini import LlavaMini, load_model
@@ -307,38 +308,41 @@ class Asker:
         announce: Callable[[str], None],
     ) -> Answer:
         """An answer for each stretch of the frames, and one that the model gives when it has read those."""
-        count = -(-len(chosen.frames) // room)
-        bounds = [number * len(chosen.frames) // count for number in range(count + 1)]
-        announce(f"{len(chosen.frames)} frames are shown in {count} windows (--over {Over.WINDOWS})")
+        cuts, uris = _windows(chosen.frames, room), self._archive.uris({each.video_number for each in chosen.frames})
+        announce(f"{len(chosen.frames)} frames are shown in {len(cuts)} windows (--over {Over.WINDOWS})")
         ids = prompt_ids(self._tokenizer, question)
-        windows = []
-        for start, end in itertools.pairwise(bounds):
-            frames = chosen.frames[start:end]
-            one = self._answer(question, ids, Chosen(frames, self._stretches(frames)), asked, _silent, _silent)
+        windows, answers, lines = [], [], []
+        for frames in cuts:
+            one = self._answer(question, ids, Chosen(frames, self._stretches(frames)), asked, _silent, announce)
             first, last = frames[0], frames[-1]
-            windows.append(
-                WindowAnswer(
-                    self._archive.uris([first.video_number])[first.video_number],
-                    first.time_seconds,
-                    last.time_seconds + last.duration_seconds,
-                    one.text,
-                )
-            )
-            announce(f"{_span(windows[-1])}: {one.text}")
-        heard = "\n".join(f"{_span(window)}: {window.text}" for window in windows)
+            uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
+            windows.append(WindowAnswer(uri, first.time_seconds, end, one.text))
+            answers.append(one)
+            name = f"{source_text(uri).rsplit('/', 1)[-1]} " if len(uris) > 1 else ""
+            lines.append(f"{name}{clock(first.time_seconds)} to {clock(end)}: {one.text}")
+            announce(lines[-1])
+        heard = "\n".join(lines)
         last_question = f"{question}\n{HEARD}\n{heard}"
         ids = prompt_ids(self._tokenizer, last_question)
         room = frames_that_fit(self._bundle, ids, asked.most_tokens)
         if not room:
             raise UsageError(
-                f"the answers of {count} windows with the question and an answer of {asked.most_tokens} tokens "
+                f"the answers of {len(cuts)} windows with the question and an answer of {asked.most_tokens} tokens "
                 f"(--max-tokens) do not fit the {self._bundle.context_length} tokens of {self._bundle.name}'s context; "
                 "narrow with --video, --from and --to, or ask for shorter answers with --max-words"
             )
         fewer = _evenly(chosen.frames, min(room, FRAMES_SHOWN))
         final = replace(chosen, frames=tuple(fewer), over=Over.WINDOWS)
-        answer = self._answer(last_question, ids, final, asked, stream, announce)
-        return replace(answer, question=question, frame_count=len(chosen.frames), windows=tuple(windows))
+        answers.append(self._answer(last_question, ids, final, asked, stream, announce))
+        return replace(
+            answers[-1],
+            question=question,
+            frame_count=len(chosen.frames),
+            windows=tuple(windows),
+            fuse_note=next((each.fuse_note for each in answers if each.fuse_note), ""),
+            video_bytes_read=sum(each.video_bytes_read for each in answers),
+            memory_bytes=max(each.memory_bytes for each in answers),
+        )
 
     def _showing(self, frames: Sequence[FrameRef], asked: Asked) -> Showing:
         """The frames as they are kept, or shown anew."""
@@ -384,5 +388,12 @@ def _words(pieces: Iterable[str], most: int | None) -> Iterator[str]:
         yield piece
 
 
-def _span(window: WindowAnswer) -> str:
-    return f"{clock(window.start_seconds)} to {clock(window.end_seconds)}"
+def _windows(frames: Sequence[FrameRef], most: int) -> list[tuple[FrameRef, ...]]:
+    """Frames in order as stretches of one video each and of about one length, none of more than so many."""
+    cuts = []
+    for _, group in itertools.groupby(frames, key=lambda frame: frame.video_number):
+        own = tuple(group)
+        count = -(-len(own) // most)
+        bounds = [number * len(own) // count for number in range(count + 1)]
+        cuts += [own[start:end] for start, end in itertools.pairwise(bounds)]
+    return cuts

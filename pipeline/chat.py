@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pipeline.answer import Asked, Asker, Chosen
 from pipeline.filter import Filter
+from pipeline.query import check_text
 from storage.records import Answer
 from workers.bundle import Bundle
 
@@ -18,7 +19,7 @@ class Conversation:
     it is with "how many are there?". Else the moments that it finds take their place.
 
     Attributes:
-        within: what is asked about; changing it starts anew with the next question.
+        within: what is asked about.
         last: the answer given last.
     """
 
@@ -39,6 +40,11 @@ class Conversation:
         self._turns: list[tuple[str, str]] = []
         self._shown: Chosen | None = None
 
+    def narrow(self, within: Filter) -> None:
+        """Asks about another part of the archive from now on, and forgets what was said of this one."""
+        self.within = within
+        self.reset()
+
     def reset(self) -> None:
         """Forgets what was said and shown."""
         self._turns, self._shown, self.last = [], None, None
@@ -55,6 +61,7 @@ class Conversation:
         Raises:
             UsageError: an empty question, or one that does not fit the model's context by itself.
         """
+        check_text("question", question)
         chosen = self._choose(question)
         if not chosen:
             return None
@@ -77,8 +84,6 @@ class Conversation:
 
     def _choose(self, question: str) -> Chosen | None:
         shown = self._shown
-        if shown is not None and shown.within != self.within:
-            shown = None
         if shown is not None and all(moment.score is None for moment in shown.moments):
             return shown  # a chosen range, whole
         found = self._asker.choose(question, self.within, self._asked)
@@ -87,8 +92,8 @@ class Conversation:
         return found
 
     def _is_better(self, question: str, found: Chosen, shown: Chosen) -> bool:
-        score, floor = self._asker.best_score(question, shown.frames)
-        return max(moment.score for moment in found.moments) - score > TOPIC_SHARE * abs(floor)
+        (score, floor), (other, _) = (self._asker.best_score(question, each.frames) for each in (shown, found))
+        return other - score > TOPIC_SHARE * abs(floor)
 
     def _history(self, question: str, chosen: Chosen, announce: Callable[[str], None]) -> list[tuple[str, str]]:
         """What was said before, without the oldest of it where the context is full."""
@@ -97,7 +102,8 @@ class Conversation:
         history = list(self._turns)
         while history and not self._asker.fits(question, chosen, self._asked, history):
             history.pop(0)
-        if forgotten := len(self._turns) - len(history):
+        forgotten = len(self._turns) - len(history)
+        if forgotten and self._asker.fits(question, chosen, self._asked, history):
             announce(f"the context is full: the model no longer sees the first {forgotten} of {len(self._turns)} turns")
             self._turns = history
         return history

@@ -140,24 +140,31 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
 def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
     """Join the small files of each video into larger ones, while the archive is searched and added to.
 
-    Frames, answers and the order of results stay the same. The old files stay for those who read them at this moment;
-    `vidx clean` removes them when they are a week old. It may be stopped at any time, and goes on where it was.
+    Frames stay the same; where a moment begins or ends may shift by a frame. The old files stay for those who read them
+    at this moment; `vidx clean` removes them when they are a week old. It may be stopped at any time, and goes on where
+    it was.
 
     \b
     vidx compact
     vidx compact --target-mib 512 --json
+
+    Exit code 5: some files are damaged, and their videos were left as they are; `vidx repair` mends them.
     """
-    from pipeline.cli_print import print_json
+    from pipeline.cli_print import note, print_json
     from storage.archive import open_archive
     from storage.compact import compact as compact_archive
 
     done = compact_archive(open_archive(archive_uri(archive_dir), write=True), target_mib << 20, _report)
     if as_json:
-        print_json({"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written})
+        counts = {"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written}
+        print_json({**counts, "problems": list(done.problems)})
     elif done.parts_joined:
         click.echo(f"{done.parts_joined} files of {done.videos} videos joined into {done.parts_written}")
     else:
         click.echo("nothing to join")
+    for problem in done.problems:
+        note(problem)
+    sys.exit(5 if done.problems else 0)
 
 
 def _report(done: int, total: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     from storage.archive import open_archive
     from storage.errors import UsageError
 
+    signal.signal(signal.SIGTERM, _end)
+    sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
     archive = open_archive(archive_uri(archive_dir))
     bundle = bundle_of(archive, options["model"])
     asker = Asker(archive, bundle, options["device"] or "auto", options["dtype"] or "auto")
@@ -68,8 +71,15 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
         except UsageError as error:
             note(str(error))
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             click.echo()
             note("stopped")
+
+
+def _end(*_) -> None:
+    """A SIGTERM ends a conversation, where Ctrl-C stops an answer alone."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _lines() -> Iterator[str]:
@@ -133,7 +143,7 @@ class _Turns:
         from pipeline.cli_print import note
 
         options = self._options | changes
-        self._talk.within = filter_of(self._archive, options)
+        self._talk.narrow(filter_of(self._archive, options))
         self._options = options
         frames = self._talk.within.frames(self._archive)
         note(f"{len(frames)} frames" if frames else "no frames are there; another /video or /time finds some")
@@ -190,7 +200,7 @@ class _Turns:
         )
 
     def _sources(self, file: str) -> None:
-        from pipeline.cli_print import note, print_moments
+        from pipeline.cli_print import json_line, moment_json, note, print_moments
 
         answer = self._talk.last
         if answer is None:
@@ -202,5 +212,7 @@ class _Turns:
             check_output(file, SUFFIXES)
             write_contact_sheet(file, answer.question, self._archive, answer.moments)
             note(f"contact sheet: {file}")
+        elif self._as_json:
+            click.echo(json_line({"moments": [moment_json(moment) for moment in answer.moments]}))
         else:
             print_moments(answer.moments)

@@ -52,7 +52,8 @@ class Showing:
                 "(--patches)"
             )
         self._stored = stored
-        self._show(wanted if wanted in ("exact", "tokens") else stored)
+        self._best = wanted if wanted in ("exact", "tokens") else stored
+        self._show(self._best)
 
     def _show(self, source: str) -> None:
         self.source = source
@@ -66,6 +67,9 @@ class Showing:
 
     def reply(self, ids: Sequence[int], most_tokens: int, sampling: Sampling) -> Iterator[int]:
         """The answer to a prompt, id by id, as ShownFrames.reply."""
+        if self.source != self._best:  # what was out of reach may be back
+            self.note = ""
+            self._show(self._best)
         try:
             yield from self._shown.reply(ids, most_tokens, sampling)
         except VideoProblem as problem:  # which comes before the first id, or not at all

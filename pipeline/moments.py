@@ -49,7 +49,7 @@ class _Look:
     """What the frames of a part look like, whatever is searched for.
 
     Attributes:
-        keys: (T, E) float32.
+        keys: (T, E) float16.
         times: of the same frames.
         change: the cosine distance from which on two neighbours show different things.
         begins: (T,) bool, whether a frame shows something else than the one before, or does not follow it; False for
@@ -64,14 +64,15 @@ class _Look:
 
 @lru_cache(maxsize=PARTS_KEPT)
 def _look(frames_uri: str, path: str) -> _Look:
-    keys = part_keys(frames_uri, path).astype(np.float32)
+    stored = part_keys(frames_uri, path)
+    keys = stored.astype(np.float32)
     times = read_times(join(frames_uri, path))
     distances = 1 - np.einsum("te,te->t", keys[1:], keys[:-1])
     change = max(CHANGE, CHANGE_TIMES * float(np.median(distances))) if len(distances) else CHANGE
     gaps = times.time_seconds[1:] - (times.time_seconds + times.duration_seconds)[:-1]
     begins = np.zeros(len(keys), bool)
     begins[1:] = (distances > change) | (gaps >= TOUCH_SECONDS)
-    return _Look(keys, times, change, begins)
+    return _Look(stored, times, change, begins)
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,14 +80,10 @@ class _View:
     """A part as a query sees it.
 
     Attributes:
-        path: of the part.
-        look: its frames.
         scores: (T,) float32.
         passes: (T,) bool: let through by the filter, and nothing unwanted.
     """
 
-    path: str
-    look: _Look
     scores: np.ndarray
     passes: np.ndarray
 
@@ -163,15 +160,15 @@ class MomentFinder:
     def _next(self, paths: Sequence[str], at: _Place, step: int) -> _Place | None:
         """The neighbouring frame that shows the same, or None."""
         part, row = at
-        look = self._view(paths[part]).look
+        look = self._look(paths[part])
         if 0 <= row + step < len(look.begins):
             return None if look.begins[max(row, row + step)] else (part, row + step)
         if not 0 <= part + step < len(paths):
             return None
-        other = self._view(paths[part + step]).look
+        other = self._look(paths[part + step])
         earlier, later = (look, other) if step > 0 else (other, look)
         gap = later.times.time_seconds[0] - earlier.times.time_seconds[-1] - earlier.times.duration_seconds[-1]
-        distance = 1 - float(earlier.keys[-1] @ later.keys[0])
+        distance = 1 - float(earlier.keys[-1].astype(np.float32) @ later.keys[0].astype(np.float32))
         if gap >= TOUCH_SECONDS or distance > max(earlier.change, later.change):
             return None
         return part + step, 0 if step > 0 else len(other.begins) - 1
@@ -191,11 +188,11 @@ class MomentFinder:
         )
 
     def _times(self, paths: Sequence[str], place: _Place) -> tuple[float, float]:
-        times = self._view(paths[place[0]]).look.times
+        times = self._look(paths[place[0]]).times
         return float(times.time_seconds[place[1]]), float(times.duration_seconds[place[1]])
 
     def _parts_of(self, video_number: int) -> list[str]:
-        """Paths of a video's parts with search keys, in order of time."""
+        """Paths of a video's parts, in order of time."""
         if video_number not in self._paths:
             bounds = self._archive.part_bounds()
             places = bounds.of(video_number)
@@ -203,18 +200,21 @@ class MomentFinder:
             self._paths[video_number] = bounds.path[places].tolist()
         return self._paths[video_number]
 
+    def _look(self, path: str) -> _Look:
+        return _look(self._archive.frames_uri, path)
+
     def _view(self, path: str) -> _View:
         if path not in self._views:
-            look = _look(self._archive.frames_uri, path)
-            keys = self._keys
-            passes = np.ones(len(look.keys), bool)
+            look, keys = self._look(path), self._keys
+            stored = look.keys.astype(np.float32)
+            passes = np.ones(len(stored), bool)
             if self._rows is not None:
                 passes[:] = False
                 if path in self._rows:
                     passes[slice(None) if self._rows[path] is None else self._rows[path]] = True
             if len(keys.unwanted):
-                passes &= ~(look.keys @ keys.unwanted.T >= keys.unwanted_floor).any(axis=1)
-            self._views[path] = _View(path, look, look.keys @ keys.wanted, passes)
+                passes &= ~(stored @ keys.unwanted.T >= keys.unwanted_floor).any(axis=1)
+            self._views[path] = _View(stored @ keys.wanted, passes)
         return self._views[path]
 
 

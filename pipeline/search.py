@@ -22,6 +22,7 @@ from storage.vectors import Index, open_index
 from workers.bundle import Bundle, find_bundle
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
+MOST_HITS = 8192  # once there are moments enough
 FRAMES_SHOWN = 32  # to the model for an answer at most, where nothing else is asked for
 
 
@@ -150,7 +151,8 @@ def _find(
 ) -> tuple[Sequence[Moment], int]:
     """The best moments with scores in a half-open range, and how many hits were left out for what they show.
 
-    More hits are asked for until there are moments enough.
+    More hits are asked for until there are moments enough, and none that is left can be among them: its mean is not
+    above its best frame's score.
     """
     finder, count = MomentFinder(archive, keys, rows), wanted.limit * HITS_PER_MOMENT
     while True:
@@ -159,7 +161,7 @@ def _find(
         moments, left_out = finder.find(hits, *scores)
         moments = [*_spread(moments, wanted.per_video)][: wanted.limit]
         are_all = len(found) < count or found[-1].score < scores[0] or count >= index.frame_count
-        if are_all or len(moments) == wanted.limit:
+        if are_all or (len(moments) == wanted.limit and (count >= MOST_HITS or found[-1].score <= moments[-1].score)):
             return moments, left_out
         count *= 4
 

@@ -15,8 +15,10 @@ import pyarrow as pa
 
 from storage.archive import Archive
 from storage.cells import keeps, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
+from storage.errors import ArchiveError
 from storage.files import join
 from storage.frames import PartBounds
+from storage.jobs import Job
 from storage.layout import damage, read_columns
 from storage.parts import FrameColumns, PartWriter
 from storage.records import FrameRef, Part, Status, TokenBatch, joined_key, segment_range
@@ -31,11 +33,12 @@ _OF_FRAME = tuple(field.name for field in fields(FrameColumns))
 
 @dataclass(frozen=True)
 class Compacted:
-    """What was done, in parts and videos."""
+    """What was done, in parts and videos; problems are of parts that could not be read, a line each."""
 
     videos: int
     parts_joined: int
     parts_written: int
+    problems: tuple[str, ...] = ()
 
 
 def compact(
@@ -43,36 +46,49 @@ def compact(
 ) -> Compacted:
     """Joins the parts of each whole video, and brings the index up to it.
 
-    What was joined before an interrupt stays so.
+    What was joined before an interrupt stays so. A video with a part that cannot be read is left as it is.
 
     Args:
         archive: which.
         target_bytes: how large parts may become; larger ones are left as they are.
         report: told after each commit how many of how many parts have been dealt with.
     Raises:
-        ArchiveError: a part is missing or damaged, or the archive cannot be written.
+        ArchiveError: the archive cannot be written, or its index not be brought up.
     """
     archive.refresh()
-    runs = list(_runs(archive, target_bytes))
-    total = sum(len(paths) for _, paths in runs)
-    videos, joined, written = set(), 0, 0
-    for batch in _batches(runs):
-        landed = archive.join_parts([(_join(archive, paths), paths) for _, paths in batch])
-        for (number, paths), has_landed in zip(batch, landed, strict=True):
-            if has_landed:
-                videos.add(number)
-                joined, written = joined + len(paths), written + 1
-        update_index(archive)
-        report(joined, total)
-    if runs:
+    videos, joined, written, done, problems = set(), 0, 0, 0, []
+    with Job(archive.uri):  # so that `clean` leaves alone what is written here
+        runs = list(_runs(archive, target_bytes))
+        total = sum(len(paths) for _, paths in runs)
+        for batch in _batches(runs):
+            waiting = []
+            for number, paths in batch:
+                try:
+                    waiting.append((number, _join(archive, paths), paths))
+                except ArchiveError as error:
+                    problems.append(str(error))
+            landed = archive.join_parts([(part, paths) for _, part, paths in waiting])
+            for (number, _, paths), has_landed in zip(waiting, landed, strict=True):
+                if has_landed:
+                    videos.add(number)
+                    joined, written = joined + len(paths), written + 1
+            update_index(archive)
+            done += sum(len(paths) for _, paths in batch)
+            report(done, total)
+    if joined:
         improve_index(archive)
-    return Compacted(len(videos), joined, written)
+    return Compacted(len(videos), joined, written, tuple(problems))
 
 
 def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]]:
     """Number of a video and paths of parts to be joined, in order."""
     bounds = archive.part_bounds()
-    whole = {row.video_number for row in archive.videos() if row.status is Status.INDEXED}
+    counts = bounds.frame_counts()
+    whole = {
+        row.video_number
+        for row in archive.videos()
+        if row.status is Status.INDEXED and row.frame_count == counts[row.video_number]
+    }
     places: dict[int, list[int]] = {}
     for place, number in enumerate(bounds.video_number.tolist()):
         if number in whole:
@@ -83,7 +99,7 @@ def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]
             if len(run) < 2:
                 continue
             paths = bounds.path[run].tolist()
-            for _, alike in groupby(paths, key=lambda path: _constants(archive, path)["dtype"]):
+            for _, alike in groupby(paths, key=lambda path: _dtype(archive, path)):
                 if len(chosen := list(alike)) > 1:
                     yield number, chosen
 
@@ -110,6 +126,14 @@ def _batches(runs: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[int, 
             batch = []
     if batch:
         yield batch
+
+
+def _dtype(archive: Archive, path: str) -> str:
+    """What the part was computed in; nothing for one that cannot be read, which joining says."""
+    try:
+        return _constants(archive, path)["dtype"]
+    except ArchiveError:
+        return ""
 
 
 def _constants(archive: Archive, path: str) -> dict:

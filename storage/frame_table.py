@@ -118,6 +118,7 @@ class FrameTable:
         Raises:
             ArchiveError: the archive cannot be written. The group is in, whole, or not at all; no part is removed.
         """
+        landed: set[str] = set()
         for _ in tables.attempts():
             self.refresh()
             bounds = self.bounds()
@@ -125,13 +126,18 @@ class FrameTable:
             waiting = [(part, paths) for part, paths in joined if places.keys() >= set(paths)]
             if not waiting:
                 break
+            self._check_written([part for part, _ in waiting])
             old = [places[path] for _, paths in waiting for path in paths]
             guards = {_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in old}
             versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
             removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in old]
-            with contextlib.suppress(Conflict):
+            try:
                 tables.commit(self._table, [part for part, _ in waiting], removed, versions)
-        there = set(self.bounds().path)
+            except Conflict:
+                continue
+            landed = {part.path for part, _ in waiting}
+            break
+        there = landed | set(self.bounds().path)  # also what landed in a try that seemed to fail
         for part, _ in joined:
             if part.path not in there:
                 with contextlib.suppress(OSError):

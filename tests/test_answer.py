@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections import Counter
 
 import pytest
 
@@ -101,9 +102,11 @@ def test_windows_are_asked_one_by_one_and_then_their_answers(narrow_asker, narro
     short = asked(over=Over.WINDOWS, frame_limit=None, most_tokens=20)
     with pytest.raises(UsageError, match=r"answers of \d+ windows .* do not fit"):
         narrow_asker.ask(question, Filter(), short, announce=announce)
-    count = -(-len(every) // room)
+    sizes = Counter(frame.video_number for frame in every)
+    count = sum(-(-size // room) for size in sizes.values())
     assert lines[0] == f"{len(every)} frames are shown in {count} windows (--over windows)"
     assert len(lines) == count + 1
+    assert sum(line.startswith(f"{CLIP} 0:00:00.0 to 0:00:") for line in lines) == 1  # none goes over a video's end
     assert {line.rsplit(": ", 1)[1] for line in lines[1:]} >= {"yes"}
 
 

@@ -84,7 +84,7 @@ def test_a_chosen_range_is_what_every_question_is_about(asker, archive):
     answers = [talk.ask(question) for question in ("What is there?", "Is there an apple?", "Where is the tent?")]
     assert [answer.text for answer in answers] == ["a cow, a leaf and a tent", "no", "bottom left"]
     assert {answer.moments for answer in answers} == {answers[0].moments}
-    talk.conversation.within = Filter(archive.find_video(CLIP), 10.0, 14.0)
+    talk.conversation.narrow(Filter(archive.find_video(CLIP), 10.0, 14.0))
     assert talk.ask("Is there an apple?").text == "yes"
 
 

@@ -201,10 +201,41 @@ def test_a_damaged_part_is_named_and_nothing_is_lost(archive):
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
     before = parts_of(archive)
-    with pytest.raises(ArchiveError, match=path.name):
-        compact(archive)
-    assert parts_of(archive) == before
-    assert len(list(path.parent.glob("*.parquet"))) == 4
+    add_in_pieces(archive, 2)
+    done = compact(archive)
+    (problem,) = done.problems
+    assert path.name in problem
+    assert (done.videos, done.parts_joined) == (1, 4)
+    assert set(before) < set(parts_of(archive))
+    result = CliRunner().invoke(vidx, ["compact", "--archive", str(folder_of(archive))])
+    assert result.exit_code == 5
+    assert path.name in result.stderr
+
+
+def test_a_hole_is_not_joined_over(archive):
+    add_in_pieces(archive, 1)
+    bounds = archive.part_bounds()
+    hole = bounds.path[bounds.segment == "50..100"].tolist()
+    archive.drop_parts(hole)  # as by a repair that was killed before it said so
+    assert compact(open_archive(archive.uri)).parts_joined == 0
+    assert open_archive(archive.uri).committed(video_id_of(1), SAMPLING, ["50..100"]) == set()
+
+
+def test_what_is_written_and_not_committed_yet_is_not_cleaned_away(archive, monkeypatch):
+    add_in_pieces(archive, 1)
+    join = type(archive).join_parts
+
+    def beside_clean(self, joined):
+        make_old(archive)
+        clean(open_archive(self.uri), 0)
+        return join(self, joined)
+
+    monkeypatch.setattr(type(archive), "join_parts", beside_clean)
+    with pytest.raises(ArchiveError, match="removed before it was committed"):
+        compact(archive)  # its files were made to look old
+    found = open_archive(archive.uri)
+    assert verify(found.uri).faults == ()
+    assert found.frame_count() == 20
 
 
 def test_the_command_says_what_it_joined(archive):
@@ -212,6 +243,6 @@ def test_the_command_says_what_it_joined(archive):
     add_in_pieces(archive, 1)
     result = CliRunner().invoke(vidx, ["compact", "--archive", str(folder_of(archive)), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {"videos": 1, "files_joined": 4, "files_written": 1}
+    assert json.loads(result.stdout) == {"videos": 1, "files_joined": 4, "files_written": 1, "problems": []}
     result = CliRunner().invoke(vidx, ["compact", "--archive", str(folder_of(archive))])
     assert result.stdout == "nothing to join\n"

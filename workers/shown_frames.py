@@ -79,9 +79,8 @@ class ShownFrames:
     def size_bytes(self) -> int:
         """What is kept."""
         tensors = [part for batch in self._batches or () for past in batch for part in (past.keys, past.values)]
-        tensors += [
-            part for layer in (self._cache.layers if self._cache else ()) for part in (layer.keys, layer.values)
-        ]
+        layers = self._cache.layers if self._cache else ()
+        tensors += [part for layer in layers for part in (layer.keys, layer.values)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @torch.inference_mode()
@@ -95,15 +94,18 @@ class ShownFrames:
         known = min(_common(self._ids, ids), len(ids) - 1)
         if known <= ids.index(PLACEHOLDER_ID):
             known = 0
-        self._forget_from(known)
-        self._ids = []  # until both caches are whole again
-        fused = self._fuse(ids, known)
-        if known:
-            embeds = fused.to(self._model.vision.dtype)[None]  # (1, new, H)
-        else:
-            self._cache = DynamicCache(config=self._model.llm.config)
-            embeds = answer_embeds(self._model, ids, fused, self._tokens)
-        logits = self._forward(embeds)
+        try:
+            self._forget_from(known)
+            fused = self._fuse(ids, known)
+            if known:
+                embeds = fused.to(self._model.vision.dtype)[None]  # (1, new, H)
+            else:
+                self._cache = DynamicCache(config=self._model.llm.config)
+                embeds = answer_embeds(self._model, ids, fused, self._tokens)
+            logits = self._forward(embeds)
+        except BaseException:  # as Ctrl-C: what is half done is of no use
+            self._ids, self._batches, self._cache = [], None, None
+            raise
         self._ids = ids
         return logits
 

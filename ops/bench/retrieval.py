@@ -4,7 +4,7 @@ Usage: python ops/bench/retrieval.py FOLDER [--seed N] [--clips FOLDER ...]
 
 Ten videos of five minutes are made from the seed and indexed at four frames a second: half of the moments last less
 than 2.3 seconds, and at one frame a second not even the right frames overlap three of four by half. Texts: every
-caption of a scene, once, right wherever it is true. Not there, as many: things outside its world, by words that no
+caption of a scene, once, right wherever it is true. Not there: things outside its world, by words that no
 training has seen, and pairs of the world's things that no scene shows together are counted by themselves. Pictures: of
 every caption's first scene, the frame that the encoded file shows a third of a second past the middle. On real clips
 every pictogram is searched for: their world holds none.
@@ -174,7 +174,7 @@ def main() -> None:
             missed=missed,
         ),
         figure(
-            "found or not, F1: as many texts about things outside its world",
+            f"found or not, F1: those, and {len(unknown)} texts about things outside its world",
             f"all found {2 * len(there) / (2 * len(there) + len(unknown)):.3f}",
             f"{both.found_f1:.3f} ({both.found} of {both.there}; wrongly {both.found_wrongly} of {both.absent})",
             "≥ 0.9",
