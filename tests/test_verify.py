@@ -28,7 +28,7 @@ def archive(tmp_path):
     add_video(archive, 2)
     halves = [
         receipt_for(archive, 3, random_rows(4, 30), (None, 40)),
-        receipt_for(archive, 3, random_rows(4, 31, start=4), (40, None)),
+        receipt_for(archive, 3, random_rows(4, 31, start=4), (40, 80)),
     ]
     assert archive.commit_frames(halves) == [True, True]
     archive.publish([row_for(archive, 3, 8)])
