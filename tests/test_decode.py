@@ -432,16 +432,28 @@ def test_decoding_runs_ahead_but_not_without_end():
         probe = decoder.probe(path)
         batches = decoder.decode(path, probe, Segment("a" * 64, None, None, 0), Fraction(30), 1)
         next(batches)
-        pid, used = new_child(before), []
-        for _ in range(2):
-            time.sleep(1.5)
-            used.append(sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])))
-        assert used[0] == used[1]  # it waits for us
-        began = time.monotonic()
+        pid = new_child(before)
+        waiting = cpu_time_at_rest(pid)
+        os.kill(pid, signal.SIGSTOP)
         for _ in range(FRAMES_AHEAD - 1):
-            next(batches)
-        assert time.monotonic() - began < 0.5  # these were there already
-        batches.close()
+            next(batches)  # these were there already
+        os.kill(pid, signal.SIGCONT)
+        assert sum(1 for _ in batches) == 1189 - FRAMES_AHEAD
+        assert cpu_time(pid) > 2 * waiting  # it had waited for us, far from the end
+
+
+def cpu_time(pid):
+    """Clock ticks that a process has used."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+
+
+def cpu_time_at_rest(pid):
+    """The same once it uses no more."""
+    used = [-1, cpu_time(pid)]
+    while used[-1] != used[-2]:
+        time.sleep(1.5)
+        used.append(cpu_time(pid))
+    return used[-1]
 
 
 def test_the_process_dies_with_its_owner(tmp_path):
