@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -22,7 +23,7 @@ from workers.bundle import Bundle
 from workers.llava_mini import LlavaMini, load_model
 from workers.memory import answer_bytes
 from workers.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
-from workers.shown_frames import Sampling
+from workers.shown_frames import SamplingParams
 
 MOMENTS = 8  # asked of the search at least; the best ones fill the frames
 FRAMES_PER_MOMENT = 16  # more frames than so many for each, and more moments are asked for
@@ -62,7 +63,7 @@ class Asked:
     anyway: bool = False
     most_tokens: int = 128
     most_words: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,8 @@ class Asker:
 
     def of(self, archive: Archive, searcher: Searcher) -> "Asker":
         """For the same archive at another version, with the model that is loaded."""
-        other = Asker(archive, self._bundle, self._device, self._dtype, self._cache_bytes, searcher)
-        if "_model" in self.__dict__:
-            other._model = self._model
+        other = copy(self)
+        other._archive, other._searcher, other._showings = archive, searcher, OrderedDict()
         return other
 
     @cached_property
@@ -279,7 +279,8 @@ class Asker:
         showing = self._showing(chosen.frames, asked)
         bytes_read = showing.video_bytes_read
         pieces = []
-        for piece in _words(self._pieces(showing, ids, asked), asked.most_words):
+        reply = showing.reply(ids, asked.most_tokens, asked.sampling)
+        for piece in _words(stream_text(self._tokenizer, reply), asked.most_words):
             stream(piece)
             pieces.append(piece)
         self._forget()
@@ -294,9 +295,6 @@ class Asker:
             over=str(chosen.over or ""),
             memory_bytes=needed,
         )
-
-    def _pieces(self, showing: Showing, ids: Sequence[int], asked: Asked) -> Iterator[str]:
-        return stream_text(self._tokenizer, showing.reply(ids, asked.most_tokens, asked.sampling))
 
     def _answer_by_windows(
         self,

@@ -197,7 +197,7 @@ class Archive:
             where: narrows the archive, as `narrowed` says.
         """
         from pipeline.answer import Asked, Asker, Over  # with torch
-        from workers.shown_frames import Sampling
+        from workers.shown_frames import SamplingParams
 
         if frames is not None and frames < 1:
             raise UsageError(f"frames={frames}: show the model at least one, or None for all")
@@ -205,7 +205,7 @@ class Archive:
             raise UsageError(f"over={over!r}: one of {', '.join(Over)}")
         if self._asker is None:
             self._asker = Asker(self._stored, self._bundle, device, dtype, searcher=self._searcher)
-        sampling = Sampling(temperature, seed)
+        sampling = SamplingParams(temperature, seed)
         asked = Asked(frames, fuse, None if over is None else Over(over), anyway, max_tokens, max_words, sampling)
         return self._asker.ask(question, self.narrowed(**where), asked, stream=stream or (lambda piece: None))
 

@@ -256,7 +256,7 @@ def asked_of(options: Mapping[str, Any]) -> Any:
     """How a question is to be answered, by the options of `ask_options` and those of `ask` alone."""
     from pipeline.answer import Asked, Over
     from pipeline.search import FRAMES_SHOWN
-    from workers.shown_frames import Sampling
+    from workers.shown_frames import SamplingParams
 
     over = options.get("over")
     return Asked(
@@ -266,7 +266,7 @@ def asked_of(options: Mapping[str, Any]) -> Any:
         anyway=options.get("anyway", False),
         most_tokens=options["max_tokens"],
         most_words=options["max_words"],
-        sampling=Sampling(options["temperature"], options["seed"]),
+        sampling=SamplingParams(options["temperature"], options["seed"]),
     )
 
 

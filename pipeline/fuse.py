@@ -12,7 +12,7 @@ from workers.content import check_still_there, in_video
 from workers.decode import Decoder, allowed_pixels
 from workers.encode import exact_inputs
 from workers.llava_mini import FusionInputs, LlavaMini, patches_inputs, tokens_inputs
-from workers.shown_frames import Sampling, ShownFrames
+from workers.shown_frames import SamplingParams, ShownFrames
 
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together
 DECODED_AT_ONCE = 64  # frames whose pixels are: 338 kB each
@@ -65,7 +65,7 @@ class Showing:
         """What is kept for further questions."""
         return self._shown.size_bytes
 
-    def reply(self, ids: Sequence[int], most_tokens: int, sampling: Sampling) -> Iterator[int]:
+    def reply(self, ids: Sequence[int], most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """The answer to a prompt, id by id, as ShownFrames.reply."""
         if self.source != self._best:  # what was out of reach may be back
             self.note = ""

@@ -14,7 +14,7 @@ from storage.errors import UsageError
 from workers.bundle import find_bundle
 from workers.memory import answer_bytes
 from workers.prompt import frames_that_fit, load_tokenizer, prompt_ids
-from workers.shown_frames import Sampling
+from workers.shown_frames import SamplingParams
 
 CLIP = "nano_scenes_1.mp4"
 CONTEXT = 96  # tokens, of a model that is nano otherwise
@@ -160,7 +160,8 @@ def test_draws_follow_from_the_seed(asker, clip):
     within = Filter(clip.video, 1.0, 5.0)
 
     def drawn(temperature, seed):
-        return asker.ask("What is there?", within, Asked(most_tokens=12, sampling=Sampling(temperature, seed))).text
+        asked = Asked(most_tokens=12, sampling=SamplingParams(temperature, seed))
+        return asker.ask("What is there?", within, asked).text
 
     assert drawn(4.0, 5) == drawn(4.0, 5)
     assert len({drawn(4.0, seed) for seed in range(5)}) > 1

@@ -1,15 +1,13 @@
 """A question is fused, asked and answered as in the published model, from each of the three sources."""
 
-import json
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import MODELS, REFERENCE, load_golden
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from storage.errors import UsageError
 from workers.bundle import find_bundle
@@ -26,7 +24,6 @@ from workers.llava_mini import (
     patches_inputs,
     tokens_inputs,
 )
-from workers.preprocess import resize_nearest
 from workers.prompt import (
     PLACEHOLDER_ID,
     build_prompt,
@@ -38,16 +35,10 @@ from workers.prompt import (
     stream_text,
 )
 
-REFERENCE = Path(__file__).parent / "reference"
 
-
-@pytest.fixture(scope="module", params=["llava-mini-tiny", "llava-mini-tiny-c2-hd"])
+@pytest.fixture(scope="module", params=MODELS)
 def reference(request):
-    directory = REFERENCE / request.param
-    golden = load_file(directory / "golden.safetensors")
-    about = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
-    model = load_model(find_bundle(str(directory / "checkpoint")), "cpu", "float32")
-    return model, golden, about, resize_nearest(golden["video.landscape.frames_u8"])
+    return load_golden(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +46,9 @@ def built_in_model():
     return load_model(find_bundle("nano"), "cpu", "float32")
 
 
-def cases(about: dict) -> list[dict]:
-    return [case for case in about["cases"] if case["tensor_prefix"].startswith("video.landscape")]
-
-
 def test_prompts_are_the_published_ones(reference):
-    model, _, about, _ = reference
-    for case in about["cases"]:
+    model = reference.model
+    for case in reference.cases:
         assert build_prompt(model.tokenizer, case["question"]) == case["prompt"]
         assert prompt_ids(model.tokenizer, case["question"]) == case["input_ids"]
     begin = model.tokenizer.tokenizer.token_to_id("<|begin_of_text|>")
@@ -70,9 +57,9 @@ def test_prompts_are_the_published_ones(reference):
 
 
 def test_an_exact_answer_is_the_published_one_to_the_id(reference):
-    model, golden, about, pixels = reference
+    model, golden, pixels = reference.model, reference.vectors, reference.pixels
     tokens = golden["video.landscape.q0.compressed_after_prefusion"]
-    for case in cases(about):
+    for case in reference.landscape:
         prefix, ids = case["tensor_prefix"], case["input_ids"]
         fused = fuse_question(model, ids, exact_inputs(model.vision, pixels))
         embeds = answer_embeds(model, ids, fused, tokens)
@@ -84,28 +71,28 @@ def test_an_exact_answer_is_the_published_one_to_the_id(reference):
 
 
 def test_tokens_stored_in_float16_leave_the_answer_near_the_published_one(reference):
-    model, golden, about, pixels = reference
+    model, golden, pixels = reference.model, reference.vectors, reference.pixels
     stored = encode_pixels(model.vision, pixels, patch_rows=0)
-    case = cases(about)[0]
+    case = reference.landscape[0]
     fused = fuse_question(model, case["input_ids"], exact_inputs(model.vision, pixels))
     embeds = answer_embeds(model, case["input_ids"], fused, stored.token)
     np.testing.assert_allclose(embeds[0], golden[case["tensor_prefix"] + "inputs_embeds"], atol=0.02)
 
 
 def test_all_patches_unquantised_are_the_exact_source(reference):
-    model, golden, about, pixels = reference
+    model, golden, pixels = reference.model, reference.vectors, reference.pixels
     exact = next(exact_inputs(model.vision, pixels))
     count = exact.patches.shape[1]
     source = FusionInputs(exact.patches, torch.arange(count).expand(5, -1), exact.compressed)
-    for case in cases(about):
+    for case in reference.landscape:
         fused = fuse_question(model, case["input_ids"], [source])
         np.testing.assert_allclose(fused, golden[case["tensor_prefix"] + "fused_text_mean"], atol=5e-5)
 
 
 def test_the_whole_patch_tier_differs_from_exact_by_its_rounding_alone(reference):
-    model, _, about, pixels = reference
+    model, pixels = reference.model, reference.pixels
     stored = encode_pixels(model.vision, pixels, model.vision.bundle.patches_per_picture)
-    ids = cases(about)[0]["input_ids"]
+    ids = reference.landscape[0]["input_ids"]
     exact = fuse_question(model, ids, exact_inputs(model.vision, pixels))
     patches = fuse_question(model, ids, [patches_inputs(model.vision, stored.compressor_out, stored.patches)])
     tokens = fuse_question(model, ids, [tokens_inputs(model.vision, stored.compressor_out)])
@@ -141,8 +128,8 @@ def masked_way(model, ids, inputs: FusionInputs, all_patches: torch.Tensor) -> t
 
 @pytest.mark.parametrize("kept", [[], [0], [3, 7, 12], [1, 2, 15]])
 def test_fewer_patches_leave_every_part_at_its_published_position(reference, kept):
-    model, _, about, pixels = reference
-    ids = cases(about)[1]["input_ids"]
+    model, pixels = reference.model, reference.pixels
+    ids = reference.landscape[1]["input_ids"]
     exact = next(exact_inputs(model.vision, pixels[:1]))
     places = torch.tensor([kept], dtype=torch.int64)
     inputs = FusionInputs(exact.patches[:, kept], places, exact.compressed)

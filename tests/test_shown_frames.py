@@ -1,42 +1,34 @@
 """What is kept of shown frames changes no answer: against the published vectors, and against prompts read whole."""
 
-import json
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from golden import MODELS, load_golden
 
 from storage.errors import VideoProblem
 from storage.records import Reason
 from workers.bundle import find_bundle
 from workers.encode import encode_pixels, exact_inputs
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
-from workers.preprocess import resize_nearest
 from workers.prompt import PLACEHOLDER_ID
-from workers.shown_frames import Sampling, ShownFrames, llm_row_bytes, prefusion_row_bytes
+from workers.shown_frames import SamplingParams, ShownFrames, llm_row_bytes, prefusion_row_bytes
 
-REFERENCE = Path(__file__).parent / "reference"
 PLENTY = 1 << 40
 CLOSE = 2e-5  # float32 sums in another order; the published logits are met to 5e-5
 
 
-@pytest.fixture(scope="module", params=["llava-mini-tiny", "llava-mini-tiny-c2-hd"])
+@pytest.fixture(scope="module", params=MODELS)
 def reference(request):
-    directory = REFERENCE / request.param
-    golden = load_file(directory / "golden.safetensors")
-    about = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
-    model = load_model(find_bundle(str(directory / "checkpoint")), "cpu", "float32")
-    cases = [case for case in about["cases"] if case["tensor_prefix"].startswith("video.landscape")]
-    return model, golden, cases, resize_nearest(golden["video.landscape.frames_u8"])
+    return load_golden(request.param)
 
 
 class Shown:
     """A fixture's frames, shown with so much memory."""
 
     def __init__(self, reference, most_bytes=PLENTY):
-        self.model, self.golden, self.cases, self.pixels = reference
+        self.model, self.golden, self.pixels = reference.model, reference.vectors, reference.pixels
+        self.cases = reference.landscape
         self.tokens = self.golden["video.landscape.q0.compressed_after_prefusion"]
         self.asked = 0
         self.frames = ShownFrames(self.model, self.tokens, self.inputs, most_bytes)
@@ -175,7 +167,7 @@ def test_drawn_answers_follow_from_the_seed():
     ids = [1, 20, PLACEHOLDER_ID, 30, 40, 50]
 
     def drawn(temperature, seed):
-        return list(shown.reply(ids, 8, Sampling(temperature, seed)))
+        return list(shown.reply(ids, 8, SamplingParams(temperature, seed)))
 
     assert drawn(5.0, 1) == drawn(5.0, 1)
     assert len({tuple(drawn(5.0, seed)) for seed in range(6)}) > 1

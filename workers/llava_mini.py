@@ -354,11 +354,13 @@ def prefuse(
     """
     count, held = sequence.shape[1], len(past[0]) if past is not None else 0
     rotary = vision.rotary(sequence, positions)
-    causal = torch.ones(count, held + count, dtype=torch.bool, device=sequence.device).tril(held)
     last_number = len(vision.prefusion) - 1
     for number, block in enumerate(vision.prefusion):
         wanted = kept if number == last_number else count if held else None
-        allowed = None if wanted in (None, 1) else causal[count - wanted :]  # the very last row sees all
+        allowed = None  # causal where all rows are wanted; the very last row sees all
+        if wanted not in (None, 1):
+            allowed = torch.ones(wanted, held + count, dtype=torch.bool, device=sequence.device)
+            allowed = allowed.tril(held + count - wanted)
         sequence = block_rows(block, sequence, rotary, wanted, allowed, None if past is None else past[number])
     return sequence
 
@@ -447,13 +449,9 @@ def fuse_question(model: LlavaMini, ids: Sequence[int], batches: Iterable[Fusion
     """
     total = torch.zeros(len(ids), model.vision.bundle.config.hidden_size, device=model.vision.device)
     frame_count = 0
-    for batch in batches:
-        step = frames_at_once(model.vision, batch.patches.shape[1] + batch.compressed.shape[1] + len(ids))
-        for start in range(0, len(batch.compressed), step):
-            part = slice(start, start + step)
-            piece = FusionInputs(batch.patches[part], batch.positions[part], batch.compressed[part])
-            total += fuse_frames(model, ids, piece).sum(dim=0)
-        frame_count += len(batch.compressed)
+    for piece in in_pieces(model.vision, batches, len(ids)):
+        total += fuse_frames(model, ids, piece).sum(dim=0)
+        frame_count += len(piece.compressed)
     if not frame_count:
         raise ValueError("fuse_question needs at least one frame")
     return total / frame_count
@@ -461,24 +459,44 @@ def fuse_question(model: LlavaMini, ids: Sequence[int], batches: Iterable[Fusion
 
 @torch.inference_mode()
 def fuse_frames(model: LlavaMini, ids: Sequence[int], inputs: FusionInputs) -> Tensor:
-    """A prompt's text features fused with each frame: (T, L, H) float32.
+    """A prompt's text features fused with each frame: (T, L, H) float32."""
+    raw = embed_text(model, ids)  # (L, H)
+    places = unmasked(ids)
+    sequence, positions = frames_and_text(model.vision, inputs, raw[places])
+    fused = raw.float().repeat(len(inputs.compressed), 1, 1)  # (T, L, H)
+    with precise_attention(model.vision):
+        fused[:, places] = prefuse(model.vision, sequence, positions, len(places)).float()
+    return fused
+
+
+def in_pieces(vision: VisionPart, batches: Iterable[FusionInputs], text_rows: int) -> Iterator[FusionInputs]:
+    """Batches of frames, cut to what one pass of pre-fusion with so much text may hold."""
+    for batch in batches:
+        step = frames_at_once(vision, batch.patches.shape[1] + batch.compressed.shape[1] + text_rows)
+        for start in range(0, len(batch.compressed), step):
+            part = slice(start, start + step)
+            yield FusionInputs(batch.patches[part], batch.positions[part], batch.compressed[part])
+
+
+def frames_and_text(vision: VisionPart, inputs: FusionInputs, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-fusion's rows of each frame with the text after it, (T, S, H), and their positions, (T, S).
 
     Every part keeps its published position: a patch its place, compressed tokens and text as if all of a
     frame's patches stood before them, however few are given.
+
+    Args:
+        text: (U, H), embeddings of what is not masked.
     """
-    vision = model.vision
-    raw = embed_text(model, ids)  # (L, H)
-    unmasked = torch.tensor([i for i, token in enumerate(ids) if token > 0], device=vision.device)
     frame_count = len(inputs.compressed)
-    text = raw[unmasked].expand(frame_count, -1, -1)  # (T, U, H)
-    sequence = torch.cat([vision.projector(inputs.patches), vision.projector(inputs.compressed), text], dim=1)
-    rest = inputs.compressed.shape[1] + len(unmasked)
-    places = vision.bundle.patches_per_frame + torch.arange(rest, device=vision.device)  # (C*C + U,)
-    positions = torch.cat([inputs.positions, places.expand(frame_count, -1)], dim=1)  # (T, S)
-    fused = raw.float().repeat(frame_count, 1, 1)  # (T, L, H)
-    with precise_attention(vision):
-        fused[:, unmasked] = prefuse(vision, sequence, positions, len(unmasked)).float()
-    return fused
+    frames = [vision.projector(inputs.patches), vision.projector(inputs.compressed)]
+    sequence = torch.cat([*frames, text.expand(frame_count, -1, -1)], dim=1)
+    rest = torch.arange(inputs.compressed.shape[1] + len(text), device=vision.device) + vision.bundle.patches_per_frame
+    return sequence, torch.cat([inputs.positions, rest.expand(frame_count, -1)], dim=1)
+
+
+def unmasked(ids: Sequence[int]) -> list[int]:
+    """Places of what attends and is attended to: ids above 0 (released code)."""
+    return [place for place, token in enumerate(ids) if token > 0]
 
 
 def precise_attention(vision: VisionPart) -> AbstractContextManager[None]:

@@ -21,17 +21,19 @@ from workers.llava_mini import (
     Past,
     answer_embeds,
     embed_text,
-    frames_at_once,
+    frames_and_text,
     fuse_question,
+    in_pieces,
     precise_attention,
     prefuse,
+    unmasked,
 )
 from workers.memory import PREFILL_ROWS
 from workers.prompt import PLACEHOLDER_ID
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
@@ -109,7 +111,7 @@ class ShownFrames:
         self._ids = ids
         return logits
 
-    def reply(self, ids: Sequence[int], most_tokens: int, sampling: Sampling = Sampling()) -> Iterator[int]:
+    def reply(self, ids: Sequence[int], most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
         """The answer to a prompt, id by id, up to an end token (not yielded) or so many."""
         logits = self.read(ids)
         choose = _chooser(sampling, logits.device)
@@ -143,33 +145,22 @@ class ShownFrames:
             return fuse_question(self._model, ids, self._inputs())[known:]
         if self._batches is None:
             known_here, self._batches = 0, []
-            sums = [self._first(ids, piece) for batch in self._inputs() for piece in self._pieces(batch, len(ids))]
+            sums = [self._first(ids, piece) for piece in in_pieces(self._model.vision, self._inputs(), len(ids))]
         else:
             known_here = known
             sums = [self._more(ids, known, batch) for batch in self._batches]
         new = list(ids[known_here:])
         fused = embed_text(self._model, new).float()  # what is masked stays as it is
-        fused[_unmasked(new)] = torch.stack(sums).sum(dim=0) / self.frame_count
+        fused[unmasked(new)] = torch.stack(sums).sum(dim=0) / self.frame_count
         return fused[known - known_here :]
-
-    def _pieces(self, batch: FusionInputs, text_rows: int) -> Iterator[FusionInputs]:
-        rows = batch.patches.shape[1] + batch.compressed.shape[1] + text_rows
-        step = frames_at_once(self._model.vision, rows)
-        for start in range(0, len(batch.compressed), step):
-            part = slice(start, start + step)
-            yield FusionInputs(batch.patches[part], batch.positions[part], batch.compressed[part])
 
     def _first(self, ids: Sequence[int], inputs: FusionInputs) -> Tensor:
         """(U, H) float32, summed over some frames, whose keys and values are kept from now on."""
-        vision = self._model.vision
-        frame_count, compressed_rows = inputs.compressed.shape[:2]
-        text = self._text(ids).expand(frame_count, -1, -1)  # (T, U, H)
-        sequence = torch.cat([vision.projector(inputs.patches), vision.projector(inputs.compressed), text], dim=1)
-        rest = torch.arange(compressed_rows + text.shape[1], device=vision.device) + vision.bundle.patches_per_frame
-        positions = torch.cat([inputs.positions, rest.expand(frame_count, -1)], dim=1)
+        vision, text = self._model.vision, self._text(ids)
+        sequence, positions = frames_and_text(vision, inputs, text)
         pasts = [Past() for _ in vision.prefusion]
         with precise_attention(vision):
-            fused = prefuse(vision, sequence, positions, text.shape[1], pasts)
+            fused = prefuse(vision, sequence, positions, len(text), pasts)
         self._batches.append(pasts)
         return fused.float().sum(dim=0)
 
@@ -179,14 +170,14 @@ class ShownFrames:
         text = self._text(ids[known:]).expand(len(pasts[0].keys), -1, -1)
         if not text.shape[1]:
             return text.float().sum(dim=0)
-        before = vision.bundle.patches_per_frame + self._tokens.shape[1] + len(_unmasked(ids[:known]))
+        before = vision.bundle.patches_per_frame + self._tokens.shape[1] + len(unmasked(ids[:known]))
         positions = before + torch.arange(text.shape[1], device=vision.device)[None]
         with precise_attention(vision):
             return prefuse(vision, text, positions, text.shape[1], pasts).float().sum(dim=0)
 
     def _text(self, ids: Sequence[int]) -> Tensor:
         """(U, H): the embeddings of the ids that frames are fused with."""
-        return embed_text(self._model, [ids[place] for place in _unmasked(ids)])
+        return embed_text(self._model, [ids[place] for place in unmasked(ids)])
 
     def _fits(self, ids: Sequence[int]) -> bool:
         """Whether pre-fusion's keys and values may be kept; reckoned with all patches, of which few may be stored."""
@@ -203,7 +194,7 @@ class ShownFrames:
             return
         for batch in self._batches or ():
             for past in batch:
-                past.crop(len(past) - len(_unmasked(self._ids[known:])))
+                past.crop(len(past) - len(unmasked(self._ids[known:])))
         self._crop_llm(known)
 
     def _crop_llm(self, id_count: int) -> None:
@@ -234,12 +225,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     )
 
 
-def _unmasked(ids: Sequence[int]) -> list[int]:
-    """Places of what attends and is attended to: ids above 0 (released code)."""
-    return [place for place, token in enumerate(ids) if token > 0]
-
-
-def _chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor], int]:
+def _chooser(sampling: SamplingParams, device: torch.device) -> Callable[[Tensor], int]:
     if sampling.temperature <= 0:
         return lambda logits: int(logits.argmax())
     generator = torch.Generator(device).manual_seed(sampling.seed)

@@ -15,12 +15,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import ROOT, figure, in_turn, run_vidx, save, seconds
+from made_video import MadeVideo, add_videos
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -33,9 +33,8 @@ from pipeline.search import bundle_of
 from storage.archive import Archive, create_archive, open_archive
 from storage.cells import read_tokens
 from storage.files import local_path
-from storage.parts import FrameColumns, PartWriter
-from storage.records import Receipt, Sampling, Segment, Status, TokenBatch, VideoRow
-from workers.bundle import find_bundle
+from storage.records import TokenBatch
+from workers.bundle import Bundle, find_bundle
 from workers.decode import Decoder, allowed_pixels
 from workers.encode import encode_pixels, exact_inputs
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
@@ -45,6 +44,7 @@ SEED, MINUTES = 5000029, 17
 FRAMES = 1000
 QUESTIONS = ("What is there?", "How many different things appear?")
 MANY = (5_000, 10_000, 20_000)
+SEGMENT_FRAMES = 1_000
 FIRST = {"most_tokens": 1}
 
 
@@ -200,50 +200,15 @@ def make_many(folder: Path) -> None:
     if (place / "archive.json").exists():
         return
     archive = create_archive(str(place), model_id=bundle.model_id, model_name=str(bundle_path))
-    video_id, sampling = "ab" * 32, Sampling(Fraction(1), 0)
-    number = archive.reserve([(video_id, sampling)])[video_id, str(sampling)]
+    add_videos(archive, [MadeVideo(1, "file:///many.mp4", _random_tokens(bundle))])
+
+
+def _random_tokens(bundle: Bundle) -> Iterator[TokenBatch]:
     source = np.random.default_rng(0)
-    width, hidden = bundle.vision["hidden_size"], bundle.config.hidden_size
-    receipts = []
-    for start in range(0, MANY[-1], 1000):
-        segment = Segment(video_id, start, start + 1000, start)
-        writer = PartWriter(
-            archive.frames_uri,
-            video_id=video_id,
-            video_number=number,
-            segment_key=segment.key,
-            time_base=Fraction(1),
-            model_id=archive.model_id,
-            sampling=str(sampling),
-            dtype="float32",
-        )
-        ticks = np.arange(start, start + 1000)
-        columns = FrameColumns(ticks, ticks, ticks * 1.0, ticks * 1.0, np.ones(1000))
-        token = source.standard_normal((1000, 1, hidden)).astype(np.float16)
-        out = source.standard_normal((1000, 1, width)).astype(np.float16)
-        writer.append(columns, TokenBatch(token, out, None, None), [b""] * 1000)
-        receipts.append(Receipt(segment, number, writer.close(), None, "pyav", 1000, 0.0, 0.0, 0.0))
-    archive.commit_frames(receipts)
-    archive.publish(
-        [
-            VideoRow(
-                video_id,
-                number,
-                "file:///many.mp4",
-                Status.INDEXED,
-                None,
-                archive.model_id,
-                str(sampling),
-                MANY[-1],
-                1,
-                1,
-                None,
-                None,
-                {},
-                1,
-            )
-        ]
-    )
+    widths = bundle.config.hidden_size, bundle.vision["hidden_size"]
+    for _ in range(MANY[-1] // SEGMENT_FRAMES):
+        token, out = (source.standard_normal((SEGMENT_FRAMES, 1, width)).astype(np.float16) for width in widths)
+        yield TokenBatch(token, out, None, None)
 
 
 def main() -> None:

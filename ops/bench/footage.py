@@ -12,17 +12,17 @@ What CLIP's embeddings of pictures and texts are like, and what is made here of 
 Everything follows from the video's number.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
+import made_video
 import numpy as np
+from made_video import MadeVideo
 
 from storage.archive import Archive
-from storage.parts import FrameColumns, PartWriter
-from storage.records import Part, Receipt, Sampling, Segment, Status, TokenBatch, VideoRow
+from storage.records import TokenBatch
 
 MODEL_ID = "f0" * 32
-SAMPLING = Sampling(Fraction(1), 0)
 VIDEO_FRAMES = 3600  # an hour at one frame a second
 SEGMENT_FRAMES = 300
 
@@ -101,54 +101,18 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def add_videos(archive: Archive, shared: Directions, videos: range) -> None:
-    """Writes, commits and publishes videos as a job does, in segments of five minutes."""
-    ids = {video: f"{video:064x}" for video in videos}
-    numbers = archive.reserve([(video_id, SAMPLING) for video_id in ids.values()])
-    receipts, rows = [], []
-    for video, video_id in ids.items():
-        number = numbers[video_id, str(SAMPLING)]
-        keys = video_keys(shared, video)
-        for start in range(0, VIDEO_FRAMES, SEGMENT_FRAMES):
-            segment = Segment(video_id, start, start + SEGMENT_FRAMES, start)
-            part = _write_part(archive, segment, number, keys[start : start + SEGMENT_FRAMES])
-            receipts.append(Receipt(segment, number, part, None, "pyav", SEGMENT_FRAMES, 0.0, 0.0, 0.0))
-        rows.append(
-            VideoRow(
-                video_id,
-                number,
-                f"file:///footage/{video:06}.mp4",
-                Status.INDEXED,
-                None,
-                archive.model_id,
-                str(SAMPLING),
-                VIDEO_FRAMES,
-                1,
-                1,
-                None,
-                None,
-                {"camera": str(video % 100)},
-                1,
-            )
-        )
-    archive.commit_frames(receipts)
-    archive.publish(rows)
-
-
-def _write_part(archive: Archive, segment: Segment, number: int, keys: np.ndarray) -> Part:
-    writer = PartWriter(
-        archive.frames_uri,
-        video_id=segment.video_id,
-        video_number=number,
-        segment_key=segment.key,
-        time_base=Fraction(1),
-        model_id=archive.model_id,
-        sampling=str(SAMPLING),
-        dtype="float32",
+    """Stores videos of search keys alone, in segments of five minutes."""
+    made_video.add_videos(
+        archive,
+        [
+            MadeVideo(video, f"file:///footage/{video:06}.mp4", _segments(shared, video), {"camera": str(video % 100)})
+            for video in videos
+        ],
     )
-    count = len(keys)
-    ticks = np.arange(segment.start_ticks, segment.start_ticks + count)
-    seconds = ticks.astype(np.float64)
-    nothing = np.zeros((count, 1, 1), np.float16)
-    columns = FrameColumns(ticks, ticks, seconds, seconds, np.ones(count))
-    writer.append(columns, TokenBatch(nothing, nothing, keys, None), [b""] * count)
-    return writer.close()
+
+
+def _segments(shared: Directions, video: int) -> Iterator[TokenBatch]:
+    keys = video_keys(shared, video)
+    nothing = np.zeros((SEGMENT_FRAMES, 1, 1), np.float16)
+    for start in range(0, VIDEO_FRAMES, SEGMENT_FRAMES):
+        yield TokenBatch(nothing, nothing, keys[start : start + SEGMENT_FRAMES], None)

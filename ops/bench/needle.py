@@ -13,12 +13,12 @@ import csv
 import subprocess
 import sys
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import ROOT, figure, run_vidx, save
+from made_video import MadeVideo, add_videos
 
 sys.path.insert(0, str(ROOT))
 
@@ -29,15 +29,14 @@ from pipeline.search import bundle_of
 from storage.archive import Archive, create_archive, open_archive
 from storage.cells import read_compressor_out, read_keys, read_patches, read_tokens
 from storage.files import source_text
-from storage.parts import FrameColumns, PartWriter
-from storage.records import FrameRef, Receipt, Sampling, Segment, Status, TokenBatch, VideoRow
+from storage.records import FrameRef, TokenBatch
 from storage.vectors import update_index
 
 SIZES = (1_000, 3_000, 10_000)
 VIDEOS, MINUTES, FPS = 10, 5.0, 6
 NEEDLES = 10
 EDGE_SECONDS = 0.5  # frames so near to a scene's end may be of a fade
-CHUNK = 500
+SEGMENT_FRAMES = 500
 
 
 def make(folder: Path, seed: int) -> tuple[Archive, list[dict[str, str]]]:
@@ -67,50 +66,17 @@ def frames_of(archive: Archive, moments: Sequence[dict[str, str]]) -> list[tuple
 def haystack(source: Archive, frames: Sequence[FrameRef], place: Path) -> Archive:
     """An archive of one video, a frame a second, of the stored rows of some frames."""
     archive = create_archive(str(place), model_id=source.model_id, model_name=source.model_name)
-    video_id, sampling = "cd" * 32, Sampling(Fraction(1), 64)
-    number = archive.reserve([(video_id, sampling)])[video_id, str(sampling)]
-    receipts = []
-    for start in range(0, len(frames), CHUNK):
-        piece = frames[start : start + CHUNK]
-        end = start + len(piece)
-        segment = Segment(video_id, start, end, start)
-        writer = PartWriter(
-            archive.frames_uri,
-            video_id=video_id,
-            video_number=number,
-            segment_key=segment.key,
-            time_base=Fraction(1),
-            model_id=archive.model_id,
-            sampling=str(sampling),
-            dtype="float32",
-        )
-        ticks, uri = np.arange(start, end), source.frames_uri
-        columns = FrameColumns(ticks, ticks, ticks * 1.0, ticks * 1.0, np.ones(len(piece)))
-        tokens = TokenBatch(
-            read_tokens(uri, piece), read_compressor_out(uri, piece), read_keys(uri, piece), read_patches(uri, piece)
-        )
-        writer.append(columns, tokens, [b""] * len(piece))
-        receipts.append(Receipt(segment, number, writer.close(), None, "pyav", len(piece), 0.0, 0.0, 0.0))
-    archive.commit_frames(receipts)
-    row = VideoRow(
-        video_id=video_id,
-        video_number=number,
-        uri="file:///haystack.mp4",
-        status=Status.INDEXED,
-        problem=None,
-        model_id=archive.model_id,
-        sampling=str(sampling),
-        frame_count=len(frames),
-        size_bytes=1,
-        mtime_ns=1,
-        probe=None,
-        captured_at=None,
-        tags={},
-        attempts=1,
-    )
-    archive.publish([row])
+    pieces = (frames[start : start + SEGMENT_FRAMES] for start in range(0, len(frames), SEGMENT_FRAMES))
+    add_videos(archive, [MadeVideo(1, "file:///haystack.mp4", (_rows(source, piece) for piece in pieces))], patches=64)
     update_index(archive)
     return archive
+
+
+def _rows(source: Archive, frames: Sequence[FrameRef]) -> TokenBatch:
+    uri = source.frames_uri
+    return TokenBatch(
+        read_tokens(uri, frames), read_compressor_out(uri, frames), read_keys(uri, frames), read_patches(uri, frames)
+    )
 
 
 def hide(
