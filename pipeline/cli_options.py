@@ -19,42 +19,50 @@ archive_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def filter_options(command: Callable) -> Callable:
-    """--video, --from, --to, --after, --before, --tag and --where."""
-    where = click.option(
-        "--where",
-        metavar="SQL",
-        default="",
-        help="Only frames of which this condition on columns of `videos` and `frames` is true; see `vidx sql`.",
-    )
-    tags = click.option(
+def grouped(*options: Callable) -> Callable:
+    """Options that commands share, as one decorator, in the order of their help."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# Which part of an archive.
+filter_options = grouped(
+    click.option(
+        "--video",
+        metavar="VIDEO",
+        help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
+    ),
+    click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s."),
+    click.option("--to", "to_text", metavar="TIME", help="Up to this position, not included."),
+    click.option("--after", metavar="TIME", help="Recorded at this time or later."),
+    click.option("--before", metavar="TIME", help="Recorded before this time, ISO 8601; UTC without a zone."),
+    click.option(
         "--tag",
         "tags",
         metavar="KEY=VALUE",
         multiple=True,
         help="Only videos with this tag; of several with one key, any.",
-    )
-    before = click.option("--before", metavar="TIME", help="Recorded before this time, ISO 8601; UTC without a zone.")
-    after = click.option("--after", metavar="TIME", help="Recorded at this time or later.")
-    to = click.option("--to", "to_text", metavar="TIME", help="Up to this position, not included.")
-    start = click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s.")
-    video = click.option(
-        "--video",
-        metavar="VIDEO",
-        help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
-    )
-    return video(start(to(after(before(tags(where(command)))))))
+    ),
+    click.option(
+        "--where",
+        metavar="SQL",
+        default="",
+        help="Only frames of which this condition on columns of `videos` and `frames` is true; see `vidx sql`.",
+    ),
+)
 
-
-def model_options(command: Callable) -> Callable:
-    """--model, --device and --dtype of commands that load a model."""
-    dtype = click.option(
+# Of commands that load a model.
+model_options = grouped(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=None, help="Where to compute; auto."),
+    click.option(
         "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default=None, help="Precision; auto."
-    )
-    device = click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default=None, help="Where to compute; auto."
-    )
-    return device(dtype(command))
+    ),
+)
 
 
 def parse_tags(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:

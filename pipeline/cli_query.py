@@ -1,7 +1,7 @@
 """`vidx search` and `vidx ask`."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from pipeline.cli_options import (
     archive_option,
     archive_uri,
     filter_options,
+    grouped,
     json_option,
     model_options,
     parse_tags,
@@ -24,51 +25,46 @@ model_option = click.option(
 )
 
 
-def sheet_option(command: Callable) -> Callable:
-    """How moments are seen."""
-    show = click.option("--show", is_flag=True, help="Draw the moments' thumbnails in this terminal.")
-    sheet = click.option(
+# How moments are seen.
+sheet_option = grouped(
+    click.option("--show", is_flag=True, help="Draw the moments' thumbnails in this terminal."),
+    click.option(
         "--contact-sheet",
         metavar="FILE",
         default=None,
         help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
-    )
-    return sheet(show(command))
+    ),
+)
 
-
-def search_options(command: Callable) -> Callable:
-    """What `search` and `export` look for, and where."""
-    options = (
-        archive_option,
-        click.option("--image", "images", metavar="FILE", multiple=True, help="Find what looks like this picture."),
-        click.option(
-            "--like", "likes", metavar="VIDEO@TIME", multiple=True, help="Find what looks like this moment, elsewhere."
-        ),
-        click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this."),
-        filter_options,
-        click.option(
-            "--top",
-            "--limit",
-            "limit",
-            type=click.IntRange(1, 1000),
-            default=10,
-            show_default=True,
-            help="Moments at most.",
-        ),
-        click.option("--per-video", type=click.IntRange(1), metavar="N", help="Of one video at most so many."),
-        click.option(
-            "--min-score",
-            "--floor",
-            "floor",
-            type=click.FloatRange(-1, 1),
-            default=None,
-            help="Least score of a hit; without it what the model or the archive says.",
-        ),
-        model_option,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+# What `search` and `export` look for, and where.
+search_options = grouped(
+    archive_option,
+    click.option("--image", "images", metavar="FILE", multiple=True, help="Find what looks like this picture."),
+    click.option(
+        "--like", "likes", metavar="VIDEO@TIME", multiple=True, help="Find what looks like this moment, elsewhere."
+    ),
+    click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this."),
+    filter_options,
+    click.option(
+        "--top",
+        "--limit",
+        "limit",
+        type=click.IntRange(1, 1000),
+        default=10,
+        show_default=True,
+        help="Moments at most.",
+    ),
+    click.option("--per-video", type=click.IntRange(1), metavar="N", help="Of one video at most so many."),
+    click.option(
+        "--min-score",
+        "--floor",
+        "floor",
+        type=click.FloatRange(-1, 1),
+        default=None,
+        help="Least score of a hit; without it what the model or the archive says.",
+    ),
+    model_option,
+)
 
 
 @click.command()
@@ -213,43 +209,38 @@ def _end_search(found: _Found) -> None:
         sys.exit(4)
 
 
-def ask_options(command: Callable) -> Callable:
-    """How `ask` and `chat` answer."""
-    options = (
-        click.option(
-            "--frames",
-            type=click.IntRange(1, 100_000),
-            default=None,
-            help="Show the model at most so many frames; 32. A chosen range of no more is shown whole, without a "
-            "search.",
-        ),
-        click.option(
-            "--fuse",
-            type=click.Choice(["exact", "patches", "tokens"]),
-            default=None,
-            help="What the question is fused with: the frames' patches decoded again, the stored patch rows, or the "
-            "compressed tokens alone. Without it the best at hand; with --all the best that is stored.",
-        ),
-        click.option(
-            "--max-tokens",
-            type=click.IntRange(1, 4096),
-            default=128,
-            show_default=True,
-            help="Length of the answer at most.",
-        ),
-        click.option("--max-words", type=click.IntRange(1), metavar="N", help="The same in words."),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(0, 10),
-            default=0.0,
-            show_default=True,
-            help="Above 0, draw the answer, the more freely the greater; 0 gives the likeliest.",
-        ),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+# How `ask` and `chat` answer.
+ask_options = grouped(
+    click.option(
+        "--frames",
+        type=click.IntRange(1, 100_000),
+        default=None,
+        help="Show the model at most so many frames; 32. A chosen range of no more is shown whole, without a search.",
+    ),
+    click.option(
+        "--fuse",
+        type=click.Choice(["exact", "patches", "tokens"]),
+        default=None,
+        help="What the question is fused with: the frames' patches decoded again, the stored patch rows, or the "
+        "compressed tokens alone. Without it the best at hand; with --all the best that is stored.",
+    ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(1, 4096),
+        default=128,
+        show_default=True,
+        help="Length of the answer at most.",
+    ),
+    click.option("--max-words", type=click.IntRange(1), metavar="N", help="The same in words."),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, 10),
+        default=0.0,
+        show_default=True,
+        help="Above 0, draw the answer, the more freely the greater; 0 gives the likeliest.",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws."),
+)
 
 
 def asked_of(options: Mapping[str, Any]) -> Any:
