@@ -197,12 +197,20 @@ class Archive:
             where: narrows the archive, as `narrowed` says.
         """
         from pipeline.answer import Asked, Asker, Over  # with torch
+        from pipeline.fuse import SOURCES
         from workers.shown_frames import SamplingParams
 
-        if frames is not None and frames < 1:
-            raise UsageError(f"frames={frames}: show the model at least one, or None for all")
-        if over is not None and over not in list(Over):
-            raise UsageError(f"over={over!r}: one of {', '.join(Over)}")
+        for name, value, is_right, allowed in (
+            ("frames", frames, frames is None or frames >= 1, "show the model at least one, or None for all"),
+            ("fuse", fuse, fuse in (None, *SOURCES), f"one of {', '.join(SOURCES)}, or None"),
+            ("over", over, over is None or over in list(Over), f"one of {', '.join(Over)}, or None"),
+            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("max_words", max_words, max_words is None or max_words >= 1, "at least 1, or None for no limit"),
+            ("temperature", temperature, temperature >= 0, "0 or more"),
+            ("seed", seed, seed >= 0, "0 or more"),
+        ):
+            if not is_right:
+                raise UsageError(f"{name}={value!r}: {allowed}")
         if self._asker is None:
             self._asker = Asker(self._stored, self._bundle, device, dtype, searcher=self._searcher)
         sampling = SamplingParams(temperature, seed)

@@ -14,6 +14,7 @@ from workers.encode import exact_inputs
 from workers.llava_mini import FusionInputs, LlavaMini, patches_inputs, tokens_inputs
 from workers.shown_frames import SamplingParams, ShownFrames
 
+SOURCES = ("exact", "patches", "tokens")  # of what pre-fusion reads
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together
 DECODED_AT_ONCE = 64  # frames whose pixels are: 338 kB each
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import google_crc32c
 import numpy as np
@@ -16,6 +17,8 @@ from storage.files import join, local_path, map_file, read_ranges, source_text
 from storage.layout import CELLS_KEY, PROBLEM_KEY, SHAPES_KEY, damage, open_parquet, read_columns, unpack_patches
 from storage.records import FrameRef, PatchRows, Problem, Reason
 
+CHECKSUM_BYTES = 4  # of one cell of a row
+NEAR_BYTES = 256  # the checksums of rows that follow one another are no further apart
 LENGTH_BYTES = 4  # Parquet's plain BYTE_ARRAY puts each value's length before it
 MAX_PAGE_HEADER_BYTES = 1024
 PARTS_KEPT_OPEN = 256  # each holds a file descriptor
@@ -186,23 +189,32 @@ def read_keys_at(
     path = local_path(uri)
     if path is None or (keys < 0).any():
         return part_keys(frames_uri, part_name, rows)
-    cells = bytearray(2 * width * len(rows))
+    found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
     with damage(uri):
         file = os.open(path, os.O_RDONLY)
         try:
-            for place, (row, key, checksum) in enumerate(
-                zip(rows.tolist(), keys.tolist(), checksums.tolist(), strict=True)
-            ):
-                cell = os.pread(file, 2 * width, key)
-                wanted = int.from_bytes(os.pread(file, 4, checksum), "little")
-                if len(cell) != 2 * width or google_crc32c.value(cell) != wanted:
-                    raise ArchiveError(
-                        f"{source_text(uri)}: damaged: search_key of row {row} does not match its checksum"
-                    )
-                cells[place * 2 * width : (place + 1) * 2 * width] = cell
+            for start, end in _spans(keys, checksums, stride):
+                first, last = int(checksums[start]), int(checksums[end - 1])
+                cells = os.pread(file, (end - start) * stride, int(keys[start]))  # and four bytes of what comes next
+                sums = os.pread(file, last + CHECKSUM_BYTES - first, first)
+                for row, at in enumerate((checksums[start:end] - first).tolist()):
+                    cell = cells[row * stride : row * stride + 2 * width]
+                    if google_crc32c.value(cell) != int.from_bytes(sums[at : at + CHECKSUM_BYTES], "little"):
+                        raise ArchiveError(
+                            f"{source_text(uri)}: damaged: search_key of row {rows[start + row]} does not match its "
+                            "checksum"
+                        )
+                found[start:end] = np.frombuffer(cells, np.uint8).reshape(-1, stride)[:, : 2 * width]
         finally:
             os.close(file)
-    return np.frombuffer(cells, "<f2").reshape(len(rows), width)
+    return found.view("<f2")
+
+
+def _spans(keys: np.ndarray, checksums: np.ndarray, stride: int) -> Iterable[tuple[int, int]]:
+    """Stretches of keys that stand one after another in the file, and whose checksums stand near each other."""
+    steps = np.diff(checksums)
+    cuts = (np.diff(keys) != stride) | (steps <= 0) | (steps > NEAR_BYTES)
+    return pairwise([0, *(np.flatnonzero(cuts) + 1).tolist(), len(keys)])
 
 
 def _read_floats(frames_uri: str, column: str, refs: Sequence[FrameRef], wanted: tuple[int, ...] | None) -> np.ndarray:

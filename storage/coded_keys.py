@@ -1,17 +1,16 @@
 """Search keys of large archives as codes: FAISS inverted lists of RaBitQ (arXiv 2405.12497, 2409.09913), ranked again.
 
-    ID.coarse   E as int64, rotation (E, E) float32, centroids (L, E) float16, of all files of codes together
-    ID.codes    FAISS IVFRaBitQ without its centroids; an id is a place in the order of the parts' keys
+    ID.codes    FAISS IVFRaBitQ without its centroids; an id is the number of a run (storage/runs.py)
+    ID.runs     (R + 1,) int64: the place of each run's first key in the order of the parts' keys, and the count of all
     ID.rows     for each place the row id, where the key and its CRC32C stand in the part's file, and a CRC32C of these
 
-A search looks into the lists whose centroids lie nearest to the query, ranks their codes, and ranks the best of them
-again by the keys that the parts store. New keys go into a file of their own by the same centroids; files are joined
-list by list, without a look at the keys.
+A search looks into the lists whose centroids (storage/coarse.py) lie nearest to the query, ranks their codes, and ranks
+the frames of the best runs by the keys that the parts store. New keys go into a file of their own by the same
+centroids; files are joined list by list, without a look at the keys.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import faiss
 import google_crc32c
@@ -19,6 +18,7 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.cells import key_offsets, part_keys, read_keys_at
+from storage.coarse import Coarse, multiply
 from storage.errors import ArchiveError
 from storage.exact_keys import part_row_ids
 from storage.files import NewFile, source_text
@@ -26,104 +26,36 @@ from storage.index_manifest import (
     Covered,
     Damaged,
     KeyFile,
-    Written,
     check_whole,
     map_checked,
     path_of,
     write_file,
 )
+from storage.runs import run_means, run_starts
 
 BITS = 4  # of a code for each dimension
-SAMPLE_PER_LIST = 50  # keys that centroids are trained on
-ITERATIONS = 12
-MAX_CODES = 1 << 24  # of a file: 7 GB of width 768 in memory, and as much again while files are joined
-CHUNK_KEYS = 1 << 16
-ROUTER_LISTS = 4096  # more centroids than that are found through an index of their own when keys are assigned
+MAX_KEYS = 1 << 24  # of a file: 7 GB of width 768 in memory where no frames are alike, and as much again when joined
+CHUNK_RUNS = 1 << 16
 PROBES = 128  # lists that a search looks into
 QUERY_BITS = 8  # of each dimension of a query that is compared with codes; without, it takes ten times as long
-CANDIDATES = 200  # codes that it ranks again at least
+CANDIDATES = 64  # runs whose frames it ranks by their keys, at least
 
 _ROW = np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8"), ("crc", "<u4")])
 
 
-class Coarse:
-    """The lists that keys are sorted into.
-
-    Attributes:
-        rotation: (E, E) float32, orthogonal: RaBitQ wants dimensions that are alike.
-        centroids: (L, E) float16, rotated.
-    """
-
-    def __init__(self, rotation: np.ndarray, centroids: np.ndarray):
-        self.rotation = rotation
-        self.centroids = centroids
-        count, width = centroids.shape
-        self.quantizer = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        self.quantizer.add_sa_codes(centroids.view(np.uint8).reshape(count, 2 * width))
-
-    @classmethod
-    def train(cls, keys: np.ndarray, list_count: int) -> "Coarse":
-        """About so many centroids of (S, E) float32 keys; many of them in two steps, groups and then their parts."""
-        width = keys.shape[1]
-        rotation = np.linalg.qr(np.random.default_rng(width).standard_normal((width, width)))[0].astype(np.float32)
-        rotated = keys @ rotation.T
-        if list_count < ROUTER_LISTS:
-            centroids = _cluster(rotated, list_count).centroids
-        else:
-            groups = _cluster(rotated, 1 << (list_count.bit_length() - 1) // 2)
-            group_of = groups.index.search(rotated, 1)[1][:, 0]
-            members = [rotated[group_of == group] for group in np.unique(group_of)]
-            counts = [max(1, round(len(keys) / len(rotated) * list_count)) for keys in members]
-            pieces = [_cluster(keys, count).centroids for keys, count in zip(members, counts, strict=True)]
-            centroids = np.concatenate(pieces)
-        return cls(rotation, np.ascontiguousarray(centroids, np.float16))
-
-    @property
-    def list_count(self) -> int:
-        """L."""
-        return len(self.centroids)
-
-    def rotate(self, keys: np.ndarray) -> np.ndarray:
-        """(T, E) float32."""
-        return np.ascontiguousarray(keys.astype(np.float32, copy=False) @ self.rotation.T)
-
-    def assign(self, rotated: np.ndarray) -> np.ndarray:
-        """(T,) int64: the list of each rotated key, that of its nearest centroid."""
-        return np.ascontiguousarray(self._router.search(rotated, 1)[1][:, 0])
-
-    def probe(self, rotated: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(1, count) float32 products with the best centroids for a rotated query (E,), and (1, count) their lists."""
-        return self.quantizer.search(rotated[None], min(count, self.list_count))
-
-    @cached_property
-    def _router(self) -> faiss.Index:
-        centroids, width = self.centroids.astype(np.float32), self.centroids.shape[1]
-        flat = faiss.IndexFlatL2(width)
-        if faiss.get_num_gpus() or self.list_count < ROUTER_LISTS:
-            flat.add(centroids)
-            return faiss.index_cpu_to_all_gpus(flat) if faiss.get_num_gpus() else flat
-        groups = 1 << (self.list_count.bit_length() - 1) // 2
-        router = faiss.IndexIVFFlat(flat, width, groups)
-        router.cp.niter, router.cp.min_points_per_centroid = 10, 1
-        router.train(centroids)
-        router.add(centroids)
-        router.nprobe = 8
-        router.referenced_objects = [flat]
-        return router
-
-
-def _cluster(keys: np.ndarray, count: int) -> faiss.Kmeans:
-    on_gpu = {"gpu": True} if faiss.get_num_gpus() else {}
-    means = faiss.Kmeans(keys.shape[1], count, niter=ITERATIONS, min_points_per_centroid=1, **on_gpu)
-    means.train(keys)
-    return means
-
-
 @dataclass(frozen=True, eq=False)
 class CodedKeys:
-    """One opened file of codes."""
+    """One file of codes, opened or about to be written.
+
+    Attributes:
+        index: the codes; their ids are numbers of runs.
+        runs: (R + 1,) int64, the place of each run's first key, and the count of all keys.
+        rows: (keys,) _ROW.
+        covered: whose keys, in their order.
+    """
 
     index: faiss.IndexIVFRaBitQ
+    runs: np.ndarray
     rows: np.ndarray
     covered: Covered
     is_mapped: bool = False
@@ -136,31 +68,38 @@ class CodedKeys:
     def search(
         self, query: np.ndarray, k: int, products: np.ndarray, lists: np.ndarray, mask: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Estimated scores and places, (K,) each with K <= k, of the best codes in some lists.
+        """Estimated scores and numbers, (K,) each with K <= k, of the best runs in some lists.
 
         Args:
             query: (1, E) float32, rotated.
             k: at most so many.
             products, lists: as Coarse.probe gives them.
-            mask: (keys,) bool, which places may be found; None for all.
+            mask: (keys,) bool, which places may be found, so that only their runs are; None for all.
         """
         parameters = faiss.IVFRaBitQSearchParameters()
         parameters.nprobe = lists.shape[1]
         parameters.qb = QUERY_BITS
         if mask is not None:
-            bits = np.packbits(mask, bitorder="little")
+            bits = np.packbits(self._runs_of(mask), bitorder="little")
             selector = faiss.IDSelectorBitmap(bits)
             parameters.sel = selector
-        scores, places = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
-        pointers = [faiss.swig_ptr(array) for array in (query, lists, products, scores, places)]
+        scores, runs = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
+        pointers = [faiss.swig_ptr(array) for array in (query, lists, products, scores, runs)]
         self.index.search_preassigned_c(1, pointers[0], k, *pointers[1:], False, parameters, None)
-        found = (places[0] >= 0) & (places[0] < len(self.rows))  # FAISS pads with -1
-        return scores[0][found], places[0][found]
+        found = (runs[0] >= 0) & (runs[0] < len(self.runs) - 1)  # FAISS pads with -1
+        return scores[0][found], runs[0][found]
 
+    def _runs_of(self, mask: np.ndarray) -> np.ndarray:
+        """(R,) bool: the runs with a key that may be found."""
+        chosen = np.zeros(len(self.runs) - 1, bool)
+        chosen[np.searchsorted(self.runs, np.flatnonzero(mask), "right") - 1] = True
+        return chosen
 
-def list_count_for(key_count: int) -> int:
-    """How many lists: the power of two next to four times the root of the keys."""
-    return 1 << round(np.log2(4 * np.sqrt(key_count)))
+    def places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the keys of some runs, and which of them each is of, (T,) int64 each."""
+        starts, lengths = self.runs[runs], self.runs[runs + 1] - self.runs[runs]
+        owners = np.repeat(np.arange(len(runs)), lengths)
+        return np.arange(len(owners)) + (starts - np.cumsum(lengths) + lengths)[owners], owners
 
 
 def best_keys(
@@ -171,6 +110,7 @@ def best_keys(
     k: int,
     masks: Sequence[np.ndarray | None],
     probes: int | None = None,
+    candidates: int = CANDIDATES,
 ) -> list[tuple[float, int]]:
     """(score, row id) of about the k best keys, the scores exact.
 
@@ -182,6 +122,7 @@ def best_keys(
         k: at most so many.
         masks: for each file, (keys,) bool, which places may be found, or None for all.
         probes: lists to look into; None for as many as usual.
+        candidates: runs to rank by their keys at least.
     Raises:
         ArchiveError: a part is missing or damaged.
     """
@@ -191,19 +132,37 @@ def best_keys(
         return []
     rotated = multiply(coarse.rotation, query)[None]
     products, lists = coarse.probe(rotated[0], probes or probe_count(passing / total))
-    candidates = max(CANDIDATES, 2 * k)
+    most = max(candidates, 2 * k)
     found = [
-        file.search(rotated, min(candidates, len(file.rows)), products, lists, mask)
+        file.search(rotated, min(most, len(file.runs) - 1), products, lists, mask)
         for file, mask in zip(files, masks, strict=True)
     ]
-    scores = np.concatenate([scores for scores, _ in found])
-    owners = np.repeat(np.arange(len(files)), [len(places) for _, places in found])
-    places = np.concatenate([places for _, places in found])
-    best = np.argsort(-scores, kind="stable")[:candidates]
+    least = _least_score(files, found, masks, k, candidates)
     hits = []
-    for number in np.unique(owners[best]).tolist():
-        hits += _rank_again(archive, files[number], np.unique(places[best[owners[best] == number]]), query)
+    for file, mask, (scores, runs) in zip(files, masks, found, strict=True):
+        places, _ = file.places(np.sort(runs[scores >= least]))
+        hits += _rank(archive, file, places if mask is None else places[mask[places]], query)
     return sorted(hits, key=lambda hit: (-hit[0], hit[1]))[:k]
+
+
+def _least_score(
+    files: Sequence[CodedKeys],
+    found: Sequence[tuple[np.ndarray, np.ndarray]],
+    masks: Sequence[np.ndarray | None],
+    k: int,
+    candidates: int,
+) -> float:
+    """The estimated score down to which runs are looked at: so many runs at least, with twice the keys wanted."""
+    scores, counts = [], []
+    for file, mask, (estimates, runs) in zip(files, masks, found, strict=True):
+        places, owners = file.places(runs)
+        passes = None if mask is None else mask[places]
+        scores.append(estimates)
+        counts.append(np.bincount(owners, passes, len(runs)))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    enough = np.flatnonzero(np.cumsum(np.concatenate(counts)[order]) >= 2 * k)
+    last = max(candidates - 1, int(enough[0]) if len(enough) else len(order))
+    return float(np.concatenate(scores)[order[last]]) if last < len(order) else -np.inf
 
 
 def probe_count(share: float) -> int:
@@ -211,8 +170,10 @@ def probe_count(share: float) -> int:
     return round(PROBES / np.sqrt(share))
 
 
-def _rank_again(archive: Archive, file: CodedKeys, places: np.ndarray, query: np.ndarray) -> list[tuple[float, int]]:
+def _rank(archive: Archive, file: CodedKeys, places: np.ndarray, query: np.ndarray) -> list[tuple[float, int]]:
     """(score, row id) of the keys at some places, ascending, by what the parts store."""
+    if not len(places):
+        return []
     rows = file.rows[places]
     if not np.array_equal(_crc(rows), rows["crc"]):
         raise ArchiveError(f"{source_text(archive.index_uri)}: damaged; `vidx repair` makes the index anew")
@@ -228,58 +189,41 @@ def _rank_again(archive: Archive, file: CodedKeys, places: np.ndarray, query: np
     return list(zip(scores.tolist(), rows["row_id"].tolist(), strict=True))
 
 
-def multiply(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """Their product, in this thread: NumPy's own wakes others, which are in the way of FAISS's for milliseconds."""
-    return np.einsum("ij,j->i", matrix, vector, optimize=False)
-
-
-def sample_keys(archive: Archive, parts: Sequence[tuple[str, int, int]], count: int) -> np.ndarray:
-    """(S, E) float32: keys of parts, given with their row counts, about so many and evenly spread.
-
-    Raises:
-        ArchiveError: a part is missing or damaged.
-    """
-    total = sum(row_count for _, _, row_count in parts)
-    step = max(1, total // count)
-    found, skip = [], 0
-    for path, _, row_count in parts:
-        if skip < row_count:
-            stored = part_keys(archive.frames_uri, path, np.arange(skip, row_count, step))
-            if stored is not None:
-                found.append(stored.astype(np.float32))
-        skip = (skip - row_count) % step
-    return np.concatenate(found) if found else np.empty((0, 0), np.float32)
-
-
 def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int]]) -> CodedKeys:
     """The keys of parts, given by path and video number, as codes in memory.
 
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    index, covered, rows, waiting, total = _empty(coarse), [], [], [], 0
+    index, covered, rows, starts, waiting = _empty(coarse), [], [], [], []
+    key_count = run_count = 0
 
     def add() -> None:
-        nonlocal total
+        nonlocal run_count
         rotated = coarse.rotate(np.concatenate(waiting))
-        places = np.arange(total, total + len(rotated))
-        arrays = (rotated, places, coarse.assign(rotated))
+        numbers = np.arange(run_count, run_count + len(rotated))
+        arrays = (rotated, numbers, coarse.assign(rotated))
         index.add_core(len(rotated), *(faiss.swig_ptr(array) for array in arrays))
-        total += len(rotated)
+        run_count += len(rotated)
         waiting.clear()
 
     for path, number in parts:
-        keys = part_keys(archive.frames_uri, path)
-        covered.append((path, number, 0 if keys is None else len(keys)))
-        if keys is None:
+        stored = part_keys(archive.frames_uri, path)
+        covered.append((path, number, 0 if stored is None else len(stored)))
+        if stored is None or not len(stored):
             continue
         rows.append(_rows_of(archive, path, number))
-        waiting.append(keys)
-        if sum(len(keys) for keys in waiting) >= CHUNK_KEYS:
+        keys = stored.astype(np.float32)
+        begins = run_starts(keys)
+        waiting.append(run_means(keys, begins))
+        starts.append(begins + key_count)
+        key_count += len(keys)
+        if sum(len(means) for means in waiting) >= CHUNK_RUNS:
             add()
     if waiting:
         add()
-    return CodedKeys(index, np.concatenate([np.empty(0, _ROW), *rows]), Covered.of(covered))
+    runs = np.concatenate([*starts, np.array([key_count])])
+    return CodedKeys(index, runs, np.concatenate([np.empty(0, _ROW), *rows]), Covered.of(covered))
 
 
 def _rows_of(archive: Archive, path: str, number: int) -> np.ndarray:
@@ -300,25 +244,28 @@ def _crc(rows: np.ndarray) -> np.ndarray:
 
 def join_codes(coarse: Coarse, files: Sequence[CodedKeys], live: Sequence[Sequence[bool]]) -> CodedKeys:
     """Several files of the same lists as one in memory, without the parts that are not live."""
-    index, rows, covered, moved, total = _empty(coarse), [], [], [], 0
+    index, rows, lengths, covered, moved, total = _empty(coarse), [], [], [], [], 0
     for file, is_live in zip(files, live, strict=True):
-        kept = np.repeat(np.array(is_live, bool), file.covered.key_counts)
-        places = np.full(len(kept), -1, np.int64)
-        places[kept] = np.arange(total, total + int(kept.sum()))
-        moved.append(places)
-        rows.append(file.rows[kept])
+        kept_keys = np.repeat(np.array(is_live, bool), file.covered.key_counts)
+        kept = kept_keys[file.runs[:-1]]  # a run is of one part
+        numbers = np.full(len(kept), -1, np.int64)
+        numbers[kept] = np.arange(total, total + int(kept.sum()))
+        moved.append(numbers)
+        lengths.append(np.diff(file.runs)[kept])
+        rows.append(file.rows[kept_keys])
         covered += [part for part, keeps in zip(file.covered.parts(), is_live, strict=True) if keeps]
         total += int(kept.sum())
     for number in range(coarse.list_count):
-        for file, places in zip(files, moved, strict=True):
+        for file, numbers in zip(files, moved, strict=True):
             codes, ids = _list_of(file, number)
-            ids = places[ids]
+            ids = numbers[ids]
             kept = ids >= 0
             if kept.any():
                 ids, codes = np.ascontiguousarray(ids[kept]), np.ascontiguousarray(codes[kept])
                 index.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
     index.ntotal = total
-    return CodedKeys(index, np.concatenate([np.empty(0, _ROW), *rows]), Covered.of(covered))
+    runs = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))])
+    return CodedKeys(index, runs, np.concatenate([np.empty(0, _ROW), *rows]), Covered.of(covered))
 
 
 def write_codes(archive: Archive, coded: CodedKeys) -> KeyFile:
@@ -334,7 +281,10 @@ def write_codes(archive: Archive, coded: CodedKeys) -> KeyFile:
 
     def write(new: NewFile) -> int:
         faiss.write_index(coded.index, faiss.PyCallbackIOWriter(new.file.write, 1 << 22))
-        return new.file.tell() - len(coded.rows) * (coded.index.code_size + 8)  # what is before the lists
+        return new.file.tell() - coded.index.ntotal * (coded.index.code_size + 8)  # what is before the lists
+
+    def write_runs(new: NewFile) -> int:
+        return new.file.write(coded.runs.astype("<i8").tobytes())
 
     def write_rows(new: NewFile) -> int:
         new.file.write(coded.rows.tobytes())
@@ -344,7 +294,8 @@ def write_codes(archive: Archive, coded: CodedKeys) -> KeyFile:
         codes = write_file(archive, ".codes", write)
     finally:
         coded.index.quantizer = quantizer
-    return KeyFile((codes, write_file(archive, ".rows", write_rows)), coded.covered)
+    rest = (write_file(archive, suffix, each) for suffix, each in ((".runs", write_runs), (".rows", write_rows)))
+    return KeyFile((codes, *rest), coded.covered)
 
 
 def open_codes(archive: Archive, coarse: Coarse, file: KeyFile) -> CodedKeys:
@@ -353,17 +304,20 @@ def open_codes(archive: Archive, coarse: Coarse, file: KeyFile) -> CodedKeys:
     Raises:
         Damaged: it is not what was written.
     """
-    codes, rows = file.files
+    codes, runs, rows = file.files
     map_checked(archive, codes)
+    starts = map_checked(archive, runs).view("<i8")
     places = map_checked(archive, rows).view(_ROW)
     try:
         index = faiss.read_index(path_of(archive, codes), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise Damaged(f"{codes.name}: {error}") from error
-    if (index.ntotal, len(places), index.d) != (file.covered.key_count,) * 2 + (coarse.quantizer.d,):
-        raise Damaged(f"{codes.name}: {index.ntotal} keys of {file.covered.key_count}")
+    if (index.ntotal, index.d) != (len(starts) - 1, coarse.quantizer.d):
+        raise Damaged(f"{codes.name}: {index.ntotal} codes for {len(starts) - 1} runs")
+    if not len(places) == starts[-1] == file.covered.key_count:
+        raise Damaged(f"{rows.name}: {len(places)} keys of {file.covered.key_count}")
     _use(index, coarse)
-    return CodedKeys(index, places, file.covered, is_mapped=True)
+    return CodedKeys(index, starts, places, file.covered, is_mapped=True)
 
 
 def code_faults(
@@ -383,7 +337,7 @@ def code_faults(
             yield written.name, f"damaged: {error}"
     if not is_whole or not file.files or coarse is None:
         return
-    codes, rows = file.files
+    codes, _, rows = file.files
     try:
         opened = open_codes(archive, coarse, file)
     except Damaged as error:
@@ -395,33 +349,6 @@ def code_faults(
             found = opened.rows[starts[place] : starts[place + 1]]
             if not np.array_equal(found, _rows_of(archive, path, number)):
                 yield rows.name, f"its rows of {path} are not those that are stored"
-
-
-def write_coarse(archive: Archive, coarse: Coarse) -> Written:
-    """Centroids as a file of the index.
-
-    Raises:
-        ArchiveError: the index cannot be written.
-    """
-    width = np.array([len(coarse.rotation)], "<i8")
-    pieces = (width, coarse.rotation.astype("<f4"), coarse.centroids.astype("<f2"))
-    return write_file(archive, ".coarse", lambda new: sum(new.file.write(piece.tobytes()) for piece in pieces))
-
-
-def open_coarse(archive: Archive, file: Written) -> Coarse:
-    """The rotation and centroids.
-
-    Raises:
-        Damaged: they are not what was written.
-    """
-    data = map_checked(archive, file)
-    try:
-        width = int(data[:8].view("<i8")[0])
-        end = 8 + 4 * width * width
-        rotation = data[8:end].view("<f4").reshape(width, width)
-        return Coarse(rotation, data[end:].view("<f2").reshape(-1, width))
-    except (ValueError, IndexError) as error:
-        raise Damaged(f"{file.name}: {error}") from error
 
 
 def _empty(coarse: Coarse) -> faiss.IndexIVFRaBitQ:

@@ -32,7 +32,7 @@ from storage.files import (
     writing,
 )
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 MANIFEST = "index.json"
 LOCK = "index.lock"
 TRAINING = "training.lock"
@@ -95,7 +95,7 @@ class Written:
 
 @dataclass(frozen=True)
 class KeyFile:
-    """The keys of some parts: `files` are one of exact keys, one of codes and one of rows, or none without keys."""
+    """The keys of some parts: `files` are one of exact keys; or of codes, of runs and of rows; or none."""
 
     files: tuple[Written, ...]
     covered: Covered

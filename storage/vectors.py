@@ -20,21 +20,16 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
+from storage.coarse import Coarse, list_count_for, multiply, open_coarse, write_coarse
 from storage.coded_keys import (
-    MAX_CODES,
-    SAMPLE_PER_LIST,
-    Coarse,
+    CANDIDATES,
+    MAX_KEYS,
     CodedKeys,
     best_keys,
     build_codes,
     code_faults,
     join_codes,
-    list_count_for,
-    multiply,
-    open_coarse,
     open_codes,
-    sample_keys,
-    write_coarse,
     write_codes,
 )
 from storage.errors import ArchiveError
@@ -67,12 +62,15 @@ from storage.index_manifest import (
     write_manifest,
 )
 from storage.records import Hit
+from storage.runs import sample_runs
 
 EXACT_KEYS = 1 << 15  # more of them, and codes are faster (ops/bench/index.py)
 GROWTH = 4  # times as many keys as the lists were made for, and they are made anew
 LEAST_RECALL = 0.95  # of the best ten keys
 RECALL_QUERIES = 24
 NARROW_ROWS = 4096  # so many frames to choose from are compared one by one
+SAMPLE_PER_LIST = 50  # runs that a centroid is trained on
+FIRST_SAMPLE = 1 << 14  # frames that tell how many runs there are
 MAX_RETIRED = 0.25  # share of a file's keys, before it is written again without them
 UPDATE_ROUNDS = 5
 OPEN_ROUNDS = 3
@@ -177,7 +175,7 @@ class Index:
         return rows is not None and self.count(rows) <= NARROW_ROWS
 
     def recall(self) -> float:
-        """Share of the ten that all lists would give, over queries that lie between the keys of two frames each."""
+        """Share of the ten that all lists and many more runs give; each query lies between the keys of two frames."""
         random, paths = np.random.default_rng(0), sorted(self._counts)
         first = np.zeros(1, np.int64)
         masks = [self._mask(keys.covered, None) for keys in self._coded]
@@ -186,8 +184,8 @@ class Index:
             pair = [paths[place] for place in random.integers(len(paths), size=2)]
             query = sum(part_keys(self._archive.frames_uri, path, first)[0].astype(np.float32) for path in pair)
             found, true = (
-                best_keys(self._archive, self._coarse, self._coded, query, 10, masks, probes)
-                for probes in (None, self._coarse.list_count)
+                best_keys(self._archive, self._coarse, self._coded, query, 10, masks, probes, candidates)
+                for probes, candidates in ((None, CANDIDATES), (self._coarse.list_count, 10 * CANDIDATES))
             )
             shares.append(len(set(found) & set(true)) / len(true))
         return float(np.mean(shares))
@@ -371,11 +369,9 @@ def _train(archive: Archive, wait: bool = False) -> int:
         if not is_alone or (wait and _whole_manifest(archive) is not None):
             return 0
         parts = list(_live_parts(archive).values())
-        list_count = list_count_for(sum(count for _, _, count in parts))
-        sample = sample_keys(archive, parts, list_count * SAMPLE_PER_LIST)
-        if not len(sample):
+        coarse = _make_lists(archive, parts)
+        if coarse is None:
             return 0
-        coarse = Coarse.train(sample, list_count)
         files = _write_codes(archive, coarse, [], parts, {})
         keys = sum(file.covered.key_count for file in files)
         made = Manifest((), tuple(files), write_coarse(archive, coarse), keys, keys)
@@ -386,6 +382,17 @@ def _train(archive: Archive, wait: bool = False) -> int:
                 return 0  # somebody has tidied the folder meanwhile; the next job makes it
             write_manifest(archive, made)
         return keys
+
+
+def _make_lists(archive: Archive, parts: Sequence[_Part]) -> Coarse | None:
+    """Lists for the runs of some parts, as far as a sample tells; None where there are no keys."""
+    key_count = sum(count for _, _, count in parts)
+    _, runs_per_key = sample_runs(archive, parts, FIRST_SAMPLE)
+    if not runs_per_key:
+        return None
+    list_count = list_count_for(max(1.0, key_count * runs_per_key))
+    sample, _ = sample_runs(archive, parts, round(list_count * SAMPLE_PER_LIST / runs_per_key))
+    return Coarse.train(sample, list_count)
 
 
 def _uncode(archive: Archive) -> None:
@@ -410,10 +417,10 @@ def _write_codes(
             opened.append(open_codes(archive, coarse, file))
         except Damaged:
             parts += [live[path] for path in file.covered.paths if path in live]
-    built = (build_codes(archive, coarse, group) for group in in_groups(parts, MAX_CODES))
+    built = (build_codes(archive, coarse, group) for group in in_groups(parts, MAX_KEYS))
     files, waiting = [], []
     for codes in itertools.chain(opened, built):
-        if waiting and sum(len(file.rows) for file in (*waiting, codes)) > MAX_CODES:
+        if waiting and sum(len(file.rows) for file in (*waiting, codes)) > MAX_KEYS:
             files.append(_write_joined(archive, coarse, waiting, live))
             waiting = []
         waiting.append(codes)
@@ -436,7 +443,7 @@ def _choose_files(
     for file in manifest.coded if is_coded else manifest.exact:
         retired = sum(count for path, _, count in file.covered.parts() if path not in live)
         (folded if retired > max_retired * file.covered.key_count else kept).append(file)
-    count, most = new_count, MAX_CODES if is_coded else MAX_EXACT
+    count, most = new_count, MAX_KEYS if is_coded else MAX_EXACT
     for file in sorted(kept, key=lambda file: file.covered.key_count) if new_count else ():
         key_count = file.covered.key_count
         if key_count > count or key_count + count > most:

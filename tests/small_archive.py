@@ -30,6 +30,7 @@ from storage.sweep import SWEEP_AGE_SECONDS
 MODEL_ID = "a1" * 32
 SAMPLING = Sampling(Fraction(1), 0)
 TIME_BASE = Fraction(1, 10)
+SHOT_FRAMES = 1  # of so many frames after each other the search keys are alike
 PROBE = Probe("pyav", "mov,mp4", "h264", 0, 640, 360, 90, TIME_BASE, 0, 1.5, 5.25, ())
 
 
@@ -67,7 +68,8 @@ def random_rows(
     seconds = np.arange(start, start + count, dtype=np.int64)
     key = None
     if key_width is not None:
-        key = random.standard_normal((count, key_width))
+        shots = random.standard_normal((count // SHOT_FRAMES + 1, key_width)).repeat(SHOT_FRAMES, axis=0)[:count]
+        key = shots if SHOT_FRAMES == 1 else shots + 0.15 * random.standard_normal((count, key_width))
         key = (key / np.linalg.norm(key, axis=1, keepdims=True)).astype(np.float16)
     kept = None
     if patches is not None:

@@ -74,6 +74,23 @@ def test_what_is_wrong_is_said_as_by_the_command(archive, tmp_path):
         archive.search(" ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frames", 0),
+        ("fuse", "stored"),
+        ("over", "all"),
+        ("max_tokens", 0),
+        ("max_words", 0),
+        ("temperature", -0.1),
+        ("seed", -1),
+    ],
+)
+def test_an_option_of_ask_that_cannot_be_is_named_with_what_is_allowed(archive, name, value):
+    with pytest.raises(UsageError, match=f"^{name}={value!r}: "):
+        archive.ask("What is there?", **{name: value})
+
+
 def test_rows_counts_and_videos(archive):
     (row,) = archive.sql("SELECT count(*) AS frames FROM frames")
     assert archive.status().frames == row["frames"]

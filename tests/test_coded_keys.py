@@ -7,10 +7,11 @@ import time
 
 import numpy as np
 import pytest
+import small_archive
 from small_archive import MODEL_ID, add_video, make_old, random_rows, receipt_for, reserve, row_for
 from test_vectors import assert_same, brute_force, index_folder, unit
 
-from storage import coded_keys, vectors
+from storage import coarse, coded_keys, vectors
 from storage.archive import create_archive, open_archive
 from storage.cells import read_keys
 from storage.errors import ArchiveError
@@ -22,11 +23,13 @@ from storage.vectors import improve_index, index_faults, open_index, update_inde
 SPAWN = multiprocessing.get_context("spawn")
 
 
-@pytest.fixture
-def archive(tmp_path, monkeypatch):
+@pytest.fixture(params=[1, 20], ids=["no-two-alike", "shots-of-20"])
+def archive(tmp_path, monkeypatch, request):
+    """Empty; the frames of what is added look alike in shots of so many."""
+    monkeypatch.setattr(small_archive, "SHOT_FRAMES", request.param)
     monkeypatch.setattr(vectors, "EXACT_KEYS", 500)
     monkeypatch.setattr(vectors, "NARROW_ROWS", 20)
-    monkeypatch.setattr(coded_keys, "ROUTER_LISTS", 64)  # so that both steps of training and assigning run
+    monkeypatch.setattr(coarse, "ROUTER_LISTS", 64)  # so that both steps of training and assigning run
     return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
 
 
@@ -55,7 +58,7 @@ def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     fill(archive, range(1, 9))
     assert suffixes(archive) == ["faiss", "json"]
     fill(archive, [9])
-    assert suffixes(archive) == ["coarse", "codes", "json", "rows"]
+    assert suffixes(archive) == ["coarse", "codes", "json", "rows", "runs"]
     index = open_index(archive)
     assert (index.frame_count, index.pending_count, index.rebuilt) == (540, 0, False)
     assert recall(archive, index) > 0.98
@@ -216,7 +219,7 @@ def suffixed(archive):
 def test_damage_in_any_file_is_named_or_made_good(archive):
     fill(archive, range(1, 10))
     random = np.random.default_rng(1)
-    for suffix in ("codes", "rows", "coarse"):
+    for suffix in ("codes", "runs", "rows", "coarse"):
         for _ in range(4):
             (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(suffix)]
             path = os.path.join(index_folder(archive), name)
@@ -233,12 +236,12 @@ def test_damage_in_any_file_is_named_or_made_good(archive):
 
 def test_a_lost_file_is_written_again_from_the_parts(archive):
     fill(archive, range(1, 10))
-    for suffix in ("codes", "rows", "coarse"):
+    for suffix in ("codes", "runs", "rows", "coarse"):
         (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(suffix)]
         os.remove(os.path.join(index_folder(archive), name))
         assert open_index(archive).rebuilt
         assert recall(archive, open_index(archive)) > 0.98
-        assert suffixes(archive) == ["coarse", "codes", "json", "rows"]
+        assert suffixes(archive) == ["coarse", "codes", "json", "rows", "runs"]
 
 
 def test_a_search_that_meets_a_damaged_key_says_so(archive):

@@ -1,0 +1,125 @@
+"""The lists that coded keys are sorted into: a rotation and centroids, of all files of codes together.
+
+ID.coarse   E as int64, rotation (E, E) float32, centroids (L, E) float16
+"""
+
+from functools import cached_property
+
+import faiss
+import numpy as np
+
+from storage.archive import Archive
+from storage.index_manifest import Damaged, Written, map_checked, write_file
+
+ITERATIONS = 12
+ROUTER_LISTS = 4096  # more centroids than that are found through an index of their own when keys are assigned
+
+
+class Coarse:
+    """The lists that keys are sorted into.
+
+    Attributes:
+        rotation: (E, E) float32, orthogonal: RaBitQ wants dimensions that are alike.
+        centroids: (L, E) float16, rotated.
+    """
+
+    def __init__(self, rotation: np.ndarray, centroids: np.ndarray):
+        self.rotation = rotation
+        self.centroids = centroids
+        count, width = centroids.shape
+        self.quantizer = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        self.quantizer.add_sa_codes(centroids.view(np.uint8).reshape(count, 2 * width))
+
+    @classmethod
+    def train(cls, keys: np.ndarray, list_count: int) -> "Coarse":
+        """About so many centroids of (S, E) float32 keys; many of them in two steps, groups and then their parts."""
+        width = keys.shape[1]
+        rotation = np.linalg.qr(np.random.default_rng(width).standard_normal((width, width)))[0].astype(np.float32)
+        rotated = keys @ rotation.T
+        if list_count < ROUTER_LISTS:
+            centroids = _cluster(rotated, list_count).centroids
+        else:
+            groups = _cluster(rotated, 1 << (list_count.bit_length() - 1) // 2)
+            group_of = groups.index.search(rotated, 1)[1][:, 0]
+            members = [rotated[group_of == group] for group in np.unique(group_of)]
+            counts = [max(1, round(len(keys) / len(rotated) * list_count)) for keys in members]
+            pieces = [_cluster(keys, count).centroids for keys, count in zip(members, counts, strict=True)]
+            centroids = np.concatenate(pieces)
+        return cls(rotation, np.ascontiguousarray(centroids, np.float16))
+
+    @property
+    def list_count(self) -> int:
+        """L."""
+        return len(self.centroids)
+
+    def rotate(self, keys: np.ndarray) -> np.ndarray:
+        """(T, E) float32."""
+        return np.ascontiguousarray(keys.astype(np.float32, copy=False) @ self.rotation.T)
+
+    def assign(self, rotated: np.ndarray) -> np.ndarray:
+        """(T,) int64: the list of each rotated key, that of its nearest centroid."""
+        return np.ascontiguousarray(self._router.search(rotated, 1)[1][:, 0])
+
+    def probe(self, rotated: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(1, count) float32 products with the best centroids for a rotated query (E,), and (1, count) their lists."""
+        return self.quantizer.search(rotated[None], min(count, self.list_count))
+
+    @cached_property
+    def _router(self) -> faiss.Index:
+        centroids, width = self.centroids.astype(np.float32), self.centroids.shape[1]
+        flat = faiss.IndexFlatL2(width)
+        if faiss.get_num_gpus() or self.list_count < ROUTER_LISTS:
+            flat.add(centroids)
+            return faiss.index_cpu_to_all_gpus(flat) if faiss.get_num_gpus() else flat
+        groups = 1 << (self.list_count.bit_length() - 1) // 2
+        router = faiss.IndexIVFFlat(flat, width, groups)
+        router.cp.niter, router.cp.min_points_per_centroid = 10, 1
+        router.train(centroids)
+        router.add(centroids)
+        router.nprobe = 8
+        router.referenced_objects = [flat]
+        return router
+
+
+def _cluster(keys: np.ndarray, count: int) -> faiss.Kmeans:
+    on_gpu = {"gpu": True} if faiss.get_num_gpus() else {}
+    means = faiss.Kmeans(keys.shape[1], count, niter=ITERATIONS, min_points_per_centroid=1, **on_gpu)
+    means.train(keys)
+    return means
+
+
+def list_count_for(key_count: int) -> int:
+    """How many lists: the power of two next to four times the root of the keys."""
+    return 1 << round(np.log2(4 * np.sqrt(key_count)))
+
+
+def write_coarse(archive: Archive, coarse: Coarse) -> Written:
+    """Centroids as a file of the index.
+
+    Raises:
+        ArchiveError: the index cannot be written.
+    """
+    width = np.array([len(coarse.rotation)], "<i8")
+    pieces = (width, coarse.rotation.astype("<f4"), coarse.centroids.astype("<f2"))
+    return write_file(archive, ".coarse", lambda new: sum(new.file.write(piece.tobytes()) for piece in pieces))
+
+
+def open_coarse(archive: Archive, file: Written) -> Coarse:
+    """The rotation and centroids.
+
+    Raises:
+        Damaged: they are not what was written.
+    """
+    data = map_checked(archive, file)
+    try:
+        width = int(data[:8].view("<i8")[0])
+        end = 8 + 4 * width * width
+        rotation = data[8:end].view("<f4").reshape(width, width)
+        return Coarse(rotation, data[end:].view("<f2").reshape(-1, width))
+    except (ValueError, IndexError) as error:
+        raise Damaged(f"{file.name}: {error}") from error
+
+
+def multiply(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Their product, in this thread: NumPy's own wakes others, which are in the way of FAISS's for milliseconds."""
+    return np.einsum("ij,j->i", matrix, vector, optimize=False)
