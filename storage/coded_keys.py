@@ -33,12 +33,12 @@ from storage.index_manifest import (
 )
 from storage.runs import run_means, run_starts
 
-BITS = 4  # of a code for each dimension
-MAX_KEYS = 1 << 24  # of a file: 7 GB of width 768 in memory where no frames are alike, and as much again when joined
+BITS = 2  # of a code for each dimension; four find the same, and take three times as long for far queries
+MAX_KEYS = 1 << 24  # of a file: 4 GB of width 768 in memory where no frames are alike, and as much again when joined
 CHUNK_RUNS = 1 << 16
-PROBES = 128  # lists that a search looks into
-QUERY_BITS = 8  # of each dimension of a query that is compared with codes; without, it takes ten times as long
-CANDIDATES = 64  # runs whose frames it ranks by their keys, at least
+PROBES = 256  # lists that a search looks into
+QUERY_BITS = 4  # of each dimension of a query that is compared with codes; without, it takes ten times as long
+CANDIDATES = 32  # runs whose frames it ranks by their keys, at least
 
 _ROW = np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8"), ("crc", "<u4")])
 
@@ -362,7 +362,6 @@ def _empty(coarse: Coarse) -> faiss.IndexIVFRaBitQ:
 def _use(index: faiss.IndexIVFRaBitQ, coarse: Coarse) -> None:
     index.own_fields = False
     index.quantizer = coarse.quantizer
-    index.parallel_mode = 1  # one query, its lists among the threads
     index.referenced_objects = [coarse]
 
 
