@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -172,7 +172,8 @@ class Asker:
             frames = within.frames(self._archive)
             if asked.frame_limit is None or len(frames) <= asked.frame_limit:
                 return Chosen(tuple(frames), self._stretches(frames), within)
-        return self._retrieve(question, within, asked.frame_limit, asked.anyway)
+        most = self._bundle.card.most_frames or asked.frame_limit
+        return self._retrieve(question, within, min(asked.frame_limit, most), asked.anyway)
 
     def answer(
         self,
@@ -196,19 +197,22 @@ class Asker:
             UsageError: more frames than the model's context holds.
         """
         ids = prompt_ids(self._tokenizer, question, history)
-        room = frames_that_fit(self._bundle, ids, asked.most_tokens)
-        if len(chosen.frames) <= room:
+        room, count, over = frames_that_fit(self._bundle, ids, asked.most_tokens), len(chosen.frames), asked.over
+        if count <= room:
             return self._answer(question, ids, chosen, asked, stream, announce)
-        if asked.over is None or room == 0:
-            raise UsageError(self._too_many(ids, len(chosen.frames), asked.most_tokens))
-        if asked.over is Over.WINDOWS:
+        if over is None and asked.frame_limit is not None and self._holds(ids, count, asked):
+            over = Over.STRIDE  # so many frames at most were wanted, and the model was trained on fewer
+        if over is None or room == 0:
+            raise UsageError(self._too_many(ids, count, asked.most_tokens))
+        if over is Over.WINDOWS:
             return self._answer_by_windows(question, chosen, room, asked, stream, announce)
-        if asked.over is Over.RETRIEVE:
+        if over is Over.RETRIEVE:
             fewer = self._retrieve(question, chosen.within, room, True)
         else:
             fewer = replace(chosen, frames=tuple(_evenly(chosen.frames, room)))
-        fewer = replace(fewer, over=asked.over)
-        announce(f"{len(fewer.frames)} of {len(chosen.frames)} frames are shown (--over {asked.over})")
+        fewer = replace(fewer, over=over)
+        why = f"--over {over}" if asked.over else f"evenly spread; {self._bundle.name} was trained on at most {room}"
+        announce(f"{len(fewer.frames)} of {count} frames are shown ({why})")
         return self._answer(question, ids, fewer, asked, stream, announce)
 
     def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
@@ -316,24 +320,17 @@ class Asker:
             uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
             windows.append(WindowAnswer(uri, first.time_seconds, end, one.text))
             answers.append(one)
-            name = f"{source_text(uri).rsplit('/', 1)[-1]} " if len(uris) > 1 else ""
-            lines.append(f"{name}{clock(first.time_seconds)} to {clock(end)}: {one.text}")
+            lines += _told(windows[-1:], uris)
             announce(lines[-1])
-        heard = "\n".join(lines)
-        last_question = f"{question}\n{HEARD}\n{heard}"
-        ids = prompt_ids(self._tokenizer, last_question)
-        room = frames_that_fit(self._bundle, ids, asked.most_tokens)
-        if not room:
-            raise UsageError(
-                f"the answers of {len(cuts)} windows with the question and an answer of {asked.most_tokens} tokens "
-                f"(--max-tokens) do not fit the {self._bundle.context_length} tokens of {self._bundle.name}'s context; "
-                "narrow with --video, --from and --to, or ask for shorter answers with --max-words"
-            )
-        fewer = _evenly(chosen.frames, min(room, FRAMES_SHOWN))
-        final = replace(chosen, frames=tuple(fewer), over=Over.WINDOWS)
-        answers.append(self._answer(last_question, ids, final, asked, stream, announce))
+        if self._bundle.card.takes_history:
+            last = self._answer_from_answers(question, lines, chosen, asked, stream, announce)
+        else:  # it was trained on single questions, and would not read the answers
+            text = "\n".join(_told(windows, uris))
+            stream(text)
+            last = replace(answers[-1], text=text, moments=chosen.moments, over=str(Over.WINDOWS))
+        answers.append(last)
         return replace(
-            answers[-1],
+            last,
             question=question,
             frame_count=len(chosen.frames),
             windows=tuple(windows),
@@ -341,6 +338,30 @@ class Asker:
             video_bytes_read=sum(each.video_bytes_read for each in answers),
             memory_bytes=max(each.memory_bytes for each in answers),
         )
+
+    def _answer_from_answers(
+        self,
+        question: str,
+        lines: Sequence[str],
+        chosen: Chosen,
+        asked: Asked,
+        stream: Callable[[str], None],
+        announce: Callable[[str], None],
+    ) -> Answer:
+        """What the model says when it has read the windows' answers, and sees a few frames of all of them."""
+        heard = "\n".join(lines)
+        last_question = f"{question}\n{HEARD}\n{heard}"
+        ids = prompt_ids(self._tokenizer, last_question)
+        room = frames_that_fit(self._bundle, ids, asked.most_tokens)
+        if not room:
+            raise UsageError(
+                f"the answers of {len(lines)} windows with the question and an answer of {asked.most_tokens} tokens "
+                f"(--max-tokens) do not fit the {self._bundle.context_length} tokens of {self._bundle.name}'s context; "
+                "narrow with --video, --from and --to, or ask for shorter answers with --max-words"
+            )
+        fewer = _evenly(chosen.frames, min(room, FRAMES_SHOWN))
+        final = replace(chosen, frames=tuple(fewer), over=Over.WINDOWS)
+        return self._answer(last_question, ids, final, asked, stream, announce)
 
     def _showing(self, frames: Sequence[FrameRef], asked: Asked) -> Showing:
         """The frames as they are kept, or shown anew."""
@@ -357,14 +378,36 @@ class Asker:
         while len(self._showings) > 1 and sum(each.size_bytes for each in self._showings.values()) > self._cache_bytes:
             self._showings.popitem(last=False)
 
+    def _holds(self, ids: Sequence[int], frame_count: int, asked: Asked) -> bool:
+        """Whether the context does, whatever the model was trained on."""
+        return context_needed(self._bundle, ids, frame_count, asked.most_tokens) <= self._bundle.context_length
+
     def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int) -> str:
         bundle = self._bundle
         needed, fit = context_needed(bundle, ids, frame_count, most_tokens), frames_that_fit(bundle, ids, most_tokens)
+        trained = f" and was trained on at most {fit} frames" if fit == bundle.card.most_frames else ""
         return (
             f"{frame_count} frames with the question and an answer of {most_tokens} tokens (--max-tokens) need "
-            f"{needed} tokens of context, and {bundle.name} has {bundle.context_length}, room for {fit} frames; narrow "
-            "with --video, --from and --to, or say with --over which to show: retrieve, stride or windows"
+            f"{needed} tokens of context, and {bundle.name} has {bundle.context_length}{trained}, room for {fit} "
+            "frames; narrow with --video, --from and --to, or say with --over which to show: retrieve, stride or "
+            "windows"
         )
+
+
+def _told(windows: Sequence[WindowAnswer], uris: Mapping[int, str]) -> list[str]:
+    """Lines of windows' answers with their times; those that adjoin and say the same are one."""
+    joined: list[WindowAnswer] = []
+    for window in windows:
+        last = joined[-1] if joined else None
+        touches = last is not None and window.start_seconds <= last.end_seconds + EDGE_SECONDS
+        if touches and (last.uri, last.text) == (window.uri, window.text):
+            joined[-1] = replace(last, end_seconds=window.end_seconds)
+        else:
+            joined.append(window)
+    names = {uri: f"{source_text(uri).rsplit('/', 1)[-1]} " if len(uris) > 1 else "" for uri in uris.values()}
+    return [
+        f"{names[each.uri]}{clock(each.start_seconds)} to {clock(each.end_seconds)}: {each.text}" for each in joined
+    ]
 
 
 def _evenly(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:

@@ -82,6 +82,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray ends its processes now; another Ctrl-C would only be noise
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

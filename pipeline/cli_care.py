@@ -52,8 +52,8 @@ def verify(archive_dir: str, as_json: bool) -> None:
 def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     """Take damaged frames out of an archive and index their videos again.
 
-    What is whole stays as it is; the index is built anew. A video whose file cannot be reached stays partial, and the
-    next `vidx index` of it completes it.
+    What is whole stays as it is; the index is built anew. A video whose file cannot be reached stays partial, or failed
+    where nothing of it is left, and the next `vidx index` of it completes it.
 
     \b
     vidx repair
@@ -82,16 +82,18 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
                 "notes": list(done.notes),
                 "videos_damaged": len(done.to_index),
                 "videos_incomplete": [row.uri for row in incomplete],
+                "rows_lost": done.rows_lost,
                 "faults_left": [_fault_json(fault) for fault in done.left],
             }
         )
     else:
         _print_faults(done.left)
         whole = len(done.to_index) - len(incomplete)
-        click.echo(f"{len(done.found.faults)} faults; {whole} videos are whole again, {len(incomplete)} are not")
+        not_whole = len(incomplete) + done.rows_lost
+        click.echo(f"{len(done.found.faults)} faults; {whole} videos are whole again, {not_whole} are not")
         if done.left:
             click.echo(f"{len(done.left)} faults, listed last, cannot be repaired")
-    sys.exit(5 if done.left else 3 if incomplete else 0)
+    sys.exit(5 if done.left else 3 if incomplete or done.rows_lost else 0)
 
 
 @click.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, filter_options, json_option, model_options
-from pipeline.cli_query import ask_options, asked_of, filter_of, model_option
+from pipeline.cli_query import answer_json, ask_options, asked_of, filter_of, model_option
 
 if TYPE_CHECKING:
     from pipeline.chat import Conversation
@@ -149,7 +149,7 @@ class _Turns:
         note(f"{len(frames)} frames" if frames else "no frames are there; another /video or /time finds some")
 
     def _ask(self, question: str) -> None:
-        from pipeline.cli_print import note
+        from pipeline.cli_print import json_line, note
 
         def stream(text: str) -> None:
             if not self._as_json:
@@ -160,7 +160,7 @@ class _Turns:
             click.echo(f"> {question}")
         answer = self._talk.ask(question, stream, note)
         if self._as_json:
-            self._print_json(question, answer)
+            click.echo(json_line(answer_json(question, answer, self._bundle)))
         elif answer is None:
             note("not found in this archive: no frame fits the question; /video and /time say what it is about")
         else:
@@ -168,7 +168,7 @@ class _Turns:
             self._cite(answer)
 
     def _cite(self, answer: Answer) -> None:
-        from pipeline.cli_models import hint_of_unknown
+        from pipeline.cli_models import hint_of
         from pipeline.cli_print import note, printable
         from pipeline.times import clock
         from storage.files import source_text
@@ -179,25 +179,8 @@ class _Turns:
         note(f"[{printable(place)}{more}; {answer.frame_count} frames, {answer.fuse}]")
         if answer.fuse_note:
             note(answer.fuse_note)
-        why = self._bundle.card.why_unknown(answer.text)
-        if why is not None:
-            note(hint_of_unknown(self._bundle, why))
-
-    def _print_json(self, question: str, answer: Answer | None) -> None:
-        from pipeline.cli_print import json_line, moment_json
-
-        click.echo(
-            json_line(
-                {
-                    "question": question,
-                    "answer": answer.text if answer else "",
-                    "found": answer is not None,
-                    "moments": [moment_json(moment) for moment in answer.moments] if answer else [],
-                    "fuse": answer.fuse if answer else None,
-                    "frames_used": answer.frame_count if answer else 0,
-                }
-            )
-        )
+        if hint := hint_of(self._bundle, answer.text):
+            note(hint)
 
     def _sources(self, file: str) -> None:
         from pipeline.cli_print import json_line, moment_json, note, print_moments

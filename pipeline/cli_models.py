@@ -48,6 +48,8 @@ def models(archive_dir: str, as_json: bool) -> None:
                     "accuracy": bundle.card.accuracy,
                     "unknown_answers": bundle.card.unknown_answers,
                     "search_floor": bundle.card.search_floor,
+                    "takes_history": bundle.card.takes_history,
+                    "most_frames": bundle.card.most_frames,
                     "used_by_archive": bundle.model_id == used,
                 }
                 for bundle in bundles
@@ -81,6 +83,8 @@ def _print_details(bundle: Any) -> None:
         for what, text in (("knows", card.knows), ("does not know", card.does_not_know), ("trained", card.trained))
         if text != NOT_STATED
     ]
+    if card.most_frames is not None:
+        stated.append(("frames", f"of one answer at most {card.most_frames}"))
     if stated or card.accuracy:
         click.echo(f"\n{bundle.name}")
     if stated:
@@ -103,10 +107,16 @@ def limits_of(bundle: Any) -> str:
     return f"model {bundle.name} {_knows(bundle)}does not know {first_sentence(bundle.card.does_not_know)}; {ANOTHER}"
 
 
-def hint_of_unknown(bundle: Any, why: str) -> str:
-    """One line for an answer that says that the model does not know: why, what it knows, how to name another one."""
+def hint_of(bundle: Any, answer: str) -> str:
+    """One line for an answer that says that the model does not know: why, what it knows, how to name another one.
+
+    Nothing for any other answer.
+    """
     from pipeline.cli_print import first_sentence
 
+    why = bundle.card.why_unknown(answer)
+    if why is None:
+        return ""
     return f"model {bundle.name} {_knows(bundle)}does not know this: {first_sentence(why)}; {ANOTHER}"
 
 

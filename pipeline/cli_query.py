@@ -295,8 +295,8 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     Exit code 4: nothing found to answer from.
     """
     from pipeline.answer import Asker
-    from pipeline.cli_models import hint_of_unknown
-    from pipeline.cli_print import moment_json, note, print_json, print_moments
+    from pipeline.cli_models import hint_of
+    from pipeline.cli_print import note, print_json, print_moments
     from pipeline.search import bundle_of
     from storage.archive import open_archive
     from storage.errors import UsageError
@@ -315,27 +315,8 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     asker = Asker(archive, bundle, options["device"] or "auto", options["dtype"] or "auto", cache_bytes=0)
     answer = asker.ask(question, where, asked_of(options), stream=stream, announce=note)
     found = answer is not None
-    why_unknown = bundle.card.why_unknown(answer.text) if found else None
-    hint = "" if why_unknown is None else hint_of_unknown(bundle, why_unknown)
     if as_json:
-        print_json(
-            {
-                "question": question,
-                "answer": answer.text if found else "",
-                "answer_known": found and why_unknown is None,
-                "hint": hint,
-                "found": found,
-                "moments": [moment_json(moment) for moment in answer.moments] if found else [],
-                "fuse": answer.fuse if found else None,
-                "fuse_note": answer.fuse_note if found else "",
-                "frames_used": answer.frame_count if found else 0,
-                "over": answer.over if found else "",
-                "windows": [_window_json(window) for window in answer.windows] if found else [],
-                "memory_bytes": answer.memory_bytes if found else 0,
-                "video_bytes_read": answer.video_bytes_read if found else 0,
-                "model_id": bundle.model_id,
-            }
-        )
+        print_json(answer_json(question, answer, bundle))
     elif found:
         click.echo()
         print_moments(answer.moments)
@@ -352,19 +333,8 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     _write_sheet(options, question, archive, answer.moments)
     if answer.fuse_note:
         note(answer.fuse_note)
-    if hint:
+    if hint := hint_of(bundle, answer.text):
         note(hint)
-
-
-def _window_json(window: Any) -> dict[str, Any]:
-    from storage.files import source_text
-
-    return {
-        "source": source_text(window.uri),
-        "start_seconds": window.start_seconds,
-        "end_seconds": window.end_seconds,
-        "answer": window.text,
-    }
 
 
 def _check_sheet(options: Mapping[str, Any]) -> None:
@@ -415,3 +385,39 @@ def filter_of(archive: Any, options: Mapping[str, Any]) -> Any:
     if after is not None and before is not None and before <= after:
         raise UsageError(f"--after {options['after']} --before {options['before']}: the range must end after it starts")
     return Filter(row, start, end, after, before, parse_tags(options["tags"]), options["where"])
+
+
+def answer_json(question: str, answer: Any, bundle: Any) -> dict[str, Any]:
+    """What `ask` and `chat` print of an answer, None where nothing was found."""
+    from pipeline.cli_models import hint_of
+    from pipeline.cli_print import moment_json
+
+    found = answer is not None
+    hint = hint_of(bundle, answer.text) if found else ""
+    return {
+        "question": question,
+        "answer": answer.text if found else "",
+        "answer_known": found and not hint,
+        "hint": hint,
+        "found": found,
+        "moments": [moment_json(moment) for moment in answer.moments] if found else [],
+        "fuse": answer.fuse if found else None,
+        "fuse_note": answer.fuse_note if found else "",
+        "frames_used": answer.frame_count if found else 0,
+        "over": answer.over if found else "",
+        "windows": [_window_json(window) for window in answer.windows] if found else [],
+        "memory_bytes": answer.memory_bytes if found else 0,
+        "video_bytes_read": answer.video_bytes_read if found else 0,
+        "model_id": bundle.model_id,
+    }
+
+
+def _window_json(window: Any) -> dict[str, Any]:
+    from storage.files import source_text
+
+    return {
+        "source": source_text(window.uri),
+        "start_seconds": window.start_seconds,
+        "end_seconds": window.end_seconds,
+        "answer": window.text,
+    }

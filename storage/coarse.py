@@ -12,6 +12,9 @@ from storage.archive import Archive
 from storage.index_manifest import Damaged, Written, map_checked, write_file
 
 ITERATIONS = 12
+REFINE_ITERATIONS = 3  # over all keys and lists where these were made in two steps
+REFINE_PRODUCTS = 1 << 31  # of a key and a centroid; more take longer than they are worth
+REACH = 0.2  # times the root mean square distance of a list's keys to its centroid: how far its best lies above that
 ROUTER_LISTS = 4096  # more centroids than that are found through an index of their own when keys are assigned
 
 
@@ -21,11 +24,14 @@ class Coarse:
     Attributes:
         rotation: (E, E) float32, orthogonal: RaBitQ wants dimensions that are alike.
         centroids: (L, E) float16, rotated.
+        reaches: (L,) float32, about how much more than its centroid's a list's best product with a query is. It counts
+            where queries are texts: these lie far from all pictures, and a list of unlike ones may hold the best.
     """
 
-    def __init__(self, rotation: np.ndarray, centroids: np.ndarray):
+    def __init__(self, rotation: np.ndarray, centroids: np.ndarray, reaches: np.ndarray):
         self.rotation = rotation
         self.centroids = centroids
+        self.reaches = reaches
         count, width = centroids.shape
         self.quantizer = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         self.quantizer.add_sa_codes(centroids.view(np.uint8).reshape(count, 2 * width))
@@ -45,7 +51,13 @@ class Coarse:
             counts = [max(1, round(len(keys) / len(rotated) * list_count)) for keys in members]
             pieces = [_cluster(keys, count).centroids for keys, count in zip(members, counts, strict=True)]
             centroids = np.concatenate(pieces)
-        return cls(rotation, np.ascontiguousarray(centroids, np.float16))
+            if len(rotated) * len(centroids) <= REFINE_PRODUCTS:
+                centroids = _cluster(rotated, len(centroids), centroids).centroids
+        centroids = np.ascontiguousarray(centroids, np.float16)
+        distances, lists = cls(rotation, centroids, np.zeros(len(centroids), np.float32))._router.search(rotated, 1)
+        sums, counts = (np.bincount(lists[:, 0], weights, len(centroids)) for weights in (distances[:, 0], None))
+        reaches = REACH * np.sqrt(np.maximum(sums, 0) / np.maximum(counts, 1))
+        return cls(rotation, centroids, reaches.astype(np.float32))
 
     @property
     def list_count(self) -> int:
@@ -61,8 +73,10 @@ class Coarse:
         return np.ascontiguousarray(self._router.search(rotated, 1)[1][:, 0])
 
     def probe(self, rotated: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(1, count) float32 products with the best centroids for a rotated query (E,), and (1, count) their lists."""
-        return self.quantizer.search(rotated[None], min(count, self.list_count))
+        """Where to look for what fits a rotated query (E,): (1, count) float32 products with centroids, and lists."""
+        products, lists = self.quantizer.search(rotated[None], min(2 * count, self.list_count))
+        best = np.argsort(-(products[0] + self.reaches[lists[0]]), kind="stable")[:count]
+        return np.ascontiguousarray(products[:, best]), np.ascontiguousarray(lists[:, best])
 
     @cached_property
     def _router(self) -> faiss.Index:
@@ -81,10 +95,11 @@ class Coarse:
         return router
 
 
-def _cluster(keys: np.ndarray, count: int) -> faiss.Kmeans:
+def _cluster(keys: np.ndarray, count: int, begun: np.ndarray | None = None) -> faiss.Kmeans:
     on_gpu = {"gpu": True} if faiss.get_num_gpus() else {}
-    means = faiss.Kmeans(keys.shape[1], count, niter=ITERATIONS, min_points_per_centroid=1, **on_gpu)
-    means.train(keys)
+    iterations = ITERATIONS if begun is None else REFINE_ITERATIONS
+    means = faiss.Kmeans(keys.shape[1], count, niter=iterations, min_points_per_centroid=1, **on_gpu)
+    means.train(keys, init_centroids=begun)
     return means
 
 
@@ -100,7 +115,7 @@ def write_coarse(archive: Archive, coarse: Coarse) -> Written:
         ArchiveError: the index cannot be written.
     """
     width = np.array([len(coarse.rotation)], "<i8")
-    pieces = (width, coarse.rotation.astype("<f4"), coarse.centroids.astype("<f2"))
+    pieces = (width, coarse.rotation.astype("<f4"), coarse.centroids.astype("<f2"), coarse.reaches.astype("<f4"))
     return write_file(archive, ".coarse", lambda new: sum(new.file.write(piece.tobytes()) for piece in pieces))
 
 
@@ -114,9 +129,10 @@ def open_coarse(archive: Archive, file: Written) -> Coarse:
     try:
         width = int(data[:8].view("<i8")[0])
         end = 8 + 4 * width * width
-        rotation = data[8:end].view("<f4").reshape(width, width)
-        return Coarse(rotation, data[end:].view("<f2").reshape(-1, width))
-    except (ValueError, IndexError) as error:
+        count = (len(data) - end) // (2 * width + 4)
+        rotation, reaches = data[8:end].view("<f4").reshape(width, width), data[len(data) - 4 * count :].view("<f4")
+        return Coarse(rotation, data[end : len(data) - 4 * count].view("<f2").reshape(count, width), reaches)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise Damaged(f"{file.name}: {error}") from error
 
 

@@ -9,8 +9,9 @@ the frames of the best runs by the keys that the parts store. New keys go into a
 centroids; files are joined list by list, without a look at the keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import faiss
 import google_crc32c
@@ -36,11 +37,26 @@ from storage.runs import run_means, run_starts
 BITS = 2  # of a code for each dimension; four find the same, and take three times as long for far queries
 MAX_KEYS = 1 << 24  # of a file: 4 GB of width 768 in memory where no frames are alike, and as much again when joined
 CHUNK_RUNS = 1 << 16
-PROBES = 256  # lists that a search looks into
+PROBES = 192  # lists that a search looks into
 QUERY_BITS = 4  # of each dimension of a query that is compared with codes; without, it takes ten times as long
 CANDIDATES = 32  # runs whose frames it ranks by their keys, at least
 
 _ROW = np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8"), ("crc", "<u4")])
+
+
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """Which keys of a file may be found.
+
+    Attributes:
+        keys: (keys,) bool.
+        runs: (R,) bool, those with such a key.
+        count: of such keys.
+    """
+
+    keys: np.ndarray
+    runs: np.ndarray
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +81,29 @@ class CodedKeys:
         """E."""
         return self.index.d
 
+    def passing(self, parts: Iterable[tuple[int, np.ndarray | None]]) -> Passing:
+        """Keys of some parts, given by their order in `covered` and the rows in each, None for all of them."""
+        keys, runs, count = np.zeros(len(self.rows), bool), np.zeros(len(self.runs) - 1, bool), 0
+        for part, rows in parts:
+            start, end = self.covered.starts[part : part + 2]
+            if rows is None:
+                keys[start:end] = True
+                runs[self._part_runs[part] : self._part_runs[part + 1]] = True
+                count += int(end - start)
+            else:
+                keys[start + rows] = True
+                own = self.runs[self._part_runs[part] : self._part_runs[part + 1]]
+                runs[self._part_runs[part] + np.searchsorted(own, start + rows, "right") - 1] = True
+                count += len(rows)
+        return Passing(keys, runs, count)
+
+    @cached_property
+    def _part_runs(self) -> np.ndarray:
+        """(P + 1,) int64: the first run of each part, and the count of all."""
+        return np.searchsorted(self.runs, self.covered.starts)
+
     def search(
-        self, query: np.ndarray, k: int, products: np.ndarray, lists: np.ndarray, mask: np.ndarray | None
+        self, query: np.ndarray, k: int, products: np.ndarray, lists: np.ndarray, passing: Passing | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Estimated scores and numbers, (K,) each with K <= k, of the best runs in some lists.
 
@@ -74,13 +111,13 @@ class CodedKeys:
             query: (1, E) float32, rotated.
             k: at most so many.
             products, lists: as Coarse.probe gives them.
-            mask: (keys,) bool, which places may be found, so that only their runs are; None for all.
+            passing: only these; None for all.
         """
         parameters = faiss.IVFRaBitQSearchParameters()
         parameters.nprobe = lists.shape[1]
         parameters.qb = QUERY_BITS
-        if mask is not None:
-            bits = np.packbits(self._runs_of(mask), bitorder="little")
+        if passing is not None:
+            bits = np.packbits(passing.runs, bitorder="little")
             selector = faiss.IDSelectorBitmap(bits)
             parameters.sel = selector
         scores, runs = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
@@ -88,12 +125,6 @@ class CodedKeys:
         self.index.search_preassigned_c(1, pointers[0], k, *pointers[1:], False, parameters, None)
         found = (runs[0] >= 0) & (runs[0] < len(self.runs) - 1)  # FAISS pads with -1
         return scores[0][found], runs[0][found]
-
-    def _runs_of(self, mask: np.ndarray) -> np.ndarray:
-        """(R,) bool: the runs with a key that may be found."""
-        chosen = np.zeros(len(self.runs) - 1, bool)
-        chosen[np.searchsorted(self.runs, np.flatnonzero(mask), "right") - 1] = True
-        return chosen
 
     def places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places of the keys of some runs, and which of them each is of, (T,) int64 each."""
@@ -108,7 +139,7 @@ def best_keys(
     files: Sequence[CodedKeys],
     query: np.ndarray,
     k: int,
-    masks: Sequence[np.ndarray | None],
+    passing: Sequence[Passing | None],
     probes: int | None = None,
     candidates: int = CANDIDATES,
 ) -> list[tuple[float, int]]:
@@ -120,43 +151,43 @@ def best_keys(
         files: all files of codes.
         query: (E,) float32.
         k: at most so many.
-        masks: for each file, (keys,) bool, which places may be found, or None for all.
+        passing: for each file, which keys may be found, or None for all.
         probes: lists to look into; None for as many as usual.
         candidates: runs to rank by their keys at least.
     Raises:
         ArchiveError: a part is missing or damaged.
     """
     total = sum(len(file.rows) for file in files)
-    passing = sum(len(file.rows) if mask is None else int(mask.sum()) for file, mask in zip(files, masks, strict=True))
-    if not passing:
+    count = sum(len(file.rows) if each is None else each.count for file, each in zip(files, passing, strict=True))
+    if not count:
         return []
     rotated = multiply(coarse.rotation, query)[None]
-    products, lists = coarse.probe(rotated[0], probes or probe_count(passing / total))
+    products, lists = coarse.probe(rotated[0], probes or probe_count(count / total))
     most = max(candidates, 2 * k)
     found = [
-        file.search(rotated, min(most, len(file.runs) - 1), products, lists, mask)
-        for file, mask in zip(files, masks, strict=True)
+        file.search(rotated, min(most, len(file.runs) - 1), products, lists, each)
+        for file, each in zip(files, passing, strict=True)
     ]
-    least = _least_score(files, found, masks, k, candidates)
+    least = _least_score(files, found, passing, k, candidates)
     hits = []
-    for file, mask, (scores, runs) in zip(files, masks, found, strict=True):
+    for file, each, (scores, runs) in zip(files, passing, found, strict=True):
         places, _ = file.places(np.sort(runs[scores >= least]))
-        hits += _rank(archive, file, places if mask is None else places[mask[places]], query)
+        hits += _rank(archive, file, places if each is None else places[each.keys[places]], query)
     return sorted(hits, key=lambda hit: (-hit[0], hit[1]))[:k]
 
 
 def _least_score(
     files: Sequence[CodedKeys],
     found: Sequence[tuple[np.ndarray, np.ndarray]],
-    masks: Sequence[np.ndarray | None],
+    passing: Sequence[Passing | None],
     k: int,
     candidates: int,
 ) -> float:
     """The estimated score down to which runs are looked at: so many runs at least, with twice the keys wanted."""
     scores, counts = [], []
-    for file, mask, (estimates, runs) in zip(files, masks, found, strict=True):
+    for file, each, (estimates, runs) in zip(files, passing, found, strict=True):
         places, owners = file.places(runs)
-        passes = None if mask is None else mask[places]
+        passes = None if each is None else each.keys[places]
         scores.append(estimates)
         counts.append(np.bincount(owners, passes, len(runs)))
     order = np.argsort(-np.concatenate(scores), kind="stable")

@@ -32,7 +32,7 @@ from storage.files import (
     writing,
 )
 
-INDEX_FORMAT = 3
+INDEX_FORMAT = 4
 MANIFEST = "index.json"
 LOCK = "index.lock"
 TRAINING = "training.lock"

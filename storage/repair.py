@@ -22,12 +22,14 @@ class Repair:
         found: what was wrong before.
         to_index: rows of videos that lost frames; they are partial until they are indexed again.
         notes: what else was lost or set aside, one line each.
+        rows_lost: how many videos have frames and no row any more.
         left: what is still wrong.
     """
 
     found: Verification
     to_index: tuple[VideoRow, ...]
     notes: tuple[str, ...]
+    rows_lost: int = 0
     left: tuple[Fault, ...] = ()
 
 
@@ -57,15 +59,17 @@ def repair(uri: str) -> Repair:
     lost = len(archive.hidden_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
-            f"the rows of {lost} videos are lost, their frames are not: `vidx index` on their sources shows them again "
-            "without decoding them, unless `vidx clean` has removed them before"
+            f"the rows of {lost} videos are lost, with their sources, tags and capture times, and whether they were "
+            "deleted. Their frames are not: `vidx index` on their sources, with the manifest that gave the tags, shows "
+            "them again without decoding them, unless `vidx clean` has removed them before. Do not give it what was "
+            "deleted, or delete it again"
         )
     if not found.faults:
-        return Repair(found, tuple(rows), tuple(notes))
+        return Repair(found, tuple(rows), tuple(notes), lost)
     drop_index(archive)
     update_index(archive)
     improve_index(archive)
-    return Repair(found, tuple(rows), tuple(notes), verify(uri).faults)
+    return Repair(found, tuple(rows), tuple(notes), lost, verify(uri).faults)
 
 
 def _drop_frames(archive: Archive, found: Verification) -> None:

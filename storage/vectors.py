@@ -25,6 +25,7 @@ from storage.coded_keys import (
     CANDIDATES,
     MAX_KEYS,
     CodedKeys,
+    Passing,
     best_keys,
     build_codes,
     code_faults,
@@ -158,8 +159,8 @@ class Index:
             for keys in self._exact:
                 found += keys.search(query, k, self._mask(keys.covered, rows))
             if self._coded:
-                masks = [self._mask(keys.covered, rows) for keys in self._coded]
-                found += best_keys(self._archive, self._coarse, self._coded, query, k, masks)
+                passing = [self._passing(keys, rows) for keys in self._coded]
+                found += best_keys(self._archive, self._coarse, self._coded, query, k, passing)
         found.sort(key=lambda hit: (-hit[0], hit[1]))  # equal scores in order of video and time
         return [Hit(row_id >> 32, row_id & 0xFFFFFFFF, score) for score, row_id in found[:k]]
 
@@ -178,42 +179,47 @@ class Index:
         """Share of the ten that all lists and many more runs give; each query lies between the keys of two frames."""
         random, paths = np.random.default_rng(0), sorted(self._counts)
         first = np.zeros(1, np.int64)
-        masks = [self._mask(keys.covered, None) for keys in self._coded]
+        passing = [self._passing(keys, None) for keys in self._coded]
         shares = []
         for _ in range(RECALL_QUERIES):
             pair = [paths[place] for place in random.integers(len(paths), size=2)]
             query = sum(part_keys(self._archive.frames_uri, path, first)[0].astype(np.float32) for path in pair)
             found, true = (
-                best_keys(self._archive, self._coarse, self._coded, query, 10, masks, probes, candidates)
+                best_keys(self._archive, self._coarse, self._coded, query, 10, passing, probes, candidates)
                 for probes, candidates in ((None, CANDIDATES), (self._coarse.list_count, 10 * CANDIDATES))
             )
             shares.append(len(set(found) & set(true)) / len(true))
         return float(np.mean(shares))
 
-    @cached_property
-    def _live_masks(self) -> dict[int, np.ndarray | None]:
-        """The mask of each file where nothing is filtered, by the id of what it covers."""
-        masks = {}
-        for keys in (*self._exact, *self._coded):
-            is_live = np.array([path in self._live for path in keys.covered.paths], bool)
-            masks[id(keys.covered)] = None if is_live.all() else np.repeat(is_live, keys.covered.key_counts)
-        return masks
-
     def _mask(self, covered: Covered, rows: Rows | None) -> np.ndarray | None:
-        """(keys,) bool: which of a file's keys may be found; None for all."""
-        if rows is None:
-            return self._live_masks[id(covered)]
+        """(keys,) bool: which keys of a file of exact ones may be found; None for all."""
+        if rows is None and all(path in self._live for path in covered.paths):
+            return None
         mask = np.zeros(covered.key_count, bool)
-        for path, chosen in rows.items():
-            part = covered.order.get(path)
-            if part is None or path not in self._counts:
-                continue
-            start, end = covered.starts[part], covered.starts[part + 1]
-            if chosen is None:
-                mask[start:end] = True
-            else:
-                mask[start + chosen] = True
+        for part, chosen in self._chosen(covered, rows):
+            start, end = covered.starts[part : part + 2]
+            mask[slice(start, end) if chosen is None else start + chosen] = True
         return mask
+
+    def _passing(self, keys: CodedKeys, rows: Rows | None) -> Passing | None:
+        """The same of a file of codes."""
+        return self._live_codes[id(keys)] if rows is None else keys.passing(self._chosen(keys.covered, rows))
+
+    @cached_property
+    def _live_codes(self) -> dict[int, Passing | None]:
+        """Which keys of each file of codes are live, by its id; None where all are."""
+        return {
+            id(keys): None
+            if all(path in self._live for path in keys.covered.paths)
+            else keys.passing(self._chosen(keys.covered, None))
+            for keys in self._coded
+        }
+
+    def _chosen(self, covered: Covered, rows: Rows | None) -> Iterator[tuple[int, np.ndarray | None]]:
+        """Published parts of a file, by their order, and the rows that may be found in each, None for all of them."""
+        for path, chosen in (dict.fromkeys(covered.paths) if rows is None else rows).items():
+            if path in covered.order and path in self._counts:
+                yield covered.order[path], chosen
 
     def _compare(self, query: np.ndarray, rows: Rows) -> list[tuple[float, int]]:
         """(score, row id) of some frames, by the keys that the parts store."""

@@ -27,11 +27,12 @@ def archive(samples_archive):
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
-    """Nano with a short context, as a directory; its archives are nano's."""
+    """Nano with a short context as its only limit, as a directory; its archives are nano's."""
     directory = tmp_path_factory.mktemp("narrow") / "nano"
     shutil.copytree(find_bundle("nano").directory, directory)
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    card = {name: value for name, value in config["vidx"].items() if name not in ("takes_history", "most_frames")}
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT, "vidx": card}))
     return directory
 
 
@@ -123,6 +124,22 @@ def test_the_answers_of_windows_come_with_their_times(asker, archive, clip, monk
         within = Filter(clip.video, window.start_seconds + 0.001, window.end_seconds - 0.001)
         assert window.text == asker.ask("Is there an apple?", within, asked()).text
     assert (answer.frame_count, answer.over) == (len(frames), "windows")
+    lines = [line.rsplit(": ", 1) for line in answer.text.splitlines()]  # nano reads no answers: these are all
+    assert [text for _, text in lines] == [text for text, _ in itertools.groupby(each.text for each in answer.windows)]
+    assert lines[0][0].startswith("0:00:00.0 to 0:00:")
+
+
+def test_of_a_range_that_is_longer_than_what_the_model_was_trained_on_frames_are_shown_evenly(asker, clip, archive):
+    lines, announce = told()
+    every, question = clip.frames(archive), "Is there ever an apple?"
+    answer = asker.ask(question, clip, Asked(fuse="tokens", most_tokens=20), announce=announce)
+    assert len(every) > 8
+    assert (answer.frame_count, answer.over, answer.text) == (8, "stride", "yes")
+    assert lines == [f"8 of {len(every)} frames are shown (evenly spread; nano was trained on at most 8)"]
+    with pytest.raises(UsageError, match=r"was trained on at most 8 frames, room for 8 frames; .*--over"):
+        asker.ask(question, clip, asked())
+    found = asker.ask("Is there an apple?", Filter(), Asked(most_tokens=20))
+    assert 0 < found.frame_count <= 8
 
 
 def test_memory_is_announced_and_grows_with_the_frames_alone(asker, archive, monkeypatch):

@@ -96,6 +96,7 @@ def test_repair_does_not_take_deleted_videos_for_lost(archive):
     newest.with_name(f"{int(newest.stem) + 1:020d}.json").write_bytes(b"")  # as a power cut leaves a commit
     done = repair(archive.uri)
     assert done.notes
+    assert done.rows_lost == 0
     assert not any("are lost" in note for note in done.notes)
 
 

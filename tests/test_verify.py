@@ -199,10 +199,19 @@ def test_lost_rows_are_told_and_their_frames_kept(archive):
     for path in named_files(archive, "videos"):
         Path(path).unlink()
     done = repair(archive.uri)
-    assert any("the rows of 3 videos are lost, their frames are not" in note for note in done.notes)
+    assert done.rows_lost == 3
+    assert any("the rows of 3 videos are lost" in note and "deleted" in note for note in done.notes)
     after = open_archive(archive.uri)
     after.publish([row_for(after, 1, after.committed_frame_count(1))])
     assert len(after.frames()) == 5
+
+
+def test_a_repair_that_lost_rows_does_not_end_as_if_all_were_well(archive, vidx):
+    for path in named_files(archive, "videos"):
+        flip(Path(path), 2)
+    done = vidx("repair", "--archive", str(folder(archive)), "--json")
+    assert (done.code, done.json["rows_lost"], done.json["faults_left"]) == (3, 3, [])
+    assert "tags" in done.err
 
 
 def test_a_damaged_index_is_built_anew(archive):

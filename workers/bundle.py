@@ -40,6 +40,7 @@ class Card:
         unknown_answers: the answers that say that the model does not know -> why it gives them.
         search_floor: the least cosine of a text and a frame that counts as found; None where the files do not say.
         takes_history: it was trained on conversations; else each question is best put to it by itself.
+        most_frames: so many frames of one answer it was trained on; None where its context is the limit.
     """
 
     licence: str
@@ -50,6 +51,7 @@ class Card:
     unknown_answers: Mapping[str, str] = field(default_factory=dict)
     search_floor: float | None = None
     takes_history: bool = True
+    most_frames: int | None = None
 
     @property
     def states_limits(self) -> bool:
@@ -371,6 +373,7 @@ _CARD_VALUES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
     float | None: (_is_number, "a number"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
+    int | None: (lambda value: type(value) is int and value > 0, "a whole number above 0"),
     Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object that gives a text to each text"),
     Mapping[str, Mapping[str, float]]: (
         lambda value: _is_object_of(value, lambda kinds: _is_object_of(kinds, _is_number)),

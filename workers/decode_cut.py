@@ -1,6 +1,7 @@
 """Cutting a moment out of a video by copying packets, in the decoder process: nothing is decoded, nothing encoded."""
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +24,7 @@ class Cut:
 
     Attributes:
         start_seconds: where a player of the new file begins.
-        end_seconds: where its last picture ends, a little later than asked for where pictures are stored out of order.
+        end_seconds: where its last picture ends.
         stream_count: video and audio streams copied.
     """
 
@@ -98,12 +99,15 @@ def cut(
         if first is None:
             raise _no_picture(start_seconds, end_seconds)
         lines.clear()
-        begins = start if kind in HIDES_LEAD else first
+        begins = first
+        if kind in HIDES_LEAD:  # a player would skip a picture that began before
+            begins = _on_screen(container, video, first, start, alive)
+            _seek(container, video, start, alive)
         try:
             with av.open(new, "w", format=kind, buffer_size=1 << 20) as out:
                 copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in streams}
                 last = first
-                for packet in _moment(container, streams, first, start, end, kind in HIDES_LEAD, alive):
+                for packet in _ended(_moment(container, streams, first, begins, end, alive), video, end):
                     if packet.stream is video:
                         last = max(last, _shown(packet) + _length(packet))
                     _shift(packet, begins)
@@ -114,7 +118,6 @@ def cut(
             raise VideoProblem(Reason.UNSUPPORTED_CODEC, f"cannot be copied into this format: {words}") from error
     if last <= start:
         raise _no_picture(start_seconds, end_seconds)
-    begins = max(first, begins)
     return Cut(begins - probe.clock_offset_seconds, last - probe.clock_offset_seconds, len(streams))
 
 
@@ -156,20 +159,18 @@ def _moment(
     container: av.container.InputContainer,
     streams: list,
     first: float,
-    start: float,
+    begins: float,
     end: float,
-    hides_lead: bool,
     alive: Callable[[], None],
 ) -> Iterator[av.Packet]:
     """The packets to copy: pictures from the keyframe at `first` on, and sound from where a player begins."""
     video, has_begun, early = streams[0], False, []
-    sound_from = start if hides_lead else first
     for packet in _with_decode_times(container.demux(streams)):
         alive()
         shown = _shown(packet)
         decoded = float(packet.dts * packet.time_base)
         if packet.stream is not video:
-            if decoded < end and shown + _length(packet) > sound_from:
+            if decoded < end and shown + _length(packet) > begins:
                 early.append(packet)
                 if has_begun:
                     yield from early
@@ -186,6 +187,42 @@ def _moment(
             early = []
         elif decoded < end and shown >= first:  # pictures that lead the keyframe need what is not copied
             yield packet
+
+
+def _on_screen(
+    container: av.container.InputContainer, video: av.VideoStream, first: float, start: float, alive: Callable[[], None]
+) -> float:
+    """When the picture that is seen at a time began to be shown, or the keyframe where that comes later."""
+    found = first
+    for packet in _with_decode_times(container.demux(video)):
+        alive()
+        if float(packet.dts * packet.time_base) > start:
+            break
+        if found < _shown(packet) <= start:
+            found = _shown(packet)
+    return found
+
+
+def _ended(packets: Iterator[av.Packet], video: av.VideoStream, end: float) -> Iterator[av.Packet]:
+    """Packets whose pictures are seen until a time and no longer.
+
+    Pictures that come after it but are decoded before, as others need them, are seen for a tick each.
+    """
+    held, late = [], []
+    for packet in packets:
+        is_late = packet.stream is video and _shown(packet) >= end
+        if packet.stream is video and not is_late and packet.duration:
+            packet.duration = max(1, min(packet.duration, round((end - _shown(packet)) / packet.time_base)))
+        if is_late:
+            late.append(packet)
+        if late:
+            held.append(packet)
+        else:
+            yield packet
+    for place, packet in enumerate(sorted(late, key=_shown)):
+        packet.pts = math.ceil(Fraction(end) / packet.time_base) + place
+        packet.duration = 1
+    yield from held
 
 
 def _with_decode_times(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:

@@ -128,8 +128,9 @@ def context_needed(bundle: Bundle, ids: Sequence[int], frame_count: int, max_new
 
 
 def frames_that_fit(bundle: Bundle, ids: Sequence[int], max_new_tokens: int) -> int:
-    """The most frames that one answer can be given on."""
-    return max(0, bundle.context_length - context_needed(bundle, ids, 0, max_new_tokens)) // bundle.tokens_per_frame
+    """The most frames that the context holds, and that the model was trained on, in one answer."""
+    room = max(0, bundle.context_length - context_needed(bundle, ids, 0, max_new_tokens)) // bundle.tokens_per_frame
+    return room if bundle.card.most_frames is None else min(room, bundle.card.most_frames)
 
 
 def decode_ids(tokenizer: PromptTokenizer, ids: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def make(folder: Path) -> Archive:
     return open_archive(str(place))
 
 
+def without_limit(archive: Archive) -> Bundle:
+    """The archive's model, whose card limits how many frames are shown: the time that they take is what counts here."""
+    bundle = bundle_of(archive, None)
+    return replace(bundle, card=replace(bundle.card, most_frames=None))
+
+
 @contextmanager
 def out_of_reach(path: Path) -> Iterator[None]:
     """The video cannot be read in here."""
@@ -71,7 +78,7 @@ def out_of_reach(path: Path) -> Iterator[None]:
 
 def first_word(archive: Archive, frames: int, source: str) -> dict[str, Any]:
     """Seconds to the first word of an answer from stored rows, and of fusing and the LLM's prefill by themselves."""
-    bundle = bundle_of(archive, None)
+    bundle = without_limit(archive)
     within = Filter(archive.videos()[0], 0.0, float(frames) - 0.5)
     chosen = within.frames(archive)
     asked = Asked(frame_limit=None, fuse=source, **FIRST)
@@ -94,7 +101,7 @@ def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any
     """Seconds to the first word of a question on frames that were shown before, and of the first question."""
     within = Filter(archive.videos()[0], 0.0, float(frames) - 0.5)
     asked = Asked(frame_limit=None, fuse=source, **FIRST)
-    asker = Asker(archive, bundle_of(archive, None), "cpu")
+    asker = Asker(archive, without_limit(archive), "cpu")
 
     def first() -> None:
         asker._showings.clear()
@@ -114,7 +121,7 @@ def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any
 
 def published_way(archive: Archive, question: str) -> tuple[float, str]:
     """Seconds of decoding a video and showing it frame by frame, and the first word's id."""
-    model = load_model(bundle_of(archive, None), "cpu")
+    model = load_model(without_limit(archive), "cpu")
     row = archive.videos()[0]
     ids = prompt_ids(model.tokenizer, question)
     ticks = [frame.ticks for frame in archive.frames(row.video_number)][:FRAMES]
@@ -138,7 +145,7 @@ def published_way(archive: Archive, question: str) -> tuple[float, str]:
 
 def thousand(archive: Archive) -> dict[str, Any]:
     """Seconds of an answer over a thousand frames: with 8 that are retrieved, with all, and the published way."""
-    asker = Asker(archive, bundle_of(archive, None), "cpu", cache_bytes=0)
+    asker = Asker(archive, without_limit(archive), "cpu", cache_bytes=0)
     rows = archive.videos()[0]
     ways = {
         "retrieved": (Filter(), Asked(frame_limit=8, fuse="patches", anyway=True, **FIRST)),
