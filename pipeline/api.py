@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from importlib.util import find_spec
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, overload
 
@@ -74,7 +75,13 @@ class Moments(Sequence[Moment]):
         return pa.Table.from_pylist(rows, _MOMENT_SCHEMA)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """As `to_arrow`; needs pandas."""
+        """As `to_arrow`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        if find_spec("pandas") is None:
+            raise UsageError("to_pandas needs pandas: pip install pandas; to_arrow needs nothing more")
         return self.to_arrow().to_pandas()
 
     def contact_sheet(self, path: str | PathLike[str]) -> None:

@@ -142,10 +142,11 @@ def test_of_a_range_that_is_longer_than_what_the_model_was_trained_on_frames_are
     assert 0 < found.frame_count <= 8
 
 
-def test_memory_is_announced_and_grows_with_the_frames_alone(asker, archive, monkeypatch):
-    monkeypatch.setattr("pipeline.answer.MANY_FRAMES", 10)
+def test_memory_is_announced_and_grows_with_the_frames_alone(asker, clip, monkeypatch):
+    monkeypatch.setattr("pipeline.answer.MANY_FRAMES", 4)
     lines, announce = told()
-    answer = asker.ask("Is there an apple?", Filter(), asked(), announce=announce)
+    answer = asker.ask("Is there an apple?", Filter(clip.video, 8.0, 13.5), asked(), announce=announce)
+    assert answer.frame_count == 6
     assert lines == [
         f"{answer.frame_count} frames: about {answer.memory_bytes / 1e9:.2g} GB of memory besides the model"
     ]

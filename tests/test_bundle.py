@@ -79,6 +79,7 @@ CARD = {
     "unknown_answers": {"I do not know that": "the question is outside", "Nothing.": "the footage is outside"},
     "search_floor": 0,
     "takes_history": False,
+    "most_frames": 8,
 }
 
 
@@ -92,6 +93,7 @@ def test_a_card_says_what_config_json_says(checkpoint):
     plain = read_bundle("x", checkpoint).card
     assert (plain.trained, plain.accuracy, plain.unknown_answers) == (plain.knows, {}, {})
     assert plain.takes_history  # as the published weights do
+    assert plain.most_frames is None
     assert not plain.states_limits
 
 
@@ -237,6 +239,7 @@ def test_an_index_cannot_lead_elsewhere(checkpoint, weight_map, message):
         ({"vidx": {"licence": "MIT", "accuracy": {"exact": 90}}}, "vidx.accuracy is .*source -> kind of question"),
         ({"vidx": {"licence": "MIT", "accuracy": {"exact": {"all": "90"}}}}, "vidx.accuracy is .*a number, per cent"),
         ({"vidx": {"licence": "MIT", "random": True}}, "vidx needs licence and knows only .* found licence, random"),
+        ({"vidx": {"licence": "MIT", "most_frames": 0}}, "vidx.most_frames is 0; it must be a whole number above 0"),
         ({"vidx": "Apache-2.0"}, "vidx is 'Apache-2.0'; it must be an object"),
     ],
 )
