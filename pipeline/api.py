@@ -23,7 +23,6 @@ from pipeline.output import check_output
 from pipeline.query import Kind, Query, Term
 from pipeline.search import FRAMES_SHOWN, Searcher, SearchResult, Wanted, bundle_of
 from storage.archive import ArchiveStatus, open_archive
-from storage.catalog import run_sql
 from storage.errors import UsageError
 from storage.files import source_text, to_uri
 from storage.records import Answer, Moment, VideoRow
@@ -254,6 +253,8 @@ class Archive:
 
     def sql(self, statement: str) -> list[dict[str, Any]]:
         """The rows of a SELECT over the views `videos` and `frames`."""
+        from storage.catalog import run_sql  # with DuckDB
+
         columns, rows = run_sql(self._stored, statement)
         return [dict(zip(columns, row, strict=True)) for row in rows]
 

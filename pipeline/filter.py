@@ -7,7 +7,6 @@ from datetime import datetime
 import numpy as np
 
 from storage.archive import Archive
-from storage.catalog import select_frames
 from storage.errors import UsageError
 from storage.frames import PartBounds, Rows
 from storage.records import FrameRef, VideoRow
@@ -75,7 +74,11 @@ class Filter:
         if self.is_everything:
             yield None, None, None, None
             return
-        selected = select_frames(archive, self.where) if self.where else None
+        selected = None
+        if self.where:
+            from storage.catalog import select_frames  # with DuckDB, which few filters need
+
+            selected = select_frames(archive, self.where)
         extents = _extents(archive.part_bounds())
         by_span: dict[Span, list[int]] = {}
         for row in archive.videos() if self.video is None else [self.video]:

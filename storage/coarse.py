@@ -54,10 +54,11 @@ class Coarse:
             if len(rotated) * len(centroids) <= REFINE_PRODUCTS:
                 centroids = _cluster(rotated, len(centroids), centroids).centroids
         centroids = np.ascontiguousarray(centroids, np.float16)
-        distances, lists = cls(rotation, centroids, np.zeros(len(centroids), np.float32))._router.search(rotated, 1)
+        made = cls(rotation, centroids, np.zeros(len(centroids), np.float32))
+        distances, lists = made._router.search(rotated, 1)
         sums, counts = (np.bincount(lists[:, 0], weights, len(centroids)) for weights in (distances[:, 0], None))
-        reaches = REACH * np.sqrt(np.maximum(sums, 0) / np.maximum(counts, 1))
-        return cls(rotation, centroids, reaches.astype(np.float32))
+        made.reaches += (REACH * np.sqrt(np.maximum(sums, 0) / np.maximum(counts, 1))).astype(np.float32)
+        return made
 
     @property
     def list_count(self) -> int:

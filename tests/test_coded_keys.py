@@ -276,3 +276,23 @@ def test_lists_that_find_too_little_are_made_anew(archive, monkeypatch):
     assert open_index(archive).recall() < 0.9
     fill(archive, range(13, 17))
     assert not os.path.exists(os.path.join(index_folder(archive), before))
+
+
+def test_a_list_of_unlike_keys_is_looked_into_before_one_of_alike_keys_that_lies_as_near():
+    random = np.random.default_rng(0)
+    alike, unlike = np.eye(16)[0], np.eye(16)[1]
+    keys = [
+        direction + noise * random.standard_normal((400, 16)) for direction, noise in ((alike, 0.02), (unlike, 0.2))
+    ]
+    keys = [group / np.linalg.norm(group, axis=1, keepdims=True) for group in keys]
+    lists = coarse.Coarse.train(np.concatenate(keys).astype(np.float32), 2)
+    first, second = (np.bincount(lists.assign(lists.rotate(group))).argmax() for group in keys)
+    assert first != second
+    assert lists.reaches[second] > 3 * lists.reaches[first]
+    centroids = lists.centroids.astype(np.float32)
+    between = np.linalg.solve(np.stack([centroids[first], centroids[second]])[:, :2], [0.5, 0.5])
+    query = np.zeros(16, np.float32)
+    query[:2] = between  # its products with both centroids are the same
+    products, order = lists.probe(query, 2)
+    assert products[0][0] == pytest.approx(products[0][1], abs=1e-3)
+    assert order[0].tolist() == [second, first]
