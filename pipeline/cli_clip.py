@@ -16,8 +16,8 @@ def clip(moment: str, file: str | None, archive_dir: str, as_json: bool) -> None
     """Cut a moment out of its video, sound included, without encoding anything again.
 
     FILE is what to write, its suffix the format; without it VIDEO_START-END in this folder, with the video's own suffix
-    or .mkv. A copy can only begin at a keyframe: .mp4 and .mov begin there too but have players skip to START, other
-    formats show the time from the keyframe on.
+    or .mkv. A copy can only begin at a keyframe: .mp4 and .mov begin there too but have players skip to what is seen at
+    START, other formats show the time from the keyframe on.
 
     \b
     vidx clip cars.mp4@0:12:31-0:12:40
@@ -39,5 +39,7 @@ def clip(moment: str, file: str | None, archive_dir: str, as_json: bool) -> None
         print_json({**asdict(done), "source": source_text(row.uri), "video_id": row.video_id})
         return
     click.echo(printable(done.file))
-    if done.start_seconds < start - 0.05:
+    if done.start_seconds < start - 0.05 and done.file.endswith((".mp4", ".mov")):
+        note(f"begins at {clock(done.start_seconds)}, with the picture that is seen at {clock(start)}")
+    elif done.start_seconds < start - 0.05:
         note(f"begins at {clock(done.start_seconds)}, the keyframe before; an .mp4 would begin at {clock(start)}")
