@@ -1,6 +1,6 @@
 """The lists that coded keys are sorted into: a rotation and centroids, of all files of codes together.
 
-ID.coarse   E as int64, rotation (E, E) float32, centroids (L, E) float16
+ID.coarse   E as int64, rotation (E, E) float32, centroids (L, E) float16, reaches (L,) float32
 """
 
 from functools import cached_property
@@ -121,7 +121,7 @@ def write_coarse(archive: Archive, coarse: Coarse) -> Written:
 
 
 def open_coarse(archive: Archive, file: Written) -> Coarse:
-    """The rotation and centroids.
+    """What was written.
 
     Raises:
         Damaged: they are not what was written.

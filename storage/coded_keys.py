@@ -184,16 +184,17 @@ def _least_score(
     candidates: int,
 ) -> float:
     """The estimated score down to which runs are looked at: so many runs at least, with twice the keys wanted."""
-    scores, counts = [], []
-    for file, each, (estimates, runs) in zip(files, passing, found, strict=True):
+    estimates, counts = [], []
+    for file, each, (scores, runs) in zip(files, passing, found, strict=True):
         places, owners = file.places(runs)
         passes = None if each is None else each.keys[places]
-        scores.append(estimates)
+        estimates.append(scores)
         counts.append(np.bincount(owners, passes, len(runs)))
-    order = np.argsort(-np.concatenate(scores), kind="stable")
+    scores = np.concatenate(estimates)
+    order = np.argsort(-scores, kind="stable")
     enough = np.flatnonzero(np.cumsum(np.concatenate(counts)[order]) >= 2 * k)
     last = max(candidates - 1, int(enough[0]) if len(enough) else len(order))
-    return float(np.concatenate(scores)[order[last]]) if last < len(order) else -np.inf
+    return float(scores[order[last]]) if last < len(order) else -np.inf
 
 
 def probe_count(share: float) -> int:

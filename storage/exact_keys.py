@@ -3,7 +3,7 @@
 ID.faiss: FAISS IDMap over SQfp16, row id = video number << 32 | frame index, keys in the order of their parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import faiss
 import numpy as np
@@ -55,6 +55,14 @@ class ExactKeys:
         scores, places = self._keys.search(query[None], min(k, self._index.ntotal), params=parameters)
         found = zip(scores[0].tolist(), places[0].tolist(), strict=True)
         return [(score, int(self.row_ids[place])) for score, place in found if place >= 0]  # FAISS pads with -1
+
+    def passing(self, parts: Iterable[tuple[int, np.ndarray | None]]) -> np.ndarray:
+        """(keys,) bool: those of some parts, given by their order and the rows in each, None for all of them."""
+        mask = np.zeros(self.covered.key_count, bool)
+        for part, rows in parts:
+            start, end = self.covered.starts[part : part + 2]
+            mask[slice(start, end) if rows is None else start + rows] = True
+        return mask
 
     def keys(self, part: int) -> np.ndarray:
         """(T, E) float16: the keys of one of the parts."""

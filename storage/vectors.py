@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from storage.coded_keys import (
     CANDIDATES,
     MAX_KEYS,
     CodedKeys,
-    Passing,
     best_keys,
     build_codes,
     code_faults,
@@ -157,7 +157,7 @@ class Index:
         else:
             found = []
             for keys in self._exact:
-                found += keys.search(query, k, self._mask(keys.covered, rows))
+                found += keys.search(query, k, self._passing(keys, rows))
             if self._coded:
                 passing = [self._passing(keys, rows) for keys in self._coded]
                 found += best_keys(self._archive, self._coarse, self._coded, query, k, passing)
@@ -191,28 +191,18 @@ class Index:
             shares.append(len(set(found) & set(true)) / len(true))
         return float(np.mean(shares))
 
-    def _mask(self, covered: Covered, rows: Rows | None) -> np.ndarray | None:
-        """(keys,) bool: which keys of a file of exact ones may be found; None for all."""
-        if rows is None and all(path in self._live for path in covered.paths):
-            return None
-        mask = np.zeros(covered.key_count, bool)
-        for part, chosen in self._chosen(covered, rows):
-            start, end = covered.starts[part : part + 2]
-            mask[slice(start, end) if chosen is None else start + chosen] = True
-        return mask
-
-    def _passing(self, keys: CodedKeys, rows: Rows | None) -> Passing | None:
-        """The same of a file of codes."""
-        return self._live_codes[id(keys)] if rows is None else keys.passing(self._chosen(keys.covered, rows))
+    def _passing(self, keys: ExactKeys | CodedKeys, rows: Rows | None) -> Any:
+        """Which keys of a file may be found, as it takes them; None for all."""
+        return self._live_keys[id(keys)] if rows is None else keys.passing(self._chosen(keys.covered, rows))
 
     @cached_property
-    def _live_codes(self) -> dict[int, Passing | None]:
-        """Which keys of each file of codes are live, by its id; None where all are."""
+    def _live_keys(self) -> dict[int, Any]:
+        """The same where nothing is filtered, by the file's id."""
         return {
             id(keys): None
             if all(path in self._live for path in keys.covered.paths)
             else keys.passing(self._chosen(keys.covered, None))
-            for keys in self._coded
+            for keys in (*self._exact, *self._coded)
         }
 
     def _chosen(self, covered: Covered, rows: Rows | None) -> Iterator[tuple[int, np.ndarray | None]]:

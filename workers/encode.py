@@ -72,9 +72,14 @@ def exact_inputs(vision: VisionPart, pixels: np.ndarray) -> Iterator[FusionInput
     for piece in _pieces(vision, pixels):
         with torch.inference_mode():
             features = frame_features(vision, frame_pixels(vision, piece))
-        frame_count, patch_count, _ = features.patches.shape
-        positions = torch.arange(patch_count, device=vision.device).expand(frame_count, -1)
-        yield FusionInputs(features.patches, positions, features.compressed)
+        yield all_patches(features)
+
+
+def all_patches(features: FrameFeatures) -> FusionInputs:
+    """What pre-fusion reads of frames as published: every patch."""
+    frame_count, patch_count, _ = features.patches.shape
+    positions = torch.arange(patch_count, device=features.patches.device).expand(frame_count, -1)
+    return FusionInputs(features.patches, positions, features.compressed)
 
 
 def frame_pixels(vision: VisionPart, pixels: np.ndarray) -> Tensor:
@@ -136,9 +141,14 @@ def _patch_rows(vision: VisionPart, tower: TowerFeatures, frame_count: int, row_
     places, order = places.sort(dim=1)  # (T, P*K)
     rows = rows.float().unflatten(0, (frame_count, -1)).flatten(1, 2)  # (T, P*K, D)
     rows = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
-    scales = rows.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (T, P*K)
-    values = (rows / scales[..., None]).round().to(torch.int8)
+    values, scales = to_int8(rows)
     return PatchRows(values.cpu().numpy(), scales.cpu().numpy(), places.cpu().numpy().astype(np.uint16))
+
+
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., D) float32 as the patch tier stores them: int8 values, and a scale for each row, (...)."""
+    scales = rows.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (rows / scales[..., None]).round().to(torch.int8), scales
 
 
 def _pieces(vision: VisionPart, pixels: np.ndarray) -> Iterator[np.ndarray]:

@@ -103,10 +103,15 @@ def keep_patches(features: TowerFeatures, row_count: int) -> tuple[Tensor, Tenso
         ValueError: a picture has fewer patches.
     """
     dominant = -(-row_count * PROPORTION[0] // sum(PROPORTION))  # rounded up: a single row is a dominant one
+    return keep_rows(features, dominant, row_count - dominant)
+
+
+def keep_rows(features: TowerFeatures, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """The same for so many patch rows of both kinds."""
     attention = class_attention(features)[:, :, 1:].sum(dim=1)  # (B, N)
-    selection = select(features.hidden, attention, key_metric(features), dominant + 1, row_count - dominant)
+    selection = select(features.hidden, attention, key_metric(features), dominant + 1, contextual)
     places = torch.cat([selection.kept, selection.remaining[:, selection.targets]], dim=1)[:, 1:] - 1
-    places, order = places.sort(dim=1)  # (B, row_count)
+    places, order = places.sort(dim=1)  # (B, dominant + contextual)
     return _rows(selection.rows[:, 1:], order), places
 
 

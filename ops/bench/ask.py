@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ROOT, figure, in_turn, run_vidx, save, seconds
+from harness import ROOT, figure, in_turn, render_world, run_vidx, save, seconds
 from made_video import MadeVideo, add_videos
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -52,9 +52,7 @@ FIRST = {"most_tokens": 1}
 def make(folder: Path) -> Archive:
     """The video's archive; what is there already is used."""
     world, place = folder / "world", folder / "archive"
-    if not (world / "MOMENTS.csv").exists():
-        size = ["--seed", str(SEED), "--videos", "1", "--minutes", str(MINUTES)]
-        subprocess.run([sys.executable, str(ROOT / "ops/nano/world"), *size, str(world)], check=True)
+    render_world(world, SEED, 1, MINUTES)
     run_vidx("index", str(world), "--archive", str(place))
     return open_archive(str(place))
 
@@ -120,7 +118,7 @@ def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any
 
 def published_way(archive: Archive, question: str) -> tuple[float, str]:
     """Seconds of decoding a video and showing it frame by frame, and the first word's id."""
-    model = load_model(without_limit(bundle_of(archive, None)), "cpu")
+    model = load_model(bundle_of(archive, None), "cpu")
     row = archive.videos()[0]
     ids = prompt_ids(model.tokenizer, question)
     ticks = [frame.ticks for frame in archive.frames(row.video_number)][:FRAMES]

@@ -12,7 +12,6 @@ tokens stay the same.
 import argparse
 import csv
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import ROOT, figure, run_vidx, save, seconds
+from harness import ROOT, figure, render_world, run_vidx, save, seconds
 
 sys.path.insert(0, str(ROOT))
 
@@ -32,7 +31,7 @@ from storage.files import local_path
 from storage.records import VideoRow
 from workers.bundle import find_bundle
 from workers.decode import Decoder, allowed_pixels
-from workers.encode import frame_features, frame_pixels, vision_tokens
+from workers.encode import FrameFeatures, all_patches, frame_features, frame_pixels, to_int8, vision_tokens
 from workers.llava_mini import (
     FusionInputs,
     LlavaMini,
@@ -43,7 +42,7 @@ from workers.llava_mini import (
     load_model,
 )
 from workers.prompt import decode_ids, prompt_ids
-from workers.visionzip import class_attention, key_metric, select
+from workers.visionzip import keep_rows
 
 VIDEOS, MINUTES = 4, 1.0
 TIERS = ((28, 4), (14, 2), (6, 1), (5, 2), (4, 3), (7, 0), (3, 1), (1, 0))  # dominant and contextual rows
@@ -58,7 +57,7 @@ REAL_QUESTIONS = ("What is there?", "How many things are there?", "Is there a pe
 class Look:
     """T frames: the features of all their patches, the compressor's output, and the vision tokens."""
 
-    features: Any
+    features: FrameFeatures
     tokens: np.ndarray
 
 
@@ -89,7 +88,7 @@ def ways(model: LlavaMini, tiers: Sequence[tuple[int, int]]) -> list[Way]:
     bundle = model.vision.bundle
     width, patch_count = bundle.vision["hidden_size"], bundle.patches_per_picture
     base = 2 * width * bundle.tokens_per_frame
-    found = [Way("all patches", base + 2 * width * patch_count, _all_patches)]
+    found = [Way("all patches", base + 2 * width * patch_count, lambda seen: all_patches(seen.features))]
     for dominant, contextual in tiers:
         count = dominant + contextual
         for name, row_bytes, keep in (("int8", width + 4, _to_int8), ("float16", 2 * width, _to_float16)):
@@ -107,25 +106,14 @@ def ways(model: LlavaMini, tiers: Sequence[tuple[int, int]]) -> list[Way]:
     return [*found, Way("compressor's output alone", base, lambda seen: _tier(seen, 0, 0, _to_float16))]
 
 
-def _all_patches(seen: Look) -> FusionInputs:
-    frame_count, patch_count, _ = seen.features.patches.shape
-    positions = torch.arange(patch_count).expand(frame_count, -1)
-    return FusionInputs(seen.features.patches, positions, seen.features.compressed)
-
-
 @torch.inference_mode()
 def _tier(seen: Look, dominant: int, contextual: int, keep: Callable[[torch.Tensor], torch.Tensor]) -> FusionInputs:
     compressed = _to_float16(seen.features.compressed)
-    tower = seen.features.tower
     if not dominant:
         frame_count, _, width = compressed.shape
         nothing = compressed.new_empty(frame_count, 0, width), torch.empty(frame_count, 0, dtype=torch.int64)
         return FusionInputs(*nothing, compressed)
-    attention = class_attention(tower)[:, :, 1:].sum(dim=1)
-    chosen = select(tower.hidden, attention, key_metric(tower), dominant + 1, contextual)  # and the class token
-    places = torch.cat([chosen.kept, chosen.remaining[:, chosen.targets]], dim=1)[:, 1:] - 1
-    places, order = places.sort(dim=1)
-    rows = chosen.rows[:, 1:].gather(1, order[..., None].expand(-1, -1, chosen.rows.shape[-1]))
+    rows, places = keep_rows(seen.features.tower, dominant, contextual)
     return FusionInputs(keep(rows), places, compressed)
 
 
@@ -134,8 +122,8 @@ def _to_float16(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _to_int8(rows: torch.Tensor) -> torch.Tensor:
-    scales = rows.abs().amax(dim=-1, keepdim=True) / 127
-    return (rows / scales).round() * scales
+    values, scales = to_int8(rows)
+    return values * scales[..., None]
 
 
 def answer(model: LlavaMini, question: str, seen: Look, inputs: FusionInputs, most: int) -> list[int]:
@@ -158,9 +146,7 @@ def first_word(model: LlavaMini, seen: Look, way: Way) -> float:
 def world(folder: Path, seed: int) -> tuple[Archive, list[dict[str, str]]]:
     """A rendered world, indexed once a second, and its questions about moments; what is there is used."""
     place = folder / f"world-{seed}"
-    if not (place / "QUESTIONS.csv").exists():
-        size = ["--seed", str(seed), "--videos", str(VIDEOS), "--minutes", str(MINUTES)]
-        subprocess.run([sys.executable, str(ROOT / "ops/nano/world"), *size, str(place)], check=True)
+    render_world(place, seed, VIDEOS, MINUTES)
     with (place / "QUESTIONS.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] in MOMENT_KINDS]
     return indexed(place, folder / f"archive-{seed}"), rows

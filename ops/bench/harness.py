@@ -89,6 +89,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def render_world(place: Path, seed: int, videos: int, minutes: float) -> None:
+    """Renders videos of nano's world and their truth into a folder; what is there already is used."""
+    if not (place / "MOMENTS.csv").exists():
+        size = ["--seed", str(seed), "--videos", str(videos), "--minutes", str(minutes)]
+        subprocess.run([sys.executable, str(ROOT / "ops/nano/world"), *size, str(place)], check=True)
+
+
 def run_vidx(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """The command as a whole process."""
     command = [str(Path(sys.executable).parent / "vidx"), *arguments]

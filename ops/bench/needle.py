@@ -12,14 +12,13 @@ guessing.
 import argparse
 import csv
 import itertools
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ROOT, figure, run_vidx, save
+from harness import ROOT, figure, render_world, run_vidx, save
 from made_video import MadeVideo, add_videos
 
 sys.path.insert(0, str(ROOT))
@@ -45,9 +44,7 @@ SEGMENT_FRAMES = 500
 def make(folder: Path, seed: int) -> tuple[Archive, list[dict[str, str]]]:
     """The world of a seed, indexed, and its moments; what is there already is used."""
     world, place = folder / f"world-{seed}", folder / f"frames-{seed}"
-    if not (world / "MOMENTS.csv").exists():
-        size = ["--seed", str(seed), "--videos", str(VIDEOS), "--minutes", str(MINUTES)]
-        subprocess.run([sys.executable, str(ROOT / "ops/nano/world"), *size, str(world)], check=True)
+    render_world(world, seed, VIDEOS, MINUTES)
     run_vidx("index", str(world), "--fps", str(FPS), "--archive", str(place))
     with (world / "MOMENTS.csv").open(encoding="utf-8", newline="") as file:
         return open_archive(str(place)), list(csv.DictReader(file))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ROOT, figure, run_vidx, save
+from harness import ROOT, figure, render_world, run_vidx, save
 
 sys.path.insert(0, str(ROOT))
 
@@ -41,11 +41,7 @@ DEPTH = 10
 def make(folder: Path, seed: int) -> tuple[Archive, list[dict[str, str]]]:
     """The world of a seed, indexed, and its moments; what is there already is used."""
     world, place = folder / f"world-{seed}", folder / f"archive-{seed}-{FPS}"
-    if not (world / "MOMENTS.csv").exists():
-        size = ["--videos", str(VIDEOS), "--minutes", str(MINUTES)]
-        subprocess.run(
-            [sys.executable, str(ROOT / "ops/nano/world"), "--seed", str(seed), *size, str(world)], check=True
-        )
+    render_world(world, seed, VIDEOS, MINUTES)
     run_vidx("index", str(world), "--fps", str(FPS), "--archive", str(place))
     with (world / "MOMENTS.csv").open(encoding="utf-8", newline="") as file:
         return open_archive(str(place)), list(csv.DictReader(file))
