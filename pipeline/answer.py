@@ -86,8 +86,8 @@ class Chosen:
         return bool(self.frames)
 
 
-def _silent(text: str) -> None:
-    pass
+def silent(text: str) -> None:
+    """Hears what is streamed or announced, and does nothing."""
 
 
 class Asker:
@@ -142,8 +142,8 @@ class Asker:
         within: Filter,
         asked: Asked,
         *,
-        stream: Callable[[str], None] = _silent,
-        announce: Callable[[str], None] = _silent,
+        stream: Callable[[str], None] = silent,
+        announce: Callable[[str], None] = silent,
     ) -> Answer | None:
         """The model's answer from the frames that fit the question best.
 
@@ -182,8 +182,8 @@ class Asker:
         asked: Asked,
         *,
         history: Turns = (),
-        stream: Callable[[str], None] = _silent,
-        announce: Callable[[str], None] = _silent,
+        stream: Callable[[str], None] = silent,
+        announce: Callable[[str], None] = silent,
     ) -> Answer:
         """The model's answer from some frames.
 
@@ -315,7 +315,7 @@ class Asker:
         ids = prompt_ids(self._tokenizer, question)
         windows, answers, lines = [], [], []
         for frames in cuts:
-            one = self._answer(question, ids, Chosen(frames, self._stretches(frames)), asked, _silent, announce)
+            one = self._answer(question, ids, Chosen(frames, self._stretches(frames)), asked, silent, announce)
             first, last = frames[0], frames[-1]
             uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
             windows.append(WindowAnswer(uri, first.time_seconds, end, one.text))

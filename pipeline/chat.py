@@ -1,12 +1,18 @@
 """chat: questions about an archive, one after another, with the frames and the words of those before."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pipeline.answer import Asked, Asker, Chosen
 from pipeline.filter import Filter
 from pipeline.query import check_text
 from storage.records import Answer
 from workers.bundle import Bundle
+
+if TYPE_CHECKING:
+    from pipeline.remote import RemoteAsker
 
 TOPIC_SHARE = 0.25  # of the floor: what else fits a question by so much better is another topic
 
@@ -23,7 +29,7 @@ class Conversation:
         last: the answer given last.
     """
 
-    def __init__(self, asker: Asker, bundle: Bundle, within: Filter, asked: Asked):
+    def __init__(self, asker: Asker | RemoteAsker, bundle: Bundle, within: Filter, asked: Asked):
         """Nothing is loaded before the first question.
 
         Args:

@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": ("pipeline.cli_evaluate", "Measure how well what is known is found."),
     "models": ("pipeline.cli_models", "List the models at hand."),
 }
+WITH_RAY = ("index", "repair")
 
 
 class LazyGroup(click.Group):
@@ -66,12 +67,16 @@ def main() -> None:
     """Runs a command and ends the process with its exit code."""
     from storage.errors import VidxError
 
+    if sys.argv[1:2] and sys.argv[1] in WITH_RAY:
+        from pipeline.own_process import continue_in_own_process
+
+        continue_in_own_process()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = vidx.main(standalone_mode=False)
         sys.stdout.flush()
     except VidxError as error:
-        click.echo(f"vidx: {error}", err=True)
+        click.echo(f"vidx: {error}{error.advice}", err=True)
         code = error.exit_code
     except click.ClickException as error:
         error.show()

@@ -30,7 +30,8 @@ def verify(archive_dir: str, as_json: bool) -> None:
 
     Exit codes: 0 nothing is wrong, 5 something is.
     """
-    from pipeline.cli_print import print_json, size
+    from pipeline.cli_print import counted, print_json, size
+    from storage.verify import BEYOND_REPAIR
     from storage.verify import verify as verify_archive
 
     found = verify_archive(archive_uri(archive_dir), _report)
@@ -39,9 +40,12 @@ def verify(archive_dir: str, as_json: bool) -> None:
         print_json({"ok": not found.faults, **counts, "faults": [_fault_json(fault) for fault in found.faults]})
     elif found.faults:
         _print_faults(found.faults)
-        click.echo(f"{len(found.faults)} faults; `vidx repair` takes out what is damaged and indexes it again")
+        mendable = all(fault.is_mendable for fault in found.faults)
+        advice = "`vidx repair` takes out what is damaged and indexes it again" if mendable else BEYOND_REPAIR
+        click.echo(f"{counted(len(found.faults), 'fault')}; {advice}")
     else:
-        click.echo(f"{found.files} files, {size(found.size_bytes)}, {found.frames} frames: nothing is wrong")
+        files, frames = counted(found.files, "file"), counted(found.frames, "frame")
+        click.echo(f"{files}, {size(found.size_bytes)}, {frames}: nothing is wrong")
     sys.exit(5 if found.faults else 0)
 
 
@@ -61,9 +65,10 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
 
     Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
     """
-    from pipeline.cli_print import note, print_json
+    from pipeline.cli_print import counted, note, print_json
     from pipeline.index import index_again
     from storage.archive import open_archive
+    from storage.files import source_text
     from storage.repair import repair as repair_archive
 
     uri = archive_uri(archive_dir)
@@ -90,9 +95,13 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
         _print_faults(done.left)
         whole = len(done.to_index) - len(incomplete)
         not_whole = len(incomplete) + done.rows_lost
-        click.echo(f"{len(done.found.faults)} faults; {whole} videos are whole again, {not_whole} are not")
+        if not no_index:
+            for row in incomplete:
+                note(f"{source_text(row.uri)}: not whole; its file is gone, cannot be read, or is another now")
+        ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
+        click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
         if done.left:
-            click.echo(f"{len(done.left)} faults, listed last, cannot be repaired")
+            click.echo(f"{counted(len(done.left), 'fault')}, listed last, cannot be repaired")
     sys.exit(5 if done.left else 3 if incomplete or done.rows_lost else 0)
 
 
@@ -117,7 +126,7 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
     vidx clean
     vidx clean --older-than 24
     """
-    from pipeline.cli_print import print_json
+    from pipeline.cli_print import counted, print_json
     from storage.archive import open_archive
     from storage.sweep import clean as clean_archive
 
@@ -125,7 +134,8 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
     if as_json:
         print_json({"files_removed": cleaned.files, "frames_removed": cleaned.frames})
     else:
-        click.echo(f"{cleaned.files} files removed, {cleaned.frames} frames that no video shows")
+        files, frames = counted(cleaned.files, "file"), counted(cleaned.frames, "frame")
+        click.echo(f"{files} removed, {frames} that no video shows")
 
 
 @click.command()

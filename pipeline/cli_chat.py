@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, filter_options, json_option, model_options
-from pipeline.cli_query import answer_json, ask_options, asked_of, filter_of, model_option
+from pipeline.cli_query import answer_json, ask_options, asked_of, asker_of, filter_of, model_option
 
 if TYPE_CHECKING:
     from pipeline.chat import Conversation
@@ -46,19 +46,18 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     vidx chat --video bottles.mp4 --from 12 --to 30
     vidx chat --json < questions.txt
     """
-    from pipeline.answer import Asker
+    from pipeline.answer import CACHE_BYTES
     from pipeline.chat import Conversation
     from pipeline.cli_print import note
-    from pipeline.search import bundle_of
     from storage.archive import open_archive
     from storage.errors import UsageError
 
     signal.signal(signal.SIGTERM, _end)
     sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
     archive = open_archive(archive_uri(archive_dir))
-    bundle = bundle_of(archive, options["model"])
-    asker = Asker(archive, bundle, options["device"] or "auto", options["dtype"] or "auto")
-    talk = Conversation(asker, bundle, filter_of(archive, options), asked_of(options))
+    within = filter_of(archive, options)
+    asker, bundle = asker_of(archive, options, CACHE_BYTES)
+    talk = Conversation(asker, bundle, within, asked_of(options))
     turns = _Turns(archive, bundle, talk, options, as_json)
     if sys.stdin.isatty():
         note(f"{archive.frame_count()} frames, model {bundle.name}; /help lists the commands")
@@ -140,13 +139,13 @@ class _Turns:
         return True
 
     def _narrow(self, **changes: str | None) -> None:
-        from pipeline.cli_print import note
+        from pipeline.cli_print import counted, note
 
         options = self._options | changes
         self._talk.narrow(filter_of(self._archive, options))
         self._options = options
         frames = self._talk.within.frames(self._archive)
-        note(f"{len(frames)} frames" if frames else "no frames are there; another /video or /time finds some")
+        note(counted(len(frames), "frame") if frames else "no frames are there; another /video or /time finds some")
 
     def _ask(self, question: str) -> None:
         from pipeline.cli_print import json_line, note
@@ -169,14 +168,14 @@ class _Turns:
 
     def _cite(self, answer: Answer) -> None:
         from pipeline.cli_models import hint_of
-        from pipeline.cli_print import note, printable
+        from pipeline.cli_print import counted, note, printable
         from pipeline.times import clock
         from storage.files import source_text
 
         first, others = answer.moments[0], len(answer.moments) - 1
         place = f"{source_text(first.uri).rsplit('/', 1)[-1]} {clock(first.start_seconds)}-{clock(first.end_seconds)}"
         more = f" and {others} more moments, /sources lists them" if others else ""
-        note(f"[{printable(place)}{more}; {answer.frame_count} frames, {answer.fuse}]")
+        note(f"[{printable(place)}{more}; {counted(answer.frame_count, 'frame')}, {answer.fuse}]")
         if answer.fuse_note:
             note(answer.fuse_note)
         if hint := hint_of(self._bundle, answer.text):

@@ -89,7 +89,7 @@ def _recorded_before(row: VideoRow, instant: datetime) -> bool:
 
 
 def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: bool) -> None:
-    from pipeline.cli_print import print_json, print_table
+    from pipeline.cli_print import counted, print_json, print_table
     from storage.files import source_text
 
     if not dry_run:
@@ -102,7 +102,7 @@ def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: 
     if rows:
         print_table(("video", "frames", "source"), _cells(rows), right=("frames",))
     done = "would be deleted" if dry_run else "deleted"
-    click.echo(f"{len(rows)} videos with {frames} frames {done}")
+    click.echo(f"{counted(len(rows), 'video')} with {counted(frames, 'frame')} {done}")
     if rows and not dry_run:
         click.echo("their frames leave the disk with `vidx clean --older-than 0`")
 

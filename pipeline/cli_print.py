@@ -97,6 +97,11 @@ def size(size_bytes: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """As "1 frame", "2 frames"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def note(message: str) -> None:
     """One line for people, beside the results."""
     click.echo(message, err=True)

@@ -1,9 +1,11 @@
 """`vidx search` and `vidx ask`."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +18,12 @@ from pipeline.cli_options import (
     model_options,
     parse_tags,
 )
+
+if TYPE_CHECKING:
+    from pipeline.answer import Asker
+    from pipeline.remote import RemoteAsker
+    from storage.archive import Archive
+    from workers.bundle import Bundle
 
 NEAR_MISSES = 3
 NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
@@ -133,7 +141,7 @@ def export(file: str, texts: tuple[str, ...], archive_dir: str, **options: Any) 
 
     Exit code 4: nothing found, and nothing written.
     """
-    from pipeline.cli_print import note, printable
+    from pipeline.cli_print import counted, note, printable
     from pipeline.export import check_place
     from pipeline.export import export as write_file
 
@@ -141,7 +149,7 @@ def export(file: str, texts: tuple[str, ...], archive_dir: str, **options: Any) 
     found = _search(texts, archive_dir, options)
     if found.result.moments:
         write_file(file, str(found.query), found.archive, found.result.moments)
-        note(f"{len(found.result.moments)} moments: {printable(file)}")
+        note(f"{counted(len(found.result.moments), 'moment')}: {printable(file)}")
     _end_search(found)
 
 
@@ -240,6 +248,12 @@ ask_options = grouped(
         help="Above 0, draw the answer, the more freely the greater; 0 gives the likeliest.",
     ),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws."),
+    click.option(
+        "--address",
+        metavar="ADDRESS",
+        default=None,
+        help="Answer on this running Ray cluster: the model is loaded and videos are read there; without it, here.",
+    ),
 )
 
 
@@ -259,6 +273,24 @@ def asked_of(options: Mapping[str, Any]) -> Any:
         most_words=options["max_words"],
         sampling=SamplingParams(options["temperature"], options["seed"]),
     )
+
+
+def asker_of(archive: Archive, options: Mapping[str, Any], cache_bytes: int) -> tuple[Asker | RemoteAsker, Bundle]:
+    """What answers, by the options of `ask_options` and those of the model; and the archive's model."""
+    model, place = options["model"], (options["device"] or "auto", options["dtype"] or "auto", cache_bytes)
+    if options["address"] is not None:
+        from pipeline.address import check_address
+
+        check_address(options["address"])
+        from pipeline.remote import RemoteAsker
+
+        remote = RemoteAsker(archive, model, options["address"], *place)
+        return remote, remote.bundle
+    from pipeline.answer import Asker
+    from pipeline.search import bundle_of
+
+    bundle = bundle_of(archive, model)
+    return Asker(archive, bundle, *place), bundle
 
 
 @click.command()
@@ -294,10 +326,8 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
 
     Exit code 4: nothing found to answer from.
     """
-    from pipeline.answer import Asker
     from pipeline.cli_models import hint_of
-    from pipeline.cli_print import note, print_json, print_moments
-    from pipeline.search import bundle_of
+    from pipeline.cli_print import counted, note, print_json, print_moments
     from storage.archive import open_archive
     from storage.errors import UsageError
 
@@ -305,14 +335,13 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
     _check_sheet(options)
     archive = open_archive(archive_uri(archive_dir))
-    bundle = bundle_of(archive, options["model"])
     where = filter_of(archive, options)
+    asker, bundle = asker_of(archive, options, cache_bytes=0)
 
     def stream(text: str) -> None:
         if not as_json:
             click.echo(text, nl=False)
 
-    asker = Asker(archive, bundle, options["device"] or "auto", options["dtype"] or "auto", cache_bytes=0)
     answer = asker.ask(question, where, asked_of(options), stream=stream, announce=note)
     found = answer is not None
     if as_json:
@@ -320,7 +349,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     elif found:
         click.echo()
         print_moments(answer.moments)
-        click.echo(f"from {answer.frame_count} frames, fused with {answer.fuse}")
+        click.echo(f"from {counted(answer.frame_count, 'frame')}, fused with {answer.fuse}")
     if not found and where.rows(archive):
         note(
             "not found in this archive: no frame fits the question; --anyway answers from the best ones, --all from "

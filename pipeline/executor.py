@@ -1,8 +1,5 @@
 """The one executor: a Ray cluster, its workers, and which task runs on which."""
 
-import logging
-import os
-import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,6 +8,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from pipeline.cluster import start_ray
 from pipeline.ray_watch import RAY_DIED, RayWatch, kill_children
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.records import Content, Problem, Reason, SegmentTask
@@ -72,7 +70,7 @@ class Executor:
         return self
 
     def _start(self) -> None:
-        _start_ray(self._address)
+        start_ray(self._address)
         self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
         cores = int(ray.cluster_resources().get("CPU", 1))
         self._settings = replace(self._settings, threads=max(1, cores // self._counts["encode"]))
@@ -215,21 +213,3 @@ def _worker_count(device: str, wanted: int | None) -> int:
     if wanted is not None and wanted > have:
         raise UsageError(f"--workers {wanted}: there are {have} {kind}s; give at most as many")
     return wanted or max(1, have // cores_each)
-
-
-def _start_ray(address: str | None) -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address is None:
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
-    else:
-        options |= {"address": address}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the job without a last commit
-    except Exception as error:  # a node that does not come up in time raises no narrower kind
-        first = str(error).splitlines()[0]
-        if address is None:
-            raise UsageError(f"Ray cannot be started on this machine: {first}") from error
-        raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error

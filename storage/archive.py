@@ -327,7 +327,7 @@ class Archive:
         bounds = self.part_bounds()
         shown = np.isin(bounds.video_number, np.fromiter(self.published(), np.int64))
         columns = (bounds.path, bounds.video_number, bounds.row_count)
-        return [LivePart(*values) for values in zip(*(column[shown].tolist() for column in columns), strict=True)]
+        return [*map(LivePart._make, zip(*(column[shown].tolist() for column in columns), strict=True))]
 
     def frames(
         self,

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 from pyarrow import fs
 
 from storage.archive import Archive
-from storage.errors import ArchiveError, UsageError
+from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
 from storage.records import Status
@@ -92,7 +92,7 @@ def _running(archive: Archive, statement: str) -> Iterator[duckdb.DuckDBPyRelati
     except duckdb.Error as error:
         raise _plain_error(archive, error) from error
     except OSError as error:
-        raise ArchiveError(f"{source_text(archive.uri)}: damaged archive: {_one_line(error)}") from error
+        raise DamagedError(f"{source_text(archive.uri)}: damaged archive: {_one_line(error)}") from error
     finally:
         connection.close()
 
@@ -179,7 +179,7 @@ def _plain_error(archive: Archive, error: duckdb.Error) -> UsageError | ArchiveE
     if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in text:
         return UsageError(f"SQL reads the views videos and frames, and nothing else: {text}")
     if isinstance(error, duckdb.IOException) or "registered as 'stored_frames' failed" in text:
-        return ArchiveError(f"{source_text(archive.uri)}: damaged archive: {text}")
+        return DamagedError(f"{source_text(archive.uri)}: damaged archive: {text}")
     return UsageError(f"SQL: {text}")
 
 

@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 
-from storage.errors import ArchiveError
+from storage.errors import ArchiveError, DamagedError
 from storage.files import join, local_path, map_file, read_ranges, source_text
 from storage.layout import CELLS_KEY, PROBLEM_KEY, SHAPES_KEY, damage, open_parquet, read_columns, unpack_patches
 from storage.records import FrameRef, PatchRows, Problem, Reason
@@ -200,7 +200,7 @@ def read_keys_at(
                 for row, at in enumerate((checksums[start:end] - first).tolist()):
                     cell = cells[row * stride : row * stride + 2 * width]
                     if google_crc32c.value(cell) != int.from_bytes(sums[at : at + CHECKSUM_BYTES], "little"):
-                        raise ArchiveError(
+                        raise DamagedError(
                             f"{source_text(uri)}: damaged: search_key of row {rows[start + row]} does not match its "
                             "checksum"
                         )
@@ -294,7 +294,7 @@ def _checked_rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray 
     if column not in part.widths:
         raise ArchiveError(f"{source_text(part.uri)}: keeps no {column}")
     if len(rows) and not 0 <= rows.min() <= rows.max() < part.group_starts[-1]:
-        raise ArchiveError(
+        raise DamagedError(
             f"{source_text(part.uri)}: damaged: row {rows.max()} of {part.group_starts[-1]} is asked for"
         )
     cells = _rows(part, column, rows)
@@ -304,7 +304,7 @@ def _checked_rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray 
     wanted = np.ascontiguousarray(_rows(part, "checksums", rows)).view("<u4")[:, place].tolist()
     for row, cell, checksum in zip(rows, cells, wanted, strict=True):
         if google_crc32c.value(cell) != checksum:
-            raise ArchiveError(f"{source_text(part.uri)}: damaged: {column} of row {row} does not match its checksum")
+            raise DamagedError(f"{source_text(part.uri)}: damaged: {column} of row {row} does not match its checksum")
     return cells
 
 
@@ -361,5 +361,5 @@ def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.
     if width is None:
         return cells
     if any(len(cell) != width for cell in cells):
-        raise ArchiveError(f"{source_text(part.uri)}: damaged: a {column} is not {width} bytes long")
+        raise DamagedError(f"{source_text(part.uri)}: damaged: a {column} is not {width} bytes long")
     return np.frombuffer(b"".join(cells), np.uint8).reshape(len(rows), width)

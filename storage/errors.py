@@ -12,6 +12,7 @@ class VidxError(Exception):
     """Something outside our code is wrong; the message names it, what is allowed, and what to do."""
 
     exit_code = 1
+    advice = ""  # what to do, where every error of the kind is met in the same way; the commands add it to the message
 
 
 class UsageError(VidxError):
@@ -24,6 +25,12 @@ class ArchiveError(VidxError):
     """The archive cannot be written, or what it holds is damaged or too new for this version."""
 
     exit_code = 5
+
+
+class DamagedError(ArchiveError):
+    """What the archive holds is not what was written."""
+
+    advice = "; `vidx verify` lists all that is damaged, and `vidx repair` mends what it can"
 
 
 class ClusterError(VidxError):

@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from storage.errors import ArchiveError
+from storage.errors import DamagedError
 from storage.files import join
 from storage.layout import damage, read_columns
 from storage.records import FrameRef, Hit
@@ -28,8 +29,7 @@ _BOUNDS = (
 Rows = Mapping[str, np.ndarray | None]  # rows of parts by path, ascending; None for all rows of one
 
 
-@dataclass(frozen=True)
-class LivePart:
+class LivePart(NamedTuple):
     """A committed part; all its rows belong to one video."""
 
     path: str
@@ -91,10 +91,10 @@ def part_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
         return PartBounds(empty.astype(object), empty.astype(object), *[empty] * 8)
     missing = [name for name in (*_BOUNDS, "min.segment") if name not in files.column_names]
     if missing or any(files.column(name).null_count for name in (*_BOUNDS, "min.segment")):
-        raise ArchiveError(f"{frames_uri}: damaged archive: a part was committed without bounds; vidx did not write it")
+        raise DamagedError(f"{frames_uri}: damaged archive: a part was committed without bounds; vidx did not write it")
     number, last_number, *others = (files.column(name).to_numpy() for name in _BOUNDS)
     if not np.array_equal(number, last_number):
-        raise ArchiveError(f"{frames_uri}: damaged archive: a part holds several videos; vidx did not write it")
+        raise DamagedError(f"{frames_uri}: damaged archive: a part holds several videos; vidx did not write it")
     return PartBounds(
         np.array(files.column("path").to_pylist(), object),
         np.array(files.column("min.segment").to_pylist(), object),
@@ -194,7 +194,7 @@ def find_hits(frames_uri: str, bounds: PartBounds, video_ids: Mapping[int, str],
                 found[number, ref.frame_index] = ref
     missing = [hit for hit in hits if (hit.video_number, hit.frame_index) not in found]
     if missing:
-        raise ArchiveError(f"{frames_uri}: damaged archive: {missing[0]} is in the index but not among the frames")
+        raise DamagedError(f"{frames_uri}: damaged archive: {missing[0]} is in the index but not among the frames")
     return [found[hit.video_number, hit.frame_index] for hit in hits]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import ArchiveError
+from storage.errors import DamagedError
 from storage.files import local_path, open_for_read, source_text
 from storage.records import PatchRows, TokenBatch
 
@@ -73,10 +73,10 @@ class damage:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, FileNotFoundError):
-            raise ArchiveError(f"{source_text(self._uri)}: missing, though the archive names it") from error
+            raise DamagedError(f"{source_text(self._uri)}: missing, though the archive names it") from error
         if isinstance(error, (OSError, ValueError, pa.ArrowException, KeyError)):
             reason = " ".join(str(error).split())
-            raise ArchiveError(f"{source_text(self._uri)}: damaged or unreadable: {reason}") from error
+            raise DamagedError(f"{source_text(self._uri)}: damaged or unreadable: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from storage.records import VideoRow
 from storage.settings import TABLES
 from storage.tables import LOG, RowTable, cut_short_commit, damaged_checkpoints
 from storage.vectors import drop_index, improve_index, update_index
-from storage.verify import Fault, Verification, verify
+from storage.verify import BEYOND_REPAIR, Fault, Verification, verify
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,9 @@ def repair(uri: str) -> Repair:
     """
     notes = [*_roll_back(uri)]
     found = verify(uri)
-    if any(fault.table is None for fault in found.faults):
-        (fault, *_) = [fault for fault in found.faults if fault.table is None]
-        raise ArchiveError(
-            f"{fault.path}: {fault.detail}; this cannot be repaired: restore the archive from a copy, or index the "
-            "videos again into a new --archive"
-        )
+    for fault in found.faults:
+        if fault.table is None:
+            raise ArchiveError(f"{fault.path}: {fault.detail}; {BEYOND_REPAIR}")
     dropped = [*_drop_row_files(uri, found)]
     notes += dropped
     archive = open_archive(uri, write=True)

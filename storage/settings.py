@@ -58,7 +58,10 @@ def read_settings(uri: str) -> Settings:
             raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
         return Settings(version, str(values["model_id"]), str(values["model_name"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ArchiveError(f"{source_text(place)}: damaged archive: {type(error).__name__}: {error}") from error
+        raise ArchiveError(
+            f"{source_text(place)}: damaged archive: {type(error).__name__}: {error}; restore this file from a copy: "
+            "that of another archive of the same model and version is the same"
+        ) from error
     except OSError as error:
         raise ArchiveError(f"{source_text(place)}: cannot be read: {error.strerror}") from error
 

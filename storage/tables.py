@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
-from storage.errors import ArchiveError
+from storage.errors import ArchiveError, DamagedError
 from storage.files import (
     exists,
     join,
@@ -63,7 +63,7 @@ def open_table(uri: str) -> DeltaTable:
         ArchiveError: it is missing or damaged; the message names the damaged file of its log.
     """
     if not exists(join(uri, LOG)):
-        raise ArchiveError(f"{source_text(uri)}: damaged archive: the table is missing")
+        raise DamagedError(f"{source_text(uri)}: damaged archive: the table is missing")
     with _plain_errors(uri):
         table = DeltaTable(uri)
     _refuse_empty_log_files(uri)
@@ -291,7 +291,7 @@ def _plain_errors(uri: str) -> Iterator[None]:
     except DeltaError as error:
         damaged = _damaged_log_file(uri)
         place = uri if damaged is None else join(uri, LOG, damaged)
-        raise ArchiveError(f"{source_text(place)}: damaged archive: {_first_lines(error)}") from error
+        raise DamagedError(f"{source_text(place)}: damaged archive: {_first_lines(error)}") from error
 
 
 def _first_lines(error: Exception) -> str:
@@ -313,7 +313,7 @@ def _refuse_empty_log_files(uri: str) -> None:
         return
     for name in _commits_since_checkpoint(uri):
         if not read_bytes(join(uri, LOG, name)).strip():
-            raise ArchiveError(f"{source_text(join(uri, LOG, name))}: damaged archive: this commit is empty")
+            raise DamagedError(f"{source_text(join(uri, LOG, name))}: damaged archive: this commit is empty")
 
 
 def _commits_since_checkpoint(uri: str) -> list[str]:

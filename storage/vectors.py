@@ -249,7 +249,7 @@ def open_index(archive: Archive) -> Index:
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    if not archive.parts() and not exists(join(archive.index_uri, MANIFEST)):
+    if not exists(join(archive.index_uri, MANIFEST)) and not archive.parts():
         return Index(archive)
     seen = None
     for _ in range(OPEN_ROUNDS):  # a job that swaps the index meanwhile removes the files of the old one
@@ -282,7 +282,7 @@ def _open(archive: Archive, manifest: Manifest, rebuilt: bool) -> Index:
 
 
 def _live_parts(archive: Archive) -> _LiveParts:
-    return {part.path: (part.path, part.video_number, part.row_count) for part in archive.parts()}
+    return {part.path: part for part in archive.parts()}
 
 
 def _build_all(archive: Archive, parts: Sequence[_Part]) -> list[ExactKeys]:

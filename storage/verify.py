@@ -14,8 +14,12 @@ from storage.errors import ArchiveError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.frames import PartBounds, read_times
 from storage.settings import TABLES, archive_uri
-from storage.tables import file_sizes, open_table
+from storage.tables import cut_short_commit, damaged_checkpoints, file_sizes, open_table
 from storage.vectors import index_faults
+
+BEYOND_REPAIR = (
+    "this cannot be repaired: restore the archive from a copy, or index the videos again into a new --archive"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Fault:
         file: its name there, where one file is at fault.
         sources: the videos whose frames it holds, as people read them.
         video_number: of the video that has frames twice.
+        is_mendable: whether `repair` can do something about it.
     """
 
     path: str
@@ -37,6 +42,7 @@ class Fault:
     file: str | None = None
     sources: tuple[str, ...] = ()
     video_number: int | None = None
+    is_mendable: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
             files += [(name, path, size) for path, size in file_sizes(open_table(join(uri, name))).items()]
         except ArchiveError as error:
             path, _, detail = str(error).partition(": ")
-            faults.append(Fault(path, detail, None))
+            mendable = bool(cut_short_commit(join(uri, name)) or damaged_checkpoints(join(uri, name)))
+            faults.append(Fault(path, detail, None, is_mendable=mendable))
     if faults:
         return Verification(0, 0, 0, tuple(faults))  # without its logs nobody can say which files it has
     damaged = {}

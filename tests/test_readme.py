@@ -50,7 +50,8 @@ def test_every_other_command_line_runs_as_far_as_this_machine_can(command, tmp_p
     if command.startswith("pip install"):
         command = command.replace("pip install", f"{sys.executable} -m pip install --dry-run --no-deps --quiet")
     done = run(command, settings)
-    expected = {"ICTNLP/": (2, "hub"), "one_gpu": (2, "no GPU"), "head:6379": (2, "head:6379")}
+    expected = {"--address head:6379 --archive": (2, "no archive"), "ray://": (2, "no archive")}
+    expected |= {"ICTNLP/": (2, "hub"), "one_gpu": (2, "no GPU"), "head:6379": (2, "head:6379")}
     code, says = next((end for word, end in expected.items() if word in command), (0, ""))
     assert (done.returncode, says in done.stderr) == (code, True), f"{command}\n{done.stderr}"
 

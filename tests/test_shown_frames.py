@@ -155,7 +155,7 @@ def test_a_video_that_fails_on_the_way_leaves_nothing_half_done(reference):
 def test_a_long_prompt_goes_in_in_pieces(reference, monkeypatch):
     shown = Shown(reference)
     ids = shown.cases[0]["input_ids"]
-    monkeypatch.setattr("workers.shown_frames.PREFILL_ROWS", 5)
+    monkeypatch.setattr("workers.memory.PREFILL_ROWS", 5)
     np.testing.assert_allclose(shown.frames.read(ids), shown.whole(ids), atol=CLOSE)
 
 

@@ -5,6 +5,7 @@ file: a view of the mapped file would lie where the file puts it, and matrix ker
 alignment.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,11 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch finds no GPU here; use --device cpu")
     return device
+
+
+def use_all_cores() -> None:
+    """Has torch compute on every core that this process may use; Ray gives a worker's libraries one."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

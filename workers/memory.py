@@ -3,7 +3,14 @@
 from workers.bundle import Bundle
 
 VALUE_BYTES = 4  # of float32, what a CPU computes with; a GPU's 16-bit types take half
-PREFILL_ROWS = 4096  # rows that the LLM takes in at once, so that its activations stay bounded
+PREFILL_ROWS = 4096  # rows that the LLM takes in at once at most, so that its activations stay bounded
+MASK_BYTES = 128 << 20  # that the mask between those and all rows may take
+_MASK_VALUE_BYTES = 5  # of one row and another: a boolean, and a number made of it
+
+
+def rows_at_once(row_count: int) -> int:
+    """Rows that the LLM takes in at once of a context of so many."""
+    return max(1, min(PREFILL_ROWS, MASK_BYTES // (_MASK_VALUE_BYTES * max(1, row_count))))
 
 
 def answer_bytes(bundle: Bundle, row_count: int) -> int:
@@ -12,7 +19,8 @@ def answer_bytes(bundle: Bundle, row_count: int) -> int:
     heads = llama["num_attention_heads"]
     head_width = llama.get("head_dim") or llama["hidden_size"] // heads
     kept = 2 * llama["num_hidden_layers"] * (llama.get("num_key_value_heads") or heads) * head_width
-    at_once = min(row_count, PREFILL_ROWS)
-    working = at_once * (3 * llama["intermediate_size"] + 8 * llama["hidden_size"])
-    embeds = row_count * llama["hidden_size"]
-    return VALUE_BYTES * (row_count * kept + working + embeds)
+    layer = 2 * heads * head_width  # keys and values of one layer, copied for attention
+    embeds = 3 * llama["hidden_size"] // 2  # what enters the LLM, and the stored tokens, of half the bytes
+    working = min(row_count, PREFILL_ROWS) * (3 * llama["intermediate_size"] + 8 * llama["hidden_size"])
+    mask = 0 if rows_at_once(row_count) >= row_count else MASK_BYTES
+    return VALUE_BYTES * (row_count * (kept + layer + embeds) + working) + mask

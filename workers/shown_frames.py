@@ -28,7 +28,7 @@ from workers.llava_mini import (
     prefuse,
     unmasked,
 )
-from workers.memory import PREFILL_ROWS
+from workers.memory import rows_at_once
 from workers.prompt import PLACEHOLDER_ID
 
 
@@ -133,7 +133,8 @@ class ShownFrames:
 
     def _forward(self, embeds: Tensor) -> Tensor:
         """The LLM's logits, (V,), after some more rows, (1, S, H)."""
-        for piece in embeds.split(PREFILL_ROWS, dim=1):
+        rows = self._cache.get_seq_length() + embeds.shape[1]
+        for piece in embeds.split(rows_at_once(rows), dim=1):
             output = self._model.llm(inputs_embeds=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1]
 

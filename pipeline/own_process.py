@@ -1,0 +1,61 @@
+"""Runs a command in a process of its own, since Ray's C++ code may end the one that uses it at any moment.
+
+Where a raylet dies while a driver connects to it, Ray ends the driver from C++ with the code 1 and without a word that
+a user understands; no handler of Python's runs. The process that stays behind knows what to say.
+"""
+
+import atexit
+import os
+import signal
+import socket
+import sys
+
+from pipeline.ray_watch import RAY_DIED
+from storage.errors import ClusterError
+from workers.sandbox import die_with_owner
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT)
+
+
+def continue_in_own_process() -> None:
+    """Forks, to be called before anything starts threads; what follows the call happens in the new process.
+
+    The old one waits, passes on the signals that it gets, and ends with the exit code of the new one; where that did
+    not end by itself, with a word about it and the exit code of a ClusterError. The new one dies with the old one. It
+    is a process group of its own, so that Ctrl-C reaches it once.
+    """
+    if sys.platform != "linux":
+        return
+    here, there = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        here.close()
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # may write to a terminal that is set to stop other groups
+        die_with_owner(there.fileno())
+        atexit.register(there.send, b".")
+        return
+    there.close()
+    for number in _PASSED_ON:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda got, _: _pass_on(got, pid))
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == 1 and not here.recv(1):
+        _end(RAY_DIED)
+    if code < 0:
+        killer = signal.Signals(-code).name
+        _end(f"{killer} ended the job (out of memory?); what was committed stays, run the same command again to go on")
+    os._exit(code)
+
+
+def _pass_on(number: int, pid: int) -> None:
+    os.kill(pid, number)  # is there until it has been waited for
+    if number == signal.SIGTSTP:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _end(word: str) -> None:
+    sys.stderr.write(f"vidx: {word}\n")
+    sys.stderr.flush()
+    os._exit(ClusterError.exit_code)

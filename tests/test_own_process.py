@@ -1,0 +1,81 @@
+"""A command in a process of its own: however that ends, the user hears why, and nothing stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from storage.processes import start_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a command runs in the process that it was")
+
+START = """
+import os, signal, sys, time
+from pipeline.own_process import continue_in_own_process
+continue_in_own_process()
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+print(os.getpid(), flush=True)
+"""
+
+
+@pytest.fixture
+def start():
+    """Starts a script in a process of its own; both, and the number of the inner one."""
+    started = []
+
+    def run(script):
+        command = [sys.executable, "-c", START + script]
+        started.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, cwd=ROOT, start_new_session=True))
+        return started[0], int(started[0].stdout.readline())
+
+    yield run
+    started[0].kill()
+    started[0].communicate()
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_its_exit_code_is_the_commands(start, code):
+    outer, inner = start(f"sys.exit({code})")
+    assert inner != outer.pid
+    assert outer.communicate(timeout=30) == ("", "")
+    assert outer.returncode == code
+
+
+def test_a_traceback_is_a_mistake_of_ours(start):
+    outer, _ = start("raise KeyError('ours')")
+    assert "KeyError: 'ours'" in outer.communicate(timeout=30)[1]
+    assert outer.returncode == 1
+
+
+def test_an_end_from_ray_without_a_word_is_told(start):
+    outer, _ = start("os._exit(1)")
+    assert outer.communicate(timeout=30)[1].startswith("vidx: Ray's own processes on this machine died")
+    assert outer.returncode == 6
+
+
+def test_a_kill_is_told(start):
+    outer, inner = start("signal.pause()")
+    os.kill(inner, signal.SIGKILL)
+    assert outer.communicate(timeout=30)[1].startswith("vidx: SIGKILL ended the job")
+    assert outer.returncode == 6
+
+
+def test_it_dies_with_the_process_that_waits_for_it(start):
+    outer, inner = start("signal.pause()")
+    outer.kill()
+    outer.wait()
+    while start_of(inner) is not None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_a_signal_reaches_it_once(start, send):
+    outer, _ = start("signal.pause(); time.sleep(0.2); print(len(heard)); sys.exit(7)")
+    send(outer.pid, signal.SIGTERM)
+    assert outer.communicate(timeout=30)[0] == "1\n"
+    assert outer.returncode == 7

@@ -1,0 +1,121 @@
+"""A real Ray cluster of one node: jobs and questions that run there."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import SAMPLES, VIDX
+
+from pipeline import remote
+
+RAY = Path(sys.executable).parent / "ray"
+TOKEN = {"RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef"}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The addresses, from inside and from outside, of a cluster that is started here and ends with the tests."""
+    ports, folder = free_ports(), tempfile.mkdtemp(prefix="ray")  # the paths of its sockets must be short
+    command = [RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "2"]
+    command += ["--port", str(ports[0]), "--ray-client-server-port", str(ports[1])]
+    command += ["--min-worker-port", "0", "--max-worker-port", "0", "--include-dashboard", "false"]
+    command += ["--object-store-memory", str(128 << 20), "--temp-dir", folder]
+    environment = os.environ | {"RAY_AUTH_MODE": "token", **TOKEN}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=-1, stderr=-2, text=True)
+    try:
+        heard = []
+        while not any("--block" in line for line in heard[-1:]):
+            heard.append(process.stdout.readline())
+            assert heard[-1], heard
+        yield f"127.0.0.1:{ports[0]}", f"ray://127.0.0.1:{ports[1]}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports():
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return one.getsockname()[1], other.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def archive(vidx, cluster, tmp_path_factory):
+    place = str(tmp_path_factory.mktemp("cluster") / "archive")
+    done = vidx("index", str(SAMPLES / "nano_scenes_1.mp4"), "--archive", place, "--address", cluster[0], env=TOKEN)
+    assert done.code == 0, done.err
+    return place
+
+
+def test_questions_are_answered_on_a_cluster_as_here(vidx, cluster, archive):
+    chosen = ("--archive", archive, "--video", "nano_scenes_1.mp4@1-5")
+    here = vidx("ask", "What is there?", *chosen, "--json").json
+    there = vidx("ask", "What is there?", *chosen, "--json", "--address", cluster[1], env=TOKEN).json
+    assert there == here
+    assert there["fuse"] == "exact"
+    assert there["video_bytes_read"] > 0
+
+
+def test_a_conversation_is_held_on_a_cluster_and_what_is_wrong_there_is_said_here(vidx, cluster, archive, tmp_path):
+    chosen = ["--archive", archive, "--video", "nano_scenes_1.mp4@1-5", "--address", cluster[0]]
+    talk = subprocess.run(
+        [VIDX, "chat", *chosen],
+        input="What is there?\nWhere is the tent?\n",
+        env=os.environ | TOKEN,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert [line for line in talk.stdout.splitlines() if line and line[0] != ">"] == [
+        "a cow, a leaf and a tent",
+        "bottom left",
+    ]
+    away = vidx("ask", "What is there?", *chosen, "--model", str(tmp_path / "away"), env=TOKEN)
+    assert away.code == 2
+    assert str(tmp_path / "away") in away.err
+    assert "Traceback" not in away.err
+
+
+class Talker:
+    """Says three words, the second when it may."""
+
+    def __init__(self):
+        self.may = threading.Event()
+
+    def ask(self, question, stream, announce):
+        announce("soon")
+        stream(question)
+        self.may.wait()
+        stream("there")
+        return "all"
+
+
+def test_what_a_worker_says_is_fetched_piece_by_piece_and_can_be_stopped():
+    worker, talker = remote._Answerer(), Talker()
+    worker._asker = talker
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(worker.call, 0, "ask", ("who?",), {})
+        said = []
+        while len(said) < 2:
+            said += worker.said(0)
+        assert said == [("announce", "soon"), ("stream", "who?")]
+        worker.stop()
+        talker.may.set()
+        assert worker.said(0) == [("end", "")]
+        with pytest.raises(remote._Stopped):
+            first.result()
+        assert worker.call(1, "ask", ("and?",), {}) == "all"
+        assert worker.said(1)[1:] == [("stream", "and?"), ("stream", "there"), ("end", "")]
+        assert not worker._queues
