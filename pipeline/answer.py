@@ -23,6 +23,7 @@ from workers.bundle import Bundle
 from workers.llava_mini import LlavaMini, load_model
 from workers.memory import answer_bytes
 from workers.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
+from workers.quantize import check_quantize
 from workers.shown_frames import SamplingParams
 
 MOMENTS = 8  # asked of the search at least; the best ones fill the frames
@@ -104,6 +105,7 @@ class Asker:
         device: str = "auto",
         dtype: str = "auto",
         cache_bytes: int = CACHE_BYTES,
+        quantize: str | None = None,
         searcher: Searcher | None = None,
     ):
         """Nothing is loaded before the first question.
@@ -113,12 +115,14 @@ class Asker:
             bundle: its model.
             device, dtype: for the model, as workers.load.choose_device and choose_dtype take them.
             cache_bytes: how much to keep of shown frames.
+            quantize: how the LLM's matrices are kept, "8bit" or "4bit"; None for as dtype says.
             searcher: of the same archive and model, where there is one already.
         """
         self._archive = archive
         self._bundle = bundle
         self._device, self._dtype = device, dtype
         self._cache_bytes = cache_bytes
+        self._quantize = check_quantize(quantize)
         self._searcher = searcher or Searcher(archive, bundle)
         self._showings: OrderedDict[tuple, Showing] = OrderedDict()
 
@@ -130,7 +134,7 @@ class Asker:
 
     @cached_property
     def _model(self) -> LlavaMini:
-        return load_model(self._bundle, self._device, self._dtype)
+        return load_model(self._bundle, self._device, self._dtype, self._quantize)
 
     @cached_property
     def _tokenizer(self):

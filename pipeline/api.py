@@ -180,6 +180,7 @@ class Archive:
         seed: int = 0,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
         stream: Callable[[str], None] | None = None,
         **where: Any,
     ) -> Answer | None:
@@ -199,6 +200,7 @@ class Archive:
             temperature: above 0, the answer is drawn, by the seed; else the likeliest one is given.
             seed: of the draws.
             device, dtype: for the model; what the first question says holds.
+            quantize: how the LLM's matrices are kept, "8bit" or "4bit"; what the first question says holds.
             stream: gets the answer's text piece by piece.
             where: narrows the archive, as `narrowed` says.
         """
@@ -218,7 +220,7 @@ class Archive:
             if not is_right:
                 raise UsageError(f"{name}={value!r}: {allowed}")
         if self._asker is None:
-            self._asker = Asker(self._stored, self._bundle, device, dtype, searcher=self._searcher)
+            self._asker = Asker(self._stored, self._bundle, device, dtype, quantize=quantize, searcher=self._searcher)
         sampling = SamplingParams(temperature, seed)
         asked = Asked(frames, fuse, None if over is None else Over(over), anyway, max_tokens, max_words, sampling)
         return self._asker.ask(question, self.narrowed(**where), asked, stream=stream or (lambda piece: None))

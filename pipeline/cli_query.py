@@ -249,6 +249,12 @@ ask_options = grouped(
     ),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws."),
     click.option(
+        "--quantize",
+        type=click.Choice(["8bit", "4bit"]),
+        default=None,
+        help="Keep the LLM's matrices in 8 or 4 bits (bitsandbytes): a half or a quarter of the memory; as they are.",
+    ),
+    click.option(
         "--address",
         metavar="ADDRESS",
         default=None,
@@ -277,7 +283,8 @@ def asked_of(options: Mapping[str, Any]) -> Any:
 
 def asker_of(archive: Archive, options: Mapping[str, Any], cache_bytes: int) -> tuple[Asker | RemoteAsker, Bundle]:
     """What answers, by the options of `ask_options` and those of the model; and the archive's model."""
-    model, place = options["model"], (options["device"] or "auto", options["dtype"] or "auto", cache_bytes)
+    model = options["model"]
+    place = (options["device"] or "auto", options["dtype"] or "auto", cache_bytes, options["quantize"])
     if options["address"] is not None:
         from pipeline.address import check_address
 

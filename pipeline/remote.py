@@ -38,6 +38,7 @@ class RemoteAsker:
         device: str = "auto",
         dtype: str = "auto",
         cache_bytes: int = CACHE_BYTES,
+        quantize: str | None = None,
     ):
         """Joins the cluster and starts the worker.
 
@@ -47,6 +48,7 @@ class RemoteAsker:
             address: the cluster's.
             device, dtype: for the model; "auto" is a GPU where the cluster has one.
             cache_bytes: how much to keep of shown frames.
+            quantize: as Asker takes it.
         Raises:
             UsageError: no cluster is there, or no such archive or model on it.
             ClusterError: the worker died.
@@ -58,7 +60,7 @@ class RemoteAsker:
         if device == "cuda" and not gpus:
             raise UsageError("--device cuda: Ray finds no GPU on this cluster; use --device cpu")
         options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
-        settings = (archive.uri, model, device, dtype, cache_bytes)
+        settings = (archive.uri, model, device, dtype, cache_bytes, quantize)
         self._worker = ray.remote(**options)(_Answerer).remote(*settings)
         self.bundle: Bundle = self._get(self._worker.bundle.remote())
 
@@ -129,11 +131,11 @@ class _Answerer:
 
     def bundle(self) -> Bundle:
         """The archive's model, found; not in the constructor, so that its errors reach the user as they are."""
-        uri, model, device, dtype, cache_bytes = self._settings
+        uri, model, *place = self._settings
         archive = open_archive(uri)
         bundle = bundle_of(archive, model)
         use_all_cores()
-        self._asker = Asker(archive, bundle, device, dtype, cache_bytes)
+        self._asker = Asker(archive, bundle, *place)
         return bundle
 
     def call(self, number: int, name: str, arguments: tuple, others: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from workers.bundle import find_bundle
 from workers.encode import encode_pixels, exact_inputs
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
 from workers.prompt import PLACEHOLDER_ID
-from workers.shown_frames import SamplingParams, ShownFrames, llm_row_bytes, prefusion_row_bytes
+from workers.shown_frames import SamplingParams, ShownFrames, prefusion_row_bytes
 
 PLENTY = 1 << 40
 CLOSE = 2e-5  # float32 sums in another order; the published logits are met to 5e-5
@@ -119,7 +119,9 @@ def test_size_is_what_the_caches_hold(reference):
     text = sum(token > 0 for token in ids)
     patches = next(exact_inputs(shown.model.vision, shown.pixels)).patches.shape[1]
     in_fusion = frames * (patches + rows + text) * prefusion_row_bytes(shown.model)
-    in_llm = (frames * rows + len(ids) - 1) * llm_row_bytes(shown.model)
+    llm = shown.model.llm.config
+    row_bytes = 4 * 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # float32, keys and values
+    in_llm = (frames * rows + len(ids) - 1) * row_bytes
     assert shown.frames.size_bytes == in_fusion + in_llm
     less = Shown(reference, in_fusion - 1)
     less.frames.read(ids)

@@ -39,6 +39,7 @@ from workers.bundle import Bundle
 from workers.clip import ClipTower, load_tower
 from workers.load import build_empty, check_tensors, choose_device, choose_dtype, fill
 from workers.prompt import PLACEHOLDER_ID, PromptTokenizer, load_tokenizer
+from workers.quantize import Quantize, quantize_matrices
 from workers.weights import list_tensors
 
 COMPRESSOR_HEADS = 8  # whatever the config says (released code, build_compressor)
@@ -144,15 +145,29 @@ def load_vision(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> Vi
     return _load(bundle, device, dtype)[0]
 
 
-def load_model(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> LlavaMini:
+def load_model(
+    bundle: Bundle, device: str = "auto", dtype: str = "auto", quantize: Quantize | None = None
+) -> LlavaMini:
     """The whole model.
 
+    Args:
+        bundle: where it lies.
+        device, dtype: as choose_device and choose_dtype take them.
+        quantize: how the LLM's matrices are kept; None for as dtype says.
     Raises:
         UsageError: a key is missing, extra or misshapen, or the tokenizer cannot be used.
     """
     tokenizer = load_tokenizer(bundle)
     vision, llm = _load(bundle, device, dtype)
-    fill(list_tensors(bundle.directory), {"": llm}, vision.device, vision.dtype)
+    tensors, whole = list_tensors(bundle.directory), {"": llm}
+    if quantize is not None:
+        whole = {"model.embed_tokens.": llm.model.embed_tokens, "model.norm.": llm.model.norm, "lm_head.": llm.lm_head}
+        if llm.config.tie_word_embeddings:
+            del whole["lm_head."]
+        for number, block in enumerate(llm.model.layers):  # block by block, so that one alone is ever there in full
+            fill(tensors, {f"model.layers.{number}.": block}, torch.device("cpu"), vision.dtype)
+            quantize_matrices(block, quantize, vision.device, vision.dtype)
+    fill(tensors, whole, vision.device, vision.dtype)
     if llm.config.tie_word_embeddings:
         llm.lm_head.weight = llm.model.embed_tokens.weight
     llm.model.rotary_emb = vision.rotary

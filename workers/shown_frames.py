@@ -207,17 +207,8 @@ class ShownFrames:
 
 def prefusion_row_bytes(model: LlavaMini) -> int:
     """Keys and values of one row in all blocks of pre-fusion."""
-    return sum(_block_row_bytes(block) for block in model.vision.prefusion)
-
-
-def llm_row_bytes(model: LlavaMini) -> int:
-    """Keys and values of one row in all blocks of the LLM."""
-    return sum(_block_row_bytes(block) for block in model.llm.model.layers)
-
-
-def _block_row_bytes(block) -> int:
-    weight = block.self_attn.k_proj.weight
-    return 2 * weight.shape[0] * weight.element_size()
+    weights = [block.self_attn.k_proj.weight for block in model.vision.prefusion]
+    return sum(2 * weight.shape[0] * weight.element_size() for weight in weights)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,0 +1,55 @@
+"""The LLM's matrices in 8 or 4 bits, by bitsandbytes: a half or a quarter of their memory for some precision.
+
+LLM.int8 (arXiv 2208.07339) and NF4 (QLoRA, arXiv 2305.14314). What indexing computes, pre-fusion too, stays as it is.
+"""
+
+import importlib.util
+import warnings
+from enum import StrEnum
+
+import torch
+from torch import nn
+
+from storage.errors import UsageError
+
+OUTLIER = 6.0  # activations above it are multiplied in full precision (LLM.int8, section 3.2)
+
+
+class Quantize(StrEnum):
+    """How the matrices are kept."""
+
+    EIGHT = "8bit"
+    FOUR = "4bit"
+
+
+def check_quantize(quantize: str | None) -> Quantize | None:
+    """The way that an option names.
+
+    Raises:
+        UsageError: there is no such way, or what it needs is not installed.
+    """
+    if quantize is None:
+        return None
+    if quantize not in set(Quantize):
+        raise UsageError(f"--quantize {quantize}: unknown; allowed are {', '.join(Quantize)}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f'--quantize {quantize}: needs bitsandbytes: pip install "vidx[quantize]"')
+    return Quantize(quantize)
+
+
+def quantize_matrices(block: nn.Module, way: Quantize, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a block that lies in the computer's memory to a device, its matrices quantized on the way."""
+    with warnings.catch_warnings(action="ignore"):
+        import bitsandbytes  # warns of every accelerator that is not there
+    for name, linear in [(name, each) for name, each in block.named_modules() if type(each) is nn.Linear]:
+        sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+        if way is Quantize.EIGHT:
+            small = bitsandbytes.nn.Linear8bitLt(*sizes, bias=biased, has_fp16_weights=False, threshold=OUTLIER)
+            small.weight = bitsandbytes.nn.Int8Params(linear.weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            small = bitsandbytes.nn.Linear4bit(*sizes, bias=biased, compute_dtype=dtype, quant_type="nf4")
+            small.weight = bitsandbytes.nn.Params4bit(linear.weight, requires_grad=False, quant_type="nf4")
+        if biased:
+            small.bias = linear.bias
+        block.set_submodule(name, small)
+    block.to(device)
