@@ -8,30 +8,39 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from workers.bundle import find_bundle
 
 
-def write_bundle(directory: Path, sizes: dict[str, Any], vision: dict[str, Any], seed: int) -> None:
-    """The built-in bundle with other settings, tokenizers kept, and weights of its own.
+def write_bundle(
+    directory: Path, sizes: dict[str, Any], vision: dict[str, Any], seed: int, base: Path | None = None
+) -> None:
+    """A bundle with other settings, tokenizers kept, and weights of its own.
 
     Args:
         directory: is made.
         sizes: what is to be different in config.json.
         vision: what is to be different in the vision tower's part of its config.json.
         seed: of the weights.
+        base: the bundle; None for the built-in one.
     """
-    shutil.copytree(find_bundle("nano").directory, directory, dirs_exist_ok=True)
+    shutil.copytree(base or find_bundle("nano").directory, directory, dirs_exist_ok=True)
     config = change_json(directory / "config.json", sizes)
     tower_path = directory / "vision_tower" / "config.json"
     tower = json.loads(tower_path.read_text(encoding="utf-8"))
-    tower = change_json(tower_path, {"vision_config": tower["vision_config"] | vision})
+    with_text = "vision_config" in tower  # as nano's; the published ones are of a vision model alone
+    tower = change_json(tower_path, {"vision_config": tower["vision_config"] | vision} if with_text else vision)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        save(CLIPModel(CLIPConfig(**tower)).state_dict(), directory / "vision_tower")
-        save(checkpoint(config, tower["vision_config"]["hidden_size"]), directory)
+        if with_text:
+            weights = CLIPModel(CLIPConfig(**tower)).state_dict()
+        else:  # the published files name the model; transformers 5 does not
+            weights = CLIPVisionModel(CLIPVisionConfig(**tower)).state_dict()
+            weights = {f"vision_model.{key.removeprefix('vision_model.')}": value for key, value in weights.items()}
+        save(weights, directory / "vision_tower")
+        save(checkpoint(config, (tower["vision_config"] if with_text else tower)["hidden_size"]), directory)
 
 
 def checkpoint(config: dict[str, Any], tower_width: int) -> dict[str, torch.Tensor]:

@@ -4,8 +4,10 @@ Usage: python ops/bench/ask.py FOLDER
 
 Renders a video of nano's world of 17 minutes into FOLDER and indexes it. While answers from stored rows are timed the
 video is moved out of reach, so that none of it can be read. The published way decodes the video, encodes and fuses one
-frame after another, and keeps nothing. Twenty thousand frames are of random tokens, shown to a model of small width
-with random weights and a context of 32,768, each number of them in a process of its own.
+frame after another, and keeps nothing. A second question is timed on nano, whose prompt is little more than the
+question, and on a model of small width with random weights that has the published prompt (the reference checkpoint's)
+and the published number of patches. Twenty thousand frames are of random tokens, shown to a model of small width with
+random weights and a context of 32,768, each number of them in a process of its own.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from made_video import MadeVideo, add_videos
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from small_bundle import write_bundle
+from small_bundle import change_json, write_bundle
 
 from pipeline.answer import Asked, Asker
 from pipeline.filter import Filter
@@ -34,13 +36,15 @@ from pipeline.search import bundle_of
 from storage.archive import Archive, create_archive, open_archive
 from storage.cells import read_tokens
 from storage.files import local_path
-from storage.records import TokenBatch
+from storage.records import PatchRows, TokenBatch
 from workers.bundle import Bundle, find_bundle
 from workers.decode import Decoder, allowed_pixels
 from workers.encode import encode_pixels, exact_inputs
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
 from workers.prompt import prompt_ids
 
+REFERENCE = ROOT / "tests" / "reference" / "llava-mini-tiny" / "checkpoint"
+PIXELS = 336  # of a published frame's side: 576 patches
 SEED, MINUTES = 5000029, 17
 FRAMES = 1000
 QUESTIONS = ("What is there?", "How many different things appear?")
@@ -208,15 +212,38 @@ def make_many(folder: Path) -> None:
     if (place / "archive.json").exists():
         return
     archive = create_archive(str(place), model_id=bundle.model_id, model_name=str(bundle_path))
-    add_videos(archive, [MadeVideo(1, "file:///many.mp4", _random_tokens(bundle))])
+    add_videos(archive, [MadeVideo(1, "file:///many.mp4", _random_tokens(bundle, MANY[-1]))])
 
 
-def _random_tokens(bundle: Bundle) -> Iterator[TokenBatch]:
+def make_published_prompt(folder: Path) -> Archive:
+    """An archive of random rows for a model of small width with the published prompt and number of patches."""
+    bundle_path, place = folder / "published-prompt", folder / "prompts"
+    if not bundle_path.exists():
+        write_bundle(bundle_path, {}, {"image_size": PIXELS}, seed=3, base=REFERENCE)
+        sides = {"height": PIXELS, "width": PIXELS}
+        sizes = {"size": {"shortest_edge": PIXELS}, "crop_size": sides}
+        change_json(bundle_path / "vision_tower" / "preprocessor_config.json", sizes)
+    bundle = find_bundle(str(bundle_path))
+    archive = create_archive(str(place), model_id=bundle.model_id, model_name=str(bundle_path))
+    if not archive.videos():
+        rows = bundle.default_patch_rows
+        add_videos(archive, [MadeVideo(1, "file:///prompts.mp4", _random_tokens(bundle, SEGMENT_FRAMES, rows))], rows)
+    return archive
+
+
+def _random_tokens(bundle: Bundle, count: int, patch_rows: int = 0) -> Iterator[TokenBatch]:
     source = np.random.default_rng(0)
     widths = bundle.config.hidden_size, bundle.vision["hidden_size"]
-    for _ in range(MANY[-1] // SEGMENT_FRAMES):
+    for _ in range(count // SEGMENT_FRAMES):
         token, out = (source.standard_normal((SEGMENT_FRAMES, 1, width)).astype(np.float16) for width in widths)
-        yield TokenBatch(token, out, None, None)
+        yield TokenBatch(token, out, None, _random_patches(bundle, patch_rows, source) if patch_rows else None)
+
+
+def _random_patches(bundle: Bundle, rows: int, source: np.random.Generator) -> PatchRows:
+    places = [np.sort(source.permutation(bundle.patches_per_frame)[:rows]) for _ in range(SEGMENT_FRAMES)]
+    values = source.integers(-127, 128, (SEGMENT_FRAMES, rows, bundle.vision["hidden_size"]), np.int8)
+    scales = np.full((SEGMENT_FRAMES, rows), 0.01, np.float32)
+    return PatchRows(values, scales, np.array(places, np.uint16))
 
 
 def main() -> None:
@@ -228,15 +255,16 @@ def main() -> None:
     archive = make(folder)
     video = Path(archive.videos()[0].uri.removeprefix("file://"))
     rows = []
+    asked = {"nano": archive, "published prompt and patches, width 64": make_published_prompt(folder)}
     with out_of_reach(video):
         for source in ("patches", "tokens"):
             one = first_word(archive, 32, source)
             what = f"first word of an answer from 32 stored frames, `{source}`, the video out of reach"
             value = f"{one['seconds'] * 1e3:.0f} ms, {one['ratio']:.2f}×"
             rows.append(figure(what, "fusing and the LLM's prefill by themselves", value, "≤ 1.3×", **one))
-            for count in (32, 512):
-                two = second_question(archive, count, source)
-                what = f"a second question on the same {count} frames, `{source}`"
+            for count, (kind, some) in itertools.product((32, 512), asked.items()):
+                two = second_question(some, count, source)
+                what = f"a second question on the same {count} frames, `{source}`, {kind}"
                 rows.append(figure(what, "the first", f"{two['ratio']:.2f}×", "≤ 0.3×", **two))
     over = thousand(archive)
     way = "decode, encode and fuse one frame after another"
