@@ -30,11 +30,21 @@ def grouped(*options: Callable) -> Callable:
     return decorate
 
 
+def _one_video(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> str | None:
+    """Refuses a second one, which would otherwise silently take the place of the first."""
+    if len(names) > 1:
+        given = " ".join(f"--video {name}" for name in names)
+        raise UsageError(f"{given}: name one; several can be chosen by --tag, or by --where \"source LIKE '%...'\"")
+    return names[0] if names else None
+
+
 # Which part of an archive.
 filter_options = grouped(
     click.option(
         "--video",
         metavar="VIDEO",
+        multiple=True,
+        callback=_one_video,
         help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
     ),
     click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s."),

@@ -52,6 +52,7 @@ def test_a_wrong_command_says_what_is_wrong(vidx, tmp_path, arguments, code, say
         (["search", "  "], 2, "the text to search is empty"),
         (["search", "x", "--video", "nonesuch.mp4"], 2, "nonesuch.mp4"),
         (["search", "x", "--video", "abc"], 2, "abc"),
+        (["search", "x", "--video", "one.mp4", "--video", "b.mp4"], 2, "--video one.mp4 --video b.mp4: name one"),
         (["search", "x", "--video", ""], 2, "no such video"),
         (["search", "x", "--from", ""], 2, "--from : not a time"),
         (["search", b"x\xff"], 2, "no UTF-8"),
