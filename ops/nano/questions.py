@@ -264,11 +264,19 @@ _WORDS = {
         "how many different objects appear?",
     ),
 }
-_SYNONYMS = {
+SYNONYMS = {
     "picture": ("picture", "image", "frame", "scene", "photo"),
     "video": ("video", "clip", "film", "movie"),
     "colour": ("colour", "color"),
 }
+
+
+def wordings() -> dict[str, tuple[str, ...]]:
+    """Each kind of question in all its words, about the same two things."""
+    one, other = (next(thing for thing in THINGS if thing.word == name) for name in ("dog", "cat"))
+    words = {"x": one.word, "a": one.one, "s": one.plural, "y": other.word}
+    words |= {name: choices[0] for name, choices in SYNONYMS.items()}
+    return {kind: tuple(wording.format(**words) for wording in each) for kind, each in _WORDS.items()}
 
 
 def word(question: Question, source: np.random.Generator, casual: float) -> str:
@@ -279,7 +287,7 @@ def word(question: Question, source: np.random.Generator, casual: float) -> str:
     """
     kind = "count_of" if question.kind == "count" and question.about else question.kind
     wording = pick(source, _WORDS[kind])
-    words = {name: pick(source, choices) for name, choices in _SYNONYMS.items()}
+    words = {name: pick(source, choices) for name, choices in SYNONYMS.items()}
     things = [THINGS[number] for number in question.about]
     if things:
         words |= {"x": things[0].word, "a": things[0].one, "s": things[0].plural, "y": things[-1].word}
