@@ -93,5 +93,6 @@ def main() -> None:
 
 
 def _terminate(*_) -> None:
-    """A scheduler's SIGTERM stops a job as cleanly as Ctrl-C does."""
+    """A scheduler's SIGTERM stops a job as cleanly as Ctrl-C does; some send it twice, to a process and its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -100,6 +100,10 @@ class Executor:
         """Tasks that have been given out and have not ended."""
         return len(self._suspects) + sum(task.kind != "load" for task in self._running.values())
 
+    def is_busy(self, kind: Literal["examine", "encode"]) -> bool:
+        """Whether a task of that kind runs, or waits to be tried again."""
+        return any(task.kind == kind for task in (*self._running.values(), *self._suspects))
+
     def free(self, kind: Literal["examine", "encode"]) -> int:
         """How many more tasks of that kind may be given out now."""
         if self._suspects or any(task.attempts > 1 for task in self._running.values()):
@@ -127,7 +131,7 @@ class Executor:
             self._submit(self._suspects.pop())
         if not self._running:
             return []
-        if self._ray_died():
+        if self._watch is not None and self._watch.has_died:
             raise ClusterError(RAY_DIED)
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         if not done:

@@ -39,6 +39,7 @@ from workers.hash_cache import HashCache
 if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
     from pipeline.executor import Executor, Outcome
 
+ADMIT_SECONDS = 0.5  # between two commits of numbers, while other videos are still being examined
 COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
 INDEX_FRAMES = 1 << 14  # published and not in the index: until then a search compares them one by one
 ELSEWHERE_SECONDS = 0.5  # between two looks at what other jobs are doing
@@ -246,6 +247,7 @@ class _Run:
         self._receipts: list[Receipt] = []
         self._finished: list[VideoRow] = []
         self._last_commit = time.monotonic()
+        self._last_admission = -ADMIT_SECONDS
         self._video_count = len(known.todo)
         self._seen: dict[str, str] = {}
         self._expected_frames = 0.0
@@ -257,7 +259,8 @@ class _Run:
             self._give_out(executor)
             for outcome in executor.wait(timeout_seconds=0.5):
                 self._take_in(outcome)
-            self._admit()
+            if self._examined and self._may_admit(executor):
+                self._admit()
             if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
                 self.commit()
             if self._elsewhere and not (self._unexamined or self._ready or executor.running):
@@ -319,11 +322,15 @@ class _Run:
             return
         self._examined.append((asset, content, examined.probe))
 
+    def _may_admit(self, executor: "Executor") -> bool:
+        """Whether to wait no longer for others to be examined; each admission is a commit, whatever it admits."""
+        coming = executor.is_busy("examine") or (self._unexamined and len(self._ready) < READY_SEGMENTS)
+        return not coming or time.monotonic() - self._last_admission >= ADMIT_SECONDS
+
     def _admit(self) -> None:
         """Gives the examined videos their numbers, in one commit, and lines up their segments."""
         examined, self._examined = self._examined, []
-        if not examined:
-            return
+        self._last_admission = time.monotonic()
         numbers = self._archive.reserve([(content.video_id, self._sampling) for _, content, _ in examined])
         self._archive.refresh()
         for asset, content, probe in examined:
@@ -338,7 +345,7 @@ class _Run:
             segments = split(content.video_id, probe)
             keys = [segment.key for segment in segments]
             again = self._wanted.retry_failed
-            done = self._archive.committed(content.video_id, self._sampling, keys, whole_only=again)
+            done = self._archive.committed(number, keys, whole_only=again)
             waiting = [segment for segment in segments if segment.key not in done]
             video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=done)
             self._videos[content.video_id] = video
@@ -364,7 +371,8 @@ class _Run:
                 self._skip()
             else:
                 self._examined.append((asset, content, probe))
-        self._admit()
+        if self._examined:
+            self._admit()
 
     def _is_done(self, content: Content) -> bool:
         """Whether a row has come since this job began, and leaves nothing to do."""

@@ -5,6 +5,7 @@ a user understands; no handler of Python's runs. The process that stays behind k
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import socket
@@ -27,10 +28,12 @@ def continue_in_own_process() -> None:
     if sys.platform != "linux":
         return
     here, there = socket.socketpair()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is somebody to pass them on
     pid = os.fork()
     if pid == 0:
         here.close()
         os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # may write to a terminal that is set to stop other groups
         die_with_owner(there.fileno())
         atexit.register(there.send, b".")
@@ -39,18 +42,21 @@ def continue_in_own_process() -> None:
     for number in _PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda got, _: _pass_on(got, pid))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code == 1 and not here.recv(1):
         _end(RAY_DIED)
     if code < 0:
+        why = " (out of memory?)" if -code == signal.SIGKILL else ""
         killer = signal.Signals(-code).name
-        _end(f"{killer} ended the job (out of memory?); what was committed stays, run the same command again to go on")
+        _end(f"{killer} ended the job{why}; what was committed stays, run the same command again to go on")
     os._exit(code)
 
 
 def _pass_on(number: int, pid: int) -> None:
-    os.kill(pid, number)  # is there until it has been waited for
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, number)
     if number == signal.SIGTSTP:
         os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -13,10 +13,7 @@ RAY_NAMES = ("raylet", "gcs_server")
 LOOK_SECONDS = 0.5
 GRACE_SECONDS = 30.0  # for whoever waits to notice by himself, or to end a commit; Ray ends the process after 60
 
-RAY_DIED = (
-    "Ray's own processes on this machine died (out of memory?); what was committed stays, run the same command again "
-    "to go on"
-)
+RAY_DIED = "Ray's own processes died (out of memory?); what was committed stays, run the same command again to go on"
 
 
 class RayWatch:
@@ -25,12 +22,16 @@ class RayWatch:
     It watches from before the start of the cluster until `stop`. Where a process of the cluster dies and this one is
     still at work GRACE_SECONDS later, it waits inside Ray for what will not come: then it ends, with the message and
     the exit code of a ClusterError of RAY_DIED.
+
+    Attributes:
+        has_died: whether that was seen at the last look, LOOK_SECONDS ago at most; `is_dead` looks now.
     """
 
     def __init__(self) -> None:
         self._others = set(children(*RAY_NAMES))  # of a cluster before this one
         self._seen: dict[int, str | None] = {}  # start by process number
         self._over = threading.Event()
+        self.has_died = False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def is_dead(self) -> bool:
@@ -45,7 +46,8 @@ class RayWatch:
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
-            if self.is_dead() and not self._over.wait(GRACE_SECONDS):
+            self.has_died = self.is_dead()
+            if self.has_died and not self._over.wait(GRACE_SECONDS):
                 sys.stderr.write(f"vidx: {RAY_DIED}\n")
                 sys.stderr.flush()
                 kill_children()

@@ -233,25 +233,19 @@ class Archive:
 
     # Frames
 
-    def committed(
-        self, video_id: str, sampling: Sampling, segment_keys: Iterable[str], *, whole_only: bool = False
-    ) -> set[str]:
+    def committed(self, video_number: int, segment_keys: Iterable[str], *, whole_only: bool = False) -> set[str]:
         """Those of the segments whose rows are in, for good: not those that another try may make whole.
 
         Args:
-            video_id, sampling: of the video.
+            video_number: of the video, with a model and settings.
             segment_keys: its segments.
             whole_only: leave out all that are not whole, not only those whose problem may pass by itself.
         Raises:
             ArchiveError: a part of the video is missing or damaged.
         """
-        number = self.numbers().get((video_id, str(sampling)))
-        if number is None:
-            return set()
-        self._frames.refresh()
         for_good = [
             key
-            for key, problem in self._frames.problems(number).items()
+            for key, problem in self._frames.problems(video_number).items()
             if problem is None or not (whole_only or problem.reason.may_pass)
         ]
         return _pieces(segment_keys, for_good)

@@ -221,9 +221,8 @@ def test_a_segment_is_committed_once(archive):
     late = receipt_for(archive, 1, random_rows(5, 4), (None, 50))
     assert again(archive).commit_frames([late]) == [False]
     keys = ["..50", "50..100", "100..", ".."]
-    assert archive.committed(video_id_of(1), SAMPLING, keys) == {"..50", "50..100"}
-    assert archive.committed(video_id_of(1), Sampling(Fraction(2), 0), keys) == set()
-    assert archive.committed(video_id_of(2), SAMPLING, keys) == set()
+    assert archive.committed(first.video_number, keys) == {"..50", "50..100"}
+    assert archive.committed(first.video_number + 1, keys) == set()
     assert frame_files(archive) == sorted([first.part.path, other.part.path])  # the losers' are gone
 
 
@@ -341,14 +340,14 @@ def test_a_segment_that_is_not_whole_makes_way_for_one_that_is(archive):
     assert archive.commit_frames([part]) == [True]
     archive.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
     before = again(archive)
-    assert before.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
-    assert before.committed(video_id_of(1), SAMPLING, [".."], whole_only=True) == set()
+    assert before.committed(part.video_number, [".."]) == {".."}
+    assert before.committed(part.video_number, [".."], whole_only=True) == set()
     assert len(before.frames()) == 4
     whole = receipt_for(archive, 1, rows)
     assert archive.commit_frames([whole]) == [True]
     archive.publish([row_for(archive, 1, 9)])
     found = again(archive)
-    assert found.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
+    assert found.committed(whole.video_number, [".."]) == {".."}
     assert found.problems(whole.video_number) == []
     assert np.array_equal(read_tokens(found.frames_uri, found.frames()), rows.tokens.token)
     assert len(before.frames()) == 4  # a reader of the version before is not disturbed
@@ -367,10 +366,10 @@ def newest_commit(archive):
 def test_a_segment_that_lay_with_the_machine_is_not_done(archive):
     lost = partial_receipt(archive, 1, random_rows(4), Reason.WORKER_LOST)
     archive.commit_frames([lost])
-    assert archive.committed(video_id_of(1), SAMPLING, [".."]) == set()
+    assert archive.committed(lost.video_number, [".."]) == set()
     corrupt = partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)
     assert archive.commit_frames([corrupt]) == [True]  # fewer rows, but what is wrong is known now
-    assert archive.committed(video_id_of(1), SAMPLING, [".."]) == {".."}
+    assert archive.committed(lost.video_number, [".."]) == {".."}
     assert archive.commit_frames([partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)]) == [False]
     assert archive.committed_frame_count(lost.video_number) == 3
 

@@ -9,7 +9,6 @@ import pytest
 from click.testing import CliRunner
 from small_archive import (
     MODEL_ID,
-    SAMPLING,
     add_video,
     cells_left,
     folder_of,
@@ -18,7 +17,6 @@ from small_archive import (
     random_rows,
     receipt_for,
     row_for,
-    video_id_of,
 )
 
 from pipeline.cli import vidx
@@ -140,7 +138,7 @@ def test_a_job_knows_the_segments_of_a_joined_part_again(archive):
     compact(archive)
     found = open_archive(archive.uri)
     keys = ["..50", "50..100", "100..150", "150.."]
-    assert found.committed(video_id_of(1), SAMPLING, keys) == set(keys)
+    assert found.committed(row_for(archive, 1, 1).video_number, keys) == set(keys)
     assert found.holds(row_for(archive, 1, 1).video_number, keys)
     late = receipt_for(archive, 1, rows.cut(5, 10), (50, 100))
     assert found.commit_frames([late]) == [False]
@@ -218,7 +216,7 @@ def test_a_hole_is_not_joined_over(archive):
     hole = bounds.path[bounds.segment == "50..100"].tolist()
     archive.drop_parts(hole)  # as by a repair that was killed before it said so
     assert compact(open_archive(archive.uri)).parts_joined == 0
-    assert open_archive(archive.uri).committed(video_id_of(1), SAMPLING, ["50..100"]) == set()
+    assert open_archive(archive.uri).committed(row_for(archive, 1, 1).video_number, ["50..100"]) == set()
 
 
 def test_what_is_written_and_not_committed_yet_is_not_cleaned_away(archive, monkeypatch):

@@ -6,12 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import ROOT, SAMPLES, VIDX
+
+from storage.archive import open_archive
 
 SAMPLE_NAMES = sorted(path.name for path in SAMPLES.iterdir() if path.suffix not in (".md", ".png"))
 
@@ -355,3 +358,12 @@ def test_a_killed_job_leaves_no_process_and_resumes_without_duplicates(vidx, tmp
     counts = sql(vidx, archive, "SELECT count(*) AS n, count(DISTINCT (video_id, ticks)) AS d FROM frames")
     assert counts[0]["n"] == counts[0]["d"] == sum(r["frames"] for r in sql(vidx, archive, "SELECT frames FROM videos"))
     assert len(sql(vidx, archive, "SELECT 1 FROM videos WHERE status = 'indexed'")) == len(SAMPLE_NAMES)
+
+
+def test_videos_that_are_examined_together_get_their_numbers_in_one_commit(tmp_path):
+    script = "import pipeline.index, pipeline.cli; pipeline.index.ADMIT_SECONDS = 1e6; pipeline.cli.main()"
+    command = [sys.executable, "-c", script, "index", str(SAMPLES), "--archive", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    commits = list((tmp_path / "numbers" / "_delta_log").glob("*.json"))
+    assert len(commits) == 3  # the table, the first video, all the others
+    assert len(open_archive(str(tmp_path)).numbers()) == len(SAMPLE_NAMES)
