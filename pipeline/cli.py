@@ -28,7 +28,8 @@ COMMANDS = {
     "evaluate": ("pipeline.cli_evaluate", "Measure how well what is known is found."),
     "models": ("pipeline.cli_models", "List the models at hand."),
 }
-WITH_RAY = ("index", "repair")
+# Ray may end these from C++; `ask` and `chat --address` have nothing to commit, and read the terminal.
+IN_OWN_PROCESS = ("index", "repair")
 
 
 class LazyGroup(click.Group):
@@ -67,7 +68,7 @@ def main() -> None:
     """Runs a command and ends the process with its exit code."""
     from storage.errors import VidxError
 
-    if sys.argv[1:2] and sys.argv[1] in WITH_RAY:
+    if sys.argv[1:2] and sys.argv[1] in IN_OWN_PROCESS:
         from pipeline.own_process import continue_in_own_process
 
         continue_in_own_process()

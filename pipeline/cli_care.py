@@ -97,7 +97,8 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
         not_whole = len(incomplete) + done.rows_lost
         if not no_index:
             for row in incomplete:
-                note(f"{source_text(row.uri)}: not whole; its file is gone, cannot be read, or is another now")
+                mend = "put it back, and run `vidx index` on it"
+                note(f"{source_text(row.uri)}: not whole, as its file is gone or another now; {mend}")
         ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
         click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
         if done.left:
@@ -162,7 +163,7 @@ def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
 
     Exit code 5: some files are damaged, and their videos were left as they are; `vidx repair` mends them.
     """
-    from pipeline.cli_print import note, print_json
+    from pipeline.cli_print import counted, note, print_json
     from storage.archive import open_archive
     from storage.compact import compact as compact_archive
 
@@ -171,7 +172,7 @@ def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
         counts = {"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written}
         print_json({**counts, "problems": list(done.problems)})
     elif done.parts_joined:
-        click.echo(f"{done.parts_joined} files of {done.videos} videos joined into {done.parts_written}")
+        click.echo(f"{done.parts_joined} files of {counted(done.videos, 'video')} joined into {done.parts_written}")
     else:
         click.echo("nothing to join")
     for problem in done.problems:

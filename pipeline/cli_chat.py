@@ -48,7 +48,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     """
     from pipeline.answer import CACHE_BYTES
     from pipeline.chat import Conversation
-    from pipeline.cli_print import note
+    from pipeline.cli_print import counted, note
     from storage.archive import open_archive
     from storage.errors import UsageError
 
@@ -60,7 +60,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     talk = Conversation(asker, bundle, within, asked_of(options))
     turns = _Turns(archive, bundle, talk, options, as_json)
     if sys.stdin.isatty():
-        note(f"{archive.frame_count()} frames, model {bundle.name}; /help lists the commands")
+        note(f"{counted(archive.frame_count(), 'frame')}, model {bundle.name}; /help lists the commands")
         if not bundle.card.takes_history:
             note(f"{bundle.name} was trained on single questions: it does not see those before")
     for line in _lines():
@@ -174,7 +174,7 @@ class _Turns:
 
         first, others = answer.moments[0], len(answer.moments) - 1
         place = f"{source_text(first.uri).rsplit('/', 1)[-1]} {clock(first.start_seconds)}-{clock(first.end_seconds)}"
-        more = f" and {others} more moments, /sources lists them" if others else ""
+        more = f" and {counted(others, 'more moment')}, /sources lists them" if others else ""
         note(f"[{printable(place)}{more}; {counted(answer.frame_count, 'frame')}, {answer.fuse}]")
         if answer.fuse_note:
             note(answer.fuse_note)

@@ -154,7 +154,7 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
 
 
 def _print_result(result: Any, archive_dir: str) -> None:
-    from pipeline.cli_print import print_table
+    from pipeline.cli_print import counted, print_table
     from storage.files import source_text
 
     if result.failed_before:
@@ -166,17 +166,18 @@ def _print_result(result: Any, archive_dir: str) -> None:
         click.echo(f"{result.deleted_before} of the skipped were deleted; --restore-deleted indexes them again")
     tried = result.indexed + result.partial + result.failed
     if tried == 0 and not result.interrupted:
-        click.echo(f"Nothing to index: {archive_dir} knows all of the {result.skipped} videos; `vidx status` shows it.")
+        all_of_them = counted(result.skipped, "video")
+        click.echo(f"Nothing to index: {archive_dir} knows all of the {all_of_them}; `vidx status` shows it.")
         return
     counts = f"{result.indexed} indexed, {result.partial} partial, {result.failed} failed, {result.skipped} skipped"
-    click.echo(f"{counts}; {result.frame_count} frames in {result.seconds:.1f} s; archive: {archive_dir}")
+    click.echo(f"{counts}; {counted(result.frame_count, 'frame')} in {result.seconds:.1f} s; archive: {archive_dir}")
     if result.failures:
         rows = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail) for row in result.failures]
         print_table(("status", "reason", "source", "detail"), rows)
 
 
 def _print_plans(plans: Sequence[tuple[Any, Any]], as_json: bool) -> None:
-    from pipeline.cli_print import print_json, print_table
+    from pipeline.cli_print import counted, print_json, print_table
     from pipeline.known import Plan
     from storage.files import source_text
 
@@ -189,7 +190,7 @@ def _print_plans(plans: Sequence[tuple[Any, Any]], as_json: bool) -> None:
     if rows:
         print_table(("would be", "source"), rows)
     would = sum(plan.is_work for _, plan in plans)
-    click.echo(f"{would} of {len(plans)} videos would be tried; nothing was changed")
+    click.echo(f"{would} of {counted(len(plans), 'video')} would be tried; nothing was changed")
 
 
 @contextmanager

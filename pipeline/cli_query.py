@@ -199,15 +199,16 @@ def _explain(result: Any) -> None:
 def _end_search(found: _Found) -> None:
     """Says what a search could not look at, and ends with exit code 4 where nothing was found."""
     from pipeline.cli_models import limits_of
-    from pipeline.cli_print import note
+    from pipeline.cli_print import counted, note
 
     result = found.result
     if result.frames_pending:
-        note(f"{result.frames_pending} frames of the archive have no search keys, and no search finds them")
+        pending = counted(result.frames_pending, "frame")
+        note(f"{pending} of the archive without search keys: no search finds them")
     if not result.moments:
         searched = result.frames_searched
         why = (
-            f"none of {searched} frames reaches a score of {result.floor.score:g} (--min-score)"
+            f"none of {counted(searched, 'frame')} reaches a score of {result.floor.score:g} (--min-score)"
             if searched
             else NO_FRAMES
         )
@@ -289,9 +290,10 @@ def asker_of(archive: Archive, options: Mapping[str, Any], cache_bytes: int) -> 
         from pipeline.address import check_address
 
         check_address(options["address"])
+        from pipeline.cli_print import note
         from pipeline.remote import RemoteAsker
 
-        remote = RemoteAsker(archive, model, options["address"], *place)
+        remote = RemoteAsker(archive, model, options["address"], *place, announce=note)
         return remote, remote.bundle
     from pipeline.answer import Asker
     from pipeline.search import bundle_of

@@ -10,12 +10,13 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.answer import CACHE_BYTES, Asked, Asker, Chosen, silent
+from pipeline.answer import Asked, Asker, Chosen, silent
 from pipeline.cluster import start_ray
 from pipeline.filter import Filter
 from pipeline.search import bundle_of
@@ -23,8 +24,11 @@ from storage.archive import Archive, open_archive
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.records import Answer, FrameRef
 from workers.bundle import Bundle
-from workers.load import use_all_cores
+from workers.load import use_cores
 from workers.prompt import Turns
+
+CORES = 4  # of a worker without a GPU, at most
+PATIENCE_SECONDS = 20.0  # until it is said that the worker waits for a place
 
 
 class RemoteAsker:
@@ -35,10 +39,11 @@ class RemoteAsker:
         archive: Archive,
         model: str | None,
         address: str,
-        device: str = "auto",
-        dtype: str = "auto",
-        cache_bytes: int = CACHE_BYTES,
-        quantize: str | None = None,
+        device: str,
+        dtype: str,
+        cache_bytes: int,
+        quantize: str | None,
+        announce: Callable[[str], None],
     ):
         """Joins the cluster and starts the worker.
 
@@ -46,9 +51,9 @@ class RemoteAsker:
             archive: what is asked; its folder is under the same path on the cluster.
             model: where the archive's model lies there; None for the one that made it.
             address: the cluster's.
-            device, dtype: for the model; "auto" is a GPU where the cluster has one.
-            cache_bytes: how much to keep of shown frames.
-            quantize: as Asker takes it.
+            device: for the model; "auto" is a GPU where the cluster has one.
+            dtype, cache_bytes, quantize: as Asker takes them.
+            announce: hears when the worker has to wait for others to end.
         Raises:
             UsageError: no cluster is there, or no such archive or model on it.
             ClusterError: the worker died.
@@ -56,13 +61,19 @@ class RemoteAsker:
         start_ray(address)
         self._address = address
         self._numbers = itertools.count()
-        gpus = min(1, ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
+        have = ray.cluster_resources()
+        gpus = min(1, int(have.get("GPU", 0))) if device != "cpu" else 0
         if device == "cuda" and not gpus:
             raise UsageError("--device cuda: Ray finds no GPU on this cluster; use --device cpu")
-        options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
-        settings = (archive.uri, model, device, dtype, cache_bytes, quantize)
+        cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
+        options = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
+        settings = (cores, archive.uri, model, device, dtype, cache_bytes, quantize)
         self._worker = ray.remote(**options)(_Answerer).remote(*settings)
-        self.bundle: Bundle = self._get(self._worker.bundle.remote())
+        found = self._worker.bundle.remote()
+        if not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
+            needs = "a GPU" if gpus else f"{cores} free cores"
+            announce(f"waiting for {needs} on the cluster at {address}; Ctrl-C gives up")
+        self.bundle: Bundle = self._get(found)
 
     def ask(self, question: str, within: Filter, asked: Asked, **heard: Callable[[str], None]) -> Answer | None:
         """As Asker.ask."""
@@ -96,16 +107,18 @@ class RemoteAsker:
     ) -> Any:
         hear = {"stream": stream, "announce": announce}
         number = next(self._numbers)
-        result = self._worker.call.remote(number, name, arguments, others)
         try:
+            result = self._worker.call.remote(number, name, arguments, others)
             while True:
-                for kind, text in self._get(self._worker.said.remote(number)):
+                said = self._worker.said.remote(number)
+                if result in ray.wait([said, result], num_returns=1)[0]:
+                    self._get(result)  # raises where the call has failed before it could say so
+                for kind, text in self._get(said):
                     if kind == "end":
                         return self._get(result)
                     hear[kind](text)
         except KeyboardInterrupt:
-            self._get(self._worker.stop.remote())
-            ray.wait([result])  # the next call is not to meet the end of this one
+            self._worker.stop.remote(number)
             raise
 
     def _get(self, reference: Any) -> Any:
@@ -115,45 +128,50 @@ class RemoteAsker:
             if isinstance(error.cause, VidxError):
                 raise error.cause from None
             raise
-        except RayError as error:
+        except (RayError, ConnectionError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ClusterError(f"the worker that answers on the cluster at {self._address} died: {reason}") from error
+            raise ClusterError(
+                f"the worker that answers on the cluster at {self._address} died: {reason} Check its memory and that "
+                "every node has this version of vidx and Ray, and ask again"
+            ) from error
 
 
 class _Answerer:
     """The worker: an Asker, and what was said in each of its calls that nobody has fetched yet."""
 
-    def __init__(self, *settings: Any):
+    def __init__(self, cores: int, *settings: Any):
+        self._cores = cores
         self._settings = settings
         self._asker: Asker | None = None
+        self._turn = threading.Lock()  # of calls
         self._queues: dict[int, queue.SimpleQueue[tuple[str, str]]] = {}
-        self._stopped = threading.Event()
+        self._stopped = -1  # this call, and all before it
 
     def bundle(self) -> Bundle:
         """The archive's model, found; not in the constructor, so that its errors reach the user as they are."""
         uri, model, *place = self._settings
         archive = open_archive(uri)
         bundle = bundle_of(archive, model)
-        use_all_cores()
+        use_cores(self._cores)
         self._asker = Asker(archive, bundle, *place)
         return bundle
 
     def call(self, number: int, name: str, arguments: tuple, others: dict[str, Any]) -> Any:
         """A method of the asker; what it says meanwhile waits in `said`, and "end" is the last of it."""
-        self._stopped.clear()
-        say = self._queue(number).put
+        waiting = self._queue(number)
 
-        def stream(text: str) -> None:
-            if self._stopped.is_set():
+        def say(kind: str, text: str) -> None:
+            if number <= self._stopped:
                 raise _Stopped
-            say(("stream", text))
+            waiting.put((kind, text))
 
         if name in ("ask", "answer"):
-            others |= {"stream": stream, "announce": lambda text: say(("announce", text))}
+            others |= {kind: partial(say, kind) for kind in ("stream", "announce")}
         try:
-            return getattr(self._asker, name)(*arguments, **others)
+            with self._turn:
+                return getattr(self._asker, name)(*arguments, **others)
         finally:
-            say(("end", ""))
+            waiting.put(("end", ""))
 
     def said(self, number: int) -> list[tuple[str, str]]:
         """What has been said in a call since this was asked last, and of which kind; waits for the first of it."""
@@ -165,9 +183,9 @@ class _Answerer:
             del self._queues[number]
         return found
 
-    def stop(self) -> None:
-        """Has the call that runs end with the next piece of its answer."""
-        self._stopped.set()
+    def stop(self, number: int) -> None:
+        """Has a call end when it says something next."""
+        self._stopped = number
 
     def _queue(self, number: int) -> queue.SimpleQueue[tuple[str, str]]:
         return self._queues.setdefault(number, queue.SimpleQueue())

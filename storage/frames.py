@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from storage.errors import DamagedError
+from storage.errors import ArchiveError, DamagedError
 from storage.files import join
 from storage.layout import damage, read_columns
 from storage.records import FrameRef, Hit
@@ -30,7 +30,11 @@ Rows = Mapping[str, np.ndarray | None]  # rows of parts by path, ascending; None
 
 
 class LivePart(NamedTuple):
-    """A committed part; all its rows belong to one video."""
+    """A committed part; all its rows belong to one video.
+
+    A tuple, since there is one for each part: opening an archive of ten million frames makes 33,000 of them, which took
+    60 ms longer as dataclasses.
+    """
 
     path: str
     video_number: int
@@ -91,10 +95,10 @@ def part_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
         return PartBounds(empty.astype(object), empty.astype(object), *[empty] * 8)
     missing = [name for name in (*_BOUNDS, "min.segment") if name not in files.column_names]
     if missing or any(files.column(name).null_count for name in (*_BOUNDS, "min.segment")):
-        raise DamagedError(f"{frames_uri}: damaged archive: a part was committed without bounds; vidx did not write it")
+        raise ArchiveError(f"{frames_uri}: damaged archive: a part was committed without bounds; vidx did not write it")
     number, last_number, *others = (files.column(name).to_numpy() for name in _BOUNDS)
     if not np.array_equal(number, last_number):
-        raise DamagedError(f"{frames_uri}: damaged archive: a part holds several videos; vidx did not write it")
+        raise ArchiveError(f"{frames_uri}: damaged archive: a part holds several videos; vidx did not write it")
     return PartBounds(
         np.array(files.column("path").to_pylist(), object),
         np.array(files.column("min.segment").to_pylist(), object),

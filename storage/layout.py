@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import DamagedError
+from storage.errors import ArchiveError, DamagedError
 from storage.files import local_path, open_for_read, source_text
 from storage.records import PatchRows, TokenBatch
 
@@ -74,6 +74,8 @@ class damage:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, FileNotFoundError):
             raise DamagedError(f"{source_text(self._uri)}: missing, though the archive names it") from error
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's of broken files carry none
+            raise ArchiveError(f"{source_text(self._uri)}: cannot be read: {error.strerror}") from error
         if isinstance(error, (OSError, ValueError, pa.ArrowException, KeyError)):
             reason = " ".join(str(error).split())
             raise DamagedError(f"{source_text(self._uri)}: damaged or unreadable: {reason}") from error

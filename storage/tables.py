@@ -285,7 +285,7 @@ def _plain_errors(uri: str) -> Iterator[None]:
     except CommitFailedError:
         raise
     except TableNotFoundError as error:
-        raise ArchiveError(f"{source_text(uri)}: cannot be opened or written: {_first_lines(error)}") from error
+        raise DamagedError(f"{source_text(uri)}: damaged archive: {_first_lines(error)}") from error
     except OSError as error:
         raise ArchiveError(f"{source_text(uri)}: cannot be read or written: {_first_lines(error)}") from error
     except DeltaError as error:

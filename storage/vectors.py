@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from storage.coded_keys import (
     CANDIDATES,
     MAX_KEYS,
     CodedKeys,
+    Passing,
     best_keys,
     build_codes,
     code_faults,
@@ -191,12 +191,12 @@ class Index:
             shares.append(len(set(found) & set(true)) / len(true))
         return float(np.mean(shares))
 
-    def _passing(self, keys: ExactKeys | CodedKeys, rows: Rows | None) -> Any:
+    def _passing(self, keys: ExactKeys | CodedKeys, rows: Rows | None) -> np.ndarray | Passing | None:
         """Which keys of a file may be found, as it takes them; None for all."""
         return self._live_keys[id(keys)] if rows is None else keys.passing(self._chosen(keys.covered, rows))
 
     @cached_property
-    def _live_keys(self) -> dict[int, Any]:
+    def _live_keys(self) -> dict[int, np.ndarray | Passing | None]:
         """The same where nothing is filtered, by the file's id."""
         return {
             id(keys): None

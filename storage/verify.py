@@ -10,7 +10,7 @@ import numpy as np
 
 from storage.archive import Archive, archive_exists, open_archive
 from storage.cells import part_identity
-from storage.errors import ArchiveError
+from storage.errors import DamagedError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.frames import PartBounds, read_times
 from storage.settings import TABLES, archive_uri
@@ -74,7 +74,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
     for name in TABLES:
         try:
             files += [(name, path, size) for path, size in file_sizes(open_table(join(uri, name))).items()]
-        except ArchiveError as error:
+        except DamagedError as error:
             path, _, detail = str(error).partition(": ")
             mendable = bool(cut_short_commit(join(uri, name)) or damaged_checkpoints(join(uri, name)))
             faults.append(Fault(path, detail, None, is_mendable=mendable))

@@ -28,19 +28,23 @@ def write_bundle(
     """
     shutil.copytree(base or find_bundle("nano").directory, directory, dirs_exist_ok=True)
     config = change_json(directory / "config.json", sizes)
-    tower_path = directory / "vision_tower" / "config.json"
-    tower = json.loads(tower_path.read_text(encoding="utf-8"))
-    with_text = "vision_config" in tower  # as nano's; the published ones are of a vision model alone
-    tower = change_json(tower_path, {"vision_config": tower["vision_config"] | vision} if with_text else vision)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if with_text:
-            weights = CLIPModel(CLIPConfig(**tower)).state_dict()
-        else:  # the published files name the model; transformers 5 does not
-            weights = CLIPVisionModel(CLIPVisionConfig(**tower)).state_dict()
-            weights = {f"vision_model.{key.removeprefix('vision_model.')}": value for key, value in weights.items()}
-        save(weights, directory / "vision_tower")
-        save(checkpoint(config, (tower["vision_config"] if with_text else tower)["hidden_size"]), directory)
+        save(checkpoint(config, write_tower(directory / "vision_tower", vision)), directory)
+
+
+def write_tower(directory: Path, changes: dict[str, Any]) -> int:
+    """Changes the vision part of a tower's config.json, and gives it weights; its width."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "vision_config" in config:  # as nano's; the published ones are of a vision model alone
+        config = change_json(path, {"vision_config": config["vision_config"] | changes})
+        save(CLIPModel(CLIPConfig(**config)).state_dict(), directory)
+        return config["vision_config"]["hidden_size"]
+    config = change_json(path, changes)
+    weights = CLIPVisionModel(CLIPVisionConfig(**config)).state_dict()
+    save({f"vision_model.{key.removeprefix('vision_model.')}": value for key, value in weights.items()}, directory)
+    return config["hidden_size"]
 
 
 def checkpoint(config: dict[str, Any], tower_width: int) -> dict[str, torch.Tensor]:

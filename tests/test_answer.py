@@ -12,7 +12,7 @@ from pipeline.filter import Filter
 from storage.archive import open_archive
 from storage.errors import UsageError
 from workers.bundle import find_bundle
-from workers.memory import answer_bytes
+from workers.memory import MASK_BYTES, PREFILL_ROWS, answer_bytes, rows_at_once
 from workers.prompt import frames_that_fit, load_tokenizer, prompt_ids
 from workers.shown_frames import SamplingParams
 
@@ -153,6 +153,13 @@ def test_memory_is_announced_and_grows_with_the_frames_alone(asker, clip, monkey
     bundle = find_bundle("nano")
     sizes = [answer_bytes(bundle, rows) for rows in (10_000, 20_000, 30_000)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
+
+
+@pytest.mark.parametrize("rows", [1, 100, 5_000, 20_000, 10**6, 10**9])
+def test_the_mask_of_a_long_context_stays_within_what_is_announced(rows):
+    at_once = rows_at_once(rows)
+    assert 1 <= at_once <= PREFILL_ROWS
+    assert at_once == 1 or 5 * at_once * rows <= MASK_BYTES
 
 
 def test_nothing_that_fits_is_not_found_and_anyway_answers_all_the_same(asker):

@@ -30,7 +30,8 @@ def start():
 
     def run(script):
         command = [sys.executable, "-c", START + script]
-        started.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, cwd=ROOT, start_new_session=True))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes, cwd=ROOT, start_new_session=True))
         return started[0], int(started[0].stdout.readline())
 
     yield run

@@ -29,7 +29,8 @@ def cluster():
     command += ["--min-worker-port", "0", "--max-worker-port", "0", "--include-dashboard", "false"]
     command += ["--object-store-memory", str(128 << 20), "--temp-dir", folder]
     environment = os.environ | {"RAY_AUTH_MODE": "token", **TOKEN}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=-1, stderr=-2, text=True)
+    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **together)
     try:
         heard = []
         while not any("--block" in line for line in heard[-1:]):
@@ -103,19 +104,26 @@ class Talker:
 
 
 def test_what_a_worker_says_is_fetched_piece_by_piece_and_can_be_stopped():
-    worker, talker = remote._Answerer(), Talker()
+    worker, talker = remote._Answerer(1), Talker()
     worker._asker = talker
     with ThreadPoolExecutor() as pool:
         first = pool.submit(worker.call, 0, "ask", ("who?",), {})
         said = []
         while len(said) < 2:
-            said += worker.said(0)
+            said += pool.submit(worker.said, 0).result(timeout=60)
         assert said == [("announce", "soon"), ("stream", "who?")]
-        worker.stop()
+        worker.stop(0)
+        second = pool.submit(worker.call, 1, "ask", ("and?",), {})  # which waits for the first to end
         talker.may.set()
-        assert worker.said(0) == [("end", "")]
+        assert pool.submit(worker.said, 0).result(timeout=60) == [("end", "")]
         with pytest.raises(remote._Stopped):
-            first.result()
-        assert worker.call(1, "ask", ("and?",), {}) == "all"
+            first.result(timeout=60)
+        assert second.result(timeout=60) == "all"
         assert worker.said(1)[1:] == [("stream", "and?"), ("stream", "there"), ("end", "")]
         assert not worker._queues
+
+
+def test_a_gpu_that_no_node_has_is_not_waited_for(vidx, cluster, archive):
+    command = ("ask", "What is there?", "--archive", archive, "--device", "cuda", "--address", cluster[0])
+    refused = vidx(*command, env=TOKEN)
+    assert (refused.code, "no GPU on this cluster" in refused.err) == (2, True), refused.err

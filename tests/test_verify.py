@@ -254,6 +254,27 @@ def test_a_sound_archive_is_said_to_be(vidx, samples_archive):
     assert "nothing is wrong" in run.out
 
 
+def test_every_command_that_meets_damage_says_what_to_do_about_it(archive, vidx):
+    place = str(folder(archive))
+    logs = sorted(folder(archive, "frames", "_delta_log").glob("*.json"))
+    kept = logs[-1].read_bytes()
+    logs[-1].write_bytes(kept[:-20])  # as a power cut leaves it
+    met = vidx("status", "--archive", place)
+    assert (met.code, "`vidx repair` mends what it can" in met.err) == (5, True), met.err
+    listed = vidx("verify", "--archive", place)
+    assert (listed.code, listed.out.splitlines()[-1].startswith("1 fault; `vidx repair` takes out")) == (5, True)
+    logs[-1].write_bytes(kept)
+    logs[0].write_bytes(b"{")
+    listed = vidx("verify", "--archive", place)
+    assert (listed.code, "1 fault; this cannot be repaired: restore" in listed.out) == (5, True)
+
+
+def test_settings_that_are_damaged_can_be_copied(archive, vidx):
+    (folder(archive) / "archive.json").write_text("{")
+    met = vidx("status", "--archive", str(folder(archive)))
+    assert (met.code, "restore this file from a copy" in met.err) == (5, True)
+
+
 def test_what_is_damaged_is_indexed_again(vidx, tmp_path):
     video, archive = tmp_path / "clip.webm", tmp_path / "archive"
     shutil.copy(SAMPLES / "tractor.webm", video)

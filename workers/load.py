@@ -5,7 +5,6 @@ file: a view of the mapped file would lie where the file puts it, and matrix ker
 alignment.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,9 +39,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def use_all_cores() -> None:
-    """Has torch compute on every core that this process may use; Ray gives a worker's libraries one."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def use_cores(count: int) -> None:
+    """Has torch compute on so many cores; Ray gives a worker's libraries one."""
+    torch.set_num_threads(count)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

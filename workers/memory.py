@@ -21,6 +21,8 @@ def answer_bytes(bundle: Bundle, row_count: int) -> int:
     kept = 2 * llama["num_hidden_layers"] * (llama.get("num_key_value_heads") or heads) * head_width
     layer = 2 * heads * head_width  # keys and values of one layer, copied for attention
     embeds = 3 * llama["hidden_size"] // 2  # what enters the LLM, and the stored tokens, of half the bytes
+    # for as many rows as are ever taken in at once, so that all of it is linear
     working = min(row_count, PREFILL_ROWS) * (3 * llama["intermediate_size"] + 8 * llama["hidden_size"])
+    # one piece alone is plainly causal, and needs none
     mask = 0 if rows_at_once(row_count) >= row_count else MASK_BYTES
     return VALUE_BYTES * (row_count * (kept + layer + embeds) + working) + mask

@@ -4,7 +4,7 @@ LLM.int8 (arXiv 2208.07339) and NF4 (QLoRA, arXiv 2305.14314). What indexing com
 """
 
 import importlib.util
-import warnings
+import logging
 from enum import StrEnum
 
 import torch
@@ -33,14 +33,15 @@ def check_quantize(quantize: str | None) -> Quantize | None:
     if quantize not in set(Quantize):
         raise UsageError(f"--quantize {quantize}: unknown; allowed are {', '.join(Quantize)}")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f'--quantize {quantize}: needs bitsandbytes: pip install "vidx[quantize]"')
+        raise UsageError(f"--quantize {quantize}: needs bitsandbytes; install it with pip install 'vidx[quantize]'")
     return Quantize(quantize)
 
 
 def quantize_matrices(block: nn.Module, way: Quantize, device: torch.device, dtype: torch.dtype) -> None:
     """Moves a block that lies in the computer's memory to a device, its matrices quantized on the way."""
-    with warnings.catch_warnings(action="ignore"):
-        import bitsandbytes  # warns of every accelerator that is not there
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells what else could be installed, and every cast
+    import bitsandbytes
+
     for name, linear in [(name, each) for name, each in block.named_modules() if type(each) is nn.Linear]:
         sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
         if way is Quantize.EIGHT:

@@ -219,10 +219,12 @@ def make_published_prompt(folder: Path) -> Archive:
     """An archive of random rows for a model of small width with the published prompt and number of patches."""
     bundle_path, place = folder / "published-prompt", folder / "prompts"
     if not bundle_path.exists():
-        write_bundle(bundle_path, {}, {"image_size": PIXELS}, seed=3, base=REFERENCE)
+        half = folder / "published-prompt.part"
+        write_bundle(half, {}, {"image_size": PIXELS}, seed=3, base=REFERENCE)
         sides = {"height": PIXELS, "width": PIXELS}
         sizes = {"size": {"shortest_edge": PIXELS}, "crop_size": sides}
-        change_json(bundle_path / "vision_tower" / "preprocessor_config.json", sizes)
+        change_json(half / "vision_tower" / "preprocessor_config.json", sizes)
+        half.rename(bundle_path)
     bundle = find_bundle(str(bundle_path))
     archive = create_archive(str(place), model_id=bundle.model_id, model_name=str(bundle_path))
     if not archive.videos():

@@ -31,7 +31,8 @@ def main() -> None:
     run_vidx("index", str(folder), "--archive", archive)
     again = json.loads(run_vidx("index", str(folder), "--archive", archive, "--json").stdout)
     if again["videos_skipped"] != count:
-        raise RuntimeError(f"{again['videos_skipped']} of {count} videos known")
+        known = again["videos_skipped"]
+        raise SystemExit(f"{known} of {count} videos known: remove {options.folder}, or give its --files")
     timed = in_turn(
         lambda: run_vidx("index", str(folder), "--archive", archive),
         lambda: subprocess.run(["find", str(folder), "-printf", "%i %s %T@ %C@\n"], check=True, capture_output=True),
