@@ -12,10 +12,10 @@ import click
 
 COMMANDS = {
     "index": ("pipeline.cli_index", "Index videos: files, folders, globs and manifests."),
-    "search": ("pipeline.cli_query", "Find the moments that a text describes."),
-    "export": ("pipeline.cli_query", "Write the moments that a text describes for other programs."),
+    "search": ("pipeline.cli_search", "Find the moments that a text describes."),
+    "export": ("pipeline.cli_search", "Write the moments that a text describes for other programs."),
     "clip": ("pipeline.cli_clip", "Cut a moment out of its video."),
-    "ask": ("pipeline.cli_query", "Answer a question, citing the moments it was answered from."),
+    "ask": ("pipeline.cli_ask", "Answer a question, citing the moments it was answered from."),
     "chat": ("pipeline.cli_chat", "Ask one question after another."),
     "status": ("pipeline.cli_archive", "Show what an archive holds."),
     "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli_options import archive_option, archive_uri, filter_options, json_option, model_options
-from pipeline.cli_query import answer_json, ask_options, asked_of, asker_of, filter_of, model_option
+from pipeline.cli_ask import answer_json, ask_options, asked_of, asker_of
+from pipeline.cli_options import (
+    archive_option,
+    archive_uri,
+    filter_of,
+    filter_options,
+    json_option,
+    model_option,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from pipeline.chat import Conversation

@@ -1,11 +1,21 @@
 """Options and arguments that several commands share."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from storage.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.filter import Filter
+    from storage.archive import Archive
+    from storage.records import Moment
+
+NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
 
 archive_option = click.option(
     "--archive",
@@ -66,6 +76,21 @@ filter_options = grouped(
     ),
 )
 
+model_option = click.option(
+    "--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now; the one that made it."
+)
+
+# How moments are seen.
+sheet_option = grouped(
+    click.option("--show", is_flag=True, help="Draw the moments' thumbnails in this terminal."),
+    click.option(
+        "--contact-sheet",
+        metavar="FILE",
+        default=None,
+        help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
+    ),
+)
+
 # Of commands that load a model.
 model_options = grouped(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=None, help="Where to compute; auto."),
@@ -95,3 +120,54 @@ def archive_uri(archive_dir: str) -> str:
     from storage.files import to_uri
 
     return archive_dir if "://" in archive_dir else to_uri(Path(archive_dir).expanduser().as_posix())
+
+
+def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
+    """The part of an archive that the options of `filter_options` leave."""
+    from pipeline.filter import Filter
+    from pipeline.times import parse_instant, parse_moment, parse_time
+
+    video, from_text, to_text = options["video"], options["from_text"], options["to_text"]
+    name, start, end = parse_moment(video) if video is not None else (None, None, None)
+    if start is not None and not (from_text is None and to_text is None):
+        raise UsageError(f"--video {video} names a moment already; leave out --from and --to, or the part after @")
+    start = parse_time("--from", from_text) if from_text is not None else start
+    end = parse_time("--to", to_text) if to_text is not None else end
+    if start is not None and end is not None and end <= start:
+        raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
+    row = archive.find_video(name) if name is not None else None
+    if start is not None and end is None and video and from_text is None:
+        end = start + 1e-6  # a moment of one instant: the frame shown then
+    after, before = (
+        None if options[name] is None else parse_instant(f"--{name}", options[name]) for name in ("after", "before")
+    )
+    if after is not None and before is not None and before <= after:
+        raise UsageError(f"--after {options['after']} --before {options['before']}: the range must end after it starts")
+    return Filter(row, start, end, after, before, parse_tags(options["tags"]), options["where"])
+
+
+def check_sheet(options: Mapping[str, Any]) -> None:
+    """Refuses what the options of `sheet_option` cannot have, before anything is searched for."""
+    if options["contact_sheet"] is not None:
+        from pipeline.contact_sheet import SUFFIXES
+        from pipeline.output import check_output
+
+        check_output(options["contact_sheet"], SUFFIXES)
+    if options["show"]:
+        from pipeline.contact_sheet import check_show
+
+        check_show()
+
+
+def write_sheet(options: Mapping[str, Any], title: str, archive: Archive, moments: Sequence[Moment]) -> None:
+    """Shows and writes moments as the options of `sheet_option` say."""
+    if options["show"] and moments:
+        from pipeline.contact_sheet import show_moments
+
+        show_moments(archive, moments)
+    if options["contact_sheet"] is not None and moments:
+        from pipeline.cli_print import note, printable
+        from pipeline.contact_sheet import write_contact_sheet
+
+        write_contact_sheet(options["contact_sheet"], title, archive, moments)
+        note(f"contact sheet: {printable(options['contact_sheet'])}")
