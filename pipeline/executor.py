@@ -9,8 +9,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from pipeline.cluster import start_ray
-from pipeline.ray_watch import RAY_DIED, RayWatch, kill_children
+from pipeline.ray_watch import RAY_DIED, RayWatch
 from storage.errors import ClusterError, UsageError, VidxError
+from storage.processes import kill_children
 from storage.records import Content, Problem, Reason, SegmentTask
 from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
 

@@ -13,6 +13,7 @@ import sys
 
 from pipeline.ray_watch import RAY_DIED
 from storage.errors import ClusterError
+from storage.processes import adopt_orphans, kill_children
 from workers.sandbox import die_with_owner
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT)
@@ -22,11 +23,13 @@ def continue_in_own_process() -> None:
     """Forks, to be called before anything starts threads; what follows the call happens in the new process.
 
     The old one waits, passes on the signals that it gets, and ends with the exit code of the new one; where that did
-    not end by itself, with a word about it and the exit code of a ClusterError. The new one dies with the old one. It
-    is a process group of its own, so that Ctrl-C reaches it once.
+    not end by itself, with a word about it and the exit code of a ClusterError. What the new one leaves behind, as
+    Ray's agents for a minute where their raylet was killed, is ended then. The new one dies with the old one. It is a
+    process group of its own, so that Ctrl-C reaches it once.
     """
     if sys.platform != "linux":
         return
+    adopt_orphans()
     here, there = socket.socketpair()
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is somebody to pass them on
     pid = os.fork()
@@ -44,6 +47,7 @@ def continue_in_own_process() -> None:
             signal.signal(number, lambda got, _: _pass_on(got, pid))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
+    kill_children()
     code = os.waitstatus_to_exitcode(status)
     if code == 1 and not here.recv(1):
         _end(RAY_DIED)

@@ -1,13 +1,11 @@
 """Watches Ray's own processes: calls into Ray block, or end this process without a word, once they are gone."""
 
-import contextlib
 import os
-import signal
 import sys
 import threading
 
 from storage.errors import ClusterError
-from storage.processes import children, start_of
+from storage.processes import children, kill_children, start_of
 
 RAY_NAMES = ("raylet", "gcs_server")
 LOOK_SECONDS = 0.5
@@ -52,10 +50,3 @@ class RayWatch:
                 sys.stderr.flush()
                 kill_children()
                 os._exit(ClusterError.exit_code)
-
-
-def kill_children() -> None:
-    """Kills the processes that this one started; Ray cannot end them any more, and waits for what is dead."""
-    for pid in children():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,13 @@
 """Processes of this machine, as the system lists them."""
 
 import contextlib
+import ctypes
+import os
+import signal
+import sys
 from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def start_of(pid: int) -> str | None:
@@ -11,6 +17,23 @@ def start_of(pid: int) -> str | None:
     except OSError:
         return None
     return None if words[0] in "ZX" else words[19]  # a zombie waits for its parent to look
+
+
+def adopt_orphans() -> None:
+    """From now on this process is the parent of what its descendants leave behind, where the system can do so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_children() -> None:
+    """Kills the processes that this one started, or has adopted; those that they leave behind too, where it adopts."""
+    while pids := children():
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def children(*names: str) -> list[int]:

@@ -86,3 +86,11 @@ def test_a_signal_reaches_it_once(start, send):
     send(outer.pid, signal.SIGTERM)
     assert outer.communicate(timeout=30)[0] == "1\n"
     assert outer.returncode == 7
+
+
+def test_what_it_leaves_behind_is_ended(start):
+    orphan = "import os, time; os.fork() or (print(os.getpid(), flush=True), time.sleep(600))"
+    outer, _ = start(f"import subprocess; subprocess.run([sys.executable, '-c', {orphan!r}]); sys.exit(3)")
+    left = int(outer.stdout.readline())
+    assert outer.wait(30) == 3
+    assert start_of(left) is None
