@@ -30,6 +30,7 @@ MOMENTS = 8  # asked of the search at least; the best ones fill the frames
 FRAMES_PER_MOMENT = 16  # more frames than so many for each, and more moments are asked for
 EDGE_SECONDS = 5e-4  # shrinks a moment, so that the rounding of ticks to seconds takes in no neighbour
 CACHE_BYTES = 1 << 30  # of what was computed of frames, kept for further questions
+LENIENCY = 0.1  # below the floor of a search: the model that is shown the frames may still say no
 ANYTHING = -1.0  # a floor that every frame reaches
 MANY_FRAMES = 1000  # and the memory that they take is announced
 HEARD = "These are the answers for each stretch of time:"
@@ -234,7 +235,7 @@ class Asker:
     def _retrieve(self, question: str, within: Filter, frame_limit: int, anyway: bool) -> Chosen:
         query = Query((Term(question),))
         moments = max(MOMENTS, -(-frame_limit // FRAMES_PER_MOMENT))
-        wanted = Wanted(moments, ANYTHING if anyway else None)
+        wanted = Wanted(moments, ANYTHING) if anyway else Wanted(moments, leniency=LENIENCY)
         found = self._searcher.search(query, within, wanted).moments
         return replace(self._of_moments(found, frame_limit), within=within)
 

@@ -33,6 +33,7 @@ class Wanted:
     Attributes:
         limit: at most so many.
         floor: the score below which a frame is no hit; None for what the model or the archive says (floors.py).
+        leniency: how far below that, as a share of it, a frame is a hit all the same.
         per_video: at most so many of one video; None for any number.
         near_misses: of what is below the floor, at most so many moments.
     """
@@ -41,6 +42,7 @@ class Wanted:
     floor: float | None = None
     per_video: int | None = None
     near_misses: int = 0
+    leniency: float = 0.0
 
     def __post_init__(self):
         if self.limit < 1 or (self.per_video is not None and self.per_video < 1):
@@ -118,7 +120,7 @@ class Searcher:
         """As the function `search`."""
         index = self._index
         keys = self._encoder.embed(query, None if wanted.floor is None else Floor(wanted.floor, "as asked for"))
-        floor = keys.floor
+        floor = replace(keys.floor, score=keys.floor.score - wanted.leniency * abs(keys.floor.score))
         rows = None if within.is_everything else within.rows(self._archive)
         searched = index.frame_count if rows is None else index.count(rows)
         if not searched:

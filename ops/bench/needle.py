@@ -34,7 +34,7 @@ from storage.records import FrameRef, TokenBatch
 from storage.vectors import update_index
 
 SIZES = (1_000, 3_000, 10_000)
-VIDEOS, MINUTES, FPS = 10, 5.0, 6
+VIDEOS, MINUTES, FPS = 16, 5.0, 6
 NEEDLES = 10
 SHOWN_WHOLE = 4  # of them, and of what is not there, asked for with every frame shown
 EDGE_SECONDS = 0.5  # frames so near to a scene's end may be of a fade
@@ -85,7 +85,9 @@ def hide(
     """The frames of a haystack, the second of each needle by its word, and words of what is not in it."""
     order = source.permutation(len(THINGS))[: 2 * NEEDLES].tolist()
     needles, absent = [THINGS[place] for place in order[:NEEDLES]], [THINGS[place] for place in order[NEEDLES:]]
-    forms = {form for thing in (*needles, *absent) for form in (thing.word, thing.plural)}
+    nowhere = {form for thing in absent for form in (thing.word, thing.plural)}
+    frames = [(frame, words) for frame, words in frames if not words & nowhere]
+    forms = {form for thing in needles for form in (thing.word, thing.plural)}
     hay = [frame for frame, words in frames if not words & forms]
     if len(hay) < size:
         raise SystemExit(f"{len(hay)} frames without the needles, {size} wanted: take another --seed")
