@@ -324,20 +324,21 @@ def test_an_interrupted_job_keeps_what_is_finished_and_goes_on(vidx, tmp_path):
         start_new_session=True,
     )
     try:
-        for line in job.stderr:  # interrupted as soon as the two short ones are committed
-            if line.startswith("2/3 videos"):
+        for line in job.stderr:  # interrupted as soon as a short one is committed, or both are
+            if line.startswith(("1/3 videos", "2/3 videos")):
                 break
         os.killpg(job.pid, signal.SIGINT)  # as a terminal does: to the whole group
-        out, _ = job.communicate(timeout=60)
+        out, heard = job.communicate(timeout=60)
     finally:
         if job.poll() is None:
             job.kill()
-    assert job.returncode == 130
+    assert job.returncode == 130, heard
     result = json.loads(out)
-    assert (result["videos_indexed"], result["interrupted"]) == (2, True)
+    done = result["videos_indexed"]
+    assert (done in (1, 2), result["interrupted"]) == (True, True)
     assert vidx("status", "--archive", archive, "--json").json["frames_pending"] == 0
     again = vidx("index", str(videos), "--archive", archive, "--fps", "10", "--json").json
-    assert (again["videos_indexed"], again["videos_skipped"]) == (1, 2)
+    assert (again["videos_indexed"], again["videos_skipped"]) == (3 - done, done)
     assert sql(vidx, archive, "SELECT count(*) AS n, count(DISTINCT (video_id, ticks)) AS distinct_n FROM frames") == [
         {"n": 89 + 100 + 3628, "distinct_n": 89 + 100 + 3628}
     ]
