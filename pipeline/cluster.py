@@ -3,9 +3,13 @@
 import logging
 import os
 import signal
+import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from storage.errors import UsageError
 
@@ -22,6 +26,7 @@ def start_ray(address: str | None) -> None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
     else:
         options |= {"address": address}
+    threading.excepthook = partial(_leave_out_ray, threading.excepthook)
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
@@ -31,3 +36,9 @@ def start_ray(address: str | None) -> None:
         if address is None:
             raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error
+
+
+def _leave_out_ray(tell: Callable[[threading.ExceptHookArgs], Any], failure: threading.ExceptHookArgs) -> None:
+    """Ray's own threads end with tracebacks when its processes die, of which whoever waits for a result says a word."""
+    if not isinstance(failure.exc_value, RayError):
+        tell(failure)

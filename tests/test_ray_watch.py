@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, VIDX
+from ray.exceptions import RpcError
 
+from pipeline import cluster
 from storage.processes import start_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
@@ -87,6 +90,14 @@ def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
     assert job.returncode == 6, heard
     assert "vidx: Ray's own processes died" in heard.decode()
     assert "Traceback" not in heard.decode()
+
+
+@pytest.mark.parametrize(("failure", "told"), [(RpcError("Connection reset by peer"), []), (KeyError("ours"), [1])])
+def test_what_rays_own_threads_meet_is_not_told_twice(failure, told):
+    heard = []
+    details = threading.ExceptHookArgs((type(failure), failure, None, threading.current_thread()))
+    cluster._leave_out_ray(lambda _: heard.append(1), details)
+    assert heard == told
 
 
 def descendants(pid):
