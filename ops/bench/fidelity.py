@@ -47,6 +47,7 @@ from workers.visionzip import keep_rows
 VIDEOS, MINUTES = 4, 1.0
 TIERS = ((28, 4), (14, 2), (6, 1), (5, 2), (4, 3), (7, 0), (3, 1), (1, 0))  # dominant and contextual rows
 BOTH = ((14, 2), (6, 1), (8, 1), (3, 1))  # of these in float16 too
+REAL_SECONDS = 4.0  # of each real clip
 SAME_IDS = 8  # first tokens of an answer that are compared where none is right
 REFERENCE = ROOT / "tests" / "reference" / "llava-mini-tiny" / "checkpoint"
 REFERENCE_TIERS = ((8, 1), (4, 1), (3, 1), (2, 0), (1, 0))
@@ -196,7 +197,8 @@ def on_nano(folder: Path, seed: int) -> list[dict[str, Any]]:
         share = right[way.name] / right["all patches"]
         value = (
             f"{100 * right[way.name] / len(rows):.1f} % right ({100 * share:.1f} % of all patches'), "
-            f"{100 * same / len(rows):.1f} % the same, {way.byte_count} bytes ({way.byte_count / raw:.3f})"
+            f"{100 * same / len(rows):.1f} % the same, {way.byte_count} bytes ({way.byte_count / raw:.3f}), "
+            f"first word {1e3 * took:.0f} ms"
         )
         made.append(
             figure(
@@ -221,7 +223,10 @@ def on_reference(folder: Path) -> list[dict[str, Any]]:
     archive = indexed(ROOT / "ops" / "samples", folder / "real")
     clips = [row for row in archive.videos() if not Path(row.uri).name.startswith("nano")]
     with Decoder(max_pixels=max(allowed_pixels(row.probe) for row in clips)) as decoder:
-        looks = [look(model, pixels_between(archive, decoder, row, 0.0, 4.0)) for row in clips]
+        looks = []
+        for row in clips:
+            start = archive.frames(row.video_number)[0].time_seconds
+            looks.append(look(model, pixels_between(archive, decoder, row, start, start + REAL_SECONDS)))
     made, exact = [], []
     for way in ways(model, REFERENCE_TIERS):
         given = [answer(model, each, seen, way.inputs(seen), SAME_IDS) for seen in looks for each in REAL_QUESTIONS]
