@@ -259,7 +259,7 @@ class _Run:
             self._give_out(executor)
             for outcome in executor.wait(timeout_seconds=0.5):
                 self._take_in(outcome)
-            if self._examined and self._may_admit(executor):
+            if self._may_admit(executor):
                 self._admit()
             if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
                 self.commit()
@@ -330,6 +330,8 @@ class _Run:
     def _admit(self) -> None:
         """Gives the examined videos their numbers, in one commit, and lines up their segments."""
         examined, self._examined = self._examined, []
+        if not examined:
+            return
         self._last_admission = time.monotonic()
         numbers = self._archive.reserve([(content.video_id, self._sampling) for _, content, _ in examined])
         self._archive.refresh()
@@ -371,8 +373,7 @@ class _Run:
                 self._skip()
             else:
                 self._examined.append((asset, content, probe))
-        if self._examined:
-            self._admit()
+        self._admit()
 
     def _is_done(self, content: Content) -> bool:
         """Whether a row has come since this job began, and leaves nothing to do."""

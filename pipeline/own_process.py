@@ -11,8 +11,7 @@ import signal
 import socket
 import sys
 
-from pipeline.ray_watch import RAY_DIED
-from storage.errors import ClusterError
+from pipeline.ray_watch import RAY_DIED, end_at_once
 from storage.processes import adopt_orphans, kill_children
 from workers.sandbox import die_with_owner
 
@@ -50,11 +49,11 @@ def continue_in_own_process() -> None:
     kill_children()
     code = os.waitstatus_to_exitcode(status)
     if code == 1 and not here.recv(1):
-        _end(RAY_DIED)
+        end_at_once(RAY_DIED)
     if code < 0:
         why = " (out of memory?)" if -code == signal.SIGKILL else ""
         killer = signal.Signals(-code).name
-        _end(f"{killer} ended the job{why}; what was committed stays, run the same command again to go on")
+        end_at_once(f"{killer} ended the job{why}; what was committed stays, run the same command again to go on")
     os._exit(code)
 
 
@@ -63,9 +62,3 @@ def _pass_on(number: int, pid: int) -> None:
         os.kill(pid, number)
     if number == signal.SIGTSTP:
         os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _end(word: str) -> None:
-    sys.stderr.write(f"vidx: {word}\n")
-    sys.stderr.flush()
-    os._exit(ClusterError.exit_code)

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from typing import NoReturn
 
 from storage.errors import ClusterError
 from storage.processes import children, kill_children, start_of
@@ -46,7 +47,12 @@ class RayWatch:
         while not self._over.wait(LOOK_SECONDS):
             self.has_died = self.is_dead()
             if self.has_died and not self._over.wait(GRACE_SECONDS):
-                sys.stderr.write(f"vidx: {RAY_DIED}\n")
-                sys.stderr.flush()
-                kill_children()
-                os._exit(ClusterError.exit_code)
+                end_at_once(RAY_DIED)
+
+
+def end_at_once(word: str) -> NoReturn:
+    """Says why and ends this process with all that it started, whatever it waits for; with a ClusterError's code."""
+    sys.stderr.write(f"vidx: {word}\n")
+    sys.stderr.flush()
+    kill_children()
+    os._exit(ClusterError.exit_code)
