@@ -20,11 +20,10 @@ from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Answer, FrameRef, Moment, WindowAnswer
 from workers.bundle import Bundle
+from workers.engine import ModelOptions, SamplingParams
 from workers.llava_mini import LlavaMini, load_model
 from workers.memory import answer_bytes
 from workers.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
-from workers.quantize import check_quantize
-from workers.shown_frames import SamplingParams
 
 MOMENTS = 8  # asked of the search at least; the best ones fill the frames
 FRAMES_PER_MOMENT = 16  # more frames than so many for each, and more moments are asked for
@@ -103,10 +102,8 @@ class Asker:
         self,
         archive: Archive,
         bundle: Bundle,
-        device: str = "auto",
-        dtype: str = "auto",
+        options: ModelOptions = ModelOptions(),
         cache_bytes: int = CACHE_BYTES,
-        quantize: str | None = None,
         searcher: Searcher | None = None,
     ):
         """Nothing is loaded before the first question.
@@ -114,16 +111,14 @@ class Asker:
         Args:
             archive: what is asked.
             bundle: its model.
-            device, dtype: for the model, as workers.load.choose_device and choose_dtype take them.
+            options: how the model is held.
             cache_bytes: how much to keep of shown frames.
-            quantize: how the LLM's matrices are kept, "8bit" or "4bit"; None for as dtype says.
             searcher: of the same archive and model, where there is one already.
         """
         self._archive = archive
         self._bundle = bundle
-        self._device, self._dtype = device, dtype
+        self._options = options
         self._cache_bytes = cache_bytes
-        self._quantize = check_quantize(quantize)
         self._searcher = searcher or Searcher(archive, bundle)
         self._showings: OrderedDict[tuple, Showing] = OrderedDict()
 
@@ -135,7 +130,8 @@ class Asker:
 
     @cached_property
     def _model(self) -> LlavaMini:
-        return load_model(self._bundle, self._device, self._dtype, self._quantize)
+        how = self._options
+        return load_model(self._bundle, how.device, how.dtype, how.quantized, how.engine, self._cache_bytes)
 
     @cached_property
     def _tokenizer(self):

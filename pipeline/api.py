@@ -181,6 +181,7 @@ class Archive:
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
+        engine: str = "transformers",
         stream: Callable[[str], None] | None = None,
         **where: Any,
     ) -> Answer | None:
@@ -200,13 +201,14 @@ class Archive:
             temperature: above 0, the answer is drawn, by the seed; else the likeliest one is given.
             seed: of the draws.
             device, dtype: for the model; what the first question says holds.
-            quantize: how the LLM's matrices are kept, "8bit" or "4bit"; what the first question says holds.
+            quantize, engine: how the LLM's matrices are kept, "8bit" or "4bit", and what runs it, "transformers" or
+                "vllm"; what the first question says holds.
             stream: gets the answer's text piece by piece.
             where: narrows the archive, as `narrowed` says.
         """
         from pipeline.answer import Asked, Asker, Over  # with torch
         from pipeline.fuse import SOURCES
-        from workers.shown_frames import SamplingParams
+        from workers.engine import ModelOptions, SamplingParams
 
         for name, value, is_right, allowed in (
             ("frames", frames, frames is None or frames >= 1, "show the model at least one, or None for all"),
@@ -220,7 +222,8 @@ class Archive:
             if not is_right:
                 raise UsageError(f"{name}={value!r}: {allowed}")
         if self._asker is None:
-            self._asker = Asker(self._stored, self._bundle, device, dtype, quantize=quantize, searcher=self._searcher)
+            options = ModelOptions(device, dtype, quantize, engine)
+            self._asker = Asker(self._stored, self._bundle, options, searcher=self._searcher)
         sampling = SamplingParams(temperature, seed)
         asked = Asked(frames, fuse, None if over is None else Over(over), anyway, max_tokens, max_words, sampling)
         return self._asker.ask(question, self.narrowed(**where), asked, stream=stream or (lambda piece: None))

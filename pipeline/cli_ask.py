@@ -67,6 +67,13 @@ ask_options = grouped(
         help="Keep the LLM's matrices in 8 or 4 bits (bitsandbytes): a half or a quarter of the memory; as they are.",
     ),
     click.option(
+        "--engine",
+        type=click.Choice(["transformers", "vllm"]),
+        default="transformers",
+        show_default=True,
+        help="What runs the LLM; vLLM (extra vllm) for a GPU that answers many questions.",
+    ),
+    click.option(
         "--address",
         metavar="ADDRESS",
         default=None,
@@ -79,7 +86,7 @@ def asked_of(options: Mapping[str, Any]) -> Any:
     """How a question is to be answered, by the options of `ask_options` and those of `ask` alone."""
     from pipeline.answer import Asked, Over
     from pipeline.search import FRAMES_SHOWN
-    from workers.shown_frames import SamplingParams
+    from workers.engine import SamplingParams
 
     over = options.get("over")
     return Asked(
@@ -95,8 +102,11 @@ def asked_of(options: Mapping[str, Any]) -> Any:
 
 def asker_of(archive: Archive, options: Mapping[str, Any], cache_bytes: int) -> tuple[Asker | RemoteAsker, Bundle]:
     """What answers, by the options of `ask_options` and those of the model; and the archive's model."""
+    from workers.engine import ModelOptions
+
     model = options["model"]
-    place = (options["device"] or "auto", options["dtype"] or "auto", cache_bytes, options["quantize"])
+    place = options["device"] or "auto", options["dtype"] or "auto"
+    how = ModelOptions(*place, options["quantize"], options["engine"])
     if options["address"] is not None:
         from pipeline.address import check_address
 
@@ -104,13 +114,13 @@ def asker_of(archive: Archive, options: Mapping[str, Any], cache_bytes: int) -> 
         from pipeline.cli_print import note
         from pipeline.remote import RemoteAsker
 
-        remote = RemoteAsker(archive, model, options["address"], *place, announce=note)
+        remote = RemoteAsker(archive, model, options["address"], how, cache_bytes, announce=note)
         return remote, remote.bundle
     from pipeline.answer import Asker
     from pipeline.search import bundle_of
 
     bundle = bundle_of(archive, model)
-    return Asker(archive, bundle, *place), bundle
+    return Asker(archive, bundle, how, cache_bytes), bundle
 
 
 @click.command()

@@ -11,8 +11,9 @@ from storage.records import FrameRef, VideoRow
 from workers.content import check_still_there, in_video
 from workers.decode import Decoder, allowed_pixels
 from workers.encode import exact_inputs
+from workers.engine import SamplingParams
 from workers.llava_mini import FusionInputs, LlavaMini, patches_inputs, tokens_inputs
-from workers.shown_frames import SamplingParams, ShownFrames
+from workers.shown_frames import ShownFrames
 
 SOURCES = ("exact", "patches", "tokens")  # of what pre-fusion reads
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together

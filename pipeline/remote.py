@@ -24,6 +24,7 @@ from storage.archive import Archive, open_archive
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.records import Answer, FrameRef
 from workers.bundle import Bundle
+from workers.engine import ModelOptions
 from workers.load import use_cores
 from workers.prompt import Turns
 
@@ -39,10 +40,8 @@ class RemoteAsker:
         archive: Archive,
         model: str | None,
         address: str,
-        device: str,
-        dtype: str,
+        options: ModelOptions,
         cache_bytes: int,
-        quantize: str | None,
         announce: Callable[[str], None],
     ):
         """Joins the cluster and starts the worker.
@@ -51,8 +50,8 @@ class RemoteAsker:
             archive: what is asked; its folder is under the same path on the cluster.
             model: where the archive's model lies there; None for the one that made it.
             address: the cluster's.
-            device: for the model; "auto" is a GPU where the cluster has one.
-            dtype, cache_bytes, quantize: as Asker takes them.
+            options: how the model is held there; device "auto" is a GPU where the cluster has one.
+            cache_bytes: as Asker takes it.
             announce: hears when the worker has to wait for others to end.
         Raises:
             UsageError: no cluster is there, or no such archive or model on it.
@@ -62,13 +61,13 @@ class RemoteAsker:
         self._address = address
         self._numbers = itertools.count()
         have = ray.cluster_resources()
-        gpus = min(1, int(have.get("GPU", 0))) if device != "cpu" else 0
-        if device == "cuda" and not gpus:
+        gpus = min(1, int(have.get("GPU", 0))) if options.device != "cpu" else 0
+        if options.device == "cuda" and not gpus:
             raise UsageError("--device cuda: Ray finds no GPU on this cluster; use --device cpu")
         cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
-        options = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
-        settings = (cores, archive.uri, model, device, dtype, cache_bytes, quantize)
-        self._worker = ray.remote(**options)(_Answerer).remote(*settings)
+        place = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
+        settings = (cores, archive.uri, model, options, cache_bytes)
+        self._worker = ray.remote(**place)(_Answerer).remote(*settings)
         found = self._worker.bundle.remote()
         if not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
             needs = "a GPU" if gpus else f"{cores} free cores"
@@ -149,11 +148,11 @@ class _Answerer:
 
     def bundle(self) -> Bundle:
         """The archive's model, found; not in the constructor, so that its errors reach the user as they are."""
-        uri, model, *place = self._settings
+        uri, model, *how = self._settings
         archive = open_archive(uri)
         bundle = bundle_of(archive, model)
         use_cores(self._cores)
-        self._asker = Asker(archive, bundle, *place)
+        self._asker = Asker(archive, bundle, *how)
         return bundle
 
     def call(self, number: int, name: str, arguments: tuple, others: dict[str, Any]) -> Any:

@@ -12,9 +12,9 @@ from pipeline.filter import Filter
 from storage.archive import open_archive
 from storage.errors import UsageError
 from workers.bundle import find_bundle
+from workers.engine import ModelOptions, SamplingParams
 from workers.memory import MASK_BYTES, PREFILL_ROWS, answer_bytes, rows_at_once
 from workers.prompt import frames_that_fit, load_tokenizer, prompt_ids
-from workers.shown_frames import SamplingParams
 
 CLIP = "nano_scenes_1.mp4"
 CONTEXT = 96  # tokens, of a model that is nano otherwise
@@ -38,12 +38,12 @@ def narrow(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asker(archive):
-    return Asker(archive, find_bundle("nano"), "cpu")
+    return Asker(archive, find_bundle("nano"), ModelOptions("cpu"))
 
 
 @pytest.fixture(scope="module")
 def narrow_asker(archive, narrow):
-    return Asker(archive, find_bundle(str(narrow)), "cpu")
+    return Asker(archive, find_bundle(str(narrow)), ModelOptions("cpu"))
 
 
 @pytest.fixture
@@ -193,13 +193,15 @@ def test_draws_follow_from_the_seed(asker, clip):
 
 
 def test_a_second_question_gets_what_it_would_get_alone(archive, clip):
-    kept, alone = Asker(archive, find_bundle("nano"), "cpu"), None
+    kept, alone = Asker(archive, find_bundle("nano"), ModelOptions("cpu")), None
     questions = ("What is there?", "Where is the tent?", "How many cows are there?", "Is there a dog?")
     for fuse in ("exact", "patches", "tokens"):
         within = Filter(clip.video, 1.0, 5.0)
         for question in questions:
             answer = kept.ask(question, within, Asked(fuse=fuse))
-            alone = Asker(archive, find_bundle("nano"), "cpu", cache_bytes=0).ask(question, within, Asked(fuse=fuse))
+            alone = Asker(archive, find_bundle("nano"), ModelOptions("cpu"), cache_bytes=0).ask(
+                question, within, Asked(fuse=fuse)
+            )
             assert (answer.text, answer.fuse) == (alone.text, fuse)
             again = question != questions[0]
             assert (answer.video_bytes_read == 0) == (again or fuse != "exact")
@@ -207,7 +209,7 @@ def test_a_second_question_gets_what_it_would_get_alone(archive, clip):
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first(archive, clip):
-    asker = Asker(archive, find_bundle("nano"), "cpu")
+    asker = Asker(archive, find_bundle("nano"), ModelOptions("cpu"))
     ranges = [Filter(clip.video, float(start), start + 2.0) for start in (1, 10, 20)]
     for within in ranges:
         asker.ask("What is there?", within, Asked(fuse="tokens"))

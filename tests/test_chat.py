@@ -18,6 +18,7 @@ from pipeline.chat import Conversation
 from pipeline.filter import Filter
 from storage.archive import open_archive
 from workers.bundle import find_bundle
+from workers.engine import ModelOptions
 from workers.prompt import build_prompt, load_tokenizer, prompt_ids
 
 TINY = Path(__file__).parent / "reference" / "llava-mini-tiny" / "checkpoint"
@@ -31,7 +32,7 @@ def archive(samples_archive):
 
 @pytest.fixture(scope="module")
 def asker(archive):
-    return Asker(archive, find_bundle("nano"), "cpu")
+    return Asker(archive, find_bundle("nano"), ModelOptions("cpu"))
 
 
 class Talk:

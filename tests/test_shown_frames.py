@@ -10,9 +10,10 @@ from storage.errors import VideoProblem
 from storage.records import Reason
 from workers.bundle import find_bundle
 from workers.encode import encode_pixels, exact_inputs
+from workers.engine import SamplingParams
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
 from workers.prompt import PLACEHOLDER_ID
-from workers.shown_frames import SamplingParams, ShownFrames, prefusion_row_bytes
+from workers.shown_frames import ShownFrames, prefusion_row_bytes
 
 PLENTY = 1 << 40
 CLOSE = 2e-5  # float32 sums in another order; the published logits are met to 5e-5
@@ -66,7 +67,7 @@ def test_answers_are_the_published_ones_question_after_question(reference, most_
     shown = Shown(reference, most_bytes)
     for case in [*shown.cases, *reversed(shown.cases)]:
         golden = shown.golden[case["tensor_prefix"] + "step_logits"]
-        np.testing.assert_allclose(shown.frames.read(case["input_ids"]), golden[0], atol=5e-5)
+        np.testing.assert_allclose(shown.frames.read(case["input_ids"]).logits, golden[0], atol=5e-5)
         stop = next((i for i, token in enumerate(case["generated_ids"]) if token in (503, 505, 508)), 12)
         assert list(shown.frames.reply(case["input_ids"], 12)) == case["generated_ids"][:stop]
     assert shown.asked == (1 if most_bytes else 4 * len(shown.cases))
@@ -79,8 +80,8 @@ def test_a_further_prompt_gives_what_it_would_give_alone(reference, name, most_b
     first = shown.cases[0]["input_ids"]
     shown.frames.read(first)
     ids = variants(first)[name]
-    np.testing.assert_allclose(shown.frames.read(ids), shown.whole(ids), atol=CLOSE)
-    np.testing.assert_allclose(shown.frames.read(first), shown.whole(first), atol=CLOSE)
+    np.testing.assert_allclose(shown.frames.read(ids).logits, shown.whole(ids), atol=CLOSE)
+    np.testing.assert_allclose(shown.frames.read(first).logits, shown.whole(first), atol=CLOSE)
 
 
 def test_a_further_question_computes_its_own_words_alone(reference):
@@ -135,7 +136,7 @@ def test_an_answer_that_is_broken_off_leaves_no_trace(reference):
     list(islice(answer, 2))
     answer.close()
     longer = [*ids, 5, 6]
-    np.testing.assert_allclose(shown.frames.read(longer), shown.whole(longer), atol=CLOSE)
+    np.testing.assert_allclose(shown.frames.read(longer).logits, shown.whole(longer), atol=CLOSE)
 
 
 def test_a_video_that_fails_on_the_way_leaves_nothing_half_done(reference):
@@ -151,14 +152,14 @@ def test_a_video_that_fails_on_the_way_leaves_nothing_half_done(reference):
     with pytest.raises(VideoProblem):
         shown.frames.read(ids)
     shown.frames._inputs = works
-    np.testing.assert_allclose(shown.frames.read(ids), shown.whole(ids), atol=CLOSE)
+    np.testing.assert_allclose(shown.frames.read(ids).logits, shown.whole(ids), atol=CLOSE)
 
 
 def test_a_long_prompt_goes_in_in_pieces(reference, monkeypatch):
     shown = Shown(reference)
     ids = shown.cases[0]["input_ids"]
     monkeypatch.setattr("workers.memory.PREFILL_ROWS", 5)
-    np.testing.assert_allclose(shown.frames.read(ids), shown.whole(ids), atol=CLOSE)
+    np.testing.assert_allclose(shown.frames.read(ids).logits, shown.whole(ids), atol=CLOSE)
 
 
 def test_drawn_answers_follow_from_the_seed():

@@ -25,7 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRotaryEmbedding,
@@ -37,6 +37,7 @@ from storage.errors import UsageError
 from storage.records import PatchRows
 from workers.bundle import Bundle
 from workers.clip import ClipTower, load_tower
+from workers.engine import Engine, EngineName, SamplingParams, TransformersEngine
 from workers.load import build_empty, check_tensors, choose_device, choose_dtype, fill
 from workers.prompt import PLACEHOLDER_ID, PromptTokenizer, load_tokenizer
 from workers.quantize import Quantize, quantize_matrices
@@ -100,11 +101,17 @@ class VisionPart:
 
 @dataclass(frozen=True, repr=False)
 class LlavaMini:
-    """The whole model, loaded: the vision part and the LLM that answers."""
+    """The whole model, loaded: the vision part, and the LLM that answers with what runs it."""
 
     vision: VisionPart
-    llm: LlamaForCausalLM
+    embed_tokens: nn.Embedding
+    engine: Engine
     tokenizer: PromptTokenizer
+
+    @property
+    def llm(self) -> LlamaForCausalLM:
+        """The LLM itself, which transformers' engine alone can show."""
+        return self.engine.llm
 
     def __repr__(self) -> str:
         return f"LlavaMini({self.vision!r})"
@@ -146,7 +153,12 @@ def load_vision(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> Vi
 
 
 def load_model(
-    bundle: Bundle, device: str = "auto", dtype: str = "auto", quantize: Quantize | None = None
+    bundle: Bundle,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: Quantize | None = None,
+    engine: str = EngineName.TRANSFORMERS,
+    kept_bytes: int = 0,
 ) -> LlavaMini:
     """The whole model.
 
@@ -154,12 +166,21 @@ def load_model(
         bundle: where it lies.
         device, dtype: as choose_device and choose_dtype take them.
         quantize: how the LLM's matrices are kept; None for as dtype says.
+        engine: what runs the LLM.
+        kept_bytes: of keys and values that vLLM may keep beyond those of one whole context.
     Raises:
-        UsageError: a key is missing, extra or misshapen, or the tokenizer cannot be used.
+        UsageError: a key is missing, extra or misshapen, the tokenizer cannot be used, or the engine cannot run it.
     """
     tokenizer = load_tokenizer(bundle)
     vision, llm = _load(bundle, device, dtype)
-    tensors, whole = list_tensors(bundle.directory), {"": llm}
+    tensors = list_tensors(bundle.directory)
+    if engine == EngineName.VLLM:
+        from workers.vllm_engine import VllmEngine  # with vLLM
+
+        fill(tensors, {"model.embed_tokens.": llm.model.embed_tokens}, vision.device, vision.dtype)
+        running = VllmEngine(bundle, llm.config, vision.device, vision.dtype, kept_bytes)
+        return LlavaMini(vision, llm.model.embed_tokens, running, tokenizer)
+    whole = {"": llm}
     if quantize is not None:
         whole = {"model.embed_tokens.": llm.model.embed_tokens, "model.norm.": llm.model.norm, "lm_head.": llm.lm_head}
         if llm.config.tie_word_embeddings:
@@ -171,7 +192,7 @@ def load_model(
     if llm.config.tie_word_embeddings:
         llm.lm_head.weight = llm.model.embed_tokens.weight
     llm.model.rotary_emb = vision.rotary
-    return LlavaMini(vision, llm, tokenizer)
+    return LlavaMini(vision, llm.model.embed_tokens, TransformersEngine(llm, bundle.config.eos_ids), tokenizer)
 
 
 def _load(bundle: Bundle, device_name: str, dtype_name: str) -> tuple[VisionPart, LlamaForCausalLM]:
@@ -525,7 +546,7 @@ def precise_attention(vision: VisionPart) -> AbstractContextManager[None]:
 
 def embed_text(model: LlavaMini, ids: Sequence[int]) -> Tensor:
     """The LLM's embeddings of ids, those below 0 as id 0: (L, H)."""
-    return model.llm.model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=model.vision.device).clamp(min=0))
+    return model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=model.vision.device).clamp(min=0))
 
 
 def frames_at_once(vision: VisionPart, row_count: int) -> int:
@@ -558,23 +579,21 @@ def answer_embeds(model: LlavaMini, ids: Sequence[int], fused: Tensor, frame_tok
 
 def generate(model: LlavaMini, embeds: Tensor, max_new_tokens: int) -> Iterator[int]:
     """Greedy decoding, id by id, up to an end token (not yielded) or max_new_tokens."""
-    eos_ids = model.vision.bundle.config.eos_ids
-    for _, logits in zip(range(max_new_tokens), greedy_logits(model, embeds), strict=False):
-        token = int(logits.argmax())
-        if token in eos_ids:
-            return
-        yield token
+    context = model.engine.context()
+    context.add(embeds)
+    yield from context.reply(max_new_tokens, SamplingParams())
 
 
 def greedy_logits(model: LlavaMini, embeds: Tensor) -> Iterator[Tensor]:
-    """The logits, (V,), of one step after another, each step continuing with the best token; endless."""
-    cache = DynamicCache(config=model.llm.config)
+    """The logits, (V,), of one step after another, each step continuing with the best token; endless.
+
+    The engine has to be transformers'.
+    """
+    context = model.engine.context()
+    context.add(embeds)
     while True:
-        with torch.inference_mode():
-            output = model.llm(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = output.logits[0, -1]  # (V,)
-            embeds = model.llm.model.embed_tokens(logits.argmax()[None, None])  # (1, 1, H)
-        yield logits
+        yield context.logits
+        context.say(int(context.logits.argmax()))
 
 
 def _to_device(vision: VisionPart, values: np.ndarray) -> Tensor:

@@ -6,7 +6,7 @@ alignment.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,16 +92,22 @@ def fill(
     tensors: Mapping[str, TensorEntry], modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Gives checked modules (prefix -> module) their weights, one tensor in flight at a time."""
-    by_file: dict[Path, list[tuple[nn.Module, str, str]]] = {}
-    for prefix, module in modules.items():
-        for key, _ in _state(module):
-            name = f"{prefix}{key}"
-            by_file.setdefault(tensors[name].path, []).append((module, key, name))
-    for path, wanted in by_file.items():
+    places = {f"{prefix}{key}": (module, key) for prefix, module in modules.items() for key, _ in _state(module)}
+    for name, value in tensor_values({name: tensors[name] for name in places}):
+        module, key = places[name]
+        value = value.to(device=device, dtype=dtype, copy=True)
+        module.load_state_dict({key: value}, strict=False, assign=True)
+
+
+def tensor_values(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values, file by file, each value a view of the mapped file as long as that is open."""
+    by_file: dict[Path, list[str]] = {}
+    for name, entry in tensors.items():
+        by_file.setdefault(entry.path, []).append(name)
+    for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
-            for module, key, name in wanted:
-                value = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-                module.load_state_dict({key: value}, strict=False, assign=True)
+            for name in names:
+                yield name, file.get_tensor(name)
 
 
 def _state(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

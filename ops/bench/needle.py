@@ -32,6 +32,7 @@ from storage.cells import read_compressor_out, read_keys, read_patches, read_tok
 from storage.files import source_text
 from storage.records import FrameRef, TokenBatch
 from storage.vectors import update_index
+from workers.engine import ModelOptions
 
 SIZES = (1_000, 3_000, 10_000)
 VIDEOS, MINUTES, FPS = 16, 5.0, 6
@@ -147,7 +148,7 @@ def main() -> None:
             chosen, seconds, absent = hide(frames, size, np.random.default_rng([options.seed, size, number]))
             place = options.folder / f"hay-{options.seed}-{size}-{number}"
             archive = open_archive(str(place)) if (place / "archive.json").exists() else haystack(source, chosen, place)
-            asker = Asker(archive, bundle_of(archive, None), "cpu")
+            asker = Asker(archive, bundle_of(archive, None), ModelOptions("cpu"))
             one = retrieved(asker, seconds, absent)
             found, wrong = found + one["found"], wrong + one["wrong"]
             if not whole:

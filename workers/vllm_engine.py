@@ -1,0 +1,234 @@
+"""The LLM run by vLLM, which takes rows of embeddings too (arXiv 2309.06180): for a GPU that answers many questions.
+
+Keys and values lie in pages that all contexts share, and rows that a context begins with are found there again by
+their content. It runs in this process; the vision part and pre-fusion stay with us.
+"""
+
+import itertools
+import logging
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from storage.errors import UsageError
+from workers.bundle import Bundle
+from workers.engine import EngineName, SamplingParams
+from workers.load import tensor_values
+from workers.weights import TensorEntry, list_tensors
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+
+LOAD_FORMAT = "vidx"  # by which vLLM knows how to load a bundle's LLM
+LLM_KEYS = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+# For activations: of pre-fusion, and of vLLM, which takes in some thousand rows at once.
+_WORKING_BYTES = {"cpu": 1 << 30, "cuda": 6 << 30}
+_SPARE_ROWS = 256  # of two pages of keys and values: a context's last one may be nearly empty, and one is never used
+_QUIET = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # it runs in this process, which knows how to load a bundle
+    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+
+
+class VllmEngine:
+    """vLLM with a bundle's LLM."""
+
+    def __init__(
+        self, bundle: Bundle, settings: LlamaConfig, device: torch.device, dtype: torch.dtype, kept_bytes: int
+    ):
+        """Loads the LLM.
+
+        Args:
+            bundle: where it lies; its tensors were checked.
+            settings: of its blocks.
+            device, dtype: where and how it computes.
+            kept_bytes: of keys and values beyond those of one whole context, for further questions.
+        Raises:
+            UsageError: vLLM cannot run this model here, or there is not the memory for it.
+        """
+        self.eos_ids = bundle.config.eos_ids
+        self.name = bundle.name
+        self._numbers = itertools.count()
+        tensors = {name: entry for name, entry in list_tensors(bundle.directory).items() if name.startswith(LLM_KEYS)}
+        row_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim * dtype.itemsize
+        wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
+        with _vllm(self.name, device):
+            free, total = _memory(device)
+            weights = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
+            page_bytes = min(wanted, free - weights - _WORKING_BYTES[device.type])
+            self.most_rows = min(bundle.context_length, page_bytes // row_bytes - _SPARE_ROWS)
+            if self.most_rows < _SPARE_ROWS:
+                raise UsageError(
+                    f"--engine {EngineName.VLLM}: the weights of {self.name} and what is computed with them leave no "
+                    f"memory on {device} for keys and values; --engine {EngineName.TRANSFORMERS} takes --quantize"
+                )
+            _register_loader(tensors)
+            self._llm = _start(settings, device, dtype, self.most_rows, page_bytes, free / total)
+            trial = torch.zeros(1, settings.hidden_size, dtype=dtype)  # some sizes fail in the first step only
+            list(self.reply(trial, 1, SamplingParams()))
+
+    def context(self) -> "VllmContext":
+        """One without rows."""
+        return VllmContext(self)
+
+    def reply(self, rows: Tensor, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
+        """The answer to rows, (S, H), id by id, as Context.reply."""
+        from vllm import SamplingParams as VllmSampling
+        from vllm.sampling_params import RequestOutputKind
+
+        params = VllmSampling(
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            max_tokens=most_tokens,
+            stop_token_ids=list(self.eos_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        number = str(next(self._numbers))
+        prompt = self._llm.renderer.render_cmpl([{"prompt_embeds": rows}])[0]
+        self._llm.add_request(number, prompt, params)
+        try:
+            while self._llm.has_unfinished_requests():
+                for output in self._llm.step():
+                    for token in output.outputs[0].token_ids:
+                        if token in self.eos_ids:
+                            return
+                        yield token
+        finally:
+            self._llm.abort_request([number])
+
+
+class VllmContext:
+    """Rows as they are; their keys and values are vLLM's to keep."""
+
+    def __init__(self, engine: VllmEngine):
+        self._engine = engine
+        self._rows: Tensor | None = None  # (S, H), in the computer's memory
+
+    @property
+    def row_count(self) -> int:
+        """S."""
+        return 0 if self._rows is None else len(self._rows)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the rows."""
+        return 0 if self._rows is None else self._rows.nbytes
+
+    def add(self, embeds: Tensor) -> None:
+        """Some more rows, (1, S, H)."""
+        new = embeds[0].cpu()
+        self._rows = new if self._rows is None else torch.cat([self._rows, new])
+
+    def keep(self, row_count: int) -> None:
+        """Forgets all but the first so many rows."""
+        self._rows = self._rows[:row_count]
+
+    def reply(self, most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
+        """The answer to the rows, id by id, up to an end token (not yielded) or so many.
+
+        Raises:
+            UsageError: there is no memory for so long a context.
+        """
+        if self.row_count + most_tokens > self._engine.most_rows:
+            raise UsageError(
+                f"{self.row_count} tokens of frames and question and an answer of {most_tokens} (--max-tokens) need "
+                f"more memory than is left beside {self._engine.name}, which holds {self._engine.most_rows} tokens; "
+                f"show fewer frames (--frames, --over), or take --engine {EngineName.TRANSFORMERS}"
+            )
+        yield from self._engine.reply(self._rows, most_tokens, sampling)
+
+
+def _start(
+    settings: LlamaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    most_rows: int,
+    page_bytes: int,
+    memory_share: float,
+) -> "LLMEngine":
+    from vllm import EngineArgs, LLMEngine
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = LlamaConfig(**settings.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+        settings.save_pretrained(directory)
+        return LLMEngine.from_engine_args(
+            EngineArgs(
+                model=directory,
+                load_format=LOAD_FORMAT,
+                skip_tokenizer_init=True,
+                enable_prompt_embeds=True,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=most_rows,
+                max_num_seqs=1,
+                kv_cache_memory_bytes=page_bytes,
+                gpu_memory_utilization=min(0.95, memory_share),
+                enforce_eager=device.type == "cpu",  # compiling takes minutes there
+                disable_log_stats=True,
+            )
+        )
+
+
+def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
+    """Has vLLM load these tensors: it knows neither the published layout nor what else lies in its files."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class Loader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """All is here."""
+
+        def load_weights(self, model: nn.Module, model_config: Any) -> None:
+            model.load_weights(tensor_values(tensors))
+
+    register_model_loader(LOAD_FORMAT)(Loader)
+
+
+@contextmanager
+def _vllm(name: str, device: torch.device) -> Iterator[None]:
+    """vLLM, quiet, and on the right kind of device; why it does not start, in one line."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    if device.type == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it takes one thread
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until it has read the variables
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, on torch's older names
+        try:
+            from vllm.platforms import current_platform
+
+            if current_platform.device_type != device.type:
+                raise UsageError(
+                    f"--engine {EngineName.VLLM}: the installed vLLM computes on "
+                    f"{current_platform.device_type or 'another device'}, not on {device.type}; use --device, or "
+                    f"--engine {EngineName.TRANSFORMERS}"
+                )
+            yield
+        except UsageError:
+            raise
+        except Exception as error:  # of whatever class: it comes from a model's sizes, a kernel or a driver
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(
+                f"--engine {EngineName.VLLM}: vLLM cannot run {name} here: {reason}; --engine "
+                f"{EngineName.TRANSFORMERS} can"
+            ) from error
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, and all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    import psutil  # comes with vLLM
+
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
