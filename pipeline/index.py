@@ -166,11 +166,15 @@ def run_index(
     return result
 
 
-def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]) -> list[VideoRow]:
-    """Indexes videos once more, each with the settings of its row; returns those that are still not whole.
+def index_again(
+    archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]
+) -> list[tuple[VideoRow, Problem]]:
+    """Indexes videos once more, each with the settings of its row.
 
     Those whose files are gone, or hold something else now, stay as they are.
 
+    Returns:
+        Those that are still not whole, and why.
     Raises:
         UsageError: the archive's model is not at hand.
         KeyboardInterrupt: after what is finished has been committed.
@@ -178,7 +182,8 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
     bundle = find_bundle(archive.model_name)
     archive.check_model(bundle.model_id, bundle.name)
     hashes = HashCache()
-    there = [row for row in rows if _is_there(row, hashes)]
+    away = {row.video_id: problem for row in rows if (problem := _away(row, hashes)) is not None}
+    there = [row for row in rows if row.video_id not in away]
     for text in sorted({row.sampling for row in there}):
         rows_alike = [row for row in there if row.sampling == text]
         assets = [VideoAsset(row.uri, row.captured_at, row.tags) for row in rows_alike]
@@ -187,15 +192,18 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
         if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
             raise KeyboardInterrupt
-    whole = {row.video_id for row in archive.videos() if row.problem is None}
-    return [row for row in rows if row.video_id not in whole]
+    found = {row.video_id: row.problem for row in archive.videos()} | away
+    return [(row, problem) for row in rows if (problem := found.get(row.video_id)) is not None]
 
 
-def _is_there(row: VideoRow, hashes: HashCache) -> bool:
+def _away(row: VideoRow, hashes: HashCache) -> Problem | None:
+    """Why a video cannot be read where it was; None where it can."""
     try:
-        return identify(local_path(row.uri), hashes).video_id == row.video_id
-    except VideoProblem:
-        return False
+        if identify(local_path(row.uri), hashes).video_id == row.video_id:
+            return None
+    except VideoProblem as problem:
+        return Problem(problem.reason, problem.detail)
+    return Problem(Reason.CHANGED, "the file holds something else now")
 
 
 def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choice: Choice) -> WorkerSettings:
