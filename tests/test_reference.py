@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from pipeline.api import Archive
 from workers import visionzip
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -32,6 +34,34 @@ def test_every_reference_tensor_is_met(name, at_least):
     assert (code, report["ok"]) == (0, True)
     assert len(report["tensors"]) >= at_least
     assert max(tensor["max_abs_diff"] for tensor in report["tensors"]) <= 5e-5
+
+
+@pytest.mark.parametrize("name", ["llava-mini-tiny", "llava-mini-tiny-c2-hd"])
+def test_index_and_ask_give_the_published_answers(name, vidx, tmp_path):
+    golden = load_file(REFERENCE / name / "golden.safetensors")
+    about = json.loads((REFERENCE / name / "golden.json").read_text(encoding="utf-8"))
+    cases = [case for case in about["cases"] if case["kind"] == "video"]
+    videos, place = tmp_path / "videos", str(tmp_path / "archive")
+    videos.mkdir()
+    for video in {case["name"] for case in cases}:
+        write_lossless(videos / f"{video}.mkv", golden[f"video.{video}.frames_u8"])
+    made = vidx("index", str(videos), "--archive", place, "--model", str(REFERENCE / name / "checkpoint"), "--fps", "1")
+    assert made.code == 0, made.err
+    archive = Archive.open(place)
+    for case in cases:
+        limits = {"frames": None, "max_tokens": len(case["generated_ids"])}
+        answer = archive.ask(case["question"], video=f"{case['name']}.mkv", fuse="exact", dtype="float32", **limits)
+        assert (answer.text, answer.fuse, answer.frame_count) == (case["generated_text"], "exact", case["frames"])
+
+
+def write_lossless(path: Path, frames: np.ndarray) -> None:
+    """A video of one frame a second, (T, h, w, 3) uint8, whose decoded pixels are these."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 @pytest.mark.parametrize("tower", ["clip-16", "clip-64"])
