@@ -20,7 +20,7 @@ from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Answer, FrameRef, Moment, WindowAnswer
 from workers.bundle import Bundle
-from workers.engine import ModelOptions, SamplingParams
+from workers.engine import EngineName, ModelOptions, SamplingParams
 from workers.llava_mini import LlavaMini, load_model
 from workers.memory import answer_bytes
 from workers.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
@@ -114,9 +114,12 @@ class Asker:
             options: how the model is held.
             cache_bytes: how much to keep of shown frames.
             searcher: of the same archive and model, where there is one already.
+        Raises:
+            UsageError: what the options need is not installed.
         """
         self._archive = archive
         self._bundle = bundle
+        options.check_installed()
         self._options = options
         self._cache_bytes = cache_bytes
         self._searcher = searcher or Searcher(archive, bundle)
@@ -130,8 +133,15 @@ class Asker:
 
     @cached_property
     def _model(self) -> LlavaMini:
-        how = self._options
-        return load_model(self._bundle, how.device, how.dtype, how.quantized, how.engine, self._cache_bytes)
+        return load_model(self._bundle, self._options, self._cache_bytes)
+
+    @cached_property
+    def _held(self) -> Bundle:
+        """The bundle, with the context that there is memory for where its engine reserves it."""
+        if self._options.engine == EngineName.TRANSFORMERS:
+            return self._bundle
+        rows = min(self._bundle.context_length, self._model.engine.most_rows)
+        return replace(self._bundle, config=replace(self._bundle.config, context_length=rows))
 
     @cached_property
     def _tokenizer(self):
@@ -198,7 +208,7 @@ class Asker:
             UsageError: more frames than the model's context holds.
         """
         ids = prompt_ids(self._tokenizer, question, history)
-        room, count, over = frames_that_fit(self._bundle, ids, asked.most_tokens), len(chosen.frames), asked.over
+        room, count, over = frames_that_fit(self._held, ids, asked.most_tokens), len(chosen.frames), asked.over
         if count <= room:
             return self._answer(question, ids, chosen, asked, stream, announce)
         if over is None and asked.frame_limit is not None and self._holds(ids, count, asked):
@@ -219,7 +229,7 @@ class Asker:
     def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
         """Whether the model's context holds all of it."""
         ids = prompt_ids(self._tokenizer, question, history)
-        return len(chosen.frames) <= frames_that_fit(self._bundle, ids, asked.most_tokens)
+        return len(chosen.frames) <= frames_that_fit(self._held, ids, asked.most_tokens)
 
     def best_score(self, question: str, frames: Sequence[FrameRef]) -> tuple[float, float]:
         """How well a question fits the best of some frames, and from what score on it counts as found."""
@@ -278,7 +288,8 @@ class Asker:
         stream: Callable[[str], None],
         announce: Callable[[str], None],
     ) -> Answer:
-        needed = answer_bytes(self._bundle, context_needed(self._bundle, ids, len(chosen.frames), asked.most_tokens))
+        rows = context_needed(self._bundle, ids, len(chosen.frames), asked.most_tokens)
+        needed = answer_bytes(self._bundle, rows, is_reserved=self._options.engine == EngineName.VLLM)
         if len(chosen.frames) >= MANY_FRAMES:
             announce(f"{len(chosen.frames)} frames: about {needed / 1e9:.2g} GB of memory besides the model")
         showing = self._showing(chosen.frames, asked)
@@ -353,11 +364,11 @@ class Asker:
         heard = "\n".join(lines)
         last_question = f"{question}\n{HEARD}\n{heard}"
         ids = prompt_ids(self._tokenizer, last_question)
-        room = frames_that_fit(self._bundle, ids, asked.most_tokens)
+        room = frames_that_fit(self._held, ids, asked.most_tokens)
         if not room:
             raise UsageError(
                 f"the answers of {len(lines)} windows with the question and an answer of {asked.most_tokens} tokens "
-                f"(--max-tokens) do not fit the {self._bundle.context_length} tokens of {self._bundle.name}'s context; "
+                f"(--max-tokens) do not fit the {self._held.context_length} tokens of {self._bundle.name}'s context; "
                 "narrow with --video, --from and --to, or ask for shorter answers with --max-words"
             )
         fewer = _evenly(chosen.frames, min(room, FRAMES_SHOWN))
@@ -381,10 +392,10 @@ class Asker:
 
     def _holds(self, ids: Sequence[int], frame_count: int, asked: Asked) -> bool:
         """Whether the context does, whatever the model was trained on."""
-        return context_needed(self._bundle, ids, frame_count, asked.most_tokens) <= self._bundle.context_length
+        return context_needed(self._held, ids, frame_count, asked.most_tokens) <= self._held.context_length
 
     def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int) -> str:
-        bundle = self._bundle
+        bundle = self._held
         needed, fit = context_needed(bundle, ids, frame_count, most_tokens), frames_that_fit(bundle, ids, most_tokens)
         trained = f" and was trained on at most {fit} frames" if fit == bundle.card.most_frames else ""
         return (

@@ -11,7 +11,7 @@ import click
 from pipeline.cli_options import archive_option, archive_uri, json_option
 
 if TYPE_CHECKING:
-    from storage.records import Problem, VideoRow
+    from storage.records import VideoRow
     from storage.verify import Fault
 
 
@@ -69,7 +69,6 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     from pipeline.index import index_again
     from storage.archive import open_archive
     from storage.files import source_text
-    from storage.records import Reason
     from storage.repair import repair as repair_archive
 
     uri = archive_uri(archive_dir)
@@ -78,7 +77,7 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
         note(line)
     if not as_json:
         _print_faults(done.found.faults)
-    incomplete: Sequence[tuple[VideoRow, Problem | None]] = [(row, row.problem) for row in done.to_index]
+    incomplete: Sequence[VideoRow] = done.to_index
     if done.to_index and not no_index:
         incomplete = index_again(open_archive(uri), done.to_index, lambda progress: None)
     if as_json:
@@ -87,8 +86,8 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
                 "faults": [_fault_json(fault) for fault in done.found.faults],
                 "notes": list(done.notes),
                 "videos_damaged": len(done.to_index),
-                "videos_incomplete": [row.uri for row, _ in incomplete],
-                "problems": [_problem_json(row, why) for row, why in incomplete if why],
+                "videos_incomplete": [row.uri for row in incomplete],
+                "problems": [_problem_json(row) for row in incomplete],
                 "rows_lost": done.rows_lost,
                 "faults_left": [_fault_json(fault) for fault in done.left],
             }
@@ -98,10 +97,9 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
         whole = len(done.to_index) - len(incomplete)
         not_whole = len(incomplete) + done.rows_lost
         if not no_index:
-            for row, why in incomplete:
-                away = why.reason in (Reason.VANISHED, Reason.CHANGED)
-                mend = "; put it back, and run `vidx index` on it" if away else ""
-                note(f"{source_text(row.uri)}: not whole: {why.reason}: {why.detail}{mend}")
+            for row in incomplete:
+                mend = "; once that is mended, `vidx index` on it completes it" if row.problem.reason.may_pass else ""
+                note(f"{source_text(row.uri)}: not whole: {row.problem.reason}: {row.problem.detail}{mend}")
         ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
         click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
         if done.left:
@@ -188,10 +186,10 @@ def _report(done: int, total: int) -> None:
         click.echo(f"\r{done}/{total} files", err=True, nl=done == total)
 
 
-def _problem_json(row: VideoRow, why: Problem) -> dict:
+def _problem_json(row: VideoRow) -> dict:
     from storage.files import source_text
 
-    return {"source": source_text(row.uri), "reason": str(why.reason), "detail": why.detail}
+    return {"source": source_text(row.uri), "reason": str(row.problem.reason), "detail": row.problem.detail}
 
 
 def _fault_json(fault: Fault) -> dict:

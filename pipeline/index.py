@@ -166,15 +166,13 @@ def run_index(
     return result
 
 
-def index_again(
-    archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]
-) -> list[tuple[VideoRow, Problem]]:
+def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]) -> list[VideoRow]:
     """Indexes videos once more, each with the settings of its row.
 
     Those whose files are gone, or hold something else now, stay as they are.
 
     Returns:
-        Those that are still not whole, and why.
+        Those that are still not whole, their problem being why.
     Raises:
         UsageError: the archive's model is not at hand.
         KeyboardInterrupt: after what is finished has been committed.
@@ -192,8 +190,10 @@ def index_again(
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
         if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
             raise KeyboardInterrupt
-    found = {row.video_id: row.problem for row in archive.videos()} | away
-    return [(row, problem) for row in rows if (problem := found.get(row.video_id)) is not None]
+    problems = (
+        {row.video_id: row.problem for row in rows} | {row.video_id: row.problem for row in archive.videos()} | away
+    )
+    return [replace(row, problem=problem) for row in rows if (problem := problems[row.video_id]) is not None]
 
 
 def _away(row: VideoRow, hashes: HashCache) -> Problem | None:

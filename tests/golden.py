@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from workers.bundle import find_bundle
+from workers.engine import ModelOptions
 from workers.llava_mini import LlavaMini, load_model
 from workers.preprocess import resize_nearest
 
@@ -33,5 +34,5 @@ def load_golden(name: str) -> Golden:
     directory = REFERENCE / name
     vectors = load_file(directory / "golden.safetensors")
     about = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
-    model = load_model(find_bundle(str(directory / "checkpoint")), "cpu", "float32")
+    model = load_model(find_bundle(str(directory / "checkpoint")), ModelOptions("cpu", "float32"))
     return Golden(model, vectors, about["cases"], resize_nearest(vectors["video.landscape.frames_u8"]))

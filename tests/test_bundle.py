@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.config import IndexConfig
 from storage.errors import UsageError
 from workers.bundle import find_bundle, list_bundles, read_bundle
+from workers.engine import ModelOptions
 from workers.llava_mini import load_model, load_vision
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -187,7 +188,7 @@ def test_the_second_copy_of_the_tower_is_not_read_by_design(checkpoint):
 def test_tied_output_weights_need_no_key(checkpoint):
     change_config(checkpoint, tie_word_embeddings=True)
     change_weights(checkpoint, lambda weights: weights.pop("lm_head.weight"))
-    model = load_model(read_bundle("x", checkpoint), "cpu", "float32")
+    model = load_model(read_bundle("x", checkpoint), ModelOptions("cpu", "float32"))
     assert model.llm.lm_head.weight.data_ptr() == model.llm.model.embed_tokens.weight.data_ptr()
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from storage.errors import UsageError
 from workers.bundle import find_bundle
 from workers.encode import encode_pixels, exact_inputs
+from workers.engine import ModelOptions
 from workers.llava_mini import (
     FusionInputs,
     answer_embeds,
@@ -43,7 +44,7 @@ def reference(request):
 
 @pytest.fixture(scope="module")
 def built_in_model():
-    return load_model(find_bundle("nano"), "cpu", "float32")
+    return load_model(find_bundle("nano"), ModelOptions("cpu", "float32"))
 
 
 def test_prompts_are_the_published_ones(reference):

@@ -23,6 +23,7 @@ from ops.nano.muon import orthogonal
 from ops.nano.pictograms import FONT, THINGS
 from ops.nano.questions import CELLS, NOTHING, OUTSIDE_ANSWER, SIDES
 from workers.bundle import find_bundle
+from workers.engine import ModelOptions
 from workers.llava_mini import FusionInputs, answer_embeds, fuse_question, load_model
 from workers.prompt import prompt_ids
 from workers.visionzip import keep_patches
@@ -70,7 +71,7 @@ def test_packed_questions_give_the_logits_of_the_product(shards, learner, source
     batch = batch_of(shards, frames)
     features = learner.see(batch.pixels)
     logits = learner.answers(features, batch, {source: slice(0, 3)}, PATCH_ROWS).logits
-    model = load_model(find_bundle("nano"), "cpu", "float32")
+    model = load_model(find_bundle("nano"), ModelOptions("cpu", "float32"))
     tokenizer = model.tokenizer.tokenizer
     group_of, _ = np.nonzero(batch.labels != IGNORED)
     segment_of = batch.llm_segments[batch.labels != IGNORED]

@@ -8,8 +8,9 @@ from torch import nn
 
 from storage.errors import UsageError
 from workers.bundle import find_bundle
+from workers.engine import ModelOptions
 from workers.llava_mini import load_model
-from workers.quantize import Quantize, check_quantize, quantize_matrices
+from workers.quantize import Quantize, quantize_matrices
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="the extra `quantize` is not installed"
@@ -20,7 +21,7 @@ NANO = "nano_scenes_1.mp4"
 @installed
 @pytest.mark.parametrize(("way", "share"), [(Quantize.EIGHT, 4), (Quantize.FOUR, 8)])
 def test_the_llms_matrices_alone_are_small(way, share):
-    whole, small = (load_model(find_bundle("nano"), "cpu", "float32", each) for each in (None, way))
+    whole, small = (load_model(find_bundle("nano"), ModelOptions("cpu", "float32", each)) for each in (None, way))
     for one, other in zip(whole.llm.model.layers, small.llm.model.layers, strict=True):
         for name, linear in one.named_modules():
             if type(linear) is nn.Linear:
@@ -58,9 +59,11 @@ def test_answers_are_right_and_nothing_else_is_said(vidx, samples_archive, way):
 
 
 def test_what_cannot_be_done_is_said(monkeypatch):
-    assert check_quantize(None) is None
+    ModelOptions().check_installed()
     with pytest.raises(UsageError, match=r"--quantize 2bit: unknown; allowed are 8bit, 4bit"):
-        check_quantize("2bit")
+        ModelOptions(quantize="2bit")
+    elsewhere = ModelOptions(quantize="4bit")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--quantize 4bit: needs bitsandbytes; install it with pip"):
-        check_quantize("4bit")
+        elsewhere.check_installed()
+    assert ModelOptions(quantize="4bit") == elsewhere  # it may be installed where the model is loaded

@@ -10,7 +10,7 @@ from storage.errors import VideoProblem
 from storage.records import Reason
 from workers.bundle import find_bundle
 from workers.encode import encode_pixels, exact_inputs
-from workers.engine import SamplingParams
+from workers.engine import ModelOptions, SamplingParams
 from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
 from workers.prompt import PLACEHOLDER_ID
 from workers.shown_frames import ShownFrames, prefusion_row_bytes
@@ -163,7 +163,7 @@ def test_a_long_prompt_goes_in_in_pieces(reference, monkeypatch):
 
 
 def test_drawn_answers_follow_from_the_seed():
-    model = load_model(find_bundle("nano"), "cpu", "float32")
+    model = load_model(find_bundle("nano"), ModelOptions("cpu", "float32"))
     pixels = np.random.default_rng(0).integers(0, 255, (2, 336, 336, 3), dtype=np.uint8)
     stored = encode_pixels(model.vision, pixels, patch_rows=0)
     shown = ShownFrames(model, stored.token, lambda: exact_inputs(model.vision, pixels), PLENTY)

@@ -291,23 +291,25 @@ def test_what_is_damaged_is_indexed_again(vidx, tmp_path):
     assert vidx("sql", "SELECT ticks FROM frames ORDER BY ticks", "--archive", str(archive), "--json").json == frames
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_what_cannot_be_indexed_again_stays_partial_until_it_can(vidx, tmp_path, as_json):
+@pytest.mark.parametrize(("as_json", "reason"), [(False, "vanished"), (True, "changed")])
+def test_what_cannot_be_indexed_again_stays_partial_until_it_can(vidx, tmp_path, as_json, reason):
     video, archive = tmp_path / "clip.webm", tmp_path / "archive"
     shutil.copy(SAMPLES / "tractor.webm", video)
     vidx("index", str(video), "--archive", str(archive))
     (part,) = (archive / "frames").glob("*.parquet")
     flip(part, 6)
     video.rename(tmp_path / "elsewhere.webm")
+    if reason == "changed":
+        shutil.copy(SAMPLES / "highway.avi", video)
     done = vidx("repair", "--archive", str(archive), *["--json"] * as_json)
     assert done.code == 3
     if as_json:
         (problem,) = done.json["problems"]
-        assert (problem["source"], problem["reason"]) == (str(video), "vanished")
+        assert (problem["source"], problem["reason"]) == (str(video), reason)
         assert done.json["videos_incomplete"] == [video.as_uri()]
     else:
-        assert f"{video}: not whole: vanished: " in done.err
-        assert done.err.endswith("; put it back, and run `vidx index` on it\n")
+        assert f"{video}: not whole: {reason}: " in done.err
+        assert done.err.endswith("; once that is mended, `vidx index` on it completes it\n")
     (tmp_path / "elsewhere.webm").rename(video)
     assert vidx("index", str(video), "--archive", str(archive), "--json").json["videos_indexed"] == 1
     assert vidx("verify", "--archive", str(archive)).code == 0

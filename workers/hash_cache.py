@@ -17,9 +17,9 @@ CREATE TABLE IF NOT EXISTS hashes (
 """
 
 
-def default_path() -> Path:
-    """Where hashes are kept: in the folder VIDX_CACHE, or in the user's cache folder."""
-    return Path(os.environ.get("VIDX_CACHE") or platformdirs.user_cache_dir("vidx")) / "hashes.sqlite"
+def cache_folder() -> Path:
+    """What can be made anew is kept here: the folder VIDX_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("VIDX_CACHE") or platformdirs.user_cache_dir("vidx"))
 
 
 class HashCache:
@@ -33,7 +33,7 @@ class HashCache:
 
     def __init__(self, path: Path | None = None):
         self.problem = ""
-        self._path = path or default_path()
+        self._path = path or cache_folder() / "hashes.sqlite"
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         try:

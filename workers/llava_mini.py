@@ -37,7 +37,7 @@ from storage.errors import UsageError
 from storage.records import PatchRows
 from workers.bundle import Bundle
 from workers.clip import ClipTower, load_tower
-from workers.engine import Engine, EngineName, SamplingParams, TransformersEngine
+from workers.engine import Engine, EngineName, ModelOptions, SamplingParams, TransformersEngine
 from workers.load import build_empty, check_tensors, choose_device, choose_dtype, fill
 from workers.prompt import PLACEHOLDER_ID, PromptTokenizer, load_tokenizer
 from workers.quantize import Quantize, quantize_matrices
@@ -152,42 +152,33 @@ def load_vision(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> Vi
     return _load(bundle, device, dtype)[0]
 
 
-def load_model(
-    bundle: Bundle,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Quantize | None = None,
-    engine: str = EngineName.TRANSFORMERS,
-    kept_bytes: int = 0,
-) -> LlavaMini:
+def load_model(bundle: Bundle, options: ModelOptions = ModelOptions(), kept_bytes: int = 0) -> LlavaMini:
     """The whole model.
 
     Args:
         bundle: where it lies.
-        device, dtype: as choose_device and choose_dtype take them.
-        quantize: how the LLM's matrices are kept; None for as dtype says.
-        engine: what runs the LLM.
+        options: how it is held.
         kept_bytes: of keys and values that vLLM may keep beyond those of one whole context.
     Raises:
         UsageError: a key is missing, extra or misshapen, the tokenizer cannot be used, or the engine cannot run it.
     """
     tokenizer = load_tokenizer(bundle)
-    vision, llm = _load(bundle, device, dtype)
+    vision, llm = _load(bundle, options.device, options.dtype)
     tensors = list_tensors(bundle.directory)
-    if engine == EngineName.VLLM:
+    if options.engine == EngineName.VLLM:
         from workers.vllm_engine import VllmEngine  # with vLLM
 
         fill(tensors, {"model.embed_tokens.": llm.model.embed_tokens}, vision.device, vision.dtype)
         running = VllmEngine(bundle, llm.config, vision.device, vision.dtype, kept_bytes)
         return LlavaMini(vision, llm.model.embed_tokens, running, tokenizer)
     whole = {"": llm}
-    if quantize is not None:
+    if options.quantize is not None:
         whole = {"model.embed_tokens.": llm.model.embed_tokens, "model.norm.": llm.model.norm, "lm_head.": llm.lm_head}
         if llm.config.tie_word_embeddings:
             del whole["lm_head."]
         for number, block in enumerate(llm.model.layers):  # block by block, so that one alone is ever there in full
             fill(tensors, {f"model.layers.{number}.": block}, torch.device("cpu"), vision.dtype)
-            quantize_matrices(block, quantize, vision.device, vision.dtype)
+            quantize_matrices(block, Quantize(options.quantize), vision.device, vision.dtype)
     fill(tensors, whole, vision.device, vision.dtype)
     if llm.config.tie_word_embeddings:
         llm.lm_head.weight = llm.model.embed_tokens.weight

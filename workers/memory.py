@@ -13,14 +13,22 @@ def rows_at_once(row_count: int) -> int:
     return max(1, min(PREFILL_ROWS, MASK_BYTES // (_MASK_VALUE_BYTES * max(1, row_count))))
 
 
-def answer_bytes(bundle: Bundle, row_count: int) -> int:
-    """What the LLM keeps of a context of so many rows, and what it works with on the way; linear in the rows."""
+def answer_bytes(bundle: Bundle, row_count: int, is_reserved: bool = False) -> int:
+    """What a context of so many rows takes; linear in the rows.
+
+    Args:
+        bundle: the model.
+        row_count: of the context, answer included.
+        is_reserved: the LLM's engine holds what it keeps of rows, and what it works with, in any case.
+    """
     llama = bundle.config.llama
+    embeds = 3 * llama["hidden_size"] // 2  # what enters the LLM, and the stored tokens, of half the bytes
+    if is_reserved:
+        return VALUE_BYTES * row_count * embeds
     heads = llama["num_attention_heads"]
     head_width = llama.get("head_dim") or llama["hidden_size"] // heads
     kept = 2 * llama["num_hidden_layers"] * (llama.get("num_key_value_heads") or heads) * head_width
     layer = 2 * heads * head_width  # keys and values of one layer, copied for attention
-    embeds = 3 * llama["hidden_size"] // 2  # what enters the LLM, and the stored tokens, of half the bytes
     # for as many rows as are ever taken in at once, so that all of it is linear
     working = min(row_count, PREFILL_ROWS) * (3 * llama["intermediate_size"] + 8 * llama["hidden_size"])
     # one piece alone is plainly causal, and needs none

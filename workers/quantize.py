@@ -3,14 +3,11 @@
 LLM.int8 (arXiv 2208.07339) and NF4 (QLoRA, arXiv 2305.14314). What indexing computes, pre-fusion too, stays as it is.
 """
 
-import importlib.util
 import logging
 from enum import StrEnum
 
 import torch
 from torch import nn
-
-from storage.errors import UsageError
 
 OUTLIER = 6.0  # activations above it are multiplied in full precision (LLM.int8, section 3.2)
 
@@ -20,21 +17,6 @@ class Quantize(StrEnum):
 
     EIGHT = "8bit"
     FOUR = "4bit"
-
-
-def check_quantize(quantize: str | None) -> Quantize | None:
-    """The way that an option names.
-
-    Raises:
-        UsageError: there is no such way, or what it needs is not installed.
-    """
-    if quantize is None:
-        return None
-    if quantize not in set(Quantize):
-        raise UsageError(f"--quantize {quantize}: unknown; allowed are {', '.join(Quantize)}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"--quantize {quantize}: needs bitsandbytes; install it with pip install 'vidx[quantize]'")
-    return Quantize(quantize)
 
 
 def quantize_matrices(block: nn.Module, way: Quantize, device: torch.device, dtype: torch.dtype) -> None:

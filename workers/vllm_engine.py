@@ -8,32 +8,36 @@ import itertools
 import logging
 import math
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from storage.errors import UsageError
+from storage.errors import ClusterError, UsageError
+from storage.files import to_uri, write_bytes
 from workers.bundle import Bundle
 from workers.engine import EngineName, SamplingParams
+from workers.hash_cache import cache_folder
 from workers.load import tensor_values
 from workers.weights import TensorEntry, list_tensors
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+    from vllm import SamplingParams as VllmSampling
 
 LOAD_FORMAT = "vidx"  # by which vLLM knows how to load a bundle's LLM
 LLM_KEYS = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
-# For activations: of pre-fusion, and of vLLM, which takes in some thousand rows at once.
-_WORKING_BYTES = {"cpu": 1 << 30, "cuda": 6 << 30}
+# Besides weights and pages: what one pass of pre-fusion may hold (llava_mini.py), which vLLM's own passes use again, as
+# they come after it, and a GiB for its compiled graphs and what it allocates anew.
+_WORKING_BYTES = {"cpu": 1 << 30, "cuda": 5 << 30}
 _SPARE_ROWS = 256  # of two pages of keys and values: a context's last one may be nearly empty, and one is never used
 _QUIET = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # it runs in this process, which knows how to load a bundle
     "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -41,7 +45,14 @@ _QUIET = {
 
 
 class VllmEngine:
-    """vLLM with a bundle's LLM."""
+    """vLLM with a bundle's LLM.
+
+    Its steps are made by a thread of its own, so that a Ctrl-C never comes into the midst of one: it keeps pages of
+    what it means to compute.
+
+    Attributes:
+        most_rows: there is memory for so many in a context, answer included.
+    """
 
     def __init__(
         self, bundle: Bundle, settings: LlamaConfig, device: torch.device, dtype: torch.dtype, kept_bytes: int
@@ -57,23 +68,27 @@ class VllmEngine:
             UsageError: vLLM cannot run this model here, or there is not the memory for it.
         """
         self.eos_ids = bundle.config.eos_ids
-        self.name = bundle.name
         self._numbers = itertools.count()
+        self._failed: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "vllm", torch.set_num_threads, (torch.get_num_threads(),))
+        self._thread.submit(int).result()  # it starts, before vLLM takes set_num_threads away
         tensors = {name: entry for name, entry in list_tensors(bundle.directory).items() if name.startswith(LLM_KEYS)}
+        weight_bytes = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
         row_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim * dtype.itemsize
         wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
-        with _vllm(self.name, device):
+        with _starting(bundle.name, device):
             free, total = _memory(device)
-            weights = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
-            page_bytes = min(wanted, free - weights - _WORKING_BYTES[device.type])
+            page_bytes = min(wanted, free - weight_bytes - _WORKING_BYTES[device.type])
             self.most_rows = min(bundle.context_length, page_bytes // row_bytes - _SPARE_ROWS)
             if self.most_rows < _SPARE_ROWS:
                 raise UsageError(
-                    f"--engine {EngineName.VLLM}: the weights of {self.name} and what is computed with them leave no "
+                    f"--engine {EngineName.VLLM}: the weights of {bundle.name} and what is computed with them leave no "
                     f"memory on {device} for keys and values; --engine {EngineName.TRANSFORMERS} takes --quantize"
                 )
             _register_loader(tensors)
-            self._llm = _start(settings, device, dtype, self.most_rows, page_bytes, free / total)
+            directory = _describe(bundle, settings)
+            share = (weight_bytes + page_bytes) / total
+            self._llm = _start(directory, device, dtype, self.most_rows, page_bytes, share)
             trial = torch.zeros(1, settings.hidden_size, dtype=dtype)  # some sizes fail in the first step only
             list(self.reply(trial, 1, SamplingParams()))
 
@@ -94,18 +109,48 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        number = str(next(self._numbers))
-        prompt = self._llm.renderer.render_cmpl([{"prompt_embeds": rows}])[0]
-        self._llm.add_request(number, prompt, params)
+        number, ended = str(next(self._numbers)), False
         try:
-            while self._llm.has_unfinished_requests():
-                for output in self._llm.step():
-                    for token in output.outputs[0].token_ids:
-                        if token in self.eos_ids:
-                            return
-                        yield token
+            self._do(self._ask, number, rows, params)
+            while not ended:
+                tokens, ended = self._do(self._step, number)
+                for token in tokens:
+                    if token in self.eos_ids:
+                        return
+                    yield token
         finally:
-            self._llm.abort_request([number])
+            if self._failed is None:
+                self._do(self._llm.abort_request, [number])
+
+    def _do(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Has the thread make a call, after those before it.
+
+        What fails in the midst of a step leaves pages that are known and were never computed: no further one is made.
+
+        Raises:
+            ClusterError: this call failed, or one before it.
+        """
+        return self._thread.submit(self._guarded, call, *arguments).result()
+
+    def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        if self._failed is None:
+            try:
+                return call(*arguments)
+            except Exception as error:  # of whatever class: an allocation, a kernel, a driver
+                self._failed = error
+        raise ClusterError(
+            f"--engine {EngineName.VLLM}: vLLM broke off: {_in_a_line(self._failed)}; start again, with fewer frames "
+            f"if it had too little memory, or take --engine {EngineName.TRANSFORMERS}"
+        ) from self._failed
+
+    def _ask(self, number: str, rows: Tensor, params: "VllmSampling") -> None:
+        self._llm.add_request(number, self._llm.renderer.render_cmpl([{"prompt_embeds": rows}])[0], params)
+
+    def _step(self, number: str) -> tuple[list[int], bool]:
+        """What a request has said since the last step, and whether that is all."""
+        outputs = [output for output in self._llm.step() if output.request_id == number]
+        said = [token for output in outputs for token in output.outputs[0].token_ids]
+        return said, any(output.finished for output in outputs)
 
 
 class VllmContext:
@@ -134,49 +179,42 @@ class VllmContext:
         """Forgets all but the first so many rows."""
         self._rows = self._rows[:row_count]
 
-    def reply(self, most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
-        """The answer to the rows, id by id, up to an end token (not yielded) or so many.
-
-        Raises:
-            UsageError: there is no memory for so long a context.
-        """
-        if self.row_count + most_tokens > self._engine.most_rows:
-            raise UsageError(
-                f"{self.row_count} tokens of frames and question and an answer of {most_tokens} (--max-tokens) need "
-                f"more memory than is left beside {self._engine.name}, which holds {self._engine.most_rows} tokens; "
-                f"show fewer frames (--frames, --over), or take --engine {EngineName.TRANSFORMERS}"
-            )
+    def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
+        """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
         yield from self._engine.reply(self._rows, most_tokens, sampling)
 
 
 def _start(
-    settings: LlamaConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    most_rows: int,
-    page_bytes: int,
-    memory_share: float,
+    directory: Path, device: torch.device, dtype: torch.dtype, most_rows: int, page_bytes: int, memory_share: float
 ) -> "LLMEngine":
     from vllm import EngineArgs, LLMEngine
 
-    with tempfile.TemporaryDirectory() as directory:
-        settings = LlamaConfig(**settings.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-        settings.save_pretrained(directory)
-        return LLMEngine.from_engine_args(
-            EngineArgs(
-                model=directory,
-                load_format=LOAD_FORMAT,
-                skip_tokenizer_init=True,
-                enable_prompt_embeds=True,
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=most_rows,
-                max_num_seqs=1,
-                kv_cache_memory_bytes=page_bytes,
-                gpu_memory_utilization=min(0.95, memory_share),
-                enforce_eager=device.type == "cpu",  # compiling takes minutes there
-                disable_log_stats=True,
-            )
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(directory),
+            load_format=LOAD_FORMAT,
+            skip_tokenizer_init=True,
+            enable_prompt_embeds=True,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=most_rows,
+            max_num_seqs=1,
+            kv_cache_memory_bytes=page_bytes,
+            gpu_memory_utilization=memory_share,
+            enforce_eager=device.type == "cpu",  # compiling takes minutes there
+            disable_log_stats=True,
         )
+    )
+
+
+def _describe(bundle: Bundle, settings: LlamaConfig) -> Path:
+    """A directory that describes the LLM alone; always the same, as vLLM keeps what it compiles by its path."""
+    directory = cache_folder() / "vllm" / bundle.model_id
+    directory.mkdir(parents=True, exist_ok=True)
+    described = LlamaConfig(
+        **settings.to_dict() | {"architectures": ["LlamaForCausalLM"], "eos_token_id": list(bundle.config.eos_ids)}
+    )
+    write_bytes(to_uri(str(directory / "config.json")), described.to_json_string().encode())
+    return directory
 
 
 def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
@@ -195,12 +233,13 @@ def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
 
 
 @contextmanager
-def _vllm(name: str, device: torch.device) -> Iterator[None]:
-    """vLLM, quiet, and on the right kind of device; why it does not start, in one line."""
+def _starting(name: str, device: torch.device) -> Iterator[None]:
+    """vLLM, quiet, in this process and on this device; why it does not start, in one line."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader is known to this process alone
     if device.type == "cpu":
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it takes one thread
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else it takes one thread
     logging.getLogger("vllm").setLevel(logging.ERROR)  # until it has read the variables
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own, on torch's older names
@@ -213,15 +252,24 @@ def _vllm(name: str, device: torch.device) -> Iterator[None]:
                     f"{current_platform.device_type or 'another device'}, not on {device.type}; use --device, or "
                     f"--engine {EngineName.TRANSFORMERS}"
                 )
+            if device.index:
+                raise UsageError(
+                    f"--engine {EngineName.VLLM}: vLLM takes the first GPU, not {device}; say which one that is with "
+                    f"CUDA_VISIBLE_DEVICES={device.index}"
+                )
             yield
         except UsageError:
             raise
         except Exception as error:  # of whatever class: it comes from a model's sizes, a kernel or a driver
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = _in_a_line(error.__cause__ if isinstance(error, ClusterError) else error)
             raise UsageError(
                 f"--engine {EngineName.VLLM}: vLLM cannot run {name} here: {reason}; --engine "
                 f"{EngineName.TRANSFORMERS} can"
             ) from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

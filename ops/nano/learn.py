@@ -21,6 +21,7 @@ from ops.nano.tables import SOURCES
 from workers.bundle import find_bundle
 from workers.clip import pixel_values
 from workers.encode import FrameFeatures, frame_features
+from workers.engine import ModelOptions
 from workers.llava_mini import LlavaMini, block_rows, fold, load_model, prefuse_vision
 from workers.visionzip import keep_patches
 from workers.weights import read_json
@@ -81,7 +82,7 @@ class Learner(nn.Module):
 
     def __init__(self, directory: Path, device: str):
         super().__init__()
-        self.model: LlavaMini = load_model(find_bundle(str(directory)), device, "float32")
+        self.model: LlavaMini = load_model(find_bundle(str(directory)), ModelOptions(device, "float32"))
         vision = self.model.vision
         self.parts = nn.ModuleDict(
             {
