@@ -80,7 +80,7 @@ class VllmEngine:
             free, total = _memory(device)
             page_bytes = min(wanted, free - weight_bytes - _WORKING_BYTES[device.type])
             self.most_rows = min(bundle.context_length, page_bytes // row_bytes - _SPARE_ROWS)
-            if self.most_rows < _SPARE_ROWS:
+            if self.most_rows < min(bundle.context_length, _SPARE_ROWS):
                 raise UsageError(
                     f"--engine {EngineName.VLLM}: the weights of {bundle.name} and what is computed with them leave no "
                     f"memory on {device} for keys and values; --engine {EngineName.TRANSFORMERS} takes --quantize"
