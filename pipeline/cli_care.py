@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -56,8 +57,9 @@ def verify(archive_dir: str, as_json: bool) -> None:
 def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     """Take damaged frames out of an archive and index their videos again.
 
-    What is whole stays as it is; the index is built anew. A video whose file cannot be reached stays partial, or failed
-    where nothing of it is left, and the next `vidx index` of it completes it.
+    What is whole stays as it is; the index is built anew. Where a video cannot be indexed again, as its file is out of
+    reach, damaged files of it stay as long as the rest in them can be read: repair again once it is back. Where they
+    cannot, it stays partial, or failed where nothing of it is left, and the next `vidx index` of it completes it.
 
     \b
     vidx repair
@@ -66,13 +68,19 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
     """
     from pipeline.cli_print import counted, note, print_json
-    from pipeline.index import index_again
+    from pipeline.index import index_again, why_not_again
     from storage.archive import open_archive
     from storage.files import source_text
     from storage.repair import repair as repair_archive
 
     uri = archive_uri(archive_dir)
-    done = repair_archive(uri)
+    why = {}
+
+    def can_index(row: VideoRow) -> bool:
+        why[row.video_id] = None if no_index else why_not_again(open_archive(uri), row)
+        return why[row.video_id] is None
+
+    done = repair_archive(uri, can_index)
     for line in done.notes:
         note(line)
     if not as_json:
@@ -80,14 +88,15 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     incomplete: Sequence[VideoRow] = done.to_index
     if done.to_index and not no_index:
         incomplete = index_again(open_archive(uri), done.to_index, lambda progress: None)
+    spared = [replace(row, problem=why[row.video_id]) for row in done.spared]
     if as_json:
         print_json(
             {
                 "faults": [_fault_json(fault) for fault in done.found.faults],
                 "notes": list(done.notes),
-                "videos_damaged": len(done.to_index),
-                "videos_incomplete": [row.uri for row in incomplete],
-                "problems": [_problem_json(row) for row in incomplete],
+                "videos_damaged": len(done.to_index) + len(spared),
+                "videos_incomplete": [row.uri for row in (*incomplete, *spared)],
+                "problems": [_problem_json(row) for row in (*incomplete, *spared)],
                 "rows_lost": done.rows_lost,
                 "faults_left": [_fault_json(fault) for fault in done.left],
             }
@@ -95,16 +104,21 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     else:
         _print_faults(done.left)
         whole = len(done.to_index) - len(incomplete)
-        not_whole = len(incomplete) + done.rows_lost
+        not_whole = len(incomplete) + len(spared) + done.rows_lost
         if not no_index:
             for row in incomplete:
                 mend = "; once that is mended, `vidx index` on it completes it" if row.problem.reason.may_pass else ""
                 note(f"{source_text(row.uri)}: not whole: {row.problem.reason}: {row.problem.detail}{mend}")
+        for row in spared:
+            note(
+                f"{source_text(row.uri)}: damaged files of it stay, as it cannot be indexed again: "
+                f"{row.problem.reason}: {row.problem.detail}; once that is mended, `vidx repair` completes it"
+            )
         ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
         click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
         if done.left:
             click.echo(f"{counted(len(done.left), 'fault')}, listed last, cannot be repaired")
-    sys.exit(5 if done.left else 3 if incomplete or done.rows_lost else 0)
+    sys.exit(5 if done.left else 3 if incomplete or spared or done.rows_lost else 0)
 
 
 @click.command()

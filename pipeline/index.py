@@ -13,7 +13,7 @@ from pipeline.floors import update_floors
 from pipeline.known import Known, Plan, Wanted, plan_known, plan_sources
 from pipeline.split import split
 from storage.archive import Archive
-from storage.errors import VideoProblem, VidxError
+from storage.errors import UsageError, VideoProblem, VidxError
 from storage.files import local_path
 from storage.jobs import Job
 from storage.records import (
@@ -180,7 +180,7 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
     bundle = find_bundle(archive.model_name)
     archive.check_model(bundle.model_id, bundle.name)
     hashes = HashCache()
-    away = {row.video_id: problem for row in rows if (problem := _away(row, hashes)) is not None}
+    away = {row.video_id: problem for row in rows if (problem := why_away(row, hashes)) is not None}
     there = [row for row in rows if row.video_id not in away]
     for text in sorted({row.sampling for row in there}):
         rows_alike = [row for row in there if row.sampling == text]
@@ -196,7 +196,16 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
     return [replace(row, problem=problem) for row in rows if (problem := problems[row.video_id]) is not None]
 
 
-def _away(row: VideoRow, hashes: HashCache) -> Problem | None:
+def why_not_again(archive: Archive, row: VideoRow) -> Problem | None:
+    """Why a video cannot be indexed once more with what is at hand; None where it can."""
+    try:
+        archive.check_model(find_bundle(archive.model_name).model_id, archive.model_name)
+    except UsageError as error:
+        return Problem(Reason.UNKNOWN, str(error))
+    return why_away(row, HashCache())
+
+
+def why_away(row: VideoRow, hashes: HashCache) -> Problem | None:
     """Why a video cannot be read where it was; None where it can."""
     try:
         if identify(local_path(row.uri), hashes).video_id == row.video_id:

@@ -1,13 +1,15 @@
 """repair: takes out of an archive what is damaged, so that the rest is whole and the gaps can be indexed again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from storage.archive import Archive, open_archive
+from storage.cells import part_identity, part_keys
 from storage.errors import ArchiveError
 from storage.files import join, local_path, source_text
-from storage.records import VideoRow
+from storage.frames import read_times
+from storage.records import Reason, VideoRow
 from storage.settings import TABLES
 from storage.tables import LOG, RowTable, cut_short_commit, damaged_checkpoints
 from storage.vectors import drop_index, improve_index, update_index
@@ -23,19 +25,24 @@ class Repair:
         to_index: rows of videos that lost frames; they are partial until they are indexed again.
         notes: what else was lost or set aside, one line each.
         rows_lost: how many videos have frames and no row any more.
-        left: what is still wrong.
+        spared: rows of videos that keep damaged parts, since they cannot be indexed again and the rest can be read.
+        left: what is still wrong otherwise.
     """
 
     found: Verification
     to_index: tuple[VideoRow, ...]
     notes: tuple[str, ...]
     rows_lost: int = 0
+    spared: tuple[VideoRow, ...] = ()
     left: tuple[Fault, ...] = ()
 
 
-def repair(uri: str) -> Repair:
+def repair(uri: str, can_index: Callable[[VideoRow], bool] = lambda row: True) -> Repair:
     """Makes an archive whole again, as far as what it still holds allows.
 
+    Args:
+        uri: the archive's.
+        can_index: whether a video can be indexed again; of one that cannot, what can still be read stays.
     Raises:
         UsageError: there is no archive.
         ArchiveError: it cannot be written, or its log is damaged beyond its newest commit.
@@ -48,11 +55,13 @@ def repair(uri: str) -> Repair:
     dropped = [*_drop_row_files(uri, found)]
     notes += dropped
     archive = open_archive(uri, write=True)
-    _drop_frames(archive, found)
+    spared = _drop_frames(archive, found, can_index)
     archive.restore_numbers()
     if dropped:  # damage to the tables of rows hides other kinds
-        _drop_frames(archive, verify(uri))
+        spared = _drop_frames(archive, verify(uri), can_index)
     rows = archive.recount()
+    again = {row.video_id for row in rows}
+    rows += [row for row in archive.videos() if _was_damaged(row) and row.video_id not in again]
     lost = len(archive.hidden_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
@@ -66,15 +75,46 @@ def repair(uri: str) -> Repair:
     drop_index(archive)
     update_index(archive)
     improve_index(archive)
-    return Repair(found, tuple(rows), tuple(notes), lost, verify(uri).faults)
+    left = tuple(fault for fault in verify(uri).faults if fault.table != "frames" or fault.file not in spared)
+    return Repair(
+        found, tuple(rows), tuple(notes), lost, tuple({row.video_id: row for row in spared.values()}.values()), left
+    )
 
 
-def _drop_frames(archive: Archive, found: Verification) -> None:
-    """Takes out damaged parts, and all parts of a video that has frames twice: nobody can say which are right."""
+def _was_damaged(row: VideoRow) -> bool:
+    """An earlier repair took frames out, and nothing has indexed it since."""
+    return row.problem is not None and row.problem.reason is Reason.DAMAGED
+
+
+def _drop_frames(archive: Archive, found: Verification, can_index: Callable[[VideoRow], bool]) -> dict[str, VideoRow]:
+    """Takes out damaged parts, and all parts of a video that has frames twice: nobody can say which are right.
+
+    Returns:
+        The damaged parts that stay, with their videos.
+    """
     bounds = archive.part_bounds()
     damaged = {fault.file for fault in found.faults if fault.table == "frames" and fault.file}
     doubled = {fault.video_number for fault in found.faults if fault.video_number is not None}
-    archive.drop_parts(damaged | {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()})
+    twice = {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()}
+    owners = dict(zip(bounds.path.tolist(), bounds.video_number.tolist(), strict=True))
+    rows = {row.video_number: row for row in archive.videos()} if damaged - twice else {}
+    spared = {
+        path: row
+        for path in damaged - twice
+        if (row := rows.get(owners.get(path))) and not can_index(row) and _can_be_read(archive, path, row)
+    }
+    archive.drop_parts((damaged | twice) - set(spared))
+    return spared
+
+
+def _can_be_read(archive: Archive, path: str, row: VideoRow) -> bool:
+    """Whether a damaged part still says when its frames are and that they are this video's, and has all search keys."""
+    try:
+        read_times(join(archive.frames_uri, path))
+        part_keys(archive.frames_uri, path)
+        return part_identity(archive.frames_uri, path)["video_number"] == row.video_number
+    except ArchiveError:
+        return False
 
 
 def _roll_back(uri: str) -> Iterator[str]:

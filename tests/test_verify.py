@@ -10,6 +10,7 @@ from conftest import SAMPLES
 from small_archive import MODEL_ID, SAMPLING, add_video, random_rows, receipt_for, row_for, video_id_of
 
 from storage.archive import create_archive, open_archive
+from storage.cells import read_tokens
 from storage.errors import ArchiveError
 from storage.files import join, local_path
 from storage.records import Reason, Status
@@ -105,6 +106,38 @@ def test_damaged_frames_are_taken_out_and_the_rest_stays(archive):
     again = receipt_for(after, 3, random_rows(4, 30), (None, 40))
     late = receipt_for(after, 3, random_rows(4, 31, start=4), (40, 80))
     assert sorted(after.commit_frames([again, late])) == [False, True]  # only the gap takes rows
+
+
+def test_damaged_files_stay_where_nothing_can_take_their_place(archive):
+    (path, *_) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 3)]
+    before = archive.frames(3)
+    in_part = [frame for frame in before if frame.part == path.name]
+    cell = read_tokens(archive.frames_uri, in_part[1:2]).tobytes()
+    data = path.read_bytes()
+    assert data.count(cell) == 1
+    path.write_bytes(data.replace(cell, bytes([cell[0] ^ 1]) + cell[1:]))
+    asked = []
+    done = repair(archive.uri, lambda row: asked.append(row.video_number) or False)
+    assert [row.video_number for row in done.spared] == asked == [before[0].video_number]
+    assert (done.to_index, done.left) == ((), ())
+    after = open_archive(archive.uri)
+    assert after.frames(3) == before
+    read_tokens(after.frames_uri, in_part[:1] + in_part[2:])
+    with pytest.raises(ArchiveError):
+        read_tokens(after.frames_uri, in_part[1:2])
+    assert open_index(after).pending_count == 0
+    assert repair(archive.uri).spared == ()
+    assert verify(archive.uri).faults == ()
+
+
+def test_files_of_no_use_are_taken_out_though_nothing_can_take_their_place(archive):
+    (path, *_) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 3)]
+    path.write_bytes(path.read_bytes()[:-100])
+    done = repair(archive.uri, lambda row: False)
+    assert (len(done.to_index), done.spared, done.left) == (1, (), ())
+    again = repair(archive.uri, lambda row: False)  # until it is indexed
+    assert [row.video_id for row in again.to_index] == [row.video_id for row in done.to_index]
+    assert again.found.faults == ()
 
 
 def holds(archive, path, name):
@@ -292,10 +325,11 @@ def test_what_is_damaged_is_indexed_again(vidx, tmp_path):
 
 
 @pytest.mark.parametrize(("as_json", "reason"), [(False, "vanished"), (True, "changed")])
-def test_what_cannot_be_indexed_again_stays_partial_until_it_can(vidx, tmp_path, as_json, reason):
+def test_what_cannot_be_indexed_again_is_mended_once_it_can(vidx, tmp_path, as_json, reason):
     video, archive = tmp_path / "clip.webm", tmp_path / "archive"
     shutil.copy(SAMPLES / "tractor.webm", video)
     vidx("index", str(video), "--archive", str(archive))
+    frames = vidx("sql", "SELECT ticks FROM frames ORDER BY ticks", "--archive", str(archive), "--json").json
     (part,) = (archive / "frames").glob("*.parquet")
     flip(part, 6)
     video.rename(tmp_path / "elsewhere.webm")
@@ -308,8 +342,10 @@ def test_what_cannot_be_indexed_again_stays_partial_until_it_can(vidx, tmp_path,
         assert (problem["source"], problem["reason"]) == (str(video), reason)
         assert done.json["videos_incomplete"] == [video.as_uri()]
     else:
-        assert f"{video}: not whole: {reason}: " in done.err
-        assert done.err.endswith("; once that is mended, `vidx index` on it completes it\n")
+        assert done.err.startswith(f"{video}: ")
+        assert f": {reason}: " in done.err
+        assert done.err.endswith(" completes it\n")
     (tmp_path / "elsewhere.webm").rename(video)
-    assert vidx("index", str(video), "--archive", str(archive), "--json").json["videos_indexed"] == 1
+    assert vidx("repair", "--archive", str(archive)).code == 0
     assert vidx("verify", "--archive", str(archive)).code == 0
+    assert vidx("sql", "SELECT ticks FROM frames ORDER BY ticks", "--archive", str(archive), "--json").json == frames
