@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.answer import Asked, Asker, Chosen
@@ -72,6 +73,7 @@ class Conversation:
         if not chosen:
             return None
         history = self._history(question, chosen, announce)
+        stays = chosen is self._shown
         said: list[str] = []
 
         def hear(piece: str) -> None:
@@ -79,9 +81,10 @@ class Conversation:
             stream(piece)
 
         try:
-            self.last = self._asker.answer(
-                question, chosen, self._asked, history=history, stream=hear, announce=announce
-            )
+            answer = self._asker.answer(question, chosen, self._asked, history=history, stream=hear, announce=announce)
+            if stays:  # the scores are those of the question that found them
+                answer = replace(answer, moments=tuple(replace(moment, score=None) for moment in answer.moments))
+            self.last = answer
         finally:
             if said:
                 self._shown = chosen

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 @archive_option
 @json_option
 def verify(archive_dir: str, as_json: bool) -> None:
-    """Read a whole archive and check that every byte is what was written.
+    """Read a whole archive and check that it holds what was written.
 
-    Checks every file against its checksum, the tables against each other and the index against the stored keys, and
-    names each file that is damaged, with the videos whose frames it holds.
+    Checks every byte of frames, rows and index against the checksum of its file, the tables against each other and the
+    index against the stored keys, and names each file that is damaged, with the videos whose frames it holds. The logs
+    of the tables have no checksums: they are read, and compared with the files that they name.
 
     \b
     vidx verify

@@ -58,7 +58,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     from pipeline.chat import Conversation
     from pipeline.cli_print import counted, note
     from storage.archive import open_archive
-    from storage.errors import UsageError
+    from storage.errors import DamagedError, UsageError
 
     signal.signal(signal.SIGTERM, _end)
     sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
@@ -71,17 +71,23 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
         note(f"{counted(archive.frame_count(), 'frame')}, model {bundle.name}; /help lists the commands")
         if not bundle.card.takes_history:
             note(f"{bundle.name} was trained on single questions: it does not see those before")
+    code = 0
     for line in _lines():
         try:
             if not turns.take(line.strip()):
                 break
         except UsageError as error:
             note(str(error))
+        except DamagedError as error:  # which another question may not meet
+            note(f"{error}{error.advice}")
+            code = error.exit_code
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
             click.echo()
             note("stopped")
+    if code:
+        sys.exit(code)
 
 
 def _end(*_) -> None:

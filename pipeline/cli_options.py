@@ -136,6 +136,11 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     if start is not None and end is not None and end <= start:
         raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
     row = archive.find_video(name) if name is not None else None
+    if row is not None and row.problem is not None:
+        from pipeline.cli_print import note
+        from storage.files import source_text
+
+        note(f"{source_text(row.uri)} is {row.status}: {row.problem.reason}: {row.problem.detail}")
     if start is not None and end is None and video and from_text is None:
         end = start + 1e-6  # a moment of one instant: the frame shown then
     after, before = (

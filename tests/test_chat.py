@@ -17,6 +17,7 @@ from pipeline.answer import Asked, Asker
 from pipeline.chat import Conversation
 from pipeline.filter import Filter
 from storage.archive import open_archive
+from storage.cells import read_tokens
 from workers.bundle import find_bundle
 from workers.engine import ModelOptions
 from workers.prompt import build_prompt, load_tokenizer, prompt_ids
@@ -72,8 +73,9 @@ def test_the_frames_stay_until_a_question_finds_others(asker):
     talk = Talk(asker)
     assert talk.ask("Is there an apple?").text == "yes"
     first = shown(talk)
+    assert talk.conversation.last.moments == first
     for question in ("How many things are there?", "What is there?", "Where is it?"):  # fit any frame
-        assert talk.ask(question).moments == first
+        assert talk.ask(question).moments == tuple(replace(moment, score=None) for moment in first)
     assert talk.ask("Is there a cow?").text == "yes"
     assert shown(talk) != first
     talk.conversation.reset()
@@ -157,9 +159,25 @@ def test_answers_come_as_lines_of_json(samples_archive):
     assert (one["question"], one["answer"], one["found"], one["fuse"]) == ("Is there an apple?", "yes", True, "patches")
     assert one["moments"][0]["source"].endswith(CLIP)
     assert other["found"]  # it is about the moments that were shown last
+    assert (one["moments"][0]["score"] is None, other["moments"][0]["score"]) == (False, None)
     assert other["answer"] in ("I do not know that", "no")
     (alone,) = map(json.loads, chat(samples_archive, ["Is there a submarine?"], "--json").stdout.splitlines())
     assert (alone["found"], alone["answer"], alone["moments"]) == (False, "", [])
+
+
+def test_a_damaged_frame_spoils_the_questions_about_it_alone(archive_copy):
+    stored = open_archive(str(archive_copy))
+    frame = stored.frames(stored.find_video(CLIP).video_number)[13]
+    cell = read_tokens(stored.frames_uri, [frame]).tobytes()
+    path = archive_copy / "frames" / frame.part
+    data = path.read_bytes()
+    assert data.count(cell) == 1
+    path.write_bytes(data.replace(cell, cell[:-1] + bytes([cell[-1] ^ 1])))
+    lines = ["/time 12 15", "What is there?", "/time 1 5", "What is there?"]
+    run = chat([archive_copy], lines, "--video", CLIP, "--fuse", "patches", "--json")
+    (answered,) = map(json.loads, run.stdout.splitlines())
+    assert (run.returncode, answered["answer"]) == (5, "a cow, a leaf and a tent")
+    assert "`vidx repair` mends what it can" in run.stderr
 
 
 def test_a_terminal_gets_words_as_they_come_and_control_c_stops_an_answer_alone(samples_archive):
