@@ -89,11 +89,15 @@ def test_a_question_to_an_empty_archive_finds_nothing(vidx, tmp_path):
 
 def test_a_failed_video_has_nothing_to_search_or_ask(vidx, archive_copy):
     broken = str(BROKEN / "text.mp4")
-    assert vidx("index", broken, "--archive", str(archive_copy)).code == 3
+    made = vidx("index", broken, "--archive", str(archive_copy), "--json")
+    (failure,) = made.json["failures"]
+    assert (made.code, failure["reason"]) == (3, "not_a_video")
     search = vidx("search", "x", "--video", broken, "--archive", str(archive_copy), "--json")
     assert (search.code, search.json["moments"], search.json["frames_searched"]) == (4, [], 0)
     ask = vidx("ask", "x", "--video", broken, "--all", "--archive", str(archive_copy), "--json")
     assert (ask.code, ask.json["found"], ask.json["frames_used"]) == (4, False, 0)
+    for run in (search, ask):
+        assert run.err.splitlines()[0] == f"{broken} is failed: not_a_video: {failure['detail']}"
 
 
 def test_a_larger_limit_on_pixels_tries_a_refused_video_again(vidx, tmp_path):
