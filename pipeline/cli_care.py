@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -75,13 +74,7 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     from storage.repair import repair as repair_archive
 
     uri = archive_uri(archive_dir)
-    why = {}
-
-    def can_index(row: VideoRow) -> bool:
-        why[row.video_id] = None if no_index else why_not_again(open_archive(uri), row)
-        return why[row.video_id] is None
-
-    done = repair_archive(uri, can_index)
+    done = repair_archive(uri) if no_index else repair_archive(uri, why_not_again)
     for line in done.notes:
         note(line)
     if not as_json:
@@ -89,15 +82,14 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     incomplete: Sequence[VideoRow] = done.to_index
     if done.to_index and not no_index:
         incomplete = index_again(open_archive(uri), done.to_index, lambda progress: None)
-    spared = [replace(row, problem=why[row.video_id]) for row in done.spared]
     if as_json:
         print_json(
             {
                 "faults": [_fault_json(fault) for fault in done.found.faults],
                 "notes": list(done.notes),
-                "videos_damaged": len(done.to_index) + len(spared),
-                "videos_incomplete": [row.uri for row in (*incomplete, *spared)],
-                "problems": [_problem_json(row) for row in (*incomplete, *spared)],
+                "videos_damaged": len(done.to_index) + len(done.spared),
+                "videos_incomplete": [row.uri for row in (*incomplete, *done.spared)],
+                "problems": [_problem_json(row) for row in (*incomplete, *done.spared)],
                 "rows_lost": done.rows_lost,
                 "faults_left": [_fault_json(fault) for fault in done.left],
             }
@@ -105,12 +97,12 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
     else:
         _print_faults(done.left)
         whole = len(done.to_index) - len(incomplete)
-        not_whole = len(incomplete) + len(spared) + done.rows_lost
+        not_whole = len(incomplete) + len(done.spared) + done.rows_lost
         if not no_index:
             for row in incomplete:
                 mend = "; once that is mended, `vidx index` on it completes it" if row.problem.reason.may_pass else ""
                 note(f"{source_text(row.uri)}: not whole: {row.problem.reason}: {row.problem.detail}{mend}")
-        for row in spared:
+        for row in done.spared:
             note(
                 f"{source_text(row.uri)}: damaged files of it stay, as it cannot be indexed again: "
                 f"{row.problem.reason}: {row.problem.detail}; once that is mended, `vidx repair` completes it"
@@ -119,7 +111,7 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
         click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
         if done.left:
             click.echo(f"{counted(len(done.left), 'fault')}, listed last, cannot be repaired")
-    sys.exit(5 if done.left else 3 if incomplete or spared or done.rows_lost else 0)
+    sys.exit(5 if done.left else 3 if incomplete or done.spared or done.rows_lost else 0)
 
 
 @click.command()

@@ -177,10 +177,7 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
         UsageError: the archive's model is not at hand.
         KeyboardInterrupt: after what is finished has been committed.
     """
-    bundle = find_bundle(archive.model_name)
-    archive.check_model(bundle.model_id, bundle.name)
-    hashes = HashCache()
-    away = {row.video_id: problem for row in rows if (problem := why_away(row, hashes)) is not None}
+    bundle, away = _own_bundle(archive), _away(rows)
     there = [row for row in rows if row.video_id not in away]
     for text in sorted({row.sampling for row in there}):
         rows_alike = [row for row in there if row.sampling == text]
@@ -196,17 +193,28 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
     return [replace(row, problem=problem) for row in rows if (problem := problems[row.video_id]) is not None]
 
 
-def why_not_again(archive: Archive, row: VideoRow) -> Problem | None:
-    """Why a video cannot be indexed once more with what is at hand; None where it can."""
+def why_not_again(archive: Archive, rows: Sequence[VideoRow]) -> dict[str, Problem]:
+    """Why videos cannot be indexed once more with what is at hand, by video_id; those that can are not in it."""
     try:
-        archive.check_model(find_bundle(archive.model_name).model_id, archive.model_name)
+        _own_bundle(archive)
     except UsageError as error:
-        return Problem(Reason.UNKNOWN, str(error))
-    return why_away(row, HashCache())
+        return {row.video_id: Problem(Reason.UNKNOWN, str(error)) for row in rows}
+    return _away(rows)
 
 
-def why_away(row: VideoRow, hashes: HashCache) -> Problem | None:
-    """Why a video cannot be read where it was; None where it can."""
+def _own_bundle(archive: Archive) -> Bundle:
+    bundle = find_bundle(archive.model_name)
+    archive.check_model(bundle.model_id, bundle.name)
+    return bundle
+
+
+def _away(rows: Sequence[VideoRow]) -> dict[str, Problem]:
+    """Why videos cannot be read where they were, by video_id; those that can are not in it."""
+    hashes = HashCache()
+    return {row.video_id: problem for row in rows if (problem := _why_away(row, hashes)) is not None}
+
+
+def _why_away(row: VideoRow, hashes: HashCache) -> Problem | None:
     try:
         if identify(local_path(row.uri), hashes).video_id == row.video_id:
             return None

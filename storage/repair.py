@@ -1,19 +1,21 @@
 """repair: takes out of an archive what is damaged, so that the rest is whole and the gaps can be indexed again."""
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from storage.archive import Archive, open_archive
 from storage.cells import part_identity, part_keys
 from storage.errors import ArchiveError
 from storage.files import join, local_path, source_text
 from storage.frames import read_times
-from storage.records import Reason, VideoRow
+from storage.records import Problem, Reason, VideoRow
 from storage.settings import TABLES
 from storage.tables import LOG, RowTable, cut_short_commit, damaged_checkpoints
 from storage.vectors import drop_index, improve_index, update_index
 from storage.verify import BEYOND_REPAIR, Fault, Verification, verify
+
+WhyNot = Callable[[Archive, Sequence[VideoRow]], Mapping[str, Problem]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Repair:
         to_index: rows of videos that lost frames; they are partial until they are indexed again.
         notes: what else was lost or set aside, one line each.
         rows_lost: how many videos have frames and no row any more.
-        spared: rows of videos that keep damaged parts, since they cannot be indexed again and the rest can be read.
+        spared: rows of videos that keep damaged parts, since they cannot be indexed again and the rest can be read;
+            their problem is why they cannot.
         left: what is still wrong otherwise.
     """
 
@@ -37,12 +40,12 @@ class Repair:
     left: tuple[Fault, ...] = ()
 
 
-def repair(uri: str, can_index: Callable[[VideoRow], bool] = lambda row: True) -> Repair:
+def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
     """Makes an archive whole again, as far as what it still holds allows.
 
     Args:
         uri: the archive's.
-        can_index: whether a video can be indexed again; of one that cannot, what can still be read stays.
+        why_not: tells of videos, by video_id, why they cannot be indexed again; of those, what can still be read stays.
     Raises:
         UsageError: there is no archive.
         ArchiveError: it cannot be written, or its log is damaged beyond its newest commit.
@@ -55,10 +58,10 @@ def repair(uri: str, can_index: Callable[[VideoRow], bool] = lambda row: True) -
     dropped = [*_drop_row_files(uri, found)]
     notes += dropped
     archive = open_archive(uri, write=True)
-    spared = _drop_frames(archive, found, can_index)
+    spared = _drop_frames(archive, found, why_not)
     archive.restore_numbers()
     if dropped:  # damage to the tables of rows hides other kinds
-        spared = _drop_frames(archive, verify(uri), can_index)
+        spared = _drop_frames(archive, verify(uri), why_not)
     rows = archive.recount()
     again = {row.video_id for row in rows}
     rows += [row for row in archive.videos() if _was_damaged(row) and row.video_id not in again]
@@ -76,9 +79,8 @@ def repair(uri: str, can_index: Callable[[VideoRow], bool] = lambda row: True) -
     update_index(archive)
     improve_index(archive)
     left = tuple(fault for fault in verify(uri).faults if fault.table != "frames" or fault.file not in spared)
-    return Repair(
-        found, tuple(rows), tuple(notes), lost, tuple({row.video_id: row for row in spared.values()}.values()), left
-    )
+    kept = {row.video_id: row for row in spared.values()}
+    return Repair(found, tuple(rows), tuple(notes), lost, tuple(kept.values()), left)
 
 
 def _was_damaged(row: VideoRow) -> bool:
@@ -86,7 +88,7 @@ def _was_damaged(row: VideoRow) -> bool:
     return row.problem is not None and row.problem.reason is Reason.DAMAGED
 
 
-def _drop_frames(archive: Archive, found: Verification, can_index: Callable[[VideoRow], bool]) -> dict[str, VideoRow]:
+def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict[str, VideoRow]:
     """Takes out damaged parts, and all parts of a video that has frames twice: nobody can say which are right.
 
     Returns:
@@ -97,11 +99,13 @@ def _drop_frames(archive: Archive, found: Verification, can_index: Callable[[Vid
     doubled = {fault.video_number for fault in found.faults if fault.video_number is not None}
     twice = {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()}
     owners = dict(zip(bounds.path.tolist(), bounds.video_number.tolist(), strict=True))
-    rows = {row.video_number: row for row in archive.videos()} if damaged - twice else {}
+    numbers = {owners.get(path) for path in damaged - twice}
+    rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers} if numbers else {}
+    why = why_not(archive, [*rows.values()]) if rows else {}
     spared = {
-        path: row
+        path: replace(row, problem=why[row.video_id])
         for path in damaged - twice
-        if (row := rows.get(owners.get(path))) and not can_index(row) and _can_be_read(archive, path, row)
+        if (row := rows.get(owners.get(path))) and row.video_id in why and _can_be_read(archive, path, row)
     }
     archive.drop_parts((damaged | twice) - set(spared))
     return spared

@@ -13,7 +13,7 @@ from storage.archive import create_archive, open_archive
 from storage.cells import read_tokens
 from storage.errors import ArchiveError
 from storage.files import join, local_path
-from storage.records import Reason, Status
+from storage.records import Problem, Reason, Status
 from storage.repair import repair
 from storage.settings import TABLES
 from storage.tables import RowTable, live_files, open_table
@@ -117,7 +117,12 @@ def test_damaged_files_stay_where_nothing_can_take_their_place(archive):
     assert data.count(cell) == 1
     path.write_bytes(data.replace(cell, bytes([cell[0] ^ 1]) + cell[1:]))
     asked = []
-    done = repair(archive.uri, lambda row: asked.append(row.video_number) or False)
+
+    def why_not(_, rows):
+        asked.extend(row.video_number for row in rows)
+        return away(_, rows)
+
+    done = repair(archive.uri, why_not)
     assert [row.video_number for row in done.spared] == asked == [before[0].video_number]
     assert (done.to_index, done.left) == ((), ())
     after = open_archive(archive.uri)
@@ -133,11 +138,15 @@ def test_damaged_files_stay_where_nothing_can_take_their_place(archive):
 def test_files_of_no_use_are_taken_out_though_nothing_can_take_their_place(archive):
     (path, *_) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 3)]
     path.write_bytes(path.read_bytes()[:-100])
-    done = repair(archive.uri, lambda row: False)
+    done = repair(archive.uri, away)
     assert (len(done.to_index), done.spared, done.left) == (1, (), ())
-    again = repair(archive.uri, lambda row: False)  # until it is indexed
+    again = repair(archive.uri, away)  # until it is indexed
     assert [row.video_id for row in again.to_index] == [row.video_id for row in done.to_index]
     assert again.found.faults == ()
+
+
+def away(archive, rows):
+    return {row.video_id: Problem(Reason.VANISHED, "away") for row in rows}
 
 
 def holds(archive, path, name):
