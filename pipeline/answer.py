@@ -20,7 +20,7 @@ from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Answer, FrameRef, Moment, WindowAnswer
 from workers.bundle import Bundle
-from workers.engine import EngineName, ModelOptions, SamplingParams
+from workers.engine import ModelOptions, SamplingParams
 from workers.llava_mini import LlavaMini, load_model
 from workers.memory import answer_bytes
 from workers.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
@@ -138,7 +138,7 @@ class Asker:
     @cached_property
     def _held(self) -> Bundle:
         """The bundle, with the context that there is memory for where its engine reserves it."""
-        if self._options.engine == EngineName.TRANSFORMERS:
+        if not self._options.reserves_memory:
             return self._bundle
         rows = min(self._bundle.context_length, self._model.engine.most_rows)
         return replace(self._bundle, config=replace(self._bundle.config, context_length=rows))
@@ -289,7 +289,7 @@ class Asker:
         announce: Callable[[str], None],
     ) -> Answer:
         rows = context_needed(self._bundle, ids, len(chosen.frames), asked.most_tokens)
-        needed = answer_bytes(self._bundle, rows, is_reserved=self._options.engine == EngineName.VLLM)
+        needed = answer_bytes(self._bundle, rows, is_reserved=self._options.reserves_memory)
         if len(chosen.frames) >= MANY_FRAMES:
             announce(f"{len(chosen.frames)} frames: about {needed / 1e9:.2g} GB of memory besides the model")
         showing = self._showing(chosen.frames, asked)

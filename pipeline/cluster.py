@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ray
@@ -26,7 +26,7 @@ def start_ray(address: str | None) -> None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
     else:
         options |= {"address": address}
-    threading.excepthook = partial(_leave_out_ray, threading.excepthook)
+    _hear_threads()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
@@ -36,6 +36,12 @@ def start_ray(address: str | None) -> None:
         if address is None:
             raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error
+
+
+@cache
+def _hear_threads() -> None:
+    """Once a process, however often Ray is started."""
+    threading.excepthook = partial(_leave_out_ray, threading.excepthook)
 
 
 def _leave_out_ray(tell: Callable[[threading.ExceptHookArgs], Any], failure: threading.ExceptHookArgs) -> None:

@@ -157,7 +157,7 @@ def test_a_context_beyond_the_memory_is_as_one_beyond_the_model(bundle, archive,
 
 @installed
 @pytest.mark.parametrize("place", ["in a block", "between two calls", "while it is asked"])
-def test_an_engine_whose_step_failed_answers_no_more(bundle, prompts, monkeypatch, place):
+def test_an_engine_whose_step_failed_answers_no_more(bundle, monkeypatch, place):
     """As an allocation that fails. A Ctrl-C never reaches vLLM, whose steps another thread makes."""
     engine = load_model(bundle, ModelOptions("cpu", "float32", engine="vllm")).engine
     core = engine._llm.engine_core.engine_core
@@ -215,7 +215,6 @@ def test_too_little_memory_is_said(bundle, monkeypatch):
 @installed
 def test_ask_answers_with_it_and_says_nothing_else(vidx, archive):
     command = ("ask", "What is there?", "--from", "1", "--to", "5", "--max-tokens", "12", "--archive", archive)
-
     told, wanted = vidx(*command, "--engine", "vllm"), vidx(*command)
     assert (told.code, told.out) == (0, wanted.out)
     assert without_kernels(told.err) == wanted.err.splitlines()

@@ -65,6 +65,11 @@ class ModelOptions:
                 f"--quantize {self.quantize} is for --engine {EngineName.TRANSFORMERS}; leave one of them out"
             )
 
+    @property
+    def reserves_memory(self) -> bool:
+        """Its engine takes memory for contexts once, when it is loaded, and its `most_rows` says for how long ones."""
+        return self.engine == EngineName.VLLM
+
     def check_installed(self) -> None:
         """To be called where the model is loaded, which may be another machine.
 
@@ -104,13 +109,7 @@ class Context(Protocol):
 
 
 class Engine(Protocol):
-    """What runs the LLM.
-
-    Attributes:
-        most_rows: there is memory for so many in a context, answer included; None where nothing is reserved.
-    """
-
-    most_rows: int | None
+    """What runs the LLM."""
 
     def context(self) -> Context:
         """One without rows."""
@@ -118,8 +117,6 @@ class Engine(Protocol):
 
 class TransformersEngine:
     """transformers' own LLM."""
-
-    most_rows = None
 
     def __init__(self, llm: LlamaForCausalLM, eos_ids: tuple[int, ...]):
         """An engine for answers that end with one of some ids."""
@@ -169,7 +166,7 @@ class TransformersContext:
         for layer in self._cache.layers:  # Cache.crop means one thing in one version and another in the next
             layer.keys, layer.values = layer.keys[:, :, :row_count], layer.values[:, :, :row_count]
 
-    def reply(self, most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
+    def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
         rows, choose = self.row_count, _chooser(sampling, self.logits.device)
         try:

@@ -169,7 +169,7 @@ def load_model(bundle: Bundle, options: ModelOptions = ModelOptions(), kept_byte
         from workers.vllm_engine import VllmEngine  # with vLLM
 
         fill(tensors, {"model.embed_tokens.": llm.model.embed_tokens}, vision.device, vision.dtype)
-        running = VllmEngine(bundle, llm.config, vision.device, vision.dtype, kept_bytes)
+        running = VllmEngine(bundle, tensors, llm.config, vision.device, vision.dtype, kept_bytes)
         return LlavaMini(vision, llm.model.embed_tokens, running, tokenizer)
     whole = {"": llm}
     if options.quantize is not None:

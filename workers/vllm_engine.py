@@ -25,7 +25,7 @@ from workers.bundle import Bundle
 from workers.engine import EngineName, SamplingParams
 from workers.hash_cache import cache_folder
 from workers.load import tensor_values
-from workers.weights import TensorEntry, list_tensors
+from workers.weights import TensorEntry
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -55,12 +55,19 @@ class VllmEngine:
     """
 
     def __init__(
-        self, bundle: Bundle, settings: LlamaConfig, device: torch.device, dtype: torch.dtype, kept_bytes: int
+        self,
+        bundle: Bundle,
+        tensors: Mapping[str, TensorEntry],
+        settings: LlamaConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept_bytes: int,
     ):
         """Loads the LLM.
 
         Args:
-            bundle: where it lies; its tensors were checked.
+            bundle: where it lies.
+            tensors: all of its own, which were checked.
             settings: of its blocks.
             device, dtype: where and how it computes.
             kept_bytes: of keys and values beyond those of one whole context, for further questions.
@@ -72,7 +79,7 @@ class VllmEngine:
         self._failed: Exception | None = None
         self._thread = ThreadPoolExecutor(1, "vllm", torch.set_num_threads, (torch.get_num_threads(),))
         self._thread.submit(int).result()  # it starts, before vLLM takes set_num_threads away
-        tensors = {name: entry for name, entry in list_tensors(bundle.directory).items() if name.startswith(LLM_KEYS)}
+        tensors = {name: entry for name, entry in tensors.items() if name.startswith(LLM_KEYS)}
         weight_bytes = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
         row_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim * dtype.itemsize
         wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
