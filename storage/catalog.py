@@ -18,12 +18,12 @@ from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
 from storage.records import Status
 
-# Timestamps are plain TIMESTAMPs in UTC, so that neither the machine's time zone nor an extension has a say.
+# captured_at comes as a TIMESTAMP in UTC (_offer_views): a cast here would take the session's time zone.
 _VIDEOS_VIEW = """
 CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
     rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
-    CAST(captured_at AS TIMESTAMP) AS captured_at, tags, model_id, sampling, attempts
+    captured_at, tags, model_id, sampling, attempts
 FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
@@ -84,6 +84,7 @@ def _running(archive: Archive, statement: str) -> Iterator[duckdb.DuckDBPyRelati
         raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
     connection = duckdb.connect(":memory:")
     try:
+        connection.execute("SET TimeZone = 'UTC'")  # else the machine's, for now(), casts and dates in a statement
         _offer_views(connection, archive, statement)
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -101,6 +102,8 @@ def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statem
     rows = archive.videos_arrow()
     rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
     source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
+    place = rows.schema.get_field_index("captured_at")
+    rows = rows.set_column(place, "captured_at", rows.column(place).cast(pa.timestamp("us")))  # UTC, without its zone
     connection.register("stored_videos", rows.append_column("source", source))
     connection.execute(_VIDEOS_VIEW)
     words = set(re.findall(r"\w+", statement.lower()))
