@@ -2,13 +2,15 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, json_option, model_options
+
+KINDS_TOLD = 12  # suffixes of files that are no videos
 
 
 @click.command()
@@ -86,10 +88,12 @@ def index(
 
     settings = load_config(config, options)
     found = scan(sources)
-    if found.passed_over:
-        note(f"left out of folders for not being named like a video: {found.passed_over} file(s)")
-    for folder in found.unreadable:
-        note(f"{printable(folder)}: this folder cannot be read and was left out")
+    if found.left_out:
+        note(f"left out: {_left_out(found.left_out)}")
+    for place, why in found.unscanned:
+        note(f"{printable(place)}: {why}")
+    for source in found.without_video if found.assets else ():
+        note(f"{printable(source)}: no video in this folder")
     bundle = find_bundle(settings.model)
     if bundle.card.states_limits:
         note(limits_of(bundle))
@@ -102,9 +106,9 @@ def index(
         archive = open_archive(place) if archive_exists(place) else None
         if archive is not None:
             archive.check_model(bundle.model_id, bundle.name)
-        _print_plans(plan_index(found.assets, archive, bundle, sampling, settings).plans, as_json)
+        _print_plans(plan_index(found.assets, archive, bundle, sampling, settings).plans, found, as_json)
         return
-    if settings.address is not None:
+    if settings.address is not None and found.assets:
         from pipeline.address import check_address
 
         check_address(settings.address)
@@ -112,7 +116,9 @@ def index(
     with _progress() as report:
         result = run_index(found.assets, archive, bundle, sampling, settings, report)
     if as_json:
-        print_json(_result_json(result, bundle.model_id))
+        print_json({**_result_json(result, bundle.model_id), "left_out": found.left_out})
+    elif not found.assets:
+        click.echo(_nothing_in(found.without_video))
     else:
         _print_result(result, archive_dir)
     if result.cache_problem:
@@ -121,6 +127,27 @@ def index(
         note("vidx: interrupted; what was finished is committed, run the same command again to go on")
         sys.exit(130)
     sys.exit(3 if result.failures else 0)
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    """As `12 .jpg, 2 .txt, 1 without a suffix`, the most frequent first."""
+    from pipeline.cli_print import printable
+    from pipeline.scan import APPLE_DOUBLE, SHARED_SUFFIXES
+
+    words = {"": "without a suffix", APPLE_DOUBLE: f"{APPLE_DOUBLE} (of macOS, no videos)"}
+    words |= {suffix.decode(): f"{suffix.decode()} (no videos)" for suffix in SHARED_SUFFIXES}
+    kinds = list(counts.items())
+    told = [f"{count} {words.get(kind) or printable(kind)}" for kind, count in kinds[:KINDS_TOLD]]
+    others = kinds[KINDS_TOLD:]
+    rest = [f"{sum(count for _, count in others)} with {len(others)} more suffixes"] if others else []
+    return ", ".join(told + rest)
+
+
+def _nothing_in(sources: Sequence[str]) -> str:
+    from pipeline.cli_print import printable
+
+    where = printable(sources[0]) if len(sources) == 1 else f"any of the {len(sources)} folders"
+    return f"Nothing to index: there is no video in {where}."
 
 
 def _result_json(result: Any, model_id: str) -> dict[str, Any]:
@@ -176,7 +203,7 @@ def _print_result(result: Any, archive_dir: str) -> None:
         print_table(("status", "reason", "source", "detail"), rows)
 
 
-def _print_plans(plans: Sequence[tuple[Any, Any]], as_json: bool) -> None:
+def _print_plans(plans: Sequence[tuple[Any, Any]], found: Any, as_json: bool) -> None:
     from pipeline.cli_print import counted, print_json, print_table
     from pipeline.known import Plan
     from storage.files import source_text
@@ -184,7 +211,10 @@ def _print_plans(plans: Sequence[tuple[Any, Any]], as_json: bool) -> None:
     counts = {str(plan).replace(" ", "_"): sum(other is plan for _, other in plans) for plan in Plan}
     if as_json:
         listed = [{"source": source_text(asset.uri), "source_uri": asset.uri, "plan": plan} for asset, plan in plans]
-        print_json({"dry_run": True, "counts": counts, "sources": listed})
+        print_json({"dry_run": True, "counts": counts, "sources": listed, "left_out": found.left_out})
+        return
+    if not plans:
+        click.echo(f"{_nothing_in(found.without_video)[:-1]}; nothing was changed.")
         return
     rows = [(plan, source_text(asset.uri)) for asset, plan in plans if plan is not Plan.KNOWN]
     if rows:

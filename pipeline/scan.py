@@ -1,24 +1,36 @@
-"""scan: what the user names -> the list of videos to look at; nothing is opened but manifests."""
+"""scan: what the user names -> the list of videos to look at.
 
-import csv
+Nothing is opened but manifests and files of folders whose suffix other programs use too.
+"""
+
 import glob
-import json
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
-from storage.errors import UsageError
-from storage.files import is_text, local_path, to_uri
+from pipeline.folders import FolderWalk, Kind, Place
+from pipeline.manifest import SUFFIXES as MANIFEST_SUFFIXES
+from pipeline.manifest import read_manifest
+from storage.errors import UsageError, VideoProblem
+from storage.files import local_path, to_uri
 from storage.records import VideoAsset
+from workers.content import open_source
+from workers.structure import HEAD_BYTES, foreign_content
 
-# What a folder is searched for; a file named by itself, by a glob or in a manifest may end as it likes.
+# What a folder is searched for; a file named by itself, by a glob or in a manifest may end as it likes. Of these, a
+# file that holds something else is told as a failed video.
 VIDEO_SUFFIXES = frozenset(
-    b".3g2 .3gp .asf .avi .divx .dv .f4v .flv .h264 .h265 .hevc .ivf .m1v .m2ts .m2v .m4v .mjpeg .mjpg .mkv .mov .mp4"
-    b" .mpeg .mpg .mts .mxf .nut .obu .ogg .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m".split()
+    b".264 .265 .266 .360 .3g2 .3gp .3gp2 .3gpp .amv .asf .avi .cavs .dirac .divx .dv .dvr-ms .evo .f4v .flv .glv .gxf"
+    b" .h261 .h263 .h264 .h265 .h266 .h26l .hdmov .hevc .insv .ismv .ivf .k3g .lrv .m1v .m2p .m2t .m2ts .m2v .m4v .mj2"
+    b" .mjpeg .mjpg .mk3d .mkv .mov .mp2v .mp4 .mp4v .mpe .mpeg .mpegts .mpg .mpv .mqv .mxf .nsv .nuv .obu .ogg .ogm"
+    b" .ogv .osv .qt .rm .rmvb .ssif .vc1 .vdr .vob .vro .vvc .webm .wm .wmv .wtv .y4m".split()
 )
-MANIFEST_SUFFIXES = (".csv", ".jsonl")
+# Suffixes of videos and of other things, such as TypeScript, Modula-2, tracker music, MetaPost, AviSynth and books: a
+# file that is plainly one of those is left out.
+SHARED_SUFFIXES = frozenset(b".avc .avs .dav .dif .lrf .mod .mp .mts .nut .psp .tod .tp .trp .ts".split())
+APPLE_DOUBLE = "._*"  # what macOS keeps beside each file on foreign disks, under the file's own suffix
 
 
 @dataclass(frozen=True)
@@ -27,50 +39,131 @@ class Scan:
 
     Attributes:
         assets: the videos.
-        passed_over: how many files in folders are not named like videos.
-        unreadable: folders below those named that could not be listed.
+        left_out: how many files in folders are no videos, by suffix in lower case; "" is none.
+        unscanned: places in folders that could not be looked at, each with the reason.
+        without_video: named folders, and globs of folders, in which there is none.
     """
 
     assets: tuple[VideoAsset, ...]
-    passed_over: int
-    unreadable: tuple[str, ...]
+    left_out: Mapping[str, int]
+    unscanned: tuple[tuple[str, str], ...]
+    without_video: tuple[str, ...]
 
 
 def scan(sources: Iterable[str]) -> Scan:
-    """Every video that the sources name, each URI once, in the order named (folders sorted by name).
+    """Every video that the sources name, each file once, in the order named; what links lead to comes last.
 
     Args:
         sources: files, folders (recursive), globs, `.csv` or `.jsonl` manifests, `file://` URIs.
     Raises:
-        UsageError: a source does not exist or holds no video, or a manifest cannot be read.
+        UsageError: a source does not exist, a glob matches nothing, or a manifest or a named folder cannot be read.
     """
-    assets: dict[str, VideoAsset] = {}
-    passed_over, unreadable = 0, []
+    found = _Found()
     for source in sources:
-        found, others = _scan_source(source, unreadable)
-        passed_over += others
-        for asset in found:
-            if asset.uri not in assets or asset.tags or asset.captured_at:  # a manifest's row says more than a path
-                assets[asset.uri] = asset
-    return Scan(tuple(assets.values()), passed_over, tuple(unreadable))
+        _scan_source(source, found)
+    found.follow_links()
+    return found.as_scan()
 
 
-def _scan_source(source: str, unreadable: list[str]) -> tuple[list[VideoAsset], int]:
+class _Found:
+    """What has been found so far."""
+
+    def __init__(self):
+        self._assets: dict[bytes, VideoAsset] = {}  # by path without symbolic links
+        self._left_out: Counter[str] = Counter()
+        self._unscanned: list[tuple[bytes, str]] = []
+        self._seen: set[bytes] = set()
+        self._walks: list[tuple[str, FolderWalk]] = []  # with the source that each is of
+        self._has_video: dict[str, bool] = {}  # by source, where that is a folder
+
+    def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
+        """One video; a manifest's row says more than a path."""
+        real = real or os.path.realpath(local_path(asset.uri))
+        if real not in self._assets or asset.tags or asset.captured_at:
+            self._assets[real] = asset
+
+    def add_folder(self, source: str, folder: bytes) -> None:
+        """The videos in a folder, whose links are kept for later."""
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise UsageError(f"{os.fsdecode(folder)}: {error.strerror}") from error
+        walk = FolderWalk(self._seen)
+        self._walks.append((source, walk))
+        self._has_video.setdefault(source, os.path.realpath(folder) in self._seen)
+        self._take(source, walk.below(folder))
+
+    def note_unscanned(self, walk: FolderWalk) -> None:
+        """Remembers what a walk left out."""
+        self._unscanned += walk.unscanned
+
+    def follow_links(self) -> None:
+        """The videos that links in folders lead to and that were not found without them."""
+        for source, walk in self._walks:
+            self._take(source, walk.linked())
+            self.note_unscanned(walk)
+
+    def as_scan(self) -> Scan:
+        """All that was found."""
+        return Scan(
+            tuple(self._assets.values()),
+            dict(self._left_out.most_common()),
+            tuple((os.fsdecode(path), why) for path, why in dict.fromkeys(self._unscanned)),
+            tuple(source for source, has_video in self._has_video.items() if not has_video),
+        )
+
+    def _take(self, source: str, places: Iterable[Place]) -> None:
+        for place in places:
+            if place.kind is Kind.FOLDER:
+                continue
+            kind = _left_out_as(place)
+            if kind is None:
+                self._has_video[source] = True
+                if place.real not in self._assets:
+                    self.add(VideoAsset(to_uri(place.path)), place.real)
+            elif place.kind is Kind.NOTHING:
+                self._unscanned.append((place.path, "a link that leads nowhere"))
+            else:
+                self._left_out[kind] += 1
+
+
+def _left_out_as(place: Place) -> str | None:
+    """The suffix of a file in a folder that is no video; None of one that is to be looked at."""
+    name = os.path.basename(place.path)
+    if name.startswith(b"._"):
+        return APPLE_DOUBLE
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in VIDEO_SUFFIXES or (suffix in SHARED_SUFFIXES and not _is_foreign(place.path)):
+        return None
+    return suffix.decode("utf-8", "backslashreplace")
+
+
+def _is_foreign(path: bytes) -> bool:
+    """Whether a file is plainly no video; not one that cannot be read, which is to be told as a failed video."""
+    try:
+        descriptor = open_source(path)
+    except VideoProblem:
+        return False
+    with open(descriptor, "rb") as file:
+        try:
+            return foreign_content(file.read(HEAD_BYTES)) is not None
+        except OSError:
+            return False
+
+
+def _scan_source(source: str, found: _Found) -> None:
     path = _as_path(source)
     if os.path.isdir(path):
-        videos, others = _scan_folder(path, unreadable)
-        if not videos:
-            raise UsageError(
-                f"{source}: no video in this folder ({others} other files); name files themselves to try them"
-            )
-        return videos, others
-    if os.path.lexists(path):
+        found.add_folder(source, os.fsencode(path))
+    elif os.path.lexists(path):
         if path.lower().endswith(MANIFEST_SUFFIXES):
-            return list(_scan_manifest(path)), 0
-        return [VideoAsset(to_uri(path))], 0
-    if glob.has_magic(path):
-        return _scan_glob(source, path, unreadable)
-    raise UsageError(f"{source}: no such file or folder")
+            _scan_manifest(path, found)
+        else:
+            found.add(VideoAsset(to_uri(path)))
+    elif glob.has_magic(path):
+        _scan_glob(source, path, found)
+    else:
+        raise UsageError(f"{source}: no such file or folder")
 
 
 def _as_path(source: str) -> str:
@@ -82,96 +175,40 @@ def _as_path(source: str) -> str:
     return os.fsdecode(path)
 
 
-def _scan_folder(folder: str, unreadable: list[str]) -> tuple[list[VideoAsset], int]:
-    def refuse(error: OSError) -> None:
-        if os.fsdecode(error.filename) == folder:  # the one that the user named
-            raise UsageError(f"{folder}: {error.strerror}") from error
-        unreadable.append(os.fsdecode(error.filename))
-
-    videos, others = [], 0
-    for parent, folders, names in os.walk(os.fsencode(folder), onerror=refuse):
-        folders.sort()
-        for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
-                videos.append(VideoAsset(to_uri(os.path.join(parent, name))))
-            else:
-                others += 1
-    return videos, others
+def _scan_manifest(path: str, found: _Found) -> None:
+    for row in read_manifest(path):
+        place = os.path.join(os.path.dirname(path), _as_path(row.source))
+        found.add(VideoAsset(to_uri(place), row.captured_at, row.tags))
 
 
-def _scan_glob(source: str, pattern: str, unreadable: list[str]) -> tuple[list[VideoAsset], int]:
-    matches = sorted(glob.glob(os.fsencode(pattern), recursive=True))
-    assets, others = [], 0
-    for match in matches:
-        if not os.path.isdir(match):
-            assets.append(VideoAsset(to_uri(match)))
-        elif "**" not in pattern:  # ** lists what lies below a folder by itself
-            found, passed_over = _scan_folder(os.fsdecode(match), unreadable)
-            assets += found
-            others += passed_over
-    if not assets:
+def _scan_glob(source: str, pattern: str, found: _Found) -> None:
+    matches = sorted(set(_expand(os.fsencode(pattern), found)))
+    recursive = "**" in pattern.split("/")  # it lists what lies below a folder by itself
+    files = [match for match in matches if not os.path.isdir(match)]
+    folders = [] if recursive else [match for match in matches if os.path.isdir(match)]
+    if not files and not folders:
         raise UsageError(f"{source}: matches no video")
-    return assets, others
+    for match in matches:
+        if match in folders:
+            found.add_folder(source, match)
+        elif match in files:
+            found.add(VideoAsset(to_uri(match)))
 
 
-def _scan_manifest(path: str) -> Iterator[VideoAsset]:
-    read = _read_csv if path.lower().endswith(".csv") else _read_jsonl
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(read(path, file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: cannot be read as a manifest: {error}") from error
-    if not rows:
-        raise UsageError(f"{path}: no rows; a manifest has a column `source` and one row per video")
-    for where, row in rows:
-        yield _manifest_asset(where, row, Path(path).parent)
+def _expand(pattern: bytes, found: _Found) -> Iterator[bytes]:
+    """What a glob matches, where ** stands for folders at any depth, those that links lead to once.
 
-
-def _read_csv(path: str, file: Iterable[str]) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(file, strict=True)
-    if "source" not in (reader.fieldnames or ()):
-        raise UsageError(f"{path}: no column `source`; columns are {', '.join(reader.fieldnames or ['none'])}")
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if None in row:
-            raise UsageError(f"{where}: more cells than columns; quote cells that hold commas")
-        yield where, row
-
-
-def _read_jsonl(path: str, file: Iterable[str]) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{where}: a line must be a JSON object with a key `source`")
-        yield where, row
-
-
-def _manifest_asset(where: str, row: dict, folder: Path) -> VideoAsset:
-    source = row.get("source")
-    if not isinstance(source, str) or not source:
-        raise UsageError(f"{where}: no `source`")
-    tags = {
-        str(name): value if isinstance(value, str) else json.dumps(value)
-        for name, value in row.items()
-        if name not in ("source", "captured_at") and value not in (None, "")
-    }
-    if not all(map(is_text, (*tags, *tags.values()))):
-        raise UsageError(f"{where}: a tag is no valid text (a lone surrogate)")
-    path = _as_path(source)
-    return VideoAsset(to_uri(os.path.join(folder, path)), _captured_at(where, row.get("captured_at")), tags)
-
-
-def _captured_at(where: str, text: object) -> datetime | None:
-    if text in (None, ""):
-        return None
-    try:
-        moment = datetime.fromisoformat(str(text))
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"{where}: captured_at {text!r} is not ISO 8601, e.g. 2024-05-01T12:00:00Z") from error
+    The glob module follows links in ** again and again: two that lead to a folder around them take it for ever.
+    """
+    parts = pattern.split(b"/")
+    if b"**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    place = parts.index(b"**")
+    starts = glob.glob(b"/".join([*parts[:place], b""])) if place else [b"."]
+    rest = [part for part in parts[place + 1 :] if part] or [b"*"]
+    walk = FolderWalk(set(), hidden=False)
+    for folder in itertools.chain(*(walk.below(start) for start in starts), walk.linked()):
+        if folder.kind is Kind.FOLDER:
+            yield from _expand(os.path.join(glob.escape(folder.path), *rest), found)
+    found.note_unscanned(walk)

@@ -14,7 +14,7 @@ from storage.errors import VideoProblem
 from storage.records import Reason
 from workers.video_file import VideoFile
 
-_HEAD_BYTES = 4096
+HEAD_BYTES = 4096
 
 # Text that names other files or addresses: never opened, whatever the file is called.
 _REFUSED = (
@@ -39,6 +39,7 @@ _PICTURES = (
     (rb"\x00\x00\x00\x0cJXL |\xff\x0a", "a JPEG XL picture"),
     (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture"),
     (rb"8BPS", "a Photoshop picture"),
+    (rb"Paint Shop Pro Image", "a Paint Shop Pro picture"),
     (rb"P[1-7]\s", "a PNM picture"),
     (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg|<svg)", "an SVG picture"),
 )
@@ -47,13 +48,17 @@ _OTHER = (
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive"),
     (rb"%PDF", "a PDF document"),
     (rb"\x7fELF|MZ", "a program"),
+    (rb".{1060,1080}(M[.!]K[.!]|FLT[48]|[1-9]CHN|[1-3]\dCH)", "tracker music"),  # behind a title of 20 bytes
+    (rb"L\x00R\x00F\x00\x00\x00", "an e-book"),
     (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!DOCTYPE\s+html|html)", "an HTML page"),
 )
+
+_CONTROLS = {*range(32), 127} - set(b"\t\n\v\f\r\x1b")  # bytes that no text holds
 
 
 def refuse_scripts(file: VideoFile) -> None:
     """Raises VideoProblem where the file is empty or text that names other files, before FFmpeg sees it."""
-    head = file.read_at(0, _HEAD_BYTES)
+    head = file.read_at(0, HEAD_BYTES)
     if not head:
         raise VideoProblem(Reason.NOT_A_VIDEO, "the file is empty")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -64,20 +69,24 @@ def refuse_scripts(file: VideoFile) -> None:
 
 def name_content(file: VideoFile) -> str | None:
     """What the file is where it is clearly no video, such as "a PNG picture"; None where that is open."""
-    head = file.read_at(0, _HEAD_BYTES)
-    kind = _match(_PICTURES, head) or _match(_OTHER, head.removeprefix(b"\xef\xbb\xbf").lstrip())
+    head = file.read_at(0, HEAD_BYTES)
+    kind = foreign_content(head)
     if kind is None and len(head) < 16:
         return f"a file of {len(head)} bytes"
     if kind is None and not head.strip(b"\0"):
         return "a file that begins with zeros"
-    if kind is None and _is_text(head):
-        return "text"
     return kind
+
+
+def foreign_content(head: bytes) -> str | None:
+    """What a file of something else than video is, by its first bytes; None where they do not tell."""
+    kind = _match(_PICTURES, head) or _match(_OTHER, head.removeprefix(b"\xef\xbb\xbf").lstrip())
+    return "text" if kind is None and _is_text(head) else kind
 
 
 def is_picture(file: VideoFile) -> str | None:
     """The kind of picture, where the file is one."""
-    return _match(_PICTURES, file.read_at(0, _HEAD_BYTES))
+    return _match(_PICTURES, file.read_at(0, HEAD_BYTES))
 
 
 def cut_short(file: VideoFile) -> str | None:
@@ -97,13 +106,11 @@ def _match(table: tuple[tuple[bytes, str], ...], head: bytes) -> str | None:
 
 
 def _is_text(head: bytes) -> bool:
-    try:
-        text = head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:
-            return False
-        text = head[: error.start].decode("utf-8")
-    return all(character.isprintable() or character.isspace() for character in text)
+    """Whether the bytes are text in UTF-8, in UTF-16 with its mark, or in an encoding of one byte a letter."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = head[: len(head) // 2 * 2].decode("utf-16", "ignore")
+        return all(character.isprintable() or character.isspace() for character in text)
+    return bool(head) and not _CONTROLS & set(head)
 
 
 def _missing(file: VideoFile, end: int, what: str) -> str | None:

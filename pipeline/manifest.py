@@ -1,0 +1,87 @@
+"""Manifests, CSV or JSONL: rows that name videos, when they were recorded, and their tags."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from storage.errors import UsageError
+from storage.files import is_text
+
+SUFFIXES = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One video as a manifest names it: a path or URI, relative to the manifest's folder."""
+
+    source: str
+    captured_at: datetime | None
+    tags: dict[str, str]
+
+
+def read_manifest(path: str) -> list[ManifestRow]:
+    """The rows of a manifest, in order.
+
+    Raises:
+        UsageError: it cannot be read, or a row is wrong; names the line.
+    """
+    read = _read_csv if path.lower().endswith(".csv") else _read_jsonl
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(read(path, file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: cannot be read as a manifest: {error}") from error
+    if not rows:
+        raise UsageError(f"{path}: no rows; a manifest has a column `source` and one row per video")
+    return [_row(where, row) for where, row in rows]
+
+
+def _read_csv(path: str, file: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(file, strict=True)
+    if "source" not in (reader.fieldnames or ()):
+        raise UsageError(f"{path}: no column `source`; columns are {', '.join(reader.fieldnames or ['none'])}")
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if None in row:
+            raise UsageError(f"{where}: more cells than columns; quote cells that hold commas")
+        yield where, row
+
+
+def _read_jsonl(path: str, file: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{where}: no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{where}: a line must be a JSON object with a key `source`")
+        yield where, row
+
+
+def _row(where: str, row: dict) -> ManifestRow:
+    source = row.get("source")
+    if not isinstance(source, str) or not source:
+        raise UsageError(f"{where}: no `source`")
+    tags = {
+        str(name): value if isinstance(value, str) else json.dumps(value)
+        for name, value in row.items()
+        if name not in ("source", "captured_at") and value not in (None, "")
+    }
+    if not all(map(is_text, (*tags, *tags.values()))):
+        raise UsageError(f"{where}: a tag is no valid text (a lone surrogate)")
+    return ManifestRow(source, _captured_at(where, row.get("captured_at")), tags)
+
+
+def _captured_at(where: str, text: object) -> datetime | None:
+    if text in (None, ""):
+        return None
+    try:
+        moment = datetime.fromisoformat(str(text))
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{where}: captured_at {text!r} is not ISO 8601, e.g. 2024-05-01T12:00:00Z") from error
