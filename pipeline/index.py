@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pipeline.config import IndexConfig
@@ -460,6 +461,7 @@ class _Run:
             captured_at=asset.captured_at,
             tags=asset.tags,
             attempts=attempts,
+            indexed_at=datetime.now(UTC),
         )
 
     def _show(self) -> None:

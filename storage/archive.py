@@ -151,7 +151,9 @@ class Archive:
         self.model_name = settings.model_name
         self.frames_uri = join(uri, "frames")
         self.index_uri = join(uri, "index")
-        self._videos = RowTable(join(uri, "videos"))  # before the frames, so that all that they show is there
+        self._videos = RowTable(
+            join(uri, "videos"), videos.SCHEMA
+        )  # before the frames, so that all that they show is there
         self._videos.rows()
         self._frames = FrameTable(self.frames_uri)
         self._published: tuple[int, dict[int, str]] | None = None

@@ -18,12 +18,12 @@ from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
 from storage.records import Status
 
-# captured_at comes as a TIMESTAMP in UTC (_offer_views): a cast here would take the session's time zone.
+# Times come as plain TIMESTAMPs in UTC (_offer_views): a cast here would take the session's time zone.
 _VIDEOS_VIEW = """
 CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
     rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
-    captured_at, tags, model_id, sampling, attempts
+    captured_at, tags, model_id, sampling, attempts, indexed_at
 FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
@@ -102,8 +102,9 @@ def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statem
     rows = archive.videos_arrow()
     rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
     source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
-    place = rows.schema.get_field_index("captured_at")
-    rows = rows.set_column(place, "captured_at", rows.column(place).cast(pa.timestamp("us")))  # UTC, without its zone
+    for name in ("captured_at", "indexed_at"):
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, name, rows.column(place).cast(pa.timestamp("us")))  # UTC, without its zone
     connection.register("stored_videos", rows.append_column("source", source))
     connection.execute(_VIDEOS_VIEW)
     words = set(re.findall(r"\w+", statement.lower()))

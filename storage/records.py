@@ -365,7 +365,7 @@ class VideoRow:
     """One row of the videos table; publishing it makes the video's frames visible.
 
     Fields that only an opened file can tell are None where it could not be opened. attempts counts the runs that tried
-    this content with these settings.
+    this content with these settings; indexed_at is when the last of them ended, None where an older vidx did not say.
     """
 
     video_id: str | None
@@ -382,6 +382,7 @@ class VideoRow:
     captured_at: datetime | None
     tags: Mapping[str, str]
     attempts: int
+    indexed_at: datetime | None = None
 
 
 @dataclass(frozen=True)

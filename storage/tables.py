@@ -7,6 +7,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -114,16 +115,29 @@ def commit(
         Conflict: another commit was faster.
         ArchiveError: the log cannot be written or read; whether the change is in, `may_be_in` tells.
     """
-    now = int(time.time() * 1000)
-    actions = [AddAction(part.path, part.size_bytes, {}, now, True, part.stats_json) for part in parts]
-    actions += [RemoveAction(path, True, now, size=size) for path, size in removed]
-    transactions = [Transaction(app_id, version, now) for app_id, version in guards.items()]
+    removals = [RemoveAction(path, True, _now(), size=size) for path, size in removed]
+    _commit(table, [*map(_add, parts), *removals], "append", table.schema(), guards)
+
+
+def commit_instead(table: DeltaTable, parts: Sequence[Part], schema: pa.Schema, guards: dict[str, int]) -> None:
+    """One new version that holds these files alone, with these columns, or nothing; otherwise as `commit`."""
+    _commit(table, [*map(_add, parts)], "overwrite", schema, guards)
+
+
+def _add(part: Part) -> AddAction:
+    return AddAction(part.path, part.size_bytes, {}, _now(), True, part.stats_json)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _commit(table: DeltaTable, actions: Sequence, mode: str, schema: Any, guards: dict[str, int]) -> None:
+    properties = CommitProperties(app_transactions=[Transaction(*guard, _now()) for guard in guards.items()])
     version = table.version()
     with _plain_errors(table.table_uri):
         try:
-            table.create_write_transaction(
-                actions, "append", table.schema(), commit_properties=CommitProperties(app_transactions=transactions)
-            )
+            table.create_write_transaction(actions, mode, schema, commit_properties=properties)
         except CommitFailedError as error:
             raise Conflict(str(error)) from error
         table.update_incremental()
@@ -160,10 +174,16 @@ class RowTable:
 
     A change rewrites the files that hold changed rows and folds in files smaller than what it writes, so that
     their number grows with the logarithm of the rows. Changes are strictly one after the other.
+
+    Args:
+        uri: of the table.
+        columns: what its rows have. Those that a table of an older vidx lacks are null, and the first change of the
+            table adds them.
     """
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, columns: Iterable[pa.Field] = ()):
         self.uri = uri
+        self._columns = tuple(columns)
         self._table = open_table(uri)
         self._files: dict[str, pa.Table] = {}  # they never change, so each is read once
         self._rows: tuple[int, pa.Table] | None = None
@@ -196,10 +216,14 @@ class RowTable:
             keep, added = plan(self.rows())
             if keep.all() and not added.num_rows:
                 return
-            part, removed = self._rewrite(keep, added)
-            guard = {_GUARD: self.version + 1}
+            is_wider = len(self._schema()) > len(self._table_schema())
+            part, removed = self._rewrite(keep, _with_columns(added, self._schema()), of_all=is_wider)
+            parts, guard = [part] if part else [], {_GUARD: self.version + 1}
             try:
-                commit(self._table, [part] if part else [], removed, guard)
+                if is_wider:
+                    commit_instead(self._table, parts, self._schema(), guard)
+                else:
+                    commit(self._table, parts, removed, guard)
             except Conflict:
                 if part is not None and may_be_in(self._table, part.path):
                     return
@@ -225,8 +249,13 @@ class RowTable:
             with contextlib.suppress(Conflict):
                 commit(self._table, [], [(path, sizes[path])], {_GUARD: self.version + 1})
 
-    def _schema(self) -> pa.Schema:
+    def _table_schema(self) -> pa.Schema:
         return pa.schema(self._table.schema().to_arrow())
+
+    def _schema(self) -> pa.Schema:
+        """The columns of the table, and then those that it lacks."""
+        there = self._table_schema()
+        return pa.schema([*there, *(field for field in self._columns if field.name not in there.names)])
 
     def _load(self) -> dict[str, pa.Table]:
         paths = sorted(live_files(self._table).column("path").to_pylist())
@@ -234,13 +263,15 @@ class RowTable:
         self._files = {path: self._files.get(path) or _read_rows(join(self.uri, path), schema) for path in paths}
         return self._files
 
-    def _rewrite(self, keep: np.ndarray, added: pa.Table) -> tuple[Part | None, list[tuple[str, int]]]:
-        """Writes the new file; says which files it replaces, with their sizes."""
+    def _rewrite(
+        self, keep: np.ndarray, added: pa.Table, *, of_all: bool = False
+    ) -> tuple[Part | None, list[tuple[str, int]]]:
+        """Writes the new file, of all rows where that is asked for; says which files it replaces, with their sizes."""
         replaced, pieces, others, start = [], [added], [], 0
         for path, rows in self._load().items():
             kept = keep[start : start + rows.num_rows]
             start += rows.num_rows
-            if kept.all():
+            if kept.all() and not of_all:
                 others.append((path, rows))
             else:
                 replaced.append(path)
@@ -264,7 +295,15 @@ class RowTable:
 
 def _read_rows(uri: str, schema: pa.Schema) -> pa.Table:
     with damage(uri):
-        return read_columns(uri).select(schema.names).cast(schema)
+        return _with_columns(read_columns(uri), schema)
+
+
+def _with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema; those that rows of another vidx lack are null, where they may be."""
+    for field in schema:
+        if field.name not in rows.column_names and field.nullable:
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows.select(schema.names).cast(schema)
 
 
 def _write_rows(folder_uri: str, rows: pa.Table) -> Part:

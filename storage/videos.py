@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         pa.field("captured_at", pa.timestamp("us", tz="UTC")),
         pa.field("tags", pa.map_(pa.string(), pa.string())),
         pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("indexed_at", pa.timestamp("us", tz="UTC")),  # null in rows of a vidx that did not keep it
     ]
 )
 _PROBED = (
@@ -128,8 +129,9 @@ def _outlasts(rival: tuple, video_id: str | None, frame_count: int, restored: Co
 def _as_dict(row: VideoRow) -> dict:
     values = {name: getattr(row, name) for name in SCHEMA.names if hasattr(row, name)}
     values["status"] = str(row.status)
-    if row.captured_at is not None:
-        values["captured_at"] = row.captured_at.astimezone(UTC)
+    for name in ("captured_at", "indexed_at"):
+        if values[name] is not None:
+            values[name] = values[name].astimezone(UTC)
     values["tags"] = list(row.tags.items())
     if row.problem is not None:
         values |= {"reason": str(row.problem.reason), "detail": row.problem.detail}
@@ -161,4 +163,5 @@ def _as_row(values: dict) -> VideoRow:
         captured_at=values["captured_at"],
         tags=values["tags"] or {},
         attempts=values["attempts"],
+        indexed_at=values["indexed_at"],
     )

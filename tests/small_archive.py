@@ -157,6 +157,7 @@ def row_for(archive: Archive, name: int, frame_count: int, **changes) -> VideoRo
         "captured_at": datetime(2024, 5, 1, 12, tzinfo=UTC),
         "tags": {"camera": f"cam{name}"},
         "attempts": 1,
+        "indexed_at": datetime(2024, 5, 2, 6, 30, tzinfo=UTC),
     }
     return VideoRow(**{**values, **changes})
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -516,6 +517,55 @@ def test_a_file_that_cannot_be_read_today_loses_nothing(archive):
     assert len(found.frames()) == 5
     add_video(archive, 2)  # readable again: the row without content makes way
     assert [row.status for row in again(archive).videos()] == [Status.INDEXED, Status.INDEXED]
+
+
+def made_before(archive, column):
+    """The archive as an older vidx left it, which did not keep this column of videos."""
+    uri, rows = join(archive.uri, "videos"), archive.videos_arrow().drop_columns([column])
+    shutil.rmtree(local_path(uri))
+    tables.create_table(uri, rows.schema)
+    tables.RowTable(uri).change(lambda there: (np.ones(there.num_rows, bool), rows))
+    return again(archive)
+
+
+def test_an_archive_of_an_older_vidx_is_read_and_goes_on(archive):
+    for name in (1, 2, 3):
+        add_video(archive, name)
+    uri, old = join(archive.uri, "videos"), made_before(archive, "indexed_at")
+    before = [replace(row, indexed_at=None) for row in archive.videos()]
+    assert old.videos() == before
+    assert "indexed_at" not in DeltaTable(uri).to_pyarrow_table().column_names  # reading changes nothing
+    add_video(old, 4)
+    assert again(old).videos() == old.videos() == [*before, row_for(old, 4, 5)]
+    kept = DeltaTable(uri).to_pyarrow_table().column("indexed_at").to_pylist()
+    assert sorted(kept, key=str) == [datetime(2024, 5, 2, 6, 30, tzinfo=UTC), None, None, None]
+    for path in DeltaTable(uri).file_uris():  # as a reader that knows no schema but the files' own sees them
+        assert "indexed_at" in pq.read_schema(path).names
+
+
+def test_of_two_jobs_that_add_a_column_to_an_older_table_none_loses_a_row(tmp_path):
+    uri = to_uri(tmp_path / "table")
+    os.makedirs(tmp_path / "table")
+    tables.create_table(uri, pa.schema([("name", pa.string())]))
+    newer = pa.schema([("name", pa.string()), ("size", pa.int64())])
+    first, second = tables.RowTable(uri, newer), tables.RowTable(uri, newer)
+    seen = []
+
+    def add(table, name, size):
+        def plan(rows):
+            if name == "slow" and not seen:
+                add(second, "fast", 2)
+            seen.append(rows.num_rows)
+            return np.ones(rows.num_rows, bool), pa.table({"name": [name], "size": [size]}, schema=newer)
+
+        table.change(plan)
+
+    add(first, "slow", 1)
+    assert seen == [0, 0, 1]  # the fast one's, the slow one's that lost the race, and its second try
+    assert sorted(tables.RowTable(uri).rows().to_pylist(), key=str) == [
+        {"name": "fast", "size": 2},
+        {"name": "slow", "size": 1},
+    ]
 
 
 def test_many_publications_keep_the_table_in_few_files(archive):

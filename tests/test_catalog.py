@@ -56,6 +56,7 @@ def test_videos_shows_what_the_documentation_names(archive):
         "model_id": MODEL_ID,
         "sampling": "fps=1,patches=0",
         "attempts": 1,
+        "indexed_at": datetime(2024, 5, 2, 6, 30),
     }
 
 
