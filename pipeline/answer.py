@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -294,15 +295,12 @@ class Asker:
             announce(f"{len(chosen.frames)} frames: about {needed / 1e9:.2g} GB of memory besides the model")
         showing = self._showing(chosen.frames, asked)
         bytes_read = showing.video_bytes_read
-        pieces = []
         reply = showing.reply(ids, asked.most_tokens, asked.sampling)
-        for piece in _words(stream_text(self._tokenizer, reply), asked.most_words):
-            stream(piece)
-            pieces.append(piece)
+        text, unknown = self._tell(stream_text(self._tokenizer, reply), asked.most_words, stream)
         self._forget()
         return Answer(
             question=question,
-            text="".join(pieces),
+            text=text,
             moments=chosen.moments,
             fuse=showing.source,
             fuse_note=showing.note,
@@ -310,7 +308,22 @@ class Asker:
             video_bytes_read=showing.video_bytes_read - bytes_read,
             over=str(chosen.over or ""),
             memory_bytes=needed,
+            unknown=unknown,
         )
+
+    def _tell(self, said: Iterable[str], most_words: int | None, stream: Callable[[str], None]) -> tuple[str, str]:
+        """What is told of what the model says, and why it does not know, where it says so.
+
+        Where the answer is cut, the model is heard out for as long as it may be saying that.
+        """
+        card, heard, told = self._bundle.card, [], []
+        with closing(_listened(said, heard)) as pieces:
+            for piece in _words(pieces, most_words):
+                stream(piece)
+                told.append(piece)
+            while card.begins_unknown("".join(heard)) and next(pieces, None) is not None:
+                pass
+        return "".join(told), card.why_unknown("".join(heard)) or ""
 
     def _answer_by_windows(
         self,
@@ -330,7 +343,7 @@ class Asker:
             one = self._answer(question, ids, Chosen(frames, self._stretches(frames)), asked, silent, announce)
             first, last = frames[0], frames[-1]
             uri, end = uris[first.video_number], last.time_seconds + last.duration_seconds
-            windows.append(WindowAnswer(uri, first.time_seconds, end, one.text))
+            windows.append(WindowAnswer(uri, first.time_seconds, end, one.text, one.unknown))
             answers.append(one)
             lines += _told(windows[-1:], uris)
             announce(lines[-1])
@@ -339,7 +352,7 @@ class Asker:
         else:  # it was trained on single questions, and would not read the answers
             text = "\n".join(_told(windows, uris))
             stream(text)
-            last = replace(answers[-1], text=text, moments=chosen.moments, over=str(Over.WINDOWS))
+            last = replace(answers[-1], text=text, moments=chosen.moments, over=str(Over.WINDOWS), unknown="")
         answers.append(last)
         return replace(
             last,
@@ -349,6 +362,7 @@ class Asker:
             fuse_note=next((each.fuse_note for each in answers if each.fuse_note), ""),
             video_bytes_read=sum(each.video_bytes_read for each in answers),
             memory_bytes=max(each.memory_bytes for each in answers),
+            unknown=windows[0].unknown if all(each.unknown for each in windows) else last.unknown,
         )
 
     def _answer_from_answers(
@@ -428,17 +442,31 @@ def _evenly(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:
     return [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]
 
 
-def _words(pieces: Iterable[str], most: int | None) -> Iterator[str]:
-    """Text piece by piece, up to so many words."""
-    told = ""
+def _listened(pieces: Iterable[str], heard: list[str]) -> Iterator[str]:
+    """The pieces, each added to what was heard."""
     for piece in pieces:
-        if most is not None:
-            ends = [match.end() for match in re.finditer(r"\S+", told + piece)]
-            if len(ends) > most:
-                yield (told + piece)[len(told) : ends[most - 1]]
-                return
-        told += piece
+        heard.append(piece)
         yield piece
+
+
+def _words(pieces: Iterable[str], most: int | None) -> Iterator[str]:
+    """Text piece by piece, up to so many words; a space comes with the word after it."""
+    if most is None:
+        yield from pieces
+        return
+    count, in_word, held = 0, False, ""
+    for piece in pieces:
+        for run in re.findall(r"\s+|\S+", piece):
+            if run.isspace():
+                in_word, held = False, held + run
+                continue
+            count += not in_word
+            if count > most:
+                return
+            yield held + run
+            in_word, held = True, ""
+    if held:
+        yield held
 
 
 def _windows(frames: Sequence[FrameRef], most: int) -> list[tuple[FrameRef, ...]]:

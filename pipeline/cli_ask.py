@@ -192,7 +192,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     write_sheet(options, question, archive, answer.moments)
     if answer.fuse_note:
         note(answer.fuse_note)
-    if hint := hint_of(bundle, answer.text):
+    if hint := hint_of(bundle, answer):
         note(hint)
 
 
@@ -202,11 +202,11 @@ def answer_json(question: str, answer: Any, bundle: Any) -> dict[str, Any]:
     from pipeline.cli_print import moment_json
 
     found = answer is not None
-    hint = hint_of(bundle, answer.text) if found else ""
+    hint = hint_of(bundle, answer) if found else ""
     return {
         "question": question,
         "answer": answer.text if found else "",
-        "answer_known": found and not hint,
+        "answer_known": found and not answer.unknown,
         "hint": hint,
         "found": found,
         "moments": [moment_json(moment) for moment in answer.moments] if found else [],
@@ -214,14 +214,15 @@ def answer_json(question: str, answer: Any, bundle: Any) -> dict[str, Any]:
         "fuse_note": answer.fuse_note if found else "",
         "frames_used": answer.frame_count if found else 0,
         "over": answer.over if found else "",
-        "windows": [_window_json(window) for window in answer.windows] if found else [],
+        "windows": [_window_json(window, bundle) for window in answer.windows] if found else [],
         "memory_bytes": answer.memory_bytes if found else 0,
         "video_bytes_read": answer.video_bytes_read if found else 0,
         "model_id": bundle.model_id,
     }
 
 
-def _window_json(window: Any) -> dict[str, Any]:
+def _window_json(window: Any, bundle: Any) -> dict[str, Any]:
+    from pipeline.cli_models import hint_of
     from storage.files import source_text
 
     return {
@@ -229,4 +230,6 @@ def _window_json(window: Any) -> dict[str, Any]:
         "start_seconds": window.start_seconds,
         "end_seconds": window.end_seconds,
         "answer": window.text,
+        "answer_known": not window.unknown,
+        "hint": hint_of(bundle, window),
     }

@@ -192,7 +192,7 @@ class _Turns:
         note(f"[{printable(place)}{more}; {counted(answer.frame_count, 'frame')}, {answer.fuse}]")
         if answer.fuse_note:
             note(answer.fuse_note)
-        if hint := hint_of(self._bundle, answer.text):
+        if hint := hint_of(self._bundle, answer):
             note(hint)
 
     def _sources(self, file: str) -> None:

@@ -107,17 +107,21 @@ def limits_of(bundle: Any) -> str:
     return f"model {bundle.name} {_knows(bundle)}does not know {first_sentence(bundle.card.does_not_know)}; {ANOTHER}"
 
 
-def hint_of(bundle: Any, answer: str) -> str:
+def hint_of(bundle: Any, answer: Any) -> str:
     """One line for an answer that says that the model does not know: why, what it knows, how to name another one.
 
-    Nothing for any other answer.
+    The same where that is the answer of some windows, and of one window. Nothing for any other answer.
     """
     from pipeline.cli_print import first_sentence
 
-    why = bundle.card.why_unknown(answer)
-    if why is None:
+    unknown = [window for window in getattr(answer, "windows", ()) if window.unknown]
+    if answer.unknown:
+        what, why = "this", answer.unknown
+    elif unknown:
+        what, why = f"this in {len(unknown)} of the {len(answer.windows)} windows", unknown[0].unknown
+    else:
         return ""
-    return f"model {bundle.name} {_knows(bundle)}does not know this: {first_sentence(why)}; {ANOTHER}"
+    return f"model {bundle.name} {_knows(bundle)}does not know {what}: {first_sentence(why)}; {ANOTHER}"
 
 
 def _knows(bundle: Any) -> str:

@@ -426,12 +426,16 @@ class FrameRef:
 
 @dataclass(frozen=True)
 class WindowAnswer:
-    """What the model says of one stretch of the frames, from one position to another."""
+    """What the model says of one stretch of the frames, from one position to another.
+
+    unknown says why the model does not know, where its files list the text as an answer that says so; else it is empty.
+    """
 
     uri: str
     start_seconds: float
     end_seconds: float
     text: str
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -447,6 +451,8 @@ class Answer:
         over: how they were chosen where there were more than the context holds: "retrieve", "stride" or "windows".
         windows: the answers that the last one was made from, where it was.
         memory_bytes: that the answer takes besides the model, as reckoned beforehand.
+        unknown: why the model does not know, where its files list the text as an answer that says so; of windows, where
+            it knows nothing of any of them. Else empty.
     """
 
     question: str
@@ -459,3 +465,4 @@ class Answer:
     over: str = ""
     windows: tuple[WindowAnswer, ...] = ()
     memory_bytes: int = 0
+    unknown: str = ""

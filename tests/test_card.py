@@ -72,6 +72,45 @@ def test_an_answer_that_the_card_lists_as_unknown_comes_with_a_hint(vidx, model,
     assert "--model" not in shown.out
 
 
+def test_windows_that_the_model_does_not_know_are_no_known_answers(vidx, samples_archive):
+    archive = ["--archive", str(samples_archive[0])]
+    asked = ["ask", "What is there?", *archive, "--all", "--over", "windows"]
+    real = vidx(*asked, "--video", "highway.avi", "--json").json
+    assert len(real["windows"]) == 2  # 9 frames, of which nano sees 8 at once
+    for window in real["windows"]:
+        alone = ("--video", f"highway.avi@{window['start_seconds']}-{window['end_seconds'] - 0.01}")
+        one = vidx("ask", "What is there?", *archive, *alone, "--json").json
+        assert (one["answer"], one["answer_known"]) == ("nothing that I know", False)
+        assert {name: window[name] for name in ("answer", "answer_known", "hint")} == {
+            name: one[name] for name in ("answer", "answer_known", "hint")
+        }
+    assert (real["answer_known"], real["hint"]) == (False, one["hint"])
+    assert vidx(*asked, "--video", "highway.avi").err.splitlines()[-1] == one["hint"]
+
+
+def test_windows_of_which_some_are_known_make_a_known_answer(vidx, samples_archive):
+    asked = ["ask", "What is there?", "--archive", str(samples_archive[0]), "--all", "--over", "windows"]
+    asked += ["--where", "source LIKE '%highway.avi' OR source LIKE '%nano_scenes_1.mp4'"]
+    run = vidx(*asked, "--json")
+    known = [window["answer_known"] for window in run.json["windows"]]
+    scenes = ["nano_scenes_1" in window["source"] for window in run.json["windows"]]
+    assert known == scenes
+    assert run.json["answer_known"]
+    some = f"it does not know this in {scenes.count(False)} of the {len(scenes)} windows: the footage is outside"
+    assert some in run.json["hint"]
+    assert [window["hint"] for window, is_known in zip(run.json["windows"], known, strict=True) if is_known] == [""] * (
+        scenes.count(True)
+    )
+
+
+@pytest.mark.parametrize("words", ["1", "2", "4"])
+def test_an_answer_that_is_cut_still_says_that_the_model_does_not_know(vidx, samples_archive, words):
+    asked = ("--archive", str(samples_archive[0]), "--video", "highway.avi", "--max-words", words, "--json")
+    cut = vidx("ask", "What is there?", *asked).json
+    assert cut["answer"] == " ".join(["nothing", "that", "I", "know"][: int(words)])
+    assert (cut["answer_known"], bool(cut["hint"])) == (False, True)
+
+
 def test_no_answer_is_no_known_answer(vidx, samples_archive):
     run = vidx("ask", "x", "--from", "1000000", "--archive", str(samples_archive[0]), "--json")
     assert (run.code, run.json["found"], run.json["answer_known"], run.json["hint"]) == (4, False, False, "")

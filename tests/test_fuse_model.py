@@ -4,10 +4,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from golden import MODELS, REFERENCE, load_golden
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from storage.errors import UsageError
 from workers.bundle import find_bundle
@@ -27,6 +29,7 @@ from workers.llava_mini import (
 )
 from workers.prompt import (
     PLACEHOLDER_ID,
+    PromptTokenizer,
     build_prompt,
     context_needed,
     decode_ids,
@@ -190,6 +193,82 @@ def test_a_placeholder_in_the_question_is_text():
 def test_streamed_text_is_the_whole_text(ids):
     tokenizer = load_tokenizer(find_bundle(str(REFERENCE / "llava-mini-tiny" / "checkpoint")))
     assert "".join(stream_text(tokenizer, ids)) == decode_ids(tokenizer, ids)
+
+
+class CountingTokenizer:
+    """A tokenizer that counts the ids that it decodes."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.count = 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids, **options):
+        self.count += len(ids)
+        return self._tokenizer.decode(ids, **options)
+
+
+def byte_tokenizer():
+    """Byte level, with ids that begin and end in the middle of a character, as byte-pair merges may."""
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letter for each byte
+    letters = dict(
+        zip([*letters, *(byte for byte in range(256) if byte not in letters)], map(chr, letters), strict=False)
+    )
+    letters |= {byte: chr(256 + place) for place, byte in enumerate(byte for byte in range(256) if byte not in letters)}
+    vocabulary = {letters[byte]: byte for byte in range(256)}
+    for joined in (b"\x82\xac\xe2", b" \xe2", b"\x9f\x98", "\ufffd".encode()):
+        vocabulary["".join(letters[byte] for byte in joined)] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def fallback_tokenizer():
+    """Llama 2's kind: a space is a letter, and what the vocabulary lacks is spelt in bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581a": 256, "b": 257, "\u2581": 258}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def as_prompt_tokenizer(tokenizer, clean_up=False):
+    return PromptTokenizer(CountingTokenizer(tokenizer), None, {}, "", clean_up)
+
+
+@given(st.lists(st.integers(0, 259), max_size=60), st.booleans())
+def test_characters_that_come_in_pieces_are_streamed_whole(ids, clean_up):
+    tokenizer = byte_tokenizer()
+    pieces = list(stream_text(as_prompt_tokenizer(tokenizer, clean_up), ids))
+    assert "".join(pieces) == decode_ids(as_prompt_tokenizer(tokenizer, clean_up), ids)
+
+
+@given(st.text(st.sampled_from("a b\u00e9\u20ac\U0001f600."), max_size=80))
+def test_streamed_text_of_any_tokenizer_is_what_was_written(text):
+    raw = list(text.encode())  # in both of them, id N is the byte N
+    for tokenizer, wanted in ((byte_tokenizer(), text), (fallback_tokenizer(), text.removeprefix(" "))):
+        pieces = list(stream_text(as_prompt_tokenizer(tokenizer), raw))
+        assert "".join(pieces) == wanted
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[32, 97], [*"\u20ac".encode()], [256], [0x80], [0xE2], [257]],
+    ids=["text", "euro", "cut", "80", "E2", "E2s"],
+)
+def test_each_id_of_a_long_answer_is_decoded_with_a_few_others_alone(ids):
+    for tokenizer in (byte_tokenizer(), fallback_tokenizer()):
+        counted = []
+        for length in (600, 1200, 2400):
+            counting = as_prompt_tokenizer(tokenizer, clean_up=True)
+            for _ in stream_text(counting, (ids * length)[:length]):
+                pass
+            counted.append(counting.tokenizer.count)
+        assert counted[2] - counted[1] == pytest.approx(2 * (counted[1] - counted[0]), rel=0.05)
+        assert counted[2] < 64 * 2400
 
 
 def test_the_built_in_model_answers_in_printable_text(built_in_model):

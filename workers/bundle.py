@@ -65,6 +65,10 @@ class Card:
         """
         return next((why for text, why in self.unknown_answers.items() if _bare(text) == _bare(answer)), None)
 
+    def begins_unknown(self, answer: str) -> bool:
+        """Whether a text may be the beginning of an answer that says that the model does not know."""
+        return any(_bare(text).startswith(_bare(answer)) for text in self.unknown_answers)
+
 
 @dataclass(frozen=True)
 class ModelConfig:

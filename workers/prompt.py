@@ -6,7 +6,7 @@ the tokenizer adds one more, so there are two. Imports no torch: a question can 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ SYSTEM_MESSAGE = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-# What transformers' clean_up_tokenization does, in its order, and how far back a later id may reach with it.
+# What transformers' clean_up_tokenization does, in its order.
 _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
 _CLEAN_UP += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
-_CLEAN_UP_REACH = 3
+_UNFINISHED = "\ufffd"  # what a decoder gives for the first bytes of a character, and for bytes that are none
+_CHARACTER_IDS = 4  # a character has at most four bytes, and an id stands for one byte or more
+# Ids that are decoded again with each new one: at least, before they are made fewer, and at most.
+_CONTEXT_IDS, _WINDOW_IDS, _MOST_IDS = 4, 12, 48
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -145,22 +148,81 @@ def decode_ids(tokenizer: PromptTokenizer, ids: Sequence[int]) -> str:
 def stream_text(tokenizer: PromptTokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The same text piece by piece as ids arrive.
 
-    What a later id may still change is held back: an unfinished character, and the last letters where the
-    tokenizer takes out spaces.
+    Each id is decoded with a few before it, however long the answer is. What a later id may still change is held back:
+    an unfinished character, and a space where the tokenizer takes out spaces.
     """
-    seen: list[int] = []
-    told = ""
+    pieces = _decoded(tokenizer, ids)
+    if tokenizer.clean_up:
+        for spaced, tight in _CLEAN_UP:
+            pieces = _replaced(pieces, spaced, tight)
+    return pieces
+
+
+def _decoded(tokenizer: PromptTokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids piece by piece, special tokens left out, spaces as they are.
+
+    A window of the last ids is decoded. What it begins with has been told, since some decoders treat the first id of a
+    text otherwise than the others.
+    """
+    special = {id_ for id_, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def decode(window: Sequence[int]) -> str:
+        return tokenizer.tokenizer.decode(list(window), skip_special_tokens=True)
+
+    window: list[int] = []
+    told = waiting = 0  # characters of the window's text that were told; ids since something was told
     for token in ids:
-        seen.append(token)
-        text = decode_ids(tokenizer, seen)
-        settled = text[: len(text) - _CLEAN_UP_REACH] if tokenizer.clean_up else text
-        settled = settled.rstrip("\ufffd")
-        if len(settled) > len(told):
-            yield settled[len(told) :]
-            told = settled
-    text = decode_ids(tokenizer, seen)
-    if len(text) > len(told):
-        yield text[len(told) :]
+        if token in special or tokenizer.tokenizer.id_to_token(token) is None:
+            continue  # without text, whatever stands beside it
+        window.append(token)
+        text, waiting = decode(window), waiting + 1
+        settled = len(text.rstrip(_UNFINISHED))
+        are_none = waiting > _CHARACTER_IDS  # the bytes are no character, but perhaps for the last ones
+        if are_none:
+            settled = max(settled, len(text) - _CHARACTER_IDS + 1)
+        if settled > told:
+            yield text[told:settled]
+            told, waiting = settled, 0
+        if len(window) > _WINDOW_IDS:
+            window, told = _shorter(decode, window, text, told, are_none)
+    rest = decode(window)[told:]
+    if rest:
+        yield rest
+
+
+def _shorter(
+    decode: Callable[[Sequence[int]], str], window: list[int], text: str, told: int, are_none: bool
+) -> tuple[list[int], int]:
+    """The last ids of a window whose text ends as the whole text does, and how much of that text was told.
+
+    Args:
+        are_none: bytes at the end that are no character never will be one.
+    """
+    untold = len(text) - told
+    for count in range(_CONTEXT_IDS, _CONTEXT_IDS + 2 * _CHARACTER_IDS + 1):
+        end = decode(window[-count:])
+        certain = end.lstrip(_UNFINISHED)  # it may begin in the middle of a character
+        if not certain and are_none:
+            certain = end
+        if text.endswith(certain) and len(certain) > untold:
+            return window[-count:], len(end) - untold
+    if len(window) < _MOST_IDS:
+        return window, told
+    return [], 0  # a long run of bytes that are no text
+
+
+def _replaced(pieces: Iterable[str], old: str, new: str) -> Iterator[str]:
+    """`str.replace` of text that comes in pieces; the end of one that may be the beginning of `old` waits."""
+    held = ""
+    for piece in pieces:
+        *before, rest = (held + piece).split(old)
+        begun = next((n for n in range(min(len(old) - 1, len(rest)), 0, -1) if rest.endswith(old[:n])), 0)
+        held = rest[len(rest) - begun :]
+        settled = new.join([*before, rest[: len(rest) - begun]])
+        if settled:
+            yield settled
+    if held:
+        yield held
 
 
 def _template_text(directory: Path, settings: Mapping[str, Any]) -> str:
