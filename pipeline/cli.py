@@ -18,6 +18,7 @@ COMMANDS = {
     "ask": ("pipeline.cli_ask", "Answer a question, citing the moments it was answered from."),
     "chat": ("pipeline.cli_chat", "Ask one question after another."),
     "status": ("pipeline.cli_archive", "Show what an archive holds."),
+    "list": ("pipeline.cli_list", "List the videos of an archive."),
     "sql": ("pipeline.cli_archive", "Query the views `videos` and `frames` with SQL."),
     "verify": ("pipeline.cli_care", "Check that every byte of an archive is what was written."),
     "repair": ("pipeline.cli_care", "Take out what is damaged and index it again."),
@@ -27,7 +28,9 @@ COMMANDS = {
     "expire": ("pipeline.cli_delete", "Take out videos that were recorded long ago."),
     "evaluate": ("pipeline.cli_evaluate", "Measure how well what is known is found."),
     "models": ("pipeline.cli_models", "List the models at hand."),
+    "completion": ("pipeline.cli_completion", "Print a shell's script that completes commands."),
 }
+FUNCTIONS = {"list": "list_videos"}  # where a command's function has another name, as Python's own is taken
 # Ray may end these from C++; `ask` and `chat --address` have nothing to commit, and read the terminal.
 IN_OWN_PROCESS = ("index", "repair")
 
@@ -44,7 +47,7 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         module, _ = COMMANDS[name]
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), FUNCTIONS.get(name, name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing them."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli_options import archive_option, archive_uri, json_option
+from pipeline.cli_options import archive_option, archive_uri, complete_files, json_option
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Judged, Scores
@@ -23,7 +23,7 @@ def evaluate() -> None:
 
 
 @evaluate.command()
-@click.argument("queries", metavar="FILE")
+@click.argument("queries", metavar="FILE", shell_complete=complete_files)
 @archive_option
 @click.option("--within-video", is_flag=True, help="Search each text in its own video alone, not in the whole archive.")
 @click.option(

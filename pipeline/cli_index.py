@@ -4,22 +4,33 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC
 from typing import Any
 
 import click
 
-from pipeline.cli_options import archive_option, archive_uri, json_option, model_options
+from pipeline.cli_options import (
+    archive_option,
+    archive_uri,
+    complete_files,
+    complete_folders,
+    json_option,
+    model_options,
+)
+
+UPDATES_TOLD = 20  # videos whose tags or capture times changed
 
 KINDS_TOLD = 12  # suffixes of files that are no videos
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", shell_complete=complete_files)
 @archive_option
 @click.option(
     "--model",
     metavar="NAME|DIR|HUB-ID",
     default=None,
+    shell_complete=complete_folders,
     help="A built-in name, a directory or a hub id; see `vidx models`.",
 )
 @click.option(
@@ -53,6 +64,7 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
     "--config",
     metavar="FILE",
     default=None,
+    shell_complete=complete_files,
     help="A preset (embedded, one_gpu, cluster) or a TOML file; options win over it.",
 )
 @click.option("--retry-failed", is_flag=True, default=None, help="Try again what failed or is partial.")
@@ -106,7 +118,7 @@ def index(
         archive = open_archive(place) if archive_exists(place) else None
         if archive is not None:
             archive.check_model(bundle.model_id, bundle.name)
-        _print_plans(plan_index(found.assets, archive, bundle, sampling, settings).plans, found, as_json)
+        _print_plans(plan_index(found.assets, archive, bundle, sampling, settings), found, as_json)
         return
     if settings.address is not None and found.assets:
         from pipeline.address import check_address
@@ -160,6 +172,7 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "videos_skipped": result.skipped,
         "videos_failed_before": result.failed_before,
         "videos_deleted_before": result.deleted_before,
+        "videos_updated": len(result.updates),
         "frames": result.frame_count,
         "model_id": model_id,
         "seconds": round(result.seconds, 3),
@@ -177,6 +190,10 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
             }
             for row in result.failures
         ],
+        "updates": [
+            {"source": source_text(update.after.uri), "source_uri": update.after.uri, "changes": update.changes}
+            for update in result.updates
+        ],
     }
 
 
@@ -191,6 +208,12 @@ def _print_result(result: Any, archive_dir: str) -> None:
         )
     if result.deleted_before:
         click.echo(f"{result.deleted_before} of the skipped were deleted; --restore-deleted indexes them again")
+    if result.updates:
+        click.echo(f"other tags or capture times than before: {counted(len(result.updates), 'video')}")
+        rows = [(_changes(update), source_text(update.after.uri)) for update in result.updates[:UPDATES_TOLD]]
+        print_table(("changed", "source"), rows)
+        if len(result.updates) > UPDATES_TOLD:
+            click.echo(f"and {len(result.updates) - UPDATES_TOLD} more; --json tells all")
     tried = result.indexed + result.partial + result.failed
     if tried == 0 and not result.interrupted:
         all_of_them = counted(result.skipped, "video")
@@ -203,24 +226,56 @@ def _print_result(result: Any, archive_dir: str) -> None:
         print_table(("status", "reason", "source", "detail"), rows)
 
 
-def _print_plans(plans: Sequence[tuple[Any, Any]], found: Any, as_json: bool) -> None:
+def _changes(update: Any) -> str:
+    """As `camera: north -> south, captured_at: 2024-05-01 12:00 -> 2024-05-01 10:00`."""
+    return ", ".join(f"{name}: {_told(old)} -> {_told(new)}" for name, (old, new) in update.changes.items())
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def _print_plans(known: Any, found: Any, as_json: bool) -> None:
     from pipeline.cli_print import counted, print_json, print_table
     from pipeline.known import Plan
     from storage.files import source_text
 
+    plans = known.plans
     counts = {str(plan).replace(" ", "_"): sum(other is plan for _, other in plans) for plan in Plan}
     if as_json:
-        listed = [{"source": source_text(asset.uri), "source_uri": asset.uri, "plan": plan} for asset, plan in plans]
+        listed = [
+            {"source": source_text(asset.uri), "source_uri": asset.uri, "plan": plan, **_why(known, asset.uri)}
+            for asset, plan in plans
+        ]
         print_json({"dry_run": True, "counts": counts, "sources": listed, "left_out": found.left_out})
         return
     if not plans:
         click.echo(f"{_nothing_in(found.without_video)[:-1]}; nothing was changed.")
         return
-    rows = [(plan, source_text(asset.uri)) for asset, plan in plans if plan is not Plan.KNOWN]
+    rows = [
+        (plan, source_text(asset.uri), _why_line(known, asset.uri)) for asset, plan in plans if plan is not Plan.KNOWN
+    ]
     if rows:
-        print_table(("would be", "source"), rows)
+        print_table(("would be", "source", "why"), rows)
     would = sum(plan.is_work for _, plan in plans)
-    click.echo(f"{would} of {counted(len(plans), 'video')} would be tried; nothing was changed")
+    away = sum(plan in (Plan.MISSING, Plan.UNREADABLE) for _, plan in plans)
+    of_them = f", {away} of them missing or unreadable" if away else ""
+    click.echo(f"{would} of {counted(len(plans), 'video')} would be tried{of_them}; nothing was changed")
+
+
+def _why(known: Any, uri: str) -> dict[str, Any]:
+    """What is wrong with a source or failed before, and what it says differently of a video that the archive holds."""
+    problem, update = known.problems.get(uri), known.updates.get(uri)
+    told = {} if problem is None else {"reason": problem.reason, "detail": problem.detail}
+    return told if update is None else {**told, "changes": update.changes}
+
+
+def _why_line(known: Any, uri: str) -> str:
+    problem, update = known.problems.get(uri), known.updates.get(uri)
+    pieces = [] if problem is None else [f"{problem.reason}: {problem.detail}"]
+    return "; ".join(pieces if update is None else [*pieces, _changes(update)])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from storage.errors import UsageError
 
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 
 NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
 
+
+def complete_files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Has the shell complete names of files."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Has the shell complete names of folders."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 archive_option = click.option(
     "--archive",
     "archive_dir",
@@ -24,6 +36,7 @@ archive_option = click.option(
     default="./vidx-archive",
     show_default=True,
     metavar="DIR",
+    shell_complete=complete_folders,
     help="The archive; the environment variable VIDX_ARCHIVE sets it too.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -48,26 +61,36 @@ def _one_video(context: click.Context, parameter: click.Parameter, names: tuple[
     return names[0] if names else None
 
 
-# Which part of an archive.
-filter_options = grouped(
-    click.option(
-        "--video",
-        metavar="VIDEO",
-        multiple=True,
-        callback=_one_video,
-        help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
-    ),
+_video_option = click.option(
+    "--video",
+    metavar="VIDEO",
+    multiple=True,
+    callback=_one_video,
+    shell_complete=complete_files,
+    help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
+)
+_position_options = grouped(
     click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s."),
     click.option("--to", "to_text", metavar="TIME", help="Up to this position, not included."),
+)
+_recorded_options = grouped(
     click.option("--after", metavar="TIME", help="Recorded at this time or later."),
     click.option("--before", metavar="TIME", help="Recorded before this time, ISO 8601; UTC without a zone."),
-    click.option(
-        "--tag",
-        "tags",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="Only videos with this tag; of several with one key, any.",
-    ),
+)
+tag_option = click.option(
+    "--tag",
+    "tags",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Only videos with this tag; of several with one key, any.",
+)
+
+# Which part of an archive.
+filter_options = grouped(
+    _video_option,
+    _position_options,
+    _recorded_options,
+    tag_option,
     click.option(
         "--where",
         metavar="SQL",
@@ -76,8 +99,25 @@ filter_options = grouped(
     ),
 )
 
+# Which videos of an archive.
+video_filter_options = grouped(
+    _video_option,
+    _recorded_options,
+    tag_option,
+    click.option(
+        "--where",
+        metavar="SQL",
+        default="",
+        help="Only videos of which this condition on columns of `videos` is true, or one on `frames` of any frame.",
+    ),
+)
+
 model_option = click.option(
-    "--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now; the one that made it."
+    "--model",
+    metavar="NAME|DIR|HUB-ID",
+    default=None,
+    shell_complete=complete_folders,
+    help="Where the archive's model lies now; the one that made it.",
 )
 
 # How moments are seen.
@@ -87,6 +127,7 @@ sheet_option = grouped(
         "--contact-sheet",
         metavar="FILE",
         default=None,
+        shell_complete=complete_files,
         help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
     ),
 )
@@ -127,7 +168,7 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     from pipeline.filter import Filter
     from pipeline.times import parse_instant, parse_moment, parse_time
 
-    video, from_text, to_text = options["video"], options["from_text"], options["to_text"]
+    video, from_text, to_text = options["video"], options.get("from_text"), options.get("to_text")
     name, start, end = parse_moment(video) if video is not None else (None, None, None)
     if start is not None and not (from_text is None and to_text is None):
         raise UsageError(f"--video {video} names a moment already; leave out --from and --to, or the part after @")

@@ -1,10 +1,11 @@
 """What people and programs see: JSON, tables, times, and one-line notes."""
 
+import csv
 import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -74,6 +75,22 @@ def print_table(
         table.add_row(*(Text(printable(cell)) for cell in row))
     width = None if (sys.stderr if err else sys.stdout).isatty() else 100_000  # in a pipe or a file: one line
     Console(width=width, highlight=False, stderr=err).print(table)
+
+
+def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows by the names of columns as CSV on standard output, with a header; maps and lists in cells are JSON."""
+    writer = csv.writer(click.get_text_stream("stdout"), lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        cells = (_plain(row[name]) for name in columns)
+        writer.writerow(
+            [json.dumps(cell, ensure_ascii=False) if isinstance(cell, dict | list) else cell for cell in cells]
+        )
+
+
+def minute(instant: datetime | None) -> str:
+    """A point in time as people read it, in UTC."""
+    return "" if instant is None else f"{instant.astimezone(UTC):%Y-%m-%d %H:%M}"
 
 
 def printable(cell: Any) -> str:

@@ -14,6 +14,7 @@ from pipeline.cli_options import (
     archive_option,
     archive_uri,
     check_sheet,
+    complete_files,
     filter_of,
     filter_options,
     grouped,
@@ -28,9 +29,21 @@ NEAR_MISSES = 3
 # What `search` and `export` look for, and where.
 search_options = grouped(
     archive_option,
-    click.option("--image", "images", metavar="FILE", multiple=True, help="Find what looks like this picture."),
     click.option(
-        "--like", "likes", metavar="VIDEO@TIME", multiple=True, help="Find what looks like this moment, elsewhere."
+        "--image",
+        "images",
+        metavar="FILE",
+        multiple=True,
+        shell_complete=complete_files,
+        help="Find what looks like this picture.",
+    ),
+    click.option(
+        "--like",
+        "likes",
+        metavar="VIDEO@TIME",
+        multiple=True,
+        shell_complete=complete_files,
+        help="Find what looks like this moment, elsewhere.",
     ),
     click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this."),
     filter_options,
@@ -106,31 +119,41 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
 
 
 @click.command()
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=complete_files)
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @search_options
-def export(file: str, texts: tuple[str, ...], archive_dir: str, **options: Any) -> None:
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["csv", "json", "vtt", "otio", "edl"]),
+    default=None,
+    help="What to write; without it what FILE's suffix says.",
+)
+def export(file: str, texts: tuple[str, ...], archive_dir: str, format_name: str | None, **options: Any) -> None:
     """Write the moments that texts describe to a file for other programs.
 
-    FILE ends in .csv or .json (a row for each moment), .vtt (WebVTT chapters of one video, in order of time) or .otio
-    (an OpenTimelineIO edit list, which video editors read; needs the extra `otio`).
+    FILE ends in .csv or .json (a row for each moment), .vtt (WebVTT chapters of one video, in order of time), .otio (an
+    OpenTimelineIO edit list, which video editors read; needs the extra `otio`) or .edl (a CMX 3600 edit list, of videos
+    of one frame rate). For standard output it is - with --format.
 
     \b
     vidx export vans.csv "a white van" --top 100
     vidx export cars.vtt "a red car" --video cars.mp4
     vidx export vans.otio "a white van" --per-video 1
+    vidx export - "a white van" --format csv
 
     Exit code 4: nothing found, and nothing written.
     """
     from pipeline.cli_print import counted, note, printable
-    from pipeline.export import check_place
-    from pipeline.export import export as write_file
+    from pipeline.export import STDOUT, check_place
+    from pipeline.export import export as write
 
-    check_place(file)
+    name = check_place(file, format_name)
     found = _search(texts, archive_dir, options)
     if found.result.moments:
-        write_file(file, str(found.query), found.archive, found.result.moments)
-        note(f"{counted(len(found.result.moments), 'moment')}: {printable(file)}")
+        write(file, name, str(found.query), found.archive, found.result.moments)
+        place = "standard output" if file == STDOUT else printable(file)
+        note(f"{counted(len(found.result.moments), 'moment')}: {place}")
     _end_search(found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.output import check_output
 from pipeline.times import clock
 from storage.errors import UsageError, VideoProblem
-from storage.files import local_path, source_text
+from storage.files import NO_LINKS, local_path, source_text
 from storage.records import Reason, VideoRow
 from workers.content import check_still_there, in_video
 from workers.decode import Decoder, allowed_pixels
@@ -35,16 +35,17 @@ class Clip:
     streams: int
 
 
-def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | None) -> Clip:
+def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | None, *, overwrite: bool = False) -> Clip:
     """Copies a moment and its sound into a file, from the keyframe before it on; nothing is encoded again.
 
     Args:
         row: the video.
         start_seconds, end_seconds: positions that a player shows, half-open.
         file: its suffix names the format; None for VIDEO_START-END in the current folder.
+        overwrite: write over a file that is there.
     Raises:
         UsageError: the video is gone or changed, has no picture there, or does not fit into the format; or the file
-            cannot be written.
+            is there already or cannot be written.
     """
     source = Path(source_text(row.uri))
     if row.probe is None:
@@ -58,8 +59,12 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
         check_still_there(row)
         if os.path.exists(out) and os.path.samefile(out, local_path(row.uri)):
             raise UsageError(f"{out}: is the video itself; name another file")
+        if os.path.lexists(out) and not overwrite:
+            raise UsageError(f"{out}: is there already; name another file, or write over it with --force")
         done = _write(row, start_seconds, end_seconds, partial, FORMATS[Path(out).suffix.lower()])
-        os.replace(partial, out)
+        _put(partial, out, overwrite)
+    except FileExistsError as error:
+        raise UsageError(f"{out}: came to be there meanwhile; name another file, or use --force") from error
     except VideoProblem as problem:
         may_fit = problem.reason is Reason.UNSUPPORTED_CODEC and not out.endswith(".mkv")
         raise UsageError(problem.detail + ("; an .mkv file holds most codecs" if may_fit else "")) from problem
@@ -69,6 +74,18 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
         if os.path.exists(partial):
             os.remove(partial)
     return Clip(out, done["start_seconds"], done["end_seconds"], int(done["stream_count"]))
+
+
+def _put(partial: str, out: str, overwrite: bool) -> None:
+    """Gives a written file its name; of a name that was taken meanwhile FileExistsError, unless it is overwritten."""
+    if not overwrite:
+        try:
+            os.link(partial, out)
+            return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+    os.replace(partial, out)
 
 
 def _write(row: VideoRow, start_seconds: float, end_seconds: float, path: str, container: str) -> dict[str, float]:

@@ -1,42 +1,63 @@
-"""export: moments as a file for other programs: CSV, JSON, WebVTT chapters, or an OpenTimelineIO edit list."""
+"""export: moments for other programs: CSV, JSON, WebVTT chapters, or edit lists of OpenTimelineIO and CMX 3600."""
 
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.cli_print import encodable, moment_json
+from pipeline.edl import edl
 from pipeline.output import check_output, write_output
 from storage.archive import Archive
 from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Moment
 
+STDOUT = "-"
 _RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
+_SAME = 5e-4  # of a rate and the usual one that is meant: 24 and 23.976, or 30 and 29.97, lie twice as far apart
 _UNKNOWN_RATE = 1000.0  # milliseconds, of a video with one stored frame
 
 
-def check_place(path: str) -> None:
-    """Refuses a file that cannot be written, before any work is done.
+def check_place(place: str, name: str | None = None) -> str:
+    """The format in which moments are written to a file, or to standard output for `-`; told before any work is done.
 
+    Args:
+        place: a file, or -.
+        name: of the format, one of FORMATS; None takes it from the file's suffix.
     Raises:
-        UsageError: another suffix than those of FORMATS, no such folder, or a library is missing.
+        UsageError: no such format, no such folder, or a library is missing.
     """
-    check_output(path, FORMATS)
-    if Path(path).suffix.lower() == ".otio" and find_spec("opentimelineio") is None:
-        raise UsageError(f"{path}: needs OpenTimelineIO; install it with pip install 'vidx[otio]'")
+    if place != STDOUT:
+        check_output(place, [f".{suffix}" for suffix in FORMATS] if name is None else [Path(place).suffix.lower()])
+        name = name or Path(place).suffix.lower()[1:]
+    if name is None:
+        raise UsageError(f"{STDOUT}: name the format for standard output with --format {'|'.join(FORMATS)}")
+    if name == "otio" and find_spec("opentimelineio") is None:
+        raise UsageError(f"{place}: needs OpenTimelineIO; install it with pip install 'vidx[otio]'")
+    return name
 
 
-def export(path: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
-    """Writes moments, in the form that the file's suffix names.
+def export(place: str, name: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
+    """Writes moments to a file, or to standard output for `-`.
 
+    Args:
+        place: a file, or -.
+        name: of the format, as `check_place` gives it.
+        title: what was searched for.
+        archive: what it was searched in.
+        moments: at least one.
     Raises:
-        UsageError: the file cannot be written, or is of chapters and the moments are of several videos.
+        UsageError: the file cannot be written, or the format cannot hold these moments.
     """
-    text = FORMATS[Path(path).suffix.lower()](title, archive, moments)
-    write_output(path, text.encode())
+    text = FORMATS[name](title, archive, moments)
+    if place == STDOUT:
+        sys.stdout.write(text)
+    else:
+        write_output(place, text.encode())
 
 
 def _csv(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
@@ -101,6 +122,10 @@ def _otio(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
     return otio.adapters.write_to_string(timeline, "otio_json")
 
 
+def _edl(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
+    return edl(title, moments, [_frame_rate(archive, moment.video_number) for moment in moments])
+
+
 def _frame_rate(archive: Archive, video_number: int) -> float:
     """Frames a second, from the ranks and times of the stored ones; a usual rate where it is within a thousandth."""
     bounds = archive.part_bounds()
@@ -110,7 +135,8 @@ def _frame_rate(archive: Archive, video_number: int) -> float:
     if seconds <= 0 or frames <= 0:
         return _UNKNOWN_RATE
     rate = float(frames / seconds)
-    return next((usual for usual in _RATES if abs(usual / rate - 1) < 1e-3), rate)
+    usual = min(_RATES, key=lambda usual: abs(usual / rate - 1))
+    return usual if abs(usual / rate - 1) < _SAME else rate
 
 
-FORMATS = {".csv": _csv, ".json": _json, ".vtt": _vtt, ".otio": _otio}
+FORMATS = {"csv": _csv, "json": _json, "vtt": _vtt, "otio": _otio, "edl": _edl}

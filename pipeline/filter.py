@@ -1,7 +1,7 @@
 """filter: the part of an archive that a query is narrowed to."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import numpy as np
@@ -67,6 +67,31 @@ class Filter:
         found: dict[str, np.ndarray | None] = {}
         for chosen in self._ranges(archive):
             found |= archive.rows(*chosen)
+        return found
+
+    def videos(self, archive: Archive) -> list[VideoRow]:
+        """The videos that pass, by uri, with frames or without; of an SQL condition on frames, those with such a frame.
+
+        Deleted ones are among them, unless an SQL condition is asked for. Positions are not looked at.
+
+        Raises:
+            UsageError: the SQL condition is wrong.
+            ArchiveError: a part is missing or damaged.
+        """
+        chosen = None
+        if self.where:
+            from storage.catalog import select_videos  # with DuckDB
+
+            chosen = select_videos(archive, self.where)
+        extents = _extents(archive.part_bounds())
+        recorded = replace(self, start_seconds=None, end_seconds=None)
+        found = []
+        for row in archive.videos() if self.video is None else [self.video]:
+            length = row.probe.duration_seconds if row.probe else None
+            extent = extents.get(row.video_number, (0.0, max(length or 0.0, 1e-6)))
+            is_chosen = chosen is None or row.uri in chosen
+            if is_chosen and self._passes(row) and recorded._span(row, *extent) is not None:
+                found.append(row)
         return found
 
     def _ranges(self, archive: Archive) -> Iterator[_Range]:

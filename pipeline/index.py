@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import IndexConfig
 from pipeline.floors import update_floors
-from pipeline.known import Known, Plan, Wanted, plan_known, plan_sources
+from pipeline.known import Known, Plan, Update, Wanted, plan_known, plan_sources
 from pipeline.split import split
 from storage.archive import Archive
 from storage.errors import UsageError, VideoProblem, VidxError
@@ -52,9 +52,9 @@ class IndexResult:
     """What a job did; the four kinds of videos are disjoint and add up to the sources.
 
     `failures` lists this run's partial and failed videos. Parts of skipped: failed_before counts those of earlier runs
-    that this one did not try again, deleted_before those that were deleted. The seconds of the stages are summed over
-    workers: waiting for the decoder, computing, and writing. cache_problem says why hashes are not remembered for the
-    next run.
+    that this one did not try again, deleted_before those that were deleted. `updates` lists videos of the archive whose
+    tags or capture time the sources state anew. The seconds of the stages are summed over workers: waiting for the
+    decoder, computing, and writing. cache_problem says why hashes are not remembered for the next run.
     """
 
     indexed: int = 0
@@ -69,6 +69,7 @@ class IndexResult:
     encode_seconds: float = 0.0
     store_seconds: float = 0.0
     failures: list[VideoRow] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
     interrupted: bool = False
     cache_problem: str = ""
 
@@ -137,10 +138,11 @@ def run_index(
     known = plan_index(assets, archive, bundle, sampling, config)
     if known.renewed:
         archive.renew(known.renewed)  # before anything new takes the place of what has moved away
+    result.updates = list(known.updates.values())
     result.cache_problem = known.cache_problem
     result.failed_before = known.count(Plan.FAILED)
     result.deleted_before = known.count(Plan.DELETED)
-    result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.FAILED, Plan.DELETED)
+    result.skipped = known.count(Plan.KNOWN, Plan.MOVED, Plan.UPDATED, Plan.FAILED, Plan.DELETED)
     if known.todo:
         from pipeline.executor import Executor
 

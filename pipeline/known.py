@@ -1,14 +1,14 @@
 """known: which sources the archive holds already, and what of their rows has to follow the files."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from storage.errors import VideoProblem
 from storage.files import local_path
-from storage.records import Content, Reason, Sampling, Status, VideoAsset, VideoRow
+from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow
 from workers.content import identify, open_source
 from workers.hash_cache import HashCache
 
@@ -22,15 +22,18 @@ class Plan(StrEnum):
     CHANGED = "changed"
     SETTINGS = "settings"
     RETRY = "retry"
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
     MOVED = "moved"
+    UPDATED = "updated"
     KNOWN = "known"
     FAILED = "failed before"
     DELETED = "deleted before"
 
     @property
     def is_work(self) -> bool:
-        """Whether frames are decoded for it."""
-        return self in (Plan.NEW, Plan.CHANGED, Plan.SETTINGS, Plan.RETRY)
+        """Whether the job tries it; what is missing or unreadable becomes a failure, unless it comes in time."""
+        return self in (Plan.NEW, Plan.CHANGED, Plan.SETTINGS, Plan.RETRY, Plan.MISSING, Plan.UNREADABLE)
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,29 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A video whose tags or capture time a manifest states anew."""
+
+    before: VideoRow
+    after: VideoRow
+
+    @property
+    def changes(self) -> dict[str, tuple[object, object]]:
+        """What it was and what it is, by tag and for captured_at; None for nothing."""
+        old, new = ({**row.tags, "captured_at": row.captured_at} for row in (self.before, self.after))
+        return {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
+
+
+@dataclass(frozen=True)
 class Known:
     """What is to be done, and what is known of it.
 
     Attributes:
         wanted: of the sources.
         plans: of each source, in order.
-        renewed: rows to publish before anything else: of sources that moved, were retagged or redated.
+        renewed: rows to publish before anything else: of sources that moved, were touched, retagged or redated.
+        updates: those of them that were retagged or redated, by the uri that they have now.
+        problems: why a source is missing or unreadable, or failed before, by uri.
         contents: of sources that have been hashed, by uri.
         cache_problem: why hashes are not remembered from run to run; empty where they are.
         by_id, by_uri: the archive's rows, renewed.
@@ -69,6 +88,8 @@ class Known:
     wanted: Wanted
     plans: tuple[tuple[VideoAsset, Plan], ...]
     renewed: tuple[VideoRow, ...]
+    updates: Mapping[str, Update]
+    problems: Mapping[str, Problem]
     contents: Mapping[str, Content]
     by_id: Mapping[str, VideoRow]
     by_uri: Mapping[str, VideoRow]
@@ -94,7 +115,7 @@ class Known:
         same_content = self.by_id.get(content.video_id) if content else None
         same_place = same_content or self.by_uri.get(asset.uri)
         captured_at = asset.captured_at or (same_content.captured_at if same_content else None)
-        tags = asset.tags or (same_place.tags if same_place else {})
+        tags = asset.tags if asset.tags is not None else (same_place.tags if same_place else {})
         return replace(asset, captured_at=captured_at, tags=tags)
 
     def attempts(self, asset: VideoAsset, content: Content | None) -> int:
@@ -117,25 +138,35 @@ def plan_sources(assets: Sequence[VideoAsset], rows: Sequence[VideoRow], wanted:
         found = list(pool.map(lambda asset: _content_if(asset, sizes, hashes), assets))
     contents = {asset.uri: content for asset, content in zip(assets, found, strict=True) if content}
     by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
+    named = {asset.uri for asset in assets}
     renewed: dict[str, VideoRow] = {}
-    plans = []
+    problems: dict[str, Problem] = {}
+    plans: dict[str, Plan] = {}
     for asset, content in zip(assets, found, strict=True):
-        row = by_id.get(content.video_id) if content else None
+        row, place = by_id.get(content.video_id) if content else None, by_uri.get(asset.uri)
         if row is None:
-            plans.append((asset, _plan_unknown(asset, by_uri.get(asset.uri), wanted)))
+            plans[asset.uri], problem = _plan_unknown(asset, place, wanted)
+        else:
+            plans[asset.uri], problem = plan_known(row, wanted), row.problem
+        if problem is not None:
+            problems[asset.uri] = problem
+        if plans[asset.uri] in (Plan.MISSING, Plan.UNREADABLE) and place is not None:
+            row = place  # what it holds cannot be looked at, and it is the video of this place as far as is known
+        if row is None or row.status is Status.DELETED:
             continue
-        if row.status is Status.DELETED:
-            plans.append((asset, plan_known(row, wanted)))
-            continue
-        changed = _renewed(renewed.get(row.video_id, row), asset, content, contents)
+        changed = _renewed(renewed.get(row.video_id, row), asset, content, contents, named)
         if changed is not None:
             renewed[row.video_id] = changed
-        plan = plan_known(row, wanted)
-        moved = plan is Plan.KNOWN and changed is not None and changed.uri != row.uri
-        plans.append((asset, Plan.MOVED if moved else plan))
+            if plans[asset.uri] is Plan.KNOWN and changed.uri != row.uri:
+                plans[asset.uri] = Plan.MOVED
+    updates = {row.uri: Update(by_id[row.video_id], row) for row in renewed.values()}
+    updates = {uri: update for uri, update in updates.items() if update.changes}
+    plans |= {uri: Plan.UPDATED for uri in updates if plans.get(uri) is Plan.KNOWN}
     rows = [renewed.get(row.video_id, row) for row in rows]
     by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
-    return Known(wanted, tuple(plans), tuple(renewed.values()), contents, by_id | renewed, by_uri, hashes.problem)
+    planned = tuple((asset, plans[asset.uri]) for asset in assets)
+    rows_to_publish = tuple(renewed.values())
+    return Known(wanted, planned, rows_to_publish, updates, problems, contents, by_id | renewed, by_uri, hashes.problem)
 
 
 def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) -> Content | None:
@@ -148,22 +179,24 @@ def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) ->
         return None  # the worker meets it again and gives it its reason
 
 
-def _plan_unknown(asset: VideoAsset, row: VideoRow | None, wanted: Wanted) -> Plan:
-    """Of a source whose content the archive does not hold, by the row of its place."""
-    if row is None:
-        return Plan.NEW
-    if row.video_id is not None:
-        return Plan.CHANGED
-    again = row.attempts < TRIES if row.problem.reason is Reason.UNKNOWN else not _is_still_unreadable(row)
-    return Plan.RETRY if wanted.retry_failed or again else Plan.FAILED
+def _plan_unknown(asset: VideoAsset, row: VideoRow | None, wanted: Wanted) -> tuple[Plan, Problem | None]:
+    """Of a source whose content the archive does not hold, by the row of its place; and what is wrong with it."""
+    problem = _why_unreadable(asset)
+    if row is None or row.video_id is not None:
+        if problem is None:
+            return (Plan.NEW if row is None else Plan.CHANGED), None
+        return (Plan.MISSING if problem.reason is Reason.VANISHED else Plan.UNREADABLE), problem
+    is_the_same = problem is not None and problem.reason is row.problem.reason
+    again = row.attempts < TRIES if row.problem.reason is Reason.UNKNOWN else not is_the_same
+    return (Plan.RETRY if wanted.retry_failed or again else Plan.FAILED), problem or row.problem
 
 
-def _is_still_unreadable(row: VideoRow) -> bool:
+def _why_unreadable(asset: VideoAsset) -> Problem | None:
     try:
-        os.close(open_source(local_path(row.uri)))
+        os.close(open_source(local_path(asset.uri)))
     except VideoProblem as problem:
-        return problem.reason is row.problem.reason
-    return False
+        return Problem(problem.reason, problem.detail)
+    return None
 
 
 def plan_known(row: VideoRow, wanted: Wanted) -> Plan:
@@ -180,18 +213,24 @@ def plan_known(row: VideoRow, wanted: Wanted) -> Plan:
     return Plan.RETRY if again else Plan.FAILED
 
 
-def _renewed(row: VideoRow, asset: VideoAsset, content: Content, contents: Mapping[str, Content]) -> VideoRow | None:
-    """The row with what the source says differently now: moved, retagged, redated; None where nothing is."""
+def _renewed(
+    row: VideoRow, asset: VideoAsset, content: Content | None, contents: Mapping[str, Content], named: Collection[str]
+) -> VideoRow | None:
+    """The row with what the source says differently now: moved, retagged, redated; None where nothing is.
+
+    A copy says nothing of tags and times where the place that the row names is a source too.
+    """
     changes = {}
     if asset.uri == row.uri:
-        if content.mtime_ns != row.mtime_ns:
+        if content is not None and content.mtime_ns != row.mtime_ns:
             changes["mtime_ns"] = content.mtime_ns
     elif not _still_there(row, contents):
         changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns}
-    if asset.captured_at is not None and asset.captured_at != row.captured_at:
-        changes["captured_at"] = asset.captured_at
-    if asset.tags and dict(asset.tags) != dict(row.tags):
-        changes["tags"] = asset.tags
+    if asset.uri == changes.get("uri", row.uri) or row.uri not in named:
+        if asset.captured_at is not None and asset.captured_at != row.captured_at:
+            changes["captured_at"] = asset.captured_at
+        if asset.tags is not None and dict(asset.tags) != dict(row.tags):
+            changes["tags"] = asset.tags
     return replace(row, **changes) if changes else None
 
 

@@ -14,11 +14,17 @@ SUFFIXES = (".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One video as a manifest names it: a path or URI, relative to the manifest's folder."""
+    """One video as a manifest names it: a path or URI, relative to the manifest's folder.
+
+    Attributes:
+        source: where it is.
+        captured_at: None where the manifest does not say.
+        tags: without those of empty cells; None where the manifest has no columns of tags.
+    """
 
     source: str
     captured_at: datetime | None
-    tags: dict[str, str]
+    tags: dict[str, str] | None
 
 
 def read_manifest(path: str) -> list[ManifestRow]:
@@ -67,14 +73,15 @@ def _row(where: str, row: dict) -> ManifestRow:
     source = row.get("source")
     if not isinstance(source, str) or not source:
         raise UsageError(f"{where}: no `source`")
+    told = {name: value for name, value in row.items() if name not in ("source", "captured_at")}
     tags = {
         str(name): value if isinstance(value, str) else json.dumps(value)
-        for name, value in row.items()
-        if name not in ("source", "captured_at") and value not in (None, "")
+        for name, value in told.items()
+        if value not in (None, "")
     }
     if not all(map(is_text, (*tags, *tags.values()))):
         raise UsageError(f"{where}: a tag is no valid text (a lone surrogate)")
-    return ManifestRow(source, _captured_at(where, row.get("captured_at")), tags)
+    return ManifestRow(source, _captured_at(where, row.get("captured_at")), tags if told else None)
 
 
 def _captured_at(where: str, text: object) -> datetime | None:

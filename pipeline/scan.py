@@ -79,7 +79,7 @@ class _Found:
     def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
         """One video; a manifest's row says more than a path."""
         real = real or os.path.realpath(local_path(asset.uri))
-        if real not in self._assets or asset.tags or asset.captured_at:
+        if real not in self._assets or asset.tags is not None or asset.captured_at is not None:
             self._assets[real] = asset
 
     def add_folder(self, source: str, folder: bytes) -> None:

@@ -487,7 +487,7 @@ class Archive:
             raise UsageError(f"{name}: more than one video is called so; name one by its path or id: {candidates}")
         raise UsageError(
             f"{name}: no such video in {source_text(self.uri)}; name one by its path, its URI or at least "
-            f'{MIN_ID_DIGITS} digits of its id (`vidx sql "SELECT video_id, source FROM videos"` lists them)'
+            f"{MIN_ID_DIGITS} digits of its id (`vidx list` shows them)"
         )
 
     # Counts

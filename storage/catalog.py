@@ -27,6 +27,7 @@ CREATE VIEW videos AS SELECT
 FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
+_JOINED = "frames JOIN videos USING (video_number, video_id, model_id, sampling)"
 _READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing
 
 
@@ -67,14 +68,35 @@ def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | No
     except UsageError as error:
         if not isinstance(error.__cause__, duckdb.BinderException):
             raise
-    joined = "frames JOIN videos USING (video_number, video_id, model_id, sampling)"
-    statement = f"SELECT video_number, frame_index FROM {joined} WHERE (\n{condition}\n) ORDER BY ALL"
+    statement = f"SELECT video_number, frame_index FROM {_JOINED} WHERE (\n{condition}\n) ORDER BY ALL"
     with _running(archive, statement) as relation:
         table = relation.to_arrow_table()
         numbers, indexes = (table.column(name).to_numpy() for name in ("video_number", "frame_index"))
         unique, starts = np.unique(numbers, return_index=True)
         ends = [*starts[1:], len(indexes)]
         return {number: indexes[start:end] for number, start, end in zip(unique.tolist(), starts, ends[: len(unique)])}
+
+
+def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -> set[str]:
+    """The URIs of the videos that an SQL condition is true of.
+
+    Args:
+        archive: whose videos; deleted ones are not looked at.
+        condition: on columns of `videos`. One that names columns of `frames` too is true of a video where it is true of
+            any of its frames.
+        of_frames: whether it may name columns of `frames`.
+    Raises:
+        UsageError: the condition is wrong, or reaches for files or settings.
+        ArchiveError: a part is missing or damaged.
+    """
+    try:
+        _, rows = run_sql(archive, f"SELECT source_uri FROM videos WHERE (\n{condition}\n)")
+    except UsageError as error:
+        if not (of_frames and isinstance(error.__cause__, duckdb.BinderException)):
+            raise
+        statement = f"SELECT DISTINCT source_uri FROM {_JOINED} WHERE (\n{condition}\n)"
+        _, rows = run_sql(archive, statement)
+    return {uri for (uri,) in rows}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # FUSE and some network mounts cannot sync a directory or a file; the data is as safe there as they make it.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
+# What a place without hard links says.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
+
 
 def to_uri(path_or_uri: str | bytes) -> str:
     """The absolute URI of a path; a URI stays as it is, but for file:// ones in canonical spelling.

@@ -9,7 +9,6 @@ committed are kept for longer: a job that was stopped may go on.
 """
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -17,14 +16,12 @@ import threading
 import uuid
 from pathlib import Path
 
-from storage.files import join, local_path, make_folder, writing
+from storage.files import NO_LINKS, join, local_path, make_folder, writing
 from storage.processes import start_of
 
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is free
 GONE_SECONDS = 3600.0  # without a touch, after which a job on another machine counts as gone, with all that it wrote
-# What a place without hard links says.
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 _JOB, _CLAIM = ".job", ".claim"
 
 
@@ -81,7 +78,7 @@ class Job:
             except FileExistsError:
                 return False
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in NO_LINKS:
                     raise
                 return True  # work may be done twice, and is committed once
             finally:

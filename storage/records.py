@@ -9,7 +9,7 @@ Times are float64 seconds or integer ticks of the stream's time base; ranges are
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from fractions import Fraction
@@ -67,11 +67,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class VideoAsset:
-    """A source as scan found it, not yet opened."""
+    """A source as scan found it, not yet opened.
+
+    Attributes:
+        uri: where it is.
+        captured_at: as a manifest says; None where it does not.
+        tags: as a manifest says, all of them; None where it does not say, so that those that are known stay.
+    """
 
     uri: str
     captured_at: datetime | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] | None = None
 
     def __post_init__(self):
         if "://" not in self.uri:

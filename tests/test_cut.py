@@ -101,6 +101,25 @@ def test_what_cannot_be_cut_is_refused_in_a_line(vidx, samples_archive, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_is_there_is_written_over_by_force_alone(vidx, samples_archive, tmp_path):
+    archive = ("--archive", str(samples_archive[0]))
+    named, unnamed = tmp_path / "out.avi", tmp_path / "highway_0.00.03.0-0.00.05.0.avi"
+    for path, arguments in ((named, ("highway.avi@3-5", str(named))), (unnamed, ("highway.avi@3-5",))):
+        path.write_bytes(b"another's")
+        refused = vidx("clip", *arguments, *archive, cwd=tmp_path)
+        assert (refused.code, "--force" in refused.err, refused.err.count("\n")) == (2, True, 1), refused.err
+        assert path.read_bytes() == b"another's"
+        assert vidx("clip", *arguments, "--force", *archive, cwd=tmp_path).code == 0
+        assert path.read_bytes()[:4] == b"RIFF"
+        assert vidx("clip", *arguments, *archive, cwd=tmp_path).code == 2
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere.avi")  # what a link leads to is not written either
+        assert vidx("clip", *arguments, *archive, cwd=tmp_path).code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((named.name, unnamed.name))
+    video = vidx("clip", "highway.avi@3-5", str(SAMPLES / "highway.avi"), "--force", *archive)
+    assert (video.code, "the video itself" in video.err) == (2, True)
+
+
 @pytest.mark.parametrize("suffix", [".ts", ".mpg"])
 def test_a_source_without_an_index_is_cut_from_a_keyframe_before(vidx, tmp_path, suffix):
     video, out = tmp_path / f"long{suffix}", tmp_path / "out.mp4"

@@ -156,6 +156,39 @@ def test_expire_goes_by_capture_time_and_else_by_the_files_time(vidx, archive, t
     assert vidx("expire", "--older-than", "90d", "--archive", place, "--json").json["videos_deleted"] == 0
 
 
+def test_expire_says_how_old_each_video_is_and_how_that_is_known(vidx, archive):
+    now = datetime.now(UTC)
+    recorded, changed, indexed = (now - timedelta(days=days) for days in (100, 40, 30))
+    mtime_ns = int(changed.timestamp()) * 10**9
+    archive.publish([row_for(archive, 1, 5, captured_at=recorded, mtime_ns=mtime_ns, indexed_at=indexed)])
+    archive.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=mtime_ns, indexed_at=indexed)])
+    archive.publish([row_for(archive, 3, 5, captured_at=None, mtime_ns=None, indexed_at=indexed)])
+    place = str(folder_of(archive))
+    entries = vidx("expire", "--older-than", "29d", "--dry-run", "--archive", place, "--json").json["videos"]
+    known = [(entry["age_from"], entry["age_seconds"], entry["since"]) for entry in entries]
+    wanted = (("captured_at", 100, recorded), ("file_changed_at", 40, changed), ("indexed_at", 30, indexed))
+    for (source, seconds, since), (name, days, instant) in zip(known, wanted, strict=True):
+        assert (source, abs(seconds - days * 86400) < 600) == (name, True)
+        assert abs(datetime.fromisoformat(since) - instant) < timedelta(seconds=1)
+    trial = vidx("expire", "--older-than", "35d", "--dry-run", "--archive", place)
+    one, two = (line for line in trial.out.splitlines() if "/clips/" in line)
+    assert all(word in one for word in ("100.0d", f"{recorded:%Y-%m-%d %H:%M}", "capture time", "/clips/1.mp4"))
+    assert all(
+        word in two for word in ("40.0d", f"{changed:%Y-%m-%d %H:%M}", "last change of the file", "/clips/2.mp4")
+    )
+    assert "1 video stays; the oldest is 30.0d old" in trial.err
+    assert shown(open_archive(archive.uri)) == [1, 2, 3]
+    assert vidx("expire", "--older-than", "35d", "--archive", place).code == 0
+    assert shown(open_archive(archive.uri)) == [3]
+
+
+def test_a_video_of_which_no_age_is_known_stays_and_is_named(vidx, archive):
+    archive.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=None, indexed_at=None)])
+    run = vidx("expire", "--older-than", "0d", "--archive", str(folder_of(archive)))
+    assert "/clips/2.mp4 stays: nothing says how old it is" in run.err
+    assert shown(open_archive(archive.uri)) == [2]
+
+
 @pytest.mark.parametrize("age", ["90", "d", "-3d", "9e9d", "3000y", "1" * 30 + "y"])
 def test_what_is_no_age_is_refused(vidx, tmp_path, age):
     run = vidx("expire", f"--older-than={age}", "--archive", str(tmp_path))

@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import av
+import numpy as np
 import pytest
-from small_archive import MODEL_ID, add_video
+from small_archive import MODEL_ID, add_video, random_rows, receipt_for, row_for
 
+from pipeline.edl import edl, timebase_of
 from pipeline.export import check_place, export
 from storage.archive import create_archive
 from storage.errors import UsageError
@@ -30,7 +33,8 @@ def exported(tmp_path):
     ]
 
     def write(name, count=3):
-        export(str(tmp_path / name), TITLE, archive, moments[:count])
+        place = str(tmp_path / name)
+        export(place, check_place(place), TITLE, archive, moments[:count])
         return (tmp_path / name).read_text(encoding="utf-8")
 
     return write
@@ -79,7 +83,109 @@ def test_an_edit_list_names_the_media_and_the_frames(exported, tmp_path):
     assert timeline.name == TITLE
 
 
-@pytest.mark.parametrize(("name", "word"), [("found.txt", ".csv, .json, .vtt, .otio"), ("no/such.csv", "no folder")])
+def test_an_edl_cuts_the_frames_one_after_the_other(exported):
+    """At 25 frames a second: 1 s to 2.04 s is frame 25 to 51, and 3,661.5 s is 1:01:01 and 12.5 frames, rounded up."""
+    assert exported("found.edl").splitlines() == [
+        'TITLE: a "dog" --> & <b>',
+        "FCM: NON-DROP FRAME",
+        "",
+        "001  AX       V     C        00:00:03:00 01:01:01:13 01:00:00:00 02:00:58:13",
+        r"* FROM CLIP NAME: caf\xe9\n1.mp4",
+        r"* SOURCE FILE: /clips/caf\xe9\n1.mp4",
+        "",
+        "002  AX       V     C        00:00:01:00 00:00:02:01 02:00:58:13 02:00:59:14",
+        r"* FROM CLIP NAME: caf\xe9\n1.mp4",
+        r"* SOURCE FILE: /clips/caf\xe9\n1.mp4",
+        "",
+        "003  AX       V     C        00:00:00:00 00:00:02:00 02:00:59:14 02:01:01:14",
+        "* FROM CLIP NAME: 2.mp4",
+        "* SOURCE FILE: /clips/2.mp4",
+    ]
+
+
+def moment_of(start, end):
+    return Moment("ab" * 32, 1, "file:///clips/1.mp4", start, end, start, 0.5)
+
+
+RATES = [24000 / 1001, 24, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_another_reader_of_edl_finds_the_same_frames(rate):
+    adapter = pytest.importorskip("otio_cmx3600_adapter.cmx_3600")
+    frames = [0, 1, 17, 59 * 30, 1798, 1800, 17981, 17982, 17983, 107891, 107892, 215784]
+    spans = list(zip(frames, [frame + 31 for frame in frames], strict=True))
+    text = edl("a dog", [moment_of(start / rate, end / rate) for start, end in spans], [rate] * len(spans))
+    clips = list(adapter.read_from_string(text, rate=rate).find_clips())
+    read = [(clip.source_range.start_time.value, clip.source_range.duration.value) for clip in clips]
+    assert read == [(start, end - start) for start, end in spans]
+    assert {clip.name for clip in clips} == {"1.mp4"}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_timecodes_count_every_frame_as_smpte_does(rate):
+    """By counting: each number from 0 on but 0 and 1 (of 60: 0 to 3) of a minute that is no tenth, at 29.97 (59.94)."""
+    nominal = round(rate)
+    dropped = {30000 / 1001: 2, 60000 / 1001: 4}.get(rate, 0)
+    labels = (
+        f"{minute // 60:02d}:{minute % 60:02d}:{second:02d}{';' if dropped else ':'}{frame:02d}"
+        for minute in range(122)
+        for second in range(60)
+        for frame in range(nominal)
+        if not (second == 0 and minute % 10 and frame < dropped)
+    )
+    base = timebase_of(rate)
+    for frame, label in enumerate(labels):
+        assert base.timecode(frame) == label
+        assert base.frame_at(frame / rate) == frame
+
+
+@pytest.mark.parametrize(
+    ("rate", "nominal"),
+    [
+        (12.5, 25),
+        (15, 30),
+        (14.985, 29.97),
+        (10, 30),
+        (5, 25),
+        (1, 24),
+        (120, 60),
+        (100, 50),
+        (119.88, 59.94),
+        (27.3, 30),
+    ],
+)
+def test_an_unusual_rate_is_counted_by_a_usual_one_in_step_with_it(rate, nominal):
+    assert float(timebase_of(rate).rate) == pytest.approx(nominal, rel=1e-4)
+
+
+def test_what_an_edl_cannot_hold_is_refused():
+    with pytest.raises(UsageError, match=r"25 and 29.97 frames a second.*\.otio"):
+        edl("x", [moment_of(0, 1)] * 2, [25.0, 30000 / 1001])
+    with pytest.raises(UsageError, match="999"):
+        edl("x", [moment_of(0, 1)] * 1000, [25.0] * 1000)
+    for start in (86400, 23 * 3600 - 1):  # in the file, or in the programme, which begins at one o'clock
+        with pytest.raises(UsageError, match="24 hours"):
+            edl("x", [moment_of(start, start + 2)] * 2 + [moment_of(0, 82800)], [25.0] * 3)
+
+
+@pytest.mark.parametrize("rate", [24, 30, 60])
+def test_whole_rates_are_not_taken_for_those_of_television(tmp_path, rate):
+    """24 and 23.976 frames a second lie one in a thousand apart: 3.6 seconds an hour."""
+    otio = pytest.importorskip("opentimelineio")
+    archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
+    rows = random_rows(10)
+    columns = replace(rows.columns, frame_index=np.arange(10) * rate)
+    archive.commit_frames([receipt_for(archive, 1, replace(rows, columns=columns))])
+    archive.publish([row_for(archive, 1, 10)])
+    (row,) = archive.videos()
+    moments = [Moment(row.video_id, row.video_number, row.uri, 0.0, 3.0, 0.0, 0.5)]
+    export(str(tmp_path / "a.otio"), "otio", "x", archive, moments)
+    (clip,) = otio.adapters.read_from_file(str(tmp_path / "a.otio")).find_clips()
+    assert (clip.source_range.duration.rate, clip.source_range.duration.value) == (rate, 3 * rate)
+
+
+@pytest.mark.parametrize(("name", "word"), [("found.txt", ".vtt, .otio, .edl"), ("no/such.csv", "no folder")])
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, name, word):
     with pytest.raises(UsageError, match=word):
         check_place(str(tmp_path / name))
@@ -93,3 +199,24 @@ def test_export_from_the_command_line(vidx, samples_archive, tmp_path):
     assert [entry["start_seconds"] for entry in entries] == [one["start_seconds"] for one in found["moments"]]
     nothing = vidx("export", str(tmp_path / "none.csv"), "an apple", *command[:-1], "1")
     assert (nothing.code, (tmp_path / "none.csv").exists()) == (4, False)
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "vtt", "otio", "edl"])
+def test_export_to_standard_output_is_what_the_file_holds(vidx, samples_archive, tmp_path, name):
+    command = ["--archive", str(samples_archive[0]), "--video", "nano_scenes_1.mp4", "--top", "2", "--min-score", "-1"]
+    file = tmp_path / f"found.{name}"
+    if name == "otio":
+        pytest.importorskip("opentimelineio")
+    assert vidx("export", str(file), "an apple", *command).code == 0
+    piped = vidx("export", "-", "an apple", *command, "--format", name)
+    assert (piped.code, piped.out) == (0, file.read_text(encoding="utf-8"))
+    other = vidx("export", str(tmp_path / "found.txt"), "an apple", *command, "--format", name)
+    assert (other.code, (tmp_path / "found.txt").read_text(encoding="utf-8")) == (0, piped.out)
+    nothing = vidx("export", "-", "an apple", *command[:-1], "1", "--format", name)
+    assert (nothing.code, nothing.out) == (4, "")
+
+
+def test_standard_output_has_no_suffix_to_go_by(vidx, samples_archive, tmp_path):
+    run = vidx("export", "-", "an apple", "--archive", str(samples_archive[0]), cwd=tmp_path)
+    assert (run.code, "--format csv|json|vtt|otio|edl" in run.err, run.err.count("\n")) == (2, True, 1)
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,59 @@ def test_a_source_is_new_changed_known_or_moved(tmp_path):
     assert [renewed.uri for renewed in known.renewed] == [to_uri(path)]
 
 
+def test_a_missing_or_unreadable_source_is_told_from_a_new_one(tmp_path):
+    path, gone, fifo = old_file(tmp_path / "a.mp4"), tmp_path / "gone.mp4", tmp_path / "pipe.mp4"
+    os.mkfifo(fifo)
+    assert plan(path, []) is Plan.NEW
+    assert plan(gone, []) is Plan.MISSING
+    assert plan(fifo, []) is Plan.UNREADABLE
+    content = identify(path)
+    path.unlink()
+    assert plan(path, [row(path, content)]) is Plan.MISSING  # not changed: nothing is known to be different
+    path.symlink_to(gone)
+    assert plan(path, []) is Plan.MISSING
+
+
+NORTH, SOUTH = {"camera": "north"}, {"camera": "south"}
+MAY, JUNE = (datetime(2024, month, 1, tzinfo=UTC) for month in (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("said", "tags", "captured_at"),
+    [
+        ({}, NORTH, MAY),
+        ({"tags": SOUTH}, SOUTH, MAY),
+        ({"tags": {**NORTH, "shift": "day"}}, {**NORTH, "shift": "day"}, MAY),
+        ({"tags": {}}, {}, MAY),
+        ({"captured_at": JUNE}, NORTH, JUNE),
+        ({"captured_at": MAY, "tags": NORTH}, NORTH, MAY),
+    ],
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_a_manifest_says_anew_of_a_known_video_is_taken_up(tmp_path, said, tags, captured_at, is_there):
+    path = old_file(tmp_path / "a.mp4")
+    before = row(path, identify(path), tags=NORTH, captured_at=MAY)
+    if not is_there:  # what is known of its place is changed all the same
+        path.unlink()
+    known = plan_sources([replace(asset(path), **said)], [before], WANTED, HashCache(tmp_path / "hashes"))
+    after = next(iter(known.renewed), before)
+    assert (after.tags, after.captured_at) == (tags, captured_at)
+    is_new = (tags, captured_at) != (NORTH, MAY)
+    assert list(known.updates) == ([to_uri(path)] if is_new else [])
+    ((_, found),) = known.plans
+    assert found is (Plan.MISSING if not is_there else Plan.UPDATED if is_new else Plan.KNOWN)
+
+
+def test_of_a_video_and_its_copy_the_place_that_the_archive_knows_has_the_say(tmp_path):
+    path, copy = old_file(tmp_path / "a.mp4"), old_file(tmp_path / "b.mp4")
+    assets = [replace(asset(path), tags=NORTH), replace(asset(copy), tags=SOUTH)]
+    rows, hashes = [row(path, identify(path), tags=NORTH)], HashCache(tmp_path / "hashes")
+    for order in (assets, assets[::-1]):  # else it would change at each run
+        assert plan_sources(order, rows, WANTED, hashes).renewed == ()
+    (alone,) = plan_sources(assets[1:], rows, WANTED, hashes).renewed
+    assert (alone.uri, alone.tags) == (to_uri(path), SOUTH)
+
+
 def test_other_settings_or_another_model_are_work(tmp_path):
     path = old_file(tmp_path / "a.mp4")
     content = identify(path)
@@ -252,6 +306,55 @@ def test_a_dry_run_tells_and_changes_nothing(vidx, archive_copy, tmp_path):
     nowhere = tmp_path / "none"
     assert vidx("index", str(videos), "--archive", str(nowhere), "--dry-run", "--json").json["counts"]["known"] == 0
     assert not nowhere.exists()
+
+
+def test_new_tags_and_capture_times_are_taken_up_and_said(vidx, archive_copy, tmp_path):
+    place, manifest = ("--archive", str(archive_copy)), tmp_path / "cameras.csv"
+    listed = ("list", "--video", "tractor.webm", *place, "--json")
+
+    def index(text, *options):
+        manifest.write_text(text)
+        return vidx("index", str(manifest), *place, *options)
+
+    first = f"source,captured_at,camera,shift\n{TRACTOR},2024-05-01T12:00:00+02:00,north,day\n"
+    trial = index(first, "--dry-run", "--json").json
+    changes = {"camera": [None, "north"], "shift": [None, "day"], "captured_at": [None, "2024-05-01T10:00:00+00:00"]}
+    assert trial["counts"]["updated"] == 1
+    assert trial["sources"][0]["changes"] == changes
+    assert vidx(*listed).json[0]["tags"] == {}
+    done = index(first, "--json").json
+    assert (done["videos_updated"], done["videos_indexed"], done["videos_skipped"]) == (1, 0, 1)
+    assert [update["changes"] for update in done["updates"]] == [changes]
+    (entry,) = vidx(*listed).json
+    assert (entry["tags"], entry["captured_at"]) == ({"camera": "north", "shift": "day"}, "2024-05-01T10:00:00+00:00")
+    assert index(first, "--json").json["videos_updated"] == 0
+    second = f"source,camera,shift\n{TRACTOR},south,\n"
+    assert "camera: north -> south, shift: day -> none" in index(second, "--dry-run").out
+    said = index(second).out
+    assert "other tags or capture times than before: 1 video" in said
+    assert "camera: north -> south, shift: day -> none" in said
+    (entry,) = vidx(*listed).json
+    assert (entry["tags"], entry["captured_at"]) == ({"camera": "south"}, "2024-05-01T10:00:00+00:00")
+    assert vidx("index", str(TRACTOR), *place, "--json").json["videos_updated"] == 0  # a path says nothing of tags
+    index(f"source,camera\n{TRACTOR},\n")
+    assert vidx(*listed).json[0]["tags"] == {}
+
+
+def test_a_dry_run_says_what_is_missing_and_why(vidx, archive_copy, tmp_path):
+    manifest = tmp_path / "cameras.csv"
+    manifest.write_text(f"source\ngone.mp4\nnew.webm\n{TRACTOR}\n.\n")
+    (tmp_path / "new.webm").write_bytes(TRACTOR.read_bytes() + b"more")
+    command = ("index", str(manifest), "--archive", str(archive_copy), "--dry-run")
+    entries = {os.path.basename(entry["source"]): entry for entry in vidx(*command, "--json").json["sources"]}
+    folder = entries.pop(tmp_path.name)
+    assert {name: entry["plan"] for name, entry in entries.items()} == {
+        "gone.mp4": "missing",
+        "new.webm": "new",
+        "tractor.webm": "known",
+    }
+    assert (entries["gone.mp4"]["reason"], "no such file" in entries["gone.mp4"]["detail"]) == ("vanished", True)
+    assert (folder["plan"], "a folder" in folder["detail"]) == ("unreadable", True)
+    assert "3 of 4 videos would be tried, 2 of them missing or unreadable; nothing was changed" in vidx(*command).out
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the system does not count what processes read")

@@ -184,7 +184,7 @@ def test_a_link_that_leads_nowhere_is_named(linked):
 def test_a_row_of_a_manifest_says_more_than_any_other_way_to_the_file(linked):
     (linked / "m.csv").write_text("source,camera\nlib/linked/b.mp4,north\n")
     found = scan([str(linked / "other"), str(linked / "m.csv"), str(linked / "lib")])
-    assert [asset.tags for asset in found.assets] == [{"camera": "north"}, {}, {}]
+    assert [asset.tags for asset in found.assets] == [{"camera": "north"}, None, None]
 
 
 # Globs and names
@@ -239,7 +239,7 @@ def test_a_jsonl_manifest_gives_the_same(folder):
 def test_tags_of_a_manifest_win_over_the_bare_path(folder):
     (folder / "m.csv").write_text("source,camera\nz.mp4,north\n")
     tags = {os.path.basename(local_path(a.uri)): a.tags for a in scan([str(folder), str(folder / "m.csv")]).assets}
-    assert tags == {b"a.MKV": {}, b"z.mp4": {"camera": "north"}, b"c.webm": {}}
+    assert tags == {b"a.MKV": None, b"z.mp4": {"camera": "north"}, b"c.webm": None}
 
 
 def test_a_file_missing_from_a_manifest_is_left_for_the_job_to_report(folder):
