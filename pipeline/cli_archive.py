@@ -28,12 +28,12 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
     """
     from pipeline.cli_print import print_json, print_table, size
     from storage.archive import open_archive
-    from storage.records import Status
+    from storage.records import Status, is_whole
     from storage.vectors import open_index
 
     archive = open_archive(archive_uri(archive_dir))
     if failed:
-        _print_failed([row for row in archive.videos() if row.problem is not None], as_json)
+        _print_failed([row for row in archive.videos() if not is_whole(row.problem)], as_json)
         return
     if deleted:
         _print_deleted([row for row in archive.videos() if row.status is Status.DELETED], as_json)

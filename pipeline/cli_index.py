@@ -58,6 +58,12 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
 @click.option("--batch", type=int, metavar="N", default=None, help="Frames per forward pass; 32.")
 @click.option("--max-pixels", type=int, metavar="N", default=None, help="Refuse videos with larger frames; 100000000.")
 @click.option(
+    "--decoder",
+    type=click.Choice(["pyav", "decord"]),
+    default=None,
+    help="Library that decodes. decord reads short MP4 and Matroska files whole, PyAV the others; pyav.",
+)
+@click.option(
     "--thumbnails/--no-thumbnails", default=None, help="Keep a small JPEG of each frame, 160 pixels wide; it does."
 )
 @click.option(
@@ -180,16 +186,8 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "encode_seconds": round(result.encode_seconds, 3),
         "store_seconds": round(result.store_seconds, 3),
         "interrupted": result.interrupted,
-        "failures": [
-            {
-                "source": source_text(row.uri),
-                "source_uri": row.uri,
-                "status": row.status,
-                "reason": row.problem.reason,
-                "detail": row.problem.detail,
-            }
-            for row in result.failures
-        ],
+        "failures": [_row_json(row) for row in result.failures],
+        "notes": [_row_json(row) for row in result.notes],
         "updates": [
             {"source": source_text(update.after.uri), "source_uri": update.after.uri, "changes": update.changes}
             for update in result.updates
@@ -197,8 +195,20 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
     }
 
 
+def _row_json(row: Any) -> dict[str, Any]:
+    from storage.files import source_text
+
+    return {
+        "source": source_text(row.uri),
+        "source_uri": row.uri,
+        "status": row.status,
+        "reason": row.problem.reason,
+        "detail": row.problem.detail,
+    }
+
+
 def _print_result(result: Any, archive_dir: str) -> None:
-    from pipeline.cli_print import counted, print_table
+    from pipeline.cli_print import counted, note, print_table
     from storage.files import source_text
 
     if result.failed_before:
@@ -224,6 +234,8 @@ def _print_result(result: Any, archive_dir: str) -> None:
     if result.failures:
         rows = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail) for row in result.failures]
         print_table(("status", "reason", "source", "detail"), rows)
+    for row in result.notes:
+        note(f"{source_text(row.uri)}: {row.problem.detail}")
 
 
 def _changes(update: Any) -> str:

@@ -177,7 +177,7 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     if start is not None and end is not None and end <= start:
         raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
     row = archive.find_video(name) if name is not None else None
-    if row is not None and row.problem is not None:
+    if row is not None and row.problem is not None and not row.problem.reason.is_note:
         from pipeline.cli_print import note
         from storage.files import source_text
 

@@ -32,6 +32,7 @@ class IndexConfig(BaseModel):
     batch: int = Field(default=32, ge=1, le=4096)
     max_pixels: int = Field(default=100_000_000, ge=1)
     thumbnails: bool = True
+    decoder: Literal["pyav", "decord"] = "pyav"
     decode_threads: int = Field(default=1, ge=1, le=64)
     timeout_seconds: float = Field(default=60, gt=0)
     retry_failed: bool = False

@@ -29,6 +29,7 @@ from storage.records import (
     Status,
     VideoAsset,
     VideoRow,
+    is_whole,
 )
 from storage.sweep import sweep
 from storage.vectors import improve_index, update_index
@@ -51,10 +52,11 @@ READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver ho
 class IndexResult:
     """What a job did; the four kinds of videos are disjoint and add up to the sources.
 
-    `failures` lists this run's partial and failed videos. Parts of skipped: failed_before counts those of earlier runs
-    that this one did not try again, deleted_before those that were deleted. `updates` lists videos of the archive whose
-    tags or capture time the sources state anew. The seconds of the stages are summed over workers: waiting for the
-    decoder, computing, and writing. cache_problem says why hashes are not remembered for the next run.
+    `failures` lists this run's partial and failed videos, `notes` whole ones of which something should be known. Parts
+    of skipped: failed_before counts those of earlier runs that this one did not try again, deleted_before those that
+    were deleted. `updates` lists videos of the archive whose tags or capture time the sources state anew. The seconds
+    of the stages are summed over workers: waiting for the decoder, computing, and writing. cache_problem says why
+    hashes are not remembered for the next run.
     """
 
     indexed: int = 0
@@ -70,6 +72,7 @@ class IndexResult:
     store_seconds: float = 0.0
     failures: list[VideoRow] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    notes: list[VideoRow] = field(default_factory=list)
     interrupted: bool = False
     cache_problem: str = ""
 
@@ -81,8 +84,10 @@ class IndexResult:
             self.partial += 1
         else:
             self.failed += 1
-        if row.problem is not None:
+        if not is_whole(row.problem):
             self.failures.append(row)
+        elif row.problem is not None:
+            self.notes.append(row)
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
         timeout_seconds=config.timeout_seconds,
         choice=choice,
         thumbnails=config.thumbnails,
+        decoder=config.decoder,
     )
 
 
@@ -416,8 +422,8 @@ class _Run:
     def _settle(self, receipt: Receipt) -> None:
         video = self._videos[receipt.segment.video_id]
         video.waiting.discard(receipt.segment.key)
-        if receipt.problem is not None and video.problem is None:
-            video.problem = receipt.problem
+        if is_whole(video.problem):
+            video.problem = receipt.problem or video.problem
         if receipt.decoder == "pyav":  # it took over where decord met damage, if only in this segment
             video.probe = replace(video.probe, decoder="pyav")
         if not video.waiting:
@@ -429,8 +435,8 @@ class _Run:
         problem = video.problem
         if not self._archive.holds(video.number, video.resumed):
             problem = Problem(Reason.DAMAGED, "frames of an earlier run were taken out while this one worked")
-        if problem is None and video.resumed:
-            problem = next(iter(self._archive.problems(video.number)), None)
+        if is_whole(problem) and video.resumed:
+            problem = min(self._archive.problems(video.number), key=is_whole, default=problem)
         if frame_count == 0 and problem is None:
             problem = Problem(Reason.NO_FRAMES, "the video stream holds no frame that can be decoded")
         row = self._row(video.asset, video.content, video.probe, video.number, frame_count, problem)
@@ -452,7 +458,7 @@ class _Run:
             video_id=content.video_id if content else None,
             video_number=number,
             uri=asset.uri,
-            status=Status.INDEXED if problem is None else damaged,
+            status=Status.INDEXED if is_whole(problem) else damaged,
             problem=problem,
             model_id=self._wanted.model_id,
             sampling=str(self._sampling),

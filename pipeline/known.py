@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from storage.errors import VideoProblem
 from storage.files import local_path
-from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow
+from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow, is_whole
 from workers.content import identify, open_source
 from workers.hash_cache import HashCache
 
@@ -205,7 +205,7 @@ def plan_known(row: VideoRow, wanted: Wanted) -> Plan:
         return Plan.NEW if wanted.restore_deleted else Plan.DELETED
     if not wanted.is_of(row):
         return Plan.SETTINGS
-    if row.problem is None:
+    if is_whole(row.problem):
         return Plan.KNOWN
     again = wanted.retry_failed or (row.problem.reason.may_pass and row.attempts < TRIES)
     if row.problem.reason is Reason.TOO_LARGE:

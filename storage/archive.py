@@ -45,6 +45,7 @@ from storage.records import (
     Sampling,
     Status,
     VideoRow,
+    is_whole,
     lies_within,
 )
 from storage.settings import (
@@ -248,7 +249,7 @@ class Archive:
         for_good = [
             key
             for key, problem in self._frames.problems(video_number).items()
-            if problem is None or not (whole_only or problem.reason.may_pass)
+            if is_whole(problem) or not (whole_only or problem.reason.may_pass)
         ]
         return _pieces(segment_keys, for_good)
 
@@ -264,7 +265,7 @@ class Archive:
         return int(bounds.row_count[bounds.of(video_number)].sum())
 
     def problems(self, video_number: int) -> list[Problem]:
-        """What is wrong with the committed segments of a number, as their parts say; opens each one's footer."""
+        """What the parts of a number's committed segments say of them; opens each one's footer."""
         return [problem for problem in self._frames.problems(video_number).values() if problem is not None]
 
     def commit_frames(self, receipts: Sequence[Receipt]) -> list[bool]:

@@ -9,7 +9,7 @@ from storage.errors import ArchiveError
 from storage.files import exists, join, source_text
 from storage.frames import PartBounds, part_bounds
 from storage.parts import PartWriter
-from storage.records import Part, Problem, Receipt, lies_within
+from storage.records import Part, Problem, Receipt, is_whole, lies_within
 from storage.tables import Conflict
 
 
@@ -174,14 +174,14 @@ class FrameTable:
         bounds = self.bounds()
         places = bounds.of(receipt.video_number).tolist()
         around = (place for place in places if lies_within(receipt.segment.key, bounds.segment[place]))
-        return any(part_problem(self.uri, bounds.path[place]) is None for place in around)
+        return any(is_whole(part_problem(self.uri, bounds.path[place])) for place in around)
 
     def _is_better(self, receipt: Receipt, path: str, row_count: int) -> bool:
         """Whether a segment's rows are to take the place of those that are in."""
         there = part_problem(self.uri, path)
-        if there is None:
+        if is_whole(there):
             return False
-        if receipt.problem is None or receipt.part.row_count > row_count:
+        if is_whole(receipt.problem) or receipt.part.row_count > row_count:
             return True
         return there.reason.may_pass and not receipt.problem.reason.may_pass
 

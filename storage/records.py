@@ -29,13 +29,15 @@ class Status(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a video is partial or failed."""
+    """Why a video is partial or failed, or what is to be known of one that is whole."""
 
     NOT_A_VIDEO = "not_a_video"
     NO_VIDEO_STREAM = "no_video_stream"
     NO_FRAMES = "no_frames"
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
+    ENCRYPTED = "encrypted"
+    CLOCK_RESTARTED = "clock_restarted"  # every frame is there; an indexed video may have this reason
     UNSUPPORTED_CODEC = "unsupported_codec"
     TOO_LARGE = "too_large"
     REFUSED_FORMAT = "refused_format"
@@ -53,16 +55,26 @@ class Reason(StrEnum):
         """True where it lay with the machine or the moment, not with the bytes, so that the next run tries again."""
         return self in _MAY_PASS
 
+    @property
+    def is_note(self) -> bool:
+        """True where nothing is missing or damaged, and the user should know about the video all the same."""
+        return self is Reason.CLOCK_RESTARTED
+
 
 _MAY_PASS = {Reason.VANISHED, Reason.CHANGED, Reason.PERMISSION, Reason.WORKER_LOST, Reason.DAMAGED, Reason.UNKNOWN}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a video, or one segment of it, is not whole."""
+    """Why a video, or one segment of it, is not whole, or a note about a whole one."""
 
     reason: Reason
     detail: str
+
+
+def is_whole(problem: Problem | None) -> bool:
+    """Whether a video or segment with this problem has all its frames, undamaged."""
+    return problem is None or problem.reason.is_note
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,11 @@ def test_a_probe_survives_its_way_between_processes(decoder):
     assert probe_from_json(probe_to_json(probe)) == probe
 
 
-def test_ten_bits_and_odd_sizes_are_left_to_pyav(decoder):
+def test_pyav_decodes_unless_decord_is_asked_for_and_reads_the_file_right(decoder):
     paths = (VIDEOS / "bear_odd_size.webm", VIDEOS / "window_to_rooftop_av1.mp4", SAMPLES / "bottles_on_table.mp4")
-    decoders = {path.name: decoder.probe(path).decoder for path in paths}
+    assert {decoder.probe(path).decoder for path in paths} == {"pyav"}
+    with Decoder(library="decord") as decord:
+        decoders = {path.name: decord.probe(path).decoder for path in paths}
     assert decoders == {
         "bear_odd_size.webm": "pyav",
         "window_to_rooftop_av1.mp4": "pyav",

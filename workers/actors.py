@@ -33,10 +33,11 @@ class WorkerSettings:
     timeout_seconds: float
     choice: Choice
     thumbnails: bool
+    decoder: str
 
     def new_decoder(self) -> Decoder:
         """A decoder process of its own for one user at a time."""
-        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, self.choice)
+        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, self.choice, self.decoder)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Decoder:
             that makes progress without end: processor time is limited too, by the length of what is decoded.
         threads: of the codec; the frames are the same for any number.
         choice: what `decode` will be asked for at most; SCENES loads what finds them.
+        library: "pyav", or "decord" for the files that it reads right.
 
     Attributes:
         library: that the last decoding ended with; PyAV takes over where decord meets damage.
@@ -61,6 +62,7 @@ class Decoder:
         timeout_seconds: float = 60,
         threads: int = 1,
         choice: Choice = Choice.RATE,
+        library: str = "pyav",
     ):
         if max_pixels < 1 or timeout_seconds <= 0 or threads < 1:
             raise ValueError(f"Decoder({max_pixels=}, {timeout_seconds=}, {threads=}): each must be positive")
@@ -68,6 +70,7 @@ class Decoder:
         self._timeout_seconds = self._grace_seconds = timeout_seconds
         self._threads = threads
         self._choice = choice
+        self._library = library
         self._child: _Child | None = None
         self._call: _Call | None = None
         self.library = ""
@@ -85,7 +88,8 @@ class Decoder:
         Raises:
             VideoProblem: the file is gone, closed to us, no video, or nothing in it can be decoded.
         """
-        with self._ask(path, {"kind": "probe"}, lambda size_bytes: size_bytes / PROBED_BYTES_PER_SECOND) as call:
+        request = {"kind": "probe", "library": self._library}
+        with self._ask(path, request, lambda size_bytes: size_bytes / PROBED_BYTES_PER_SECOND) as call:
             for header, _ in call:
                 if header["kind"] == "probe":
                     found = probe_from_json(header["probe"])
@@ -122,7 +126,8 @@ class Decoder:
             "choice": choice,
         }
         request["busy_seconds_per_tick"] = self._busy_per_second(probe) * float(probe.time_base)
-        self.library = probe.decoder if choice is Choice.RATE else "pyav"
+        has_decord = self._library == "decord" and choice is Choice.RATE
+        self.library = request["library"] = probe.decoder if has_decord else "pyav"
         waiting: list[tuple[dict, bytearray]] = []
         problem = None
         with self._ask(path, request, partial(self._busy_seconds, probe, segment)) as call:
@@ -228,7 +233,7 @@ class Decoder:
         descriptor = open_source(path)
         try:
             if self._child is None:
-                self._child = _Child(self._max_pixels, self._threads, self._choice)
+                self._child = _Child(self._max_pixels, self._threads, self._choice, self._library)
             request["grace_seconds"] = self._grace_seconds
             request["busy_seconds"] = busy_seconds(os.fstat(descriptor).st_size)
             self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
@@ -272,14 +277,14 @@ class _Child:
         is_ready: whether it has said anything.
     """
 
-    def __init__(self, max_pixels: int, threads: int, choice: Choice):
+    def __init__(self, max_pixels: int, threads: int, choice: Choice, library: str):
         self.connection, theirs = socket.socketpair()
         lifeline_theirs, self._lifeline = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill)
         # -P and PYTHONPATH: our own package is found from any folder, and a folder's av.py is not.
         paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
-        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads, choice]
+        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads, choice, library]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "workers.decode_child", *map(str, arguments)],

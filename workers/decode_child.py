@@ -1,6 +1,7 @@
-"""The decoder process, `python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE`, of workers.decode.
+"""The decoder process of workers.decode.
 
-It gets one open file at a time and answers with frames. It may be killed at any moment: it owns nothing.
+`python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE LIBRARY` starts it. It
+gets one open file at a time and answers with frames. It may be killed at any moment: it owns nothing.
 """
 
 import importlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
-from workers import decode_decord, decode_pyav
+from workers import decode_pyav
 from workers.decode_cut import NewFile, cut
 from workers.decode_open import DecodeTask, out_of_memory
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> None:
     descriptor, lifeline, max_pixels, threads = map(int, arguments[:4])
     die_with_owner(lifeline)
     connection = socket.socket(fileno=descriptor)
-    _load_everything(Choice(arguments[4]))
+    _load_everything(Choice(arguments[4]), arguments[5])
     limit_memory(BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
     steps = leave_network_and_files()
     answer = Answer(connection)
@@ -104,12 +105,14 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
     answer.begin(request)
     try:
         if request["kind"] == "probe":
-            answer.send("probe", {"probe": probe_to_json(probe(file, max_pixels, threads, answer.alive))})
+            found = probe(file, max_pixels, threads, answer.alive, request["library"])
+            answer.send("probe", {"probe": probe_to_json(found)})
         elif request["kind"] == "decode":
             segment = Segment("", request["start_ticks"], request["end_ticks"], request["first_index"])
             known, fps = probe_from_json(request["probe"]), Fraction(*request["fps"])
             choice = Choice(request["choice"])
-            _decode(answer, DecodeTask(file, known, segment, fps, choice, threads, max_pixels, answer.alive))
+            task = DecodeTask(file, known, segment, fps, choice, threads, max_pixels, answer.alive)
+            _decode(answer, task, request["library"])
         elif request["kind"] == "frames_at":
             known, ticks = probe_from_json(request["probe"]), request["ticks"]
             for at, pixels in decode_pyav.frames_at(file, known, ticks, threads, max_pixels, answer.alive):
@@ -133,23 +136,25 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
     answer.send("done", {"bytes_read": file.bytes_read})
 
 
-def _decode(answer: Answer, task: DecodeTask) -> None:
+def _decode(answer: Answer, task: DecodeTask, library: str) -> None:
     """Sends a segment's frames: decord's where it is the one, and PyAV's from where decord gets unsure."""
     last_ticks = None
-    if task.probe.decoder == "decord" and task.choice is Choice.RATE:
+    if library == "decord":
+        from workers.decode_decord import Unsure, decode
+
         try:
-            for kept in decode_decord.decode(task):
+            for kept in decode(task):
                 answer.frame(kept)
                 last_ticks = kept.ticks
             return
-        except decode_decord.Unsure:
+        except Unsure:
             answer.send("taken_over")
     for kept in decode_pyav.decode(task):
         if last_ticks is None or kept.ticks > last_ticks:
             answer.frame(kept)
 
 
-def _load_everything(choice: Choice) -> None:
+def _load_everything(choice: Choice, library: str) -> None:
     """Loads what libraries load on first use: no file can be opened later."""
     thumbnail(np.zeros((8, 8, 3), np.uint8))  # Pillow's JPEG writer
     for module in pkgutil.walk_packages(av.__path__, "av."):
@@ -157,6 +162,8 @@ def _load_everything(choice: Choice) -> None:
             importlib.import_module(module.name)
     if choice is Choice.SCENES:
         importlib.import_module("workers.decode_scenes")
+    if library == "decord":
+        importlib.import_module("workers.decode_decord")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""Decoding through decord: MP4 and Matroska files whose frames it is seen to number and show as PyAV does.
+"""Decoding through decord, where a user asks for it: MP4 and Matroska files whose frames it numbers as PyAV does.
 
 decord gives frames by rank alone: no times, no flags, and it follows its own idea of a broken file. So the times come
 from a pass over the packets, and whatever it says on stderr, or raises, ends its part: PyAV takes over and judges.
+
+decord never seeks here. In files whose first presentation time lies above their first decoding time it lands one
+keyframe late, also where `skip_frames` crosses a keyframe (decord2 3.4). So every frame from the file's first on is
+read in order, and the counts at the end must agree.
+
 It takes no options and no file object; it is given the open file as descriptor 0, through FFmpeg's `fd:`.
 """
 
@@ -12,18 +17,17 @@ from collections.abc import Callable, Iterator
 import decord
 import numpy as np
 
+from workers.clock import TimedFrame
 from workers.decode_open import DecodeTask, OpenVideo
-from workers.decode_pyav import model_pixels_at
 from workers.packets import PacketTable, scan_packets
-from workers.picture import StoredPicture, model_pixels, store_form
-from workers.sample import Grid, KeptFrame, Tally, TimedFrame, sample
+from workers.picture import model_pixels, store_form
+from workers.sample import Grid, KeptFrame, Tally, sample
 from workers.video_file import VideoFile
 
 PIXEL_FORMATS = ("yuv420p", "yuvj420p")  # of others its RGB is not PyAV's to the last bit
 MAX_PIXELS = 3840 * 2160  # it holds several RGB copies of a frame
 MAX_BYTES = 128 << 20  # it reads the whole file ahead, into memory
-MAX_FRAMES = 9000  # `skip_frames` gives up after 10000 packets read ahead without a frame
-STEP_FRAMES = 16  # decoded between two signs of life
+MAX_FRAMES = 9000  # every segment is read from the file's first frame on
 FRAME_SECONDS = 0.002  # by which its times, float32 seconds from the first frame, may differ
 # At this level FFmpeg says when it conceals what it could not read; decord itself passes over that.
 decord.logging.set_level(decord.logging.INFO)
@@ -39,7 +43,7 @@ class Unsure(Exception):
 
 
 class Reader:
-    """decord on one open file, reading frames in order; a context manager.
+    """decord on one open file, reading all frames in order; a context manager.
 
     Raises:
         Unsure: decord raises, or FFmpeg inside it has something to say.
@@ -50,7 +54,6 @@ class Reader:
         self._stdin = os.dup(0)
         os.dup2(file.descriptor, 0)
         os.lseek(0, 0, os.SEEK_SET)
-        self._next = 0
         try:
             self._reader = self._guarded(decord.VideoReader, "fd:", decord.cpu(0), -1, -1, threads)
         except Unsure:
@@ -79,27 +82,22 @@ class Reader:
         """Where decord believes that decoding can begin, by rank."""
         return self._reader.get_key_indices()
 
-    def go_to(self, rank: int) -> np.ndarray:
-        """Moves to a frame and reads it: after a seek, decord forgets to skip unless a frame was read."""
-        self._guarded(self._reader.seek_accurate, rank)
-        self._next = rank
-        return self.read()
-
-    def skip_to(self, rank: int, alive: Callable[[], None]) -> None:
-        """Decodes up to a frame, so that no damage on the way goes unnoticed."""
-        while self._next < rank:
-            alive()
-            count = min(STEP_FRAMES, rank - self._next)
-            self._guarded(self._reader.skip_frames, count)
-            self._next += count
-
     def read(self) -> np.ndarray:
         """The next frame, (height, width, 3) uint8 RGB."""
         frame = self._guarded(self._reader.next).asnumpy()
         if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
             raise Unsure(f"a frame of shape {frame.shape}")
-        self._next += 1
         return frame
+
+    def check_end(self) -> None:
+        """Raises Unsure where more frames come than the table has."""
+        try:
+            self.read()
+        except Unsure as error:
+            if isinstance(error.__cause__, (StopIteration, decord.DECORDLimitReachedError)):
+                return
+            raise
+        raise Unsure("there are more frames than its table has")
 
     def _guarded(self, call: Callable, *arguments):
         try:
@@ -127,20 +125,20 @@ class Reader:
 
 
 def reads_right(
-    file: VideoFile, facts: dict, table: PacketTable, rank: int, expected: np.ndarray, threads: int
+    file: VideoFile, facts: dict, pixel_format: str, table: PacketTable, expected: np.ndarray, threads: int
 ) -> bool:
-    """Whether decord's frame table is that of the packets, and one of its frames PyAV's to the last bit.
+    """Whether decord's frame table is that of the packets, and its first frame PyAV's to the last bit.
 
     Args:
         file: the file.
         facts: of the probe: width, height, time_base, first_ticks.
+        pixel_format: FFmpeg's name of the frames'.
         table: of the packets.
-        rank: of the frame to compare.
-        expected: (336, 336, 3) uint8, that frame as PyAV gives it.
+        expected: (336, 336, 3) uint8, the first frame as PyAV gives it.
         threads: of the decoder.
     """
     large = facts["width"] * facts["height"] > MAX_PIXELS or file.size > MAX_BYTES
-    if large or len(table.ticks) > MAX_FRAMES:
+    if large or len(table.ticks) > MAX_FRAMES or pixel_format not in PIXEL_FORMATS:
         return False
     try:
         with Reader(file, threads) as reader:
@@ -148,12 +146,11 @@ def reads_right(
                 return False
             seconds = (np.array(table.ticks) - facts["first_ticks"]) * float(facts["time_base"])
             allowed = FRAME_SECONDS + seconds * 2.0**-22
-            # Of an open group of pictures decord takes the place in the file for the rank, and lands elsewhere.
+            # Of an open group of pictures decord takes the place in the file for the rank.
             if reader.keyframes() != table.keyframe_ranks():
                 return False
             if np.any(np.abs(reader.start_seconds() - reader.start_seconds()[0] - seconds) > allowed):
                 return False
-            reader.skip_to(rank, lambda: None)
             frame = reader.read()
     except Unsure:
         return False
@@ -171,23 +168,19 @@ def decode(task: DecodeTask) -> Iterator[KeptFrame]:
     with OpenVideo(file, task.max_pixels, task.threads) as video:
         table = scan_packets(video, task.alive)
     start, end = segment.start_ticks, segment.end_ticks
-    ranks = range(segment.first_index, len(table.ticks))
-    if not table.plain or not ranks or (start is not None and table.ticks[ranks[0]] != start):
+    ends = [*table.ticks[1:], table.end_ticks]
+    if not table.plain or not table.ticks or (start is not None and start not in table.ticks):
         raise Unsure("the packets are not those of the probe")
-    timed = (TimedFrame(table.ticks[rank], table.end_ticks - table.ticks[rank], rank) for rank in ranks)
+
+    def frames(reader: Reader) -> Iterator[TimedFrame]:
+        for ticks, end_ticks in zip(table.ticks, ends, strict=True):
+            task.alive()
+            yield TimedFrame(ticks, end_ticks - ticks, reader.read())
+
     with Reader(file, task.threads) as reader:
         if len(reader) != len(table.ticks):
             raise Unsure("its frame table is not that of the packets")
-        first = store_form(reader.read() if start is None else reader.go_to(ranks[0]))
-        if start is not None and not np.array_equal(first.pixels, model_pixels_at(file, probe, start, task.max_pixels)):
-            raise Unsure("it does not land on the frame it was sent to")
-
-        def read(rank: int) -> StoredPicture:
-            if rank == ranks[0]:
-                return first
-            reader.skip_to(rank, task.alive)
-            return store_form(reader.read())
-
-        yield from sample(timed, Grid.of(probe, task.fps).takes, start, end, segment.first_index, read, Tally())
-        last = len(table.ticks) if end is None else table.ticks.index(end) if end in table.ticks else ranks[0]
-        reader.skip_to(last, task.alive)
+        takes = Grid.of(probe, task.fps).takes
+        yield from sample(frames(reader), takes, start, end, segment.first_index, store_form, Tally())
+        if end is None:
+            reader.check_end()

@@ -1,9 +1,10 @@
 """Opening a video through PyAV and reading its packets: nothing but the one file, and no error unheard."""
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 import av
@@ -11,16 +12,32 @@ from av.stream import Discard, Disposition
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Probe, Reason, Segment
-from workers.structure import cut_short, is_picture, name_content
+from workers.decode_damage import Damage
+from workers.decode_encryption import ENCRYPTED_DETAIL, looks_encrypted, names_key
+from workers.structure import begins_as_jpeg, cut_short, end_of_recording, is_picture, name_content
 from workers.video_file import VideoFile
 
 # Containers of one file that hold video, and audio ones, so that a song is told from a file of no kind.
 DEMUXERS = (
     "mov,matroska,avi,mpegts,mpeg,ogg,flv,asf,mxf,nut,rm,ivf,gxf,dv,nsv,nuv,wtv,yuv4mpegpipe,"
-    "h261,h263,h264,hevc,vvc,m4v,mpegvideo,mjpeg,vc1,obu,av1,cavsvideo,dirac,"
+    "h261,h263,h264,hevc,vvc,m4v,mpegvideo,mjpeg,mpjpeg,vc1,obu,av1,cavsvideo,dirac,"
     "mp3,aac,ac3,eac3,dts,flac,wav,w64,aiff,au,caf,amr,ape,wv,tta,mpc,mpc8,tak,dsf,aa,loas,truehd,mlp"
 )
 _READ_FAILURES = 64  # in a row, after which the rest of a file is given up
+
+_TYPES = av.sidedata.sidedata.Type
+
+
+def _unknown_type(cls, value: int) -> av.sidedata.sidedata.Type:
+    """A member for a kind of side data that PyAV does not know."""
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    return member
+
+
+# FFmpeg 8.1 gives frames side data of kinds that PyAV 18.1 raises for, however the frame is asked (EXIF, views of
+# spatial video). Mended after 18.1: github.com/PyAV-Org/PyAV/pull/2392.
+_TYPES._missing_ = classmethod(_unknown_type)
 
 # FFmpeg's error lines are read here (av.logging.Capture) and go nowhere else.
 av.logging.set_level(av.logging.ERROR)
@@ -50,33 +67,6 @@ class DecodeTask:
     threads: int
     max_pixels: int
     alive: Callable[[], None]
-
-
-@dataclass
-class Damage:
-    """What was found wrong while decoding: when, in ticks (None: unknown), and in FFmpeg's words.
-
-    Attributes:
-        marks: the first thousand.
-        count: all.
-        refused: the first packet's error before any frame came out, which may be how a recording begins.
-        end: what decoding ended with before the end.
-    """
-
-    marks: list[tuple[int | None, str]] = field(default_factory=list)
-    count: int = 0
-    refused: str | None = None
-    end: VideoProblem | None = None
-
-    def note(self, ticks: int | None, detail: str) -> None:
-        """Counts all, keeps the first few."""
-        self.count += 1
-        if len(self.marks) < 1000:
-            self.marks.append((ticks, detail))
-
-    def before(self, end_ticks: int | None) -> list[str]:
-        """Details of what lies before end_ticks."""
-        return [detail for ticks, detail in self.marks if end_ticks is None or ticks is None or ticks < end_ticks]
 
 
 class OpenVideo:
@@ -125,6 +115,8 @@ class OpenVideo:
             )
         if stream.codec_context is None:
             raise VideoProblem(Reason.UNSUPPORTED_CODEC, "there is no decoder for the codec of its video stream")
+        if names_key(stream):
+            raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
         check_pixels(stream.codec_context.width, stream.codec_context.height, self.max_pixels)
 
     def __enter__(self) -> "OpenVideo":
@@ -138,7 +130,7 @@ class OpenVideo:
         self.container.close()
         self._capture.__exit__(None, None, None)
 
-    def packets(self, damage: "Damage", alive: Callable[[], None]) -> Iterator[av.Packet]:
+    def packets(self, damage: Damage, alive: Callable[[], None]) -> Iterator[av.Packet]:
         """The stream's packets, on from where the file stands; goes on behind read errors while any come.
 
         Matroska's reader ends a damaged file early with no other sign than an error line.
@@ -200,15 +192,36 @@ def open_container(file: VideoFile, max_pixels: int, lines: list) -> av.containe
         "max_pixels": str(max_pixels),
         "enable_drefs": "0",
     }
-    file.seek(0)
     try:
-        container = av.open(file, io_open=_refuse_open, options=options, metadata_errors="replace", buffer_size=1 << 18)
-        check_refused_size(lines, max_pixels)
-        return container
+        container = _open(file, options)
     except av.error.MemoryError as error:
         raise out_of_memory() from error
     except av.FFmpegError as error:
-        raise _unopened(file, error) from error
+        container = _open_jpeg_stream(file, options) if begins_as_jpeg(file) else None
+        if container is None:
+            raise _unopened(file, error) from error
+    check_refused_size(lines, max_pixels)
+    return container
+
+
+def _open(file: VideoFile, options: dict[str, str], kind: str | None = None) -> av.container.InputContainer:
+    file.seek(0)
+    file.size = end_of_recording(file)
+    return av.open(
+        file, format=kind, io_open=_refuse_open, options=options, metadata_errors="replace", buffer_size=1 << 18
+    )
+
+
+def _open_jpeg_stream(file: VideoFile, options: dict[str, str]) -> av.container.InputContainer | None:
+    """A file of JPEG pictures one after the other, which FFmpeg takes for a picture; None for a single picture."""
+    try:
+        with _open(file, options, "mjpeg") as container:
+            pictures = [bytes(packet) for packet in itertools.islice(container.demux(video=0), 2) if packet.size]
+        if len(pictures) == 2 and pictures[1].startswith(b"\xff\xd8\xff"):
+            return _open(file, options, "mjpeg")
+    except av.FFmpegError:
+        pass
+    return None
 
 
 def _refuse_open(url: str, flags: int, options: dict) -> None:
@@ -225,6 +238,8 @@ def _unopened(file: VideoFile, error: av.FFmpegError) -> VideoProblem:
     content = name_content(file)
     if content is not None:
         return VideoProblem(Reason.NOT_A_VIDEO, f"this is {content}, not a video")
+    if looks_encrypted(file):
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
     if isinstance(error, av.error.ArgumentError):  # what FFmpeg answers for a format that is not on the list
         return VideoProblem(Reason.REFUSED_FORMAT, "its format is not among the video formats that are read")
     return VideoProblem(Reason.NOT_A_VIDEO, f"no video format is recognised in it ({error.strerror})")

@@ -2,8 +2,7 @@
 
 import bisect
 import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -11,21 +10,18 @@ from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Probe, Reason
-from workers.decode_open import Damage, DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
-from workers.packets import PacketTable, can_cut, scan_packets
+from workers.clock import BestEffortClock, OneClock, TimedFrame
+from workers.decode_damage import Damage, DamageWatch, words_of_damage
+from workers.decode_encryption import ENCRYPTED_DETAIL, is_encrypted
+from workers.decode_open import DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
+from workers.packets import PacketTable, can_cut, is_header, scan_packets
 from workers.picture import Orientation, StoredPicture, model_pixels, store_form
-from workers.sample import Grid, KeptFrame, Spaced, Tally, TimedFrame, sample
+from workers.sample import Grid, KeptFrame, Spaced, Tally, sample
 from workers.structure import cut_short
+from workers.transport import find_losses
 from workers.video_file import VideoFile
 
-# FFmpeg's own words for picture data that could not be read; other error lines (references that a cut left
-# dangling, clocks) appear in files that play from end to end.
-_DAMAGE = re.compile(
-    r"error while decoding|concealing|damaged|corrupt|invalid mb|invalid nal|illegal|overread|ended prematurely"
-    r"|missing picture|splitting the input|could not find ref|partial file|truncat|not all references|bytestream"
-    r"|exceed.* (?:packet|data)|invalid (?:data|slice|start|block|as first byte)|slice mismatch",
-    re.IGNORECASE,
-)
+_PROBED_BYTES = 8 << 20  # more than FFmpeg's own 5 MB
 JUMP_SECONDS = 1  # by which a clock may step back without being called damaged
 
 
@@ -43,54 +39,65 @@ def read_frames(
         alive: called at every packet.
         start_ticks: damage before this time is not noted: the frames that a seek drops may lack their references.
     Raises:
-        VideoProblem: a frame is larger than max_pixels or than memory allows.
+        VideoProblem: a frame is larger than max_pixels or than memory allows, or the video is encrypted.
     """
-    context = video.stream.codec_context
-    clock = _BestEffortClock()
+    clock = BestEffortClock()
     has_pts = video.format_name != "avi"  # FFmpeg 8 makes some up there, in decoding order; 5 did not
-    after: int | None = None
-    quiet = True  # until a first whole frame: a recording may begin in the middle of a group of pictures
+    watch = DamageWatch(damage, start_ticks, video.format_name == "mpegts")
+    end_ticks: int | None = None  # of the frame before
+    locked = None
     for packet in itertools.chain(video.packets(damage, alive), [None]):  # None drains the decoder
-        ticks = None if packet is None else packet.dts if packet.pts is None else packet.pts
-        video.lines.clear()
-        try:
-            frames = context.decode(packet)
-        except EOFError:
-            frames = []
-        except av.error.MemoryError as error:
-            raise out_of_memory() from error
-        except av.FFmpegError as error:
-            frames = []
-            check_refused_size(video.lines, video.max_pixels)
-            damage.refused = damage.refused or _describe(error, video.lines)
-            if not quiet and not _before(ticks, start_ticks) and not (packet is not None and packet.is_discard):
-                damage.note(ticks, _describe(error, video.lines))
-        else:
-            words = next((words for _, _, words in video.lines if _DAMAGE.search(words)), None)
-            if words is not None and not quiet and not _before(ticks, start_ticks):
-                damage.note(ticks, words.strip())
-        if packet is not None and packet.is_corrupt and not _before(ticks, start_ticks):
-            damage.note(ticks, "a packet is incomplete")
+        if packet is not None and is_encrypted(packet):
+            locked, packet = packet, None
+        ticks = _shown_ticks(packet)
+        frames, trouble = _decode(video, packet)
+        watch.packet(packet, ticks, trouble)
         for frame in frames:
             check_pixels(frame.width, frame.height, video.max_pixels)
             shown_ticks = clock.ticks(frame.pts if has_pts else None, frame.dts)
             if shown_ticks is None:  # the last frames of a file without presentation times
-                shown_ticks = (video.stream.start_time or 0) if after is None else after
+                shown_ticks = (video.stream.start_time or 0) if end_ticks is None else end_ticks
             duration = _duration(video, frame)
-            after = shown_ticks + duration
-            if frame.is_corrupt and not quiet and not _before(shown_ticks, start_ticks):
-                damage.note(shown_ticks, "a picture is damaged")
-            quiet = quiet and frame.is_corrupt
+            watch.frame(frame.pts, shown_ticks, frame.is_corrupt)
+            end_ticks = shown_ticks + duration
             yield TimedFrame(shown_ticks, duration, frame)
+        if locked is not None:
+            raise _encrypted_from(video, _shown_ticks(locked), end_ticks)
 
 
-def _describe(error: av.FFmpegError, lines: list) -> str:
-    words = [line[2].strip() for line in lines]
-    return words[0] if words else f"a packet cannot be decoded: {error.strerror}"
+def _shown_ticks(packet: av.Packet | None) -> int | None:
+    if packet is None:
+        return None
+    return packet.dts if packet.pts is None else packet.pts
 
 
-def _before(ticks: int | None, start_ticks: int | None) -> bool:
-    return ticks is not None and start_ticks is not None and ticks < start_ticks
+def _decode(video: OpenVideo, packet: av.Packet | None) -> tuple[list[av.VideoFrame], str | None]:
+    """The frames that a packet completes, and what of it could not be decoded.
+
+    Raises:
+        VideoProblem: a frame is larger than max_pixels or than memory allows.
+    """
+    video.lines.clear()
+    context = video.stream.codec_context
+    try:
+        return context.decode(packet), words_of_damage(video.lines)
+    except EOFError:
+        return [], None
+    except av.error.MemoryError as error:
+        raise out_of_memory() from error
+    except av.FFmpegError as error:
+        check_refused_size(video.lines, video.max_pixels)
+        if packet is not None and is_header(context.codec.canonical_name, packet):
+            return [], None
+        words = [line[2].strip() for line in video.lines]
+        return [], words[0] if words else f"a packet cannot be decoded: {error.strerror}"
+
+
+def _encrypted_from(video: OpenVideo, ticks: int | None, end_ticks: int | None) -> VideoProblem:
+    if end_ticks is None:
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    at = float((end_ticks if ticks is None else ticks) * video.stream.time_base)
+    return VideoProblem(Reason.ENCRYPTED, f"from {at:.1f} s on it is encrypted, and vidx has no key for it")
 
 
 def _duration(video: OpenVideo, frame: av.VideoFrame) -> int:
@@ -99,32 +106,6 @@ def _duration(video: OpenVideo, frame: av.VideoFrame) -> int:
         return frame.duration
     rate = video.stream.average_rate or video.stream.guessed_rate
     return int(1 / (rate * video.stream.time_base)) if rate else 1
-
-
-class _BestEffortClock:
-    """Presentation times as ffprobe's best_effort_timestamp gives them; PyAV hands on the raw ones.
-
-    Source: FFmpeg, libavcodec/decode.c, guess_correct_pts: whichever of pts and dts went back less often.
-    """
-
-    def __init__(self):
-        self._last_pts = self._last_dts = -(1 << 63)
-        self._faulty_pts = self._faulty_dts = 0
-
-    def ticks(self, pts: int | None, dts: int | None) -> int | None:
-        if dts is not None:
-            self._faulty_dts += dts <= self._last_dts
-            self._last_dts = dts
-        elif pts is not None:
-            self._last_dts = pts
-        if pts is not None:
-            self._faulty_pts += pts <= self._last_pts
-            self._last_pts = pts
-        elif dts is not None:
-            self._last_pts = dts
-        if pts is not None and (self._faulty_pts <= self._faulty_dts or dts is None):
-            return pts
-        return dts
 
 
 def seek(video: OpenVideo, ticks: int) -> None:
@@ -192,12 +173,15 @@ def decode(task: DecodeTask) -> Iterator[KeptFrame]:
             yield from _decode_keyframes(task, table)
             return
     damage, tally = Damage(), Tally()
+    clock = OneClock(task.probe.time_base, task.probe.container)
     with OpenVideo(task.file, task.max_pixels, task.threads) as video:
         if start is not None:
             seek(video, start)
-        frames = _until_problem(read_frames(video, damage, task.alive, start), damage)
+        frames = clock.place(_until_problem(read_frames(video, damage, task.alive, start), damage))
         yield from sample(frames, _chooser(task), start, end, task.segment.first_index, FrameStorer(), tally)
-    problem = _judge(task, damage, tally)
+        if video.format_name == "mpegts" and not damage.marks:
+            _look_for_losses(video, damage)
+    problem = _judge(task, damage, tally, clock.restarts)
     if problem is not None:
         raise problem
 
@@ -250,8 +234,34 @@ def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[Tim
         damage.end = problem
 
 
-def _judge(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:
-    """What is wrong with a segment that was read; a tally of None: not every frame was."""
+def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequence[int] = ()) -> VideoProblem | None:
+    """What is to be said of a segment that was read; a tally of None: not every frame was."""
+    restarted = _restarted(task.probe, restarts)
+    problem = _damage_of(task, damage, tally)
+    if problem is None:
+        return VideoProblem(Reason.CLOCK_RESTARTED, restarted) if restarted else None
+    return VideoProblem(problem.reason, f"{problem.detail}; {restarted}") if restarted else problem
+
+
+def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
+    """Notes packets of a transport stream that are missing; not every packet that is called incomplete is."""
+    # Of packets that FFmpeg reads while it looks for the streams, some are not called incomplete.
+    losses = find_losses(video.file, video.stream.id, video.file.size if damage.suspects else _PROBED_BYTES)
+    if losses.count:
+        damage.note(None, f"packets are missing at byte {losses.first_byte}")
+    elif damage.suspects > losses.joins:
+        damage.note(None, "a packet is incomplete")
+
+
+def _restarted(probe: Probe, restarts: Sequence[int]) -> str:
+    if not restarts:
+        return ""
+    shown = ", ".join(f"{float(probe.time_seconds(ticks)):.1f} s" for ticks in restarts[:3])
+    more = f" and {len(restarts) - 3} more times" if len(restarts) > 3 else ""
+    return f"its clock begins anew at {shown}{more}; what follows is shown right behind what comes before"
+
+
+def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:
     probe, segment = task.probe, task.segment
     if damage.end is not None:
         return damage.end
@@ -264,22 +274,14 @@ def _judge(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProble
     if tally is None:
         return None
     if tally.jump_ticks * probe.time_base > JUMP_SECONDS:
-        back, at = float(tally.jump_ticks * probe.time_base), float(tally.jump_at_ticks * probe.time_base)
-        detail = f"its clock goes back by {back:.1f} s at {at:.1f} s; what follows is left out"
+        back, at = float(tally.jump_ticks * probe.time_base), float(probe.time_seconds(tally.jump_at_ticks))
+        detail = f"a frame's time goes back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
         return VideoProblem(Reason.CORRUPT, detail)
     expected = dict(probe.cuts).get(segment.end_ticks)
     if expected is not None and tally.frame_count != expected - segment.first_index:
         wanted = expected - segment.first_index
         return VideoProblem(Reason.CORRUPT, f"{tally.frame_count} frames come out of a stretch of {wanted}")
     return None
-
-
-def model_pixels_at(file: VideoFile, probe: Probe, ticks: int, max_pixels: int) -> np.ndarray | None:
-    """The one frame shown at a cut, (336, 336, 3) uint8; None where it does not come out."""
-    try:
-        return next(frames_at(file, probe, [ticks], 1, max_pixels, lambda: None))[1]
-    except VideoProblem:
-        return None
 
 
 def frames_at(
@@ -306,7 +308,8 @@ def frames_at(
             if frames is None or (cut is not None and cut > position):
                 if cut is not None:
                     seek(video, cut)
-                frames = read_frames(video, Damage(), alive, cut)
+                clock = OneClock(probe.time_base, probe.container)
+                frames = clock.place(read_frames(video, Damage(), alive, cut))
             found = next((frame for frame in frames if frame.ticks >= wanted), None)
             if found is None or found.ticks != wanted:
                 at = float(wanted * probe.time_base)

@@ -4,7 +4,7 @@ import av
 from av.video.reformatter import VideoReformatter
 from scenedetect import ContentDetector, FrameTimecode
 
-from workers.sample import TimedFrame
+from workers.clock import TimedFrame
 
 SIDE = 256  # the longer side of what is compared: PySceneDetect's own default is about that
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workers.decode_open import Damage, OpenVideo
+from workers.clock import RESTART_SECONDS
+from workers.decode_damage import Damage
+from workers.decode_open import OpenVideo
 
 # Containers whose seeking lands where their index says, and codecs whose keyframes need nothing before them.
 CUT_FORMATS = ("mov,", "matroska,")
@@ -27,7 +29,7 @@ class PacketTable:
         keyframes: those of packets that the container calls keyframes.
         entries: those among them at which decoding can begin.
         end_ticks: where the last of those frames ends.
-        plain: whether every such packet has a time of its own and was read whole.
+        plain: whether every such packet has a time of its own, on one clock, and was read whole.
     """
 
     ticks: list[int] = field(default_factory=list)
@@ -56,12 +58,14 @@ def scan_packets(
     seen: set[int] = set()
     damage = Damage()
     last = (-(1 << 63), 0)
+    restart_ticks = RESTART_SECONDS / video.stream.time_base
     for packet in video.packets(damage, alive):
         if end_ticks is not None and packet.dts is not None and packet.dts >= end_ticks:
             break  # no frame is shown before it is decoded
         if packet.is_discard or not _shows_frame(codec, packet):
             continue
-        if packet.pts is None or packet.pts in seen or packet.is_corrupt:
+        begins_anew = packet.is_keyframe and packet.pts is not None and packet.pts < last[0] - restart_ticks
+        if packet.pts is None or packet.pts in seen or packet.is_corrupt or begins_anew:
             table.plain = False
             break
         is_early = start_ticks is not None and packet.pts < start_ticks
@@ -83,6 +87,11 @@ def _shows_frame(codec: str, packet) -> bool:
     if codec == "vp8":
         return bool(memoryview(packet)[0] & 0x10)
     return True
+
+
+def is_header(codec: str, packet) -> bool:
+    """True for Theora's headers, which stand among the pictures where streams were chained. Source: Theora, 6.1."""
+    return codec == "theora" and bool(memoryview(packet)[0] & 0x80)
 
 
 def _is_entry(codec: str, extradata: bytes, data: bytes) -> bool:

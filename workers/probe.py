@@ -6,13 +6,14 @@ from fractions import Fraction
 
 from storage.errors import VideoProblem
 from storage.records import Probe, Reason
-from workers import decode_decord
-from workers.decode_open import Damage, OpenVideo
+from workers.clock import TimedFrame
+from workers.decode_damage import Damage
+from workers.decode_encryption import ENCRYPTED_DETAIL, looks_encrypted
+from workers.decode_open import OpenVideo
 from workers.decode_pyav import FrameStorer, orientation, read_frames
 from workers.packets import CUT_FORMATS, PacketTable, can_cut, scan_packets
 from workers.picture import Orientation
-from workers.sample import TimedFrame
-from workers.structure import cut_short, refuse_scripts
+from workers.structure import cut_short, refuse_others
 from workers.video_file import VideoFile
 
 HEAD_FRAMES = 24  # decoded to see whether packets and frames agree
@@ -22,7 +23,7 @@ CUT_SECONDS = 1  # cuts lie at least so far apart, or a file of keyframes alone 
 _FREE_CLOCKS = {"mpegts", "mpeg", "ogg"}
 
 
-def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], None]) -> Probe:
+def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], None], library: str = "pyav") -> Probe:
     """What the file's video stream says about itself.
 
     Args:
@@ -30,10 +31,11 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
         max_pixels: of one frame.
         threads: of the decoder.
         alive: called often while work goes on.
+        library: "decord" to decode with it where it reads the file right; of other files, and else, PyAV.
     Raises:
-        VideoProblem: the file is no video, has none inside, or not one frame of it can be decoded.
+        VideoProblem: the file is no video, has none inside, or not one whole frame of it can be decoded.
     """
-    refuse_scripts(file)
+    refuse_others(file)
     with OpenVideo(file, max_pixels, threads) as video:
         head = _read_head(video, alive)
         first = head[0].picture
@@ -54,40 +56,57 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
             "duration_seconds": _duration(video, offset),
         }
         head_ticks = [frame.ticks for frame in head]
-        # The last of the head: frames out of order or left out show there.
-        sample = head[-1].picture
-        may_be_decord = turn == Orientation() and sample.format.name in decode_decord.PIXEL_FORMATS
-        checked = FrameStorer()(sample).pixels if may_be_decord else None
+        for_decord = library == "decord" and turn == Orientation() and facts["container"].startswith(CUT_FORMATS)
+        pixel_format, picture = first.format.name, FrameStorer()(first).pixels if for_decord else None
         head.clear()
-        del first, sample
+        del first
     with OpenVideo(file, max_pixels, threads) as video:
         table = scan_packets(video, alive)
     whole = table.plain and table.ticks[: len(head_ticks)] == head_ticks and cut_short(file) is None
     cuts = _space_out(table, facts["time_base"]) if whole and can_cut(facts["container"], facts["codec"]) else ()
     decoder = "pyav"
-    if whole and checked is not None and facts["container"].startswith(CUT_FORMATS):
-        found = decode_decord.reads_right(file, facts, table, len(head_ticks) - 1, checked, threads)
-        decoder = "decord" if found else "pyav"
+    if whole and picture is not None:
+        from workers.decode_decord import reads_right  # a library of its own, of which most jobs have no need
+
+        decoder = "decord" if reads_right(file, facts, pixel_format, table, picture, threads) else "pyav"
     return Probe(decoder=decoder, cuts=cuts, **facts)
 
 
 def _read_head(video: OpenVideo, alive: Callable[[], None]) -> list[TimedFrame]:
+    """The first frames; where none of them is whole, the file is read on until one is.
+
+    Raises:
+        VideoProblem: there is none.
+    """
     damage = Damage()
     frames = read_frames(video, damage, alive)
     first = next(frames, None)
     if first is None:
         raise _no_frames(video, damage)
     pixels = max(1, first.picture.width * first.picture.height)
-    return [first, *itertools.islice(frames, max(2, min(HEAD_FRAMES, HEAD_PIXELS // pixels)) - 1)]
+    head = [first, *itertools.islice(frames, max(2, min(HEAD_FRAMES, HEAD_PIXELS // pixels)) - 1)]
+    if not damage.has_whole_picture and not any(damage.has_whole_picture for _ in frames):
+        raise _all_damaged(video, damage)
+    if damage.first_detail is not None and looks_encrypted(video.file):  # some noise decodes without a complaint
+        raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    return head
 
 
 def _no_frames(video: OpenVideo, damage: Damage) -> VideoProblem:
     missing = cut_short(video.file)
     if missing is not None:
         return VideoProblem(Reason.TRUNCATED, f"the file is cut short before its first frame: {missing}")
-    if damage.refused is not None:
-        return VideoProblem(Reason.CORRUPT, f"not one frame can be decoded: {damage.refused}")
-    return VideoProblem(Reason.NO_FRAMES, "its video stream holds no frame")
+    if looks_encrypted(video.file):
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    if damage.first_detail is None:
+        return VideoProblem(Reason.NO_FRAMES, "its video stream holds no frame")
+    return VideoProblem(Reason.CORRUPT, f"not one frame can be decoded: {damage.first_detail}")
+
+
+def _all_damaged(video: OpenVideo, damage: Damage) -> VideoProblem:
+    if looks_encrypted(video.file):
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    return VideoProblem(Reason.CORRUPT, f"every picture in it is damaged, first: {damage.first_detail}")
 
 
 def _clock_offset(video: OpenVideo, first_ticks: int) -> float:

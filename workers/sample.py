@@ -6,15 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from storage.records import Probe
-
-
-@dataclass(frozen=True)
-class TimedFrame:
-    """One decoded frame: presentation time and duration in ticks, and the decoder's own picture."""
-
-    ticks: int
-    duration_ticks: int
-    picture: Any
+from workers.clock import TimedFrame
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ tags of FLV, the header of ASF.
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from storage.errors import VideoProblem
 from storage.records import Reason
+from workers.transport import packet_layout
 from workers.video_file import VideoFile
 
 HEAD_BYTES = 4096
+_UNKNOWN_SIZE = 0xFFFFFFFF
+_JPEG_HEAD_BYTES = 3 << 16  # its first segments, of at most 64 KB each
+_KEPT_ZEROS = 1024  # which may belong to the last packet
 
 # Text that names other files or addresses: never opened, whatever the file is called.
 _REFUSED = (
@@ -56,8 +60,12 @@ _OTHER = (
 _CONTROLS = {*range(32), 127} - set(b"\t\n\v\f\r\x1b")  # bytes that no text holds
 
 
-def refuse_scripts(file: VideoFile) -> None:
-    """Raises VideoProblem where the file is empty or text that names other files, before FFmpeg sees it."""
+def refuse_others(file: VideoFile) -> None:
+    """Raises VideoProblem where the file is empty, text that names other files, or a picture that FFmpeg plays.
+
+    Those are HEIF pictures, and JPEG pictures that bring others along (a smaller one, or a map for HDR), in the
+    Multi-Picture Format of CIPA DC-007.
+    """
     head = file.read_at(0, HEAD_BYTES)
     if not head:
         raise VideoProblem(Reason.NOT_A_VIDEO, "the file is empty")
@@ -65,6 +73,10 @@ def refuse_scripts(file: VideoFile) -> None:
     kind = _match(_REFUSED, text)
     if kind is not None:
         raise VideoProblem(Reason.REFUSED_FORMAT, f"this is {kind}, which names other files; index those themselves")
+    if head[4:8] == b"ftyp" and _is_heif_picture(file):
+        raise VideoProblem(Reason.NOT_A_VIDEO, "this is a HEIF picture, not a video")
+    if begins_as_jpeg(file) and re.search(rb"\xff\xe2..MPF\0", file.read_at(0, _JPEG_HEAD_BYTES), re.DOTALL):
+        raise VideoProblem(Reason.NOT_A_VIDEO, "this is a JPEG picture, not a video")
 
 
 def name_content(file: VideoFile) -> str | None:
@@ -87,6 +99,28 @@ def foreign_content(head: bytes) -> str | None:
 def is_picture(file: VideoFile) -> str | None:
     """The kind of picture, where the file is one."""
     return _match(_PICTURES, file.read_at(0, HEAD_BYTES))
+
+
+def begins_as_jpeg(file: VideoFile) -> bool:
+    """Whether the first bytes are a JPEG picture's."""
+    return file.read_at(0, 3) == b"\xff\xd8\xff"
+
+
+def _is_heif_picture(file: VideoFile) -> bool:
+    """Items of pictures and no movie. Source: ISO/IEC 23008-12, 6 and 10; a sequence of pictures has a movie box."""
+    has_items = False
+    for kind, start, _ in _mp4_boxes(file):
+        if kind == b"moov":
+            return False
+        has_items |= kind == b"meta" and b"pict" in file.read_at(start, 64)
+    return has_items
+
+
+def end_of_recording(file: VideoFile) -> int:
+    """Where a transport stream or an Ogg file ends; FFmpeg takes many zeros behind it for damage."""
+    if packet_layout(file) is None and file.read_at(0, 4) != b"OggS":
+        return file.size
+    return min(file.size, _end_of_content(file) + _KEPT_ZEROS)
 
 
 def cut_short(file: VideoFile) -> str | None:
@@ -120,27 +154,33 @@ def _missing(file: VideoFile, end: int, what: str) -> str | None:
 
 
 def _mp4_cut(file: VideoFile) -> str | None:
-    """Walks the top-level boxes. Source: ISO/IEC 14496-12, 4.2."""
-    offset, seen = 0, set()
-    while offset + 8 <= file.size:
-        size, kind = struct.unpack(">I4s", file.read_at(offset, 8))
-        if not kind.replace(b" ", b"").isalnum():  # padding or junk after the last box
-            break
-        if size == 1:
-            size = int.from_bytes(file.read_at(offset + 8, 8), "big")
-        if size == 0:  # up to the end of the file
-            seen.add(kind)
-            break
-        if size < 8:
-            break
-        missing = _missing(file, offset + size, f"box '{kind.decode('ascii')}'")
+    """Holds the top-level boxes against the file's size."""
+    seen = set()
+    for kind, _, end in _mp4_boxes(file):
+        missing = _missing(file, end, f"box '{kind.decode('ascii')}'")
         if missing:
             return missing
         seen.add(kind)
-        offset += size
     if b"mdat" in seen and b"moov" not in seen:
         return "its index (moov) is missing, as after an interrupted recording or upload"
     return None
+
+
+def _mp4_boxes(file: VideoFile) -> Iterator[tuple[bytes, int, int]]:
+    """The top-level boxes: kind, and where it begins and ends. Source: ISO/IEC 14496-12, 4.2."""
+    offset = 0
+    while offset + 8 <= file.size:
+        size, kind = struct.unpack(">I4s", file.read_at(offset, 8))
+        if not kind.replace(b" ", b"").isalnum():  # padding or junk after the last box
+            return
+        if size == 1:
+            size = int.from_bytes(file.read_at(offset + 8, 8), "big")
+        if size == 0:  # up to the end of the file
+            size = file.size - offset
+        if size < 8:
+            return
+        yield kind, offset, offset + size
+        offset += size
 
 
 def _matroska_cut(file: VideoFile) -> str | None:
@@ -179,7 +219,7 @@ def _avi_cut(file: VideoFile) -> str | None:
     offset = 0
     while offset + 12 <= file.size:
         kind, size, form = struct.unpack("<4sI4s", file.read_at(offset, 12))
-        if kind != b"RIFF":
+        if kind != b"RIFF" or size == _UNKNOWN_SIZE:  # which a writer leaves that cannot go back, into a pipe
             return None
         if size == 0 and form in (b"AVI ", b"AVIX"):
             return "its header was never completed, as after an interrupted recording"
@@ -212,20 +252,37 @@ def _ogg_cut(file: VideoFile) -> str | None:
 
 
 def _ts_cut(file: VideoFile) -> str | None:
-    head = file.read_at(0, 204 * 4)
-    for size, first in ((188, 0), (192, 4), (204, 0)):
-        if len(head) > 3 * size + first and all(head[first + i * size] == 0x47 for i in range(4)):
-            rest = file.size % size
-            return f"its last packet has {rest} of {size} bytes" if rest else None
-    return None
+    layout = packet_layout(file)
+    if layout is None:
+        return None
+    rest = file.size % layout[0]
+    is_padding = not file.read_at(file.size - rest, rest).strip(b"\0")
+    return None if is_padding else f"its last packet has {rest} of {layout[0]} bytes"
 
 
 def _flv_cut(file: VideoFile) -> str | None:
-    """The last four bytes give the length of the last tag."""
-    length = int.from_bytes(file.read_at(file.size - 4, 4), "big")
-    tag = file.read_at(file.size - 4 - length, 4)
-    whole = len(tag) == 4 and tag[0] & 0x1F in (8, 9, 18) and int.from_bytes(tag[1:4], "big") + 11 == length
-    return None if whole else "its last tag is cut"
+    """The four bytes at the end give the length of the last tag; zeros may follow them, or be their end."""
+    content_end = _end_of_content(file)
+    ends = (end for end in (content_end, content_end + 1, content_end + 2, content_end + 3) if end <= file.size)
+    return None if any(_ends_with_flv_tag(file, end) for end in ends) else "its last tag is cut"
+
+
+def _ends_with_flv_tag(file: VideoFile, end: int) -> bool:
+    length = int.from_bytes(file.read_at(end - 4, 4), "big")
+    tag = file.read_at(end - 4 - length, 4)
+    return len(tag) == 4 and tag[0] & 0x1F in (8, 9, 18) and int.from_bytes(tag[1:4], "big") + 11 == length
+
+
+def _end_of_content(file: VideoFile) -> int:
+    """Where the zeros begin that a file ends with."""
+    end = file.size
+    while end > 0:
+        start = max(0, end - (1 << 16))
+        content = file.read_at(start, end - start).rstrip(b"\0")
+        if content:
+            return start + len(content)
+        end = start
+    return 0
 
 
 def _asf_cut(file: VideoFile) -> str | None:

@@ -9,7 +9,7 @@ class VideoFile:
     """A seekable reader over a descriptor that it does not own, with its own position.
 
     Attributes:
-        size: bytes, when it was opened.
+        size: bytes, when it was opened; a reader may take a smaller one.
         bytes_read: what has been read so far.
 
     Raises:
@@ -39,11 +39,11 @@ class VideoFile:
         return self._position
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """Up to count bytes from offset; the position stays."""
-        if offset < 0:
+        """Up to count bytes from offset, none behind `size`; the position stays."""
+        if not 0 <= offset < self.size:
             return b""
         try:
-            data = os.pread(self.descriptor, count, offset)
+            data = os.pread(self.descriptor, min(count, self.size - offset), offset)
         except OSError as error:
             raise problem_of(error) from error
         self.bytes_read += len(data)

@@ -1,0 +1,124 @@
+"""The presentation time of every decoded frame, on one clock from a video's first frame to its last."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+RESTART_SECONDS = 1  # a clock that goes back by more begins anew; less is a slip of single frames
+LEAP_SECONDS = 10  # forward, by which a wrapped clock must jump to have begun anew; as ffmpeg's own threshold
+# MPEG clocks count 33 bits. FFmpeg adds 2**33 to times far below the first one, so that a clock that begins anew
+# there seems to leap forward. Source: ISO/IEC 13818-1, 2.4.3.7; libavformat's update_wrap_reference.
+_WRAP_TICKS = {"mpegts": 1 << 33, "mpeg": 1 << 33}
+
+
+@dataclass(frozen=True)
+class TimedFrame:
+    """One decoded frame: presentation time and duration in ticks, and the decoder's own picture."""
+
+    ticks: int
+    duration_ticks: int
+    picture: Any
+
+    @property
+    def end_ticks(self) -> int:
+        """When it is no longer shown, by its own duration."""
+        return self.ticks + max(self.duration_ticks, 1)
+
+
+class BestEffortClock:
+    """Presentation times as ffprobe's best_effort_timestamp gives them; PyAV hands on the raw ones.
+
+    Source: FFmpeg, libavcodec/decode.c, guess_correct_pts: whichever of pts and dts went back less often.
+    """
+
+    def __init__(self):
+        self._last_pts = self._last_dts = -(1 << 63)
+        self._faulty_pts = self._faulty_dts = 0
+
+    def ticks(self, pts: int | None, dts: int | None) -> int | None:
+        """The time of the next frame out of the decoder; None where it has none."""
+        if dts is not None:
+            self._faulty_dts += dts <= self._last_dts
+            self._last_dts = dts
+        elif pts is not None:
+            self._last_dts = pts
+        if pts is not None:
+            self._faulty_pts += pts <= self._last_pts
+            self._last_pts = pts
+        elif dts is not None:
+            self._last_pts = dts
+        if pts is not None and (self._faulty_pts <= self._faulty_dts or dts is None):
+            return pts
+        return dts
+
+
+class OneClock:
+    """Puts what follows a restart of a file's clock behind what comes before, as a player shows it.
+
+    Recordings that were joined, or written by a device that was switched off and on, begin anew at some time. A single
+    frame with a wrong time is no restart: the frame after it tells.
+
+    Args:
+        time_base: seconds per tick.
+        container: FFmpeg's name of the format.
+
+    Attributes:
+        restarts: where the clock began anew, in ticks of the one clock; the first thousand.
+    """
+
+    def __init__(self, time_base: Fraction, container: str):
+        self._back = RESTART_SECONDS / time_base
+        self._leap = LEAP_SECONDS / time_base
+        self._wrap = _WRAP_TICKS.get(container)
+        self.restarts: list[int] = []
+
+    def place(self, frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
+        """The frames, those after a restart with later times than they say."""
+        offset = 0
+        before: TimedFrame | None = None  # the frame before `last`
+        last: TimedFrame | None = None
+        doubtful: TimedFrame | None = None  # the clock began anew here, or its time alone is wrong
+
+        for frame in frames:
+            if doubtful is not None:
+                if _goes_on_from(doubtful, last, frame):
+                    offset += self._begin_anew(last, doubtful, offset)
+                    yield _later(doubtful, offset)
+                    before, last = None, doubtful
+                else:
+                    yield _later(doubtful, offset)
+                doubtful = None
+            if last is not None and self._is_doubtful(before, last, frame):
+                doubtful = frame
+                continue
+            yield _later(frame, offset)
+            if last is None or frame.ticks > last.ticks:
+                before = last
+            last = frame
+        if doubtful is not None:
+            offset += self._begin_anew(last, doubtful, offset)
+            yield _later(doubtful, offset)
+
+    def _is_doubtful(self, before: TimedFrame | None, last: TimedFrame, frame: TimedFrame) -> bool:
+        if frame.ticks < last.ticks - self._back:
+            # Where the frame fits behind the one before the last, the last one was wrong by itself.
+            return before is None or frame.ticks <= before.ticks
+        if self._wrap is None or frame.ticks - last.end_ticks < self._leap:
+            return False
+        return frame.ticks % self._wrap < last.ticks % self._wrap
+
+    def _begin_anew(self, last: TimedFrame, first: TimedFrame, offset: int) -> int:
+        """By how many ticks more what follows is moved."""
+        if len(self.restarts) < 1000:
+            self.restarts.append(last.end_ticks + offset)
+        return last.end_ticks - first.ticks
+
+
+def _goes_on_from(doubtful: TimedFrame, last: TimedFrame, frame: TimedFrame) -> bool:
+    """Whether a frame's time is nearer to the end of the doubtful one than to that of the frame before that."""
+    return abs(frame.ticks - doubtful.end_ticks) <= abs(frame.ticks - last.end_ticks)
+
+
+def _later(frame: TimedFrame, ticks: int) -> TimedFrame:
+    return replace(frame, ticks=frame.ticks + ticks) if ticks else frame
