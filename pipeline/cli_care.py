@@ -11,34 +11,59 @@ import click
 from pipeline.cli_options import archive_option, archive_uri, json_option
 
 if TYPE_CHECKING:
+    from pipeline.check_pictures import PictureCheck
     from storage.records import VideoRow
     from storage.verify import Fault
 
 
+PICTURES = "Also compare the pictures of videos that decord decoded with what PyAV shows at their times."
+
+
 @click.command()
 @archive_option
+@click.option("--pictures", is_flag=True, help=PICTURES)
 @json_option
-def verify(archive_dir: str, as_json: bool) -> None:
+def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
     """Read a whole archive and check that it holds what was written.
 
     Checks every byte of frames, rows and index against the checksum of its file, the tables against each other and the
     index against the stored keys, and names each file that is damaged, with the videos whose frames it holds. The logs
     of the tables have no checksums: they are read, and compared with the files that they name.
 
+    --pictures opens the videos again. Of archives made before PyAV became the decoder, some videos hold wrong pictures:
+    `vidx sql "SELECT source FROM videos WHERE decoder = 'decord'"` lists those that may.
+
     \b
     vidx verify
+    vidx verify --pictures
     vidx verify --archive /data/archive --json
 
-    Exit codes: 0 nothing is wrong, 5 something is.
+    Exit codes: 0 nothing is wrong, 5 something is, 3 the pictures of some videos cannot be compared.
     """
-    from pipeline.cli_print import counted, print_json, size
+    from pipeline.check_pictures import check_pictures
+    from pipeline.cli_print import counted, note, print_json, size
+    from storage.archive import open_archive
+    from storage.files import source_text
     from storage.verify import BEYOND_REPAIR
     from storage.verify import verify as verify_archive
 
     found = verify_archive(archive_uri(archive_dir), _report)
+    checks = [] if found.faults or not pictures else check_pictures(open_archive(archive_uri(archive_dir)), _report)
+    unchecked = [check for check in checks if check.problem is not None]
+    if pictures and found.faults:
+        note("pictures were not compared: mend what is damaged first")
     if as_json:
         counts = {"files": found.files, "size_bytes": found.size_bytes, "frames": found.frames}
-        print_json({"ok": not found.faults, **counts, "faults": [_fault_json(fault) for fault in found.faults]})
+        faults = [_fault_json(fault) for fault in found.faults]
+        wrong = [_pictures_json(check) for check in checks]
+        print_json(
+            {
+                "ok": not found.faults and not any(check.wrong or check.problem for check in checks),
+                **counts,
+                "faults": faults,
+                **({"pictures": wrong} if pictures else {}),
+            }
+        )
     elif found.faults:
         _print_faults(found.faults)
         mendable = all(fault.is_mendable for fault in found.faults)
@@ -47,14 +72,19 @@ def verify(archive_dir: str, as_json: bool) -> None:
     else:
         files, frames = counted(found.files, "file"), counted(found.frames, "frame")
         click.echo(f"{files}, {size(found.size_bytes)}, {frames}: nothing is wrong")
-    sys.exit(5 if found.faults else 0)
+    if pictures and not as_json and not found.faults:
+        _print_pictures(checks)
+    for check in unchecked:
+        note(f"{source_text(check.row.uri)}: its pictures cannot be compared: {check.problem.detail}")
+    sys.exit(5 if found.faults or any(check.wrong for check in checks) else 3 if unchecked else 0)
 
 
 @click.command()
 @archive_option
 @click.option("--no-index", is_flag=True, help="Take out what is damaged, and do not index it again.")
+@click.option("--pictures", is_flag=True, help=PICTURES + " Videos with wrong ones are indexed again.")
 @json_option
-def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
+def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> None:
     """Take damaged frames out of an archive and index their videos again.
 
     What is whole stays as it is; the index is built anew. Where a video cannot be indexed again, as its file is out of
@@ -67,6 +97,7 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
 
     Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
     """
+    from pipeline.check_pictures import check_pictures, drop_wrong_videos
     from pipeline.cli_print import counted, note, print_json
     from pipeline.index import index_again, why_not_again
     from storage.archive import open_archive
@@ -79,24 +110,29 @@ def repair(archive_dir: str, no_index: bool, as_json: bool) -> None:
         note(line)
     if not as_json:
         _print_faults(done.found.faults)
-    incomplete: Sequence[VideoRow] = done.to_index
-    if done.to_index and not no_index:
-        incomplete = index_again(open_archive(uri), done.to_index, lambda progress: None)
+    checks = check_pictures(open_archive(uri), _report) if pictures and not done.left else []
+    to_index = (*done.to_index, *drop_wrong_videos(open_archive(uri, write=True), checks))
+    if not as_json:
+        _print_pictures([check for check in checks if check.wrong])
+    incomplete: Sequence[VideoRow] = to_index
+    if to_index and not no_index:
+        incomplete = index_again(open_archive(uri), to_index, lambda progress: None)
     if as_json:
         print_json(
             {
                 "faults": [_fault_json(fault) for fault in done.found.faults],
                 "notes": list(done.notes),
-                "videos_damaged": len(done.to_index) + len(done.spared),
+                "videos_damaged": len(to_index) + len(done.spared),
                 "videos_incomplete": [row.uri for row in (*incomplete, *done.spared)],
                 "problems": [_problem_json(row) for row in (*incomplete, *done.spared)],
                 "rows_lost": done.rows_lost,
                 "faults_left": [_fault_json(fault) for fault in done.left],
+                **({"pictures": [_pictures_json(check) for check in checks]} if pictures else {}),
             }
         )
     else:
         _print_faults(done.left)
-        whole = len(done.to_index) - len(incomplete)
+        whole = len(to_index) - len(incomplete)
         not_whole = len(incomplete) + len(done.spared) + done.rows_lost
         if not no_index:
             for row in incomplete:
@@ -201,6 +237,38 @@ def _problem_json(row: VideoRow) -> dict:
 
 def _fault_json(fault: Fault) -> dict:
     return {"path": fault.path, "detail": fault.detail, "sources": list(fault.sources)}
+
+
+def _pictures_json(check: PictureCheck) -> dict:
+    from storage.files import source_text
+
+    return {
+        "source": source_text(check.row.uri),
+        "checked": check.checked,
+        "wrong": check.wrong,
+        "first_wrong_seconds": check.first_wrong_seconds,
+        "problem": None if check.problem is None else check.problem.detail,
+    }
+
+
+def _print_pictures(checks: Sequence[PictureCheck]) -> None:
+    from pipeline.cli_print import counted, print_table
+    from pipeline.times import clock
+    from storage.files import source_text
+
+    wrong = [check for check in checks if check.wrong]
+    if wrong:
+        rows = [
+            (source_text(check.row.uri), f"{check.wrong} of {check.checked}", clock(check.first_wrong_seconds))
+            for check in wrong
+        ]
+        print_table(("video", "wrong pictures", "from"), rows, right=("wrong pictures", "from"))
+        click.echo("`vidx repair --pictures` indexes these videos again")
+    elif checks:
+        frames = counted(sum(check.checked for check in checks), "picture")
+        click.echo(f"{frames} of {counted(len(checks), 'video')} that decord decoded: none is wrong")
+    else:
+        click.echo("no video was decoded by decord, so no picture was compared")
 
 
 def _print_faults(faults: Sequence[Fault]) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do 
 ADMIT_SECONDS = 0.5  # between two commits of numbers, while other videos are still being examined
 COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
 INDEX_FRAMES = 1 << 14  # published and not in the index: until then a search compares them one by one
+LATE_SECONDS = 1.0  # by which frames may lie behind the duration that a file claims, before it is not believed
 ELSEWHERE_SECONDS = 0.5  # between two looks at what other jobs are doing
 READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver holds
 
@@ -424,6 +425,9 @@ class _Run:
         video.waiting.discard(receipt.segment.key)
         if is_whole(video.problem):
             video.problem = receipt.problem or video.problem
+        said = video.probe.duration_seconds
+        if said is not None and receipt.end_seconds is not None and receipt.end_seconds > said + LATE_SECONDS:
+            video.probe = replace(video.probe, duration_seconds=receipt.end_seconds)
         if receipt.decoder == "pyav":  # it took over where decord met damage, if only in this segment
             video.probe = replace(video.probe, decoder="pyav")
         if not video.waiting:

@@ -364,7 +364,8 @@ class Part:
 class Receipt:
     """What comes back from a segment: where its rows lie, and what went wrong on the way.
 
-    part is None where the segment gave no frame; problem is None where it is whole.
+    part is None where the segment gave no frame; problem is None where it is whole. end_seconds is the position at
+    which its last frame ends, None where no frame was decoded.
     """
 
     segment: Segment
@@ -376,6 +377,7 @@ class Receipt:
     decode_seconds: float
     encode_seconds: float
     store_seconds: float
+    end_seconds: float | None = None
 
 
 @dataclass(frozen=True)

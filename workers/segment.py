@@ -60,7 +60,7 @@ def _attempt(
     )
     clock = _Clock()
     decoder.library = task.probe.decoder
-    problem, frame_count = None, 0
+    problem, frame_count, end_seconds = None, 0, None
     try:
         try:
             check_unchanged(path, task.content)
@@ -73,6 +73,7 @@ def _attempt(
                     kept = frames.thumbnails if thumbnails else [b""] * len(frames)
                     writer.append(_columns(task.probe, frames), tokens, kept)
                 frame_count += len(frames)
+                end_seconds = float(task.probe.time_seconds(int(frames.end_ticks[-1])))
             check_unchanged(path, task.content)
         except VideoProblem as error:
             problem = Problem(error.reason, error.detail)
@@ -95,6 +96,7 @@ def _attempt(
         decode_seconds=clock.seconds["decode"],
         encode_seconds=clock.seconds["encode"],
         store_seconds=clock.seconds["store"],
+        end_seconds=end_seconds,
     )
 
 
