@@ -22,6 +22,7 @@ from workers.transport import find_losses
 from workers.video_file import VideoFile
 
 _PROBED_BYTES = 8 << 20  # more than FFmpeg's own 5 MB
+_MATRIX_BYTES = 9 * 4
 JUMP_SECONDS = 1  # by which a clock may step back without being called damaged
 
 
@@ -141,7 +142,7 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
 def orientation(frame: av.VideoFrame) -> Orientation:
     """How the frame is turned to be shown."""
     for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
+        if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) >= _MATRIX_BYTES:
             return Orientation.of_display_matrix(tuple(np.frombuffer(data, np.int32).tolist()))
     return Orientation()
 
