@@ -1,151 +1,120 @@
-"""api: the commands as a library.
+"""api: the commands as a library; `import vidx` gives what is here.
 
-from pipeline.api import Archive
+import vidx
 
-archive = Archive.open("./vidx-archive")
+vidx.index("~/videos", "./vidx-archive")
+archive = vidx.open("./vidx-archive")
 for moment in archive.search("a red bus", without=["at night"], where="width >= 1920"):
-print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
-print(archive.ask("When does the bus leave?", video="cars.mp4").text)
+    print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
+print(archive.ask("When does the bus leave?", video="cars.mp4", start_seconds="0:05:00").text)
+for frames in archive.frames(video="cars.mp4", cells=["search_key"]):
+    print(frames.time_seconds, frames.search_key.shape)
 """
 
-import os
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
-from importlib.util import find_spec
+from functools import cached_property
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-
+from pipeline.api_results import Moments, Videos
 from pipeline.filter import Filter
-from pipeline.output import check_output
+from pipeline.parameters import (
+    check,
+    check_choice,
+    check_count,
+    check_number,
+    instant_of,
+    naming_parameters,
+    place_of,
+    seconds_of,
+)
 from pipeline.query import Kind, Query, Term
-from pipeline.search import FRAMES_SHOWN, Searcher, SearchResult, Wanted, bundle_of
+from pipeline.search import FRAMES_SHOWN, Searcher, Wanted, bundle_of
+from pipeline.stored_frames import CELLS, Frames, stored_frames
+from pipeline.times import parse_moment
 from storage.archive import ArchiveStatus, open_archive
-from storage.errors import UsageError
-from storage.files import source_text, to_uri
-from storage.records import Answer, Moment, VideoRow
+from storage.files import source_text
+from storage.records import Answer, Status, VideoRow
 
 if TYPE_CHECKING:
-    import pandas
-
     from pipeline.answer import Asker
     from storage.archive import Archive as StoredArchive
     from workers.bundle import Bundle
 
-
-class Moments(Sequence[Moment]):
-    """Moments, best first, as a sequence, a table or a page of thumbnails.
-
-    Attributes:
-        floor: the least score of a hit.
-        frames_searched: how many frames were looked at.
-        frames_pending: how many no search finds, as they have no search keys.
-    """
-
-    def __init__(self, archive: "StoredArchive", title: str, found: SearchResult):
-        self._archive = archive
-        self._title = title
-        self._moments = found.moments
-        self.floor = found.floor.score
-        self.frames_searched = found.frames_searched
-        self.frames_pending = found.frames_pending
-
-    @overload
-    def __getitem__(self, place: int) -> Moment: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Moment, ...]: ...
-    def __getitem__(self, place):
-        return self._moments[place]
-
-    def __len__(self) -> int:
-        return len(self._moments)
-
-    def __iter__(self) -> Iterator[Moment]:
-        return iter(self._moments)
-
-    def __repr__(self) -> str:
-        return f"Moments({self._title!r}, {len(self)})"
-
-    def to_arrow(self) -> pa.Table:
-        """One row per moment: its fields, and `source`, the uri as people read it."""
-        rows = [{**asdict(moment), "source": source_text(moment.uri)} for moment in self._moments]
-        return pa.Table.from_pylist(rows, _MOMENT_SCHEMA)
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """As `to_arrow`.
-
-        Raises:
-            UsageError: pandas is not installed.
-        """
-        if find_spec("pandas") is None:
-            raise UsageError("to_pandas needs pandas: pip install pandas; to_arrow needs nothing more")
-        return self.to_arrow().to_pandas()
-
-    def contact_sheet(self, path: str | PathLike[str]) -> None:
-        """Writes the moments' thumbnails to a file, .html or .png.
-
-        Raises:
-            UsageError: another suffix, or the file cannot be written.
-        """
-        from pipeline.contact_sheet import SUFFIXES, write_contact_sheet
-
-        check_output(fspath(path), SUFFIXES)
-        write_contact_sheet(fspath(path), self._title, self._archive, self._moments)
-
-
-_MOMENT_SCHEMA = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("video_number", pa.int32()),
-        ("uri", pa.string()),
-        ("source", pa.string()),
-        ("start_seconds", pa.float64()),
-        ("end_seconds", pa.float64()),
-        ("best_seconds", pa.float64()),
-        ("score", pa.float64()),
-    ]
-)
+Path = str | PathLike[str]
+Seconds = float | str  # a position in a video, as seconds or "0:01:23.5"
+Instant = datetime | str  # with a time zone, or ISO 8601, which is UTC without one
+Tags = Mapping[str, str | Sequence[str]]
+StatusName = Literal["indexed", "partial", "failed", "deleted"]
+CellName = Literal["token", "compressor_out", "search_key", "thumbnail"]
 
 
 class Archive:
-    """An archive to search and ask; it stays at the version that it was opened at until `refresh`.
+    """An archive to search, ask and read; it stays at the version that it was opened at until `refresh`.
 
     Every method raises UsageError for what the caller can mend and ArchiveError for a damaged archive
-    (storage.errors).
+    (storage.errors). The part of an archive that a method looks at is named by the same parameters everywhere:
+
+        video: its path, URI, file name, or six or more digits of its id; VIDEO@START-END names a moment of it.
+        start_seconds, end_seconds: positions that a player shows, half-open, as seconds or "0:01:23.5".
+        after, before: when it was recorded, half-open: a datetime with a time zone, or ISO 8601, UTC without one.
+        tags: a value for each key, or several of which one has to fit.
+        where: an SQL condition on the views `videos` and `frames`.
     """
 
-    def __init__(self, stored: "StoredArchive", bundle: "Bundle"):
+    def __init__(self, stored: "StoredArchive", model: str | None = None):
         self._stored = stored
-        self._bundle = bundle
-        self._searcher = Searcher(stored, bundle)
+        self._model = model
         self._asker: Asker | None = None
+        if model is not None:
+            _ = self._bundle  # a wrong one is told now
 
     @classmethod
-    def open(cls, place: str | PathLike[str], model: str | None = None) -> "Archive":
-        """The archive in a folder or at a URI; model: where its model lies now, as `--model` takes it."""
-        text = fspath(place)
-        stored = open_archive(text if "://" in text else to_uri(os.path.expanduser(text)))
-        return cls(stored, bundle_of(stored, model))
+    @naming_parameters
+    def open(cls, place: Path, model: str | None = None) -> "Archive":
+        """The archive in a folder or at a URI; model: where its model lies now, as `--model` takes it.
+
+        The model is not looked for before something needs it, unless it is named.
+        """
+        return cls(open_archive(place_of(place)), model)
+
+    def __repr__(self) -> str:
+        return f"Archive({source_text(self._stored.uri)!r}, version={self._stored.version})"
+
+    @cached_property
+    def _bundle(self) -> "Bundle":
+        return bundle_of(self._stored, self._model)
+
+    @cached_property
+    def _searcher(self) -> Searcher:
+        return Searcher(self._stored, self._bundle)
 
     def refresh(self) -> None:
         """Moves to the newest version."""
         self._stored = open_archive(self._stored.uri)  # moments that were found keep theirs
-        self._searcher = Searcher(self._stored, self._bundle)
+        self.__dict__.pop("_searcher", None)
         if self._asker is not None:
             self._asker = self._asker.of(self._stored, self._searcher)
 
+    @naming_parameters
     def search(
         self,
         *texts: str | Term,
-        images: Sequence[str | PathLike[str]] = (),
+        images: Sequence[Path] = (),
         like: Sequence[str] = (),
         without: Sequence[str] = (),
         top: int = 10,
         per_video: int | None = None,
         min_score: float | None = None,
-        **where: Any,
+        video: str | None = None,
+        start_seconds: Seconds | None = None,
+        end_seconds: Seconds | None = None,
+        after: Instant | None = None,
+        before: Instant | None = None,
+        tags: Tags | None = None,
+        where: str = "",
     ) -> Moments:
         """The moments that texts describe, or that look like pictures, best first; none below the least score.
 
@@ -157,15 +126,28 @@ class Archive:
             top: at most so many moments.
             per_video: at most so many of one video.
             min_score: the least score of a hit; None takes what the model or the archive says.
-            where: narrows the archive, as `narrowed` says.
+            video, start_seconds, end_seconds, after, before, tags, where: which part of the archive, as the class says.
         """
-        terms = [text if isinstance(text, Term) else Term(text) for text in texts]
-        terms += [Term(fspath(path), kind=Kind.IMAGE) for path in images]
-        terms += [Term(moment, kind=Kind.MOMENT) for moment in like]
-        query = Query(tuple(terms), tuple(without))
-        found = self._searcher.search(query, self.narrowed(**where), Wanted(top, min_score, per_video))
+        check_count("top", top)
+        check_count("per_video", per_video, or_none="any number")
+        check_number("min_score", min_score, -1, 1, or_none="what the model or the archive says")
+        terms = [text if isinstance(text, Term) else Term(text) for text in _several("texts", texts)]
+        terms += [Term(fspath(path), kind=Kind.IMAGE) for path in _several("images", images)]
+        terms += [Term(moment, kind=Kind.MOMENT) for moment in _several("like", like)]
+        query = Query(tuple(terms), tuple(_several("without", without)))
+        within = self.narrowed(
+            video=video,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+            after=after,
+            before=before,
+            tags=tags,
+            where=where,
+        )
+        found = self._searcher.search(query, within, Wanted(top, min_score, per_video))
         return Moments(self._stored, str(query), found)
 
+    @naming_parameters
     def ask(
         self,
         question: str,
@@ -183,7 +165,13 @@ class Archive:
         quantize: str | None = None,
         engine: str = "transformers",
         stream: Callable[[str], None] | None = None,
-        **where: Any,
+        video: str | None = None,
+        start_seconds: Seconds | None = None,
+        end_seconds: Seconds | None = None,
+        after: Instant | None = None,
+        before: Instant | None = None,
+        tags: Tags | None = None,
+        where: str = "",
     ) -> Answer | None:
         """The model's answer with the moments that it was given; None where no frame fits the question.
 
@@ -192,7 +180,7 @@ class Archive:
 
         Args:
             question: any text.
-            frames: at most so many; None takes all within `where`.
+            frames: at most so many; None takes all of that part of the archive.
             fuse: "exact", "patches" or "tokens"; None takes the best at hand.
             over: "retrieve", "stride" or "windows", where there are more frames than the model's context holds; None
                 refuses.
@@ -204,58 +192,132 @@ class Archive:
             quantize, engine: how the LLM's matrices are kept, "8bit" or "4bit", and what runs it, "transformers" or
                 "vllm"; what the first question says holds.
             stream: gets the answer's text piece by piece.
-            where: narrows the archive, as `narrowed` says.
+            video, start_seconds, end_seconds, after, before, tags, where: which part of the archive, as the class says.
         """
         from pipeline.answer import Asked, Asker, Over  # with torch
         from pipeline.fuse import SOURCES
         from workers.engine import ModelOptions, SamplingParams
 
-        for name, value, is_right, allowed in (
-            ("frames", frames, frames is None or frames >= 1, "show the model at least one, or None for all"),
-            ("fuse", fuse, fuse in (None, *SOURCES), f"one of {', '.join(SOURCES)}, or None"),
-            ("over", over, over is None or over in list(Over), f"one of {', '.join(Over)}, or None"),
-            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-            ("max_words", max_words, max_words is None or max_words >= 1, "at least 1, or None for no limit"),
-            ("temperature", temperature, temperature >= 0, "0 or more"),
-            ("seed", seed, seed >= 0, "0 or more"),
-        ):
-            if not is_right:
-                raise UsageError(f"{name}={value!r}: {allowed}")
+        check_count("frames", frames, or_none="all")
+        check_choice("fuse", fuse, SOURCES, or_none="the best at hand")
+        check_choice("over", over, Over, or_none="no choice")
+        check_count("max_tokens", max_tokens)
+        check_count("max_words", max_words, or_none="no limit")
+        check_number("temperature", temperature, 0, math.inf)
+        check_number("seed", seed, 0, 2**63 - 1)
+        within = self.narrowed(
+            video=video,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+            after=after,
+            before=before,
+            tags=tags,
+            where=where,
+        )
         if self._asker is None:
             options = ModelOptions(device, dtype, quantize, engine)
             self._asker = Asker(self._stored, self._bundle, options, searcher=self._searcher)
         sampling = SamplingParams(temperature, seed)
         asked = Asked(frames, fuse, None if over is None else Over(over), anyway, max_tokens, max_words, sampling)
-        return self._asker.ask(question, self.narrowed(**where), asked, stream=stream or (lambda piece: None))
+        return self._asker.ask(question, within, asked, stream=stream or (lambda piece: None))
 
+    @naming_parameters
+    def videos(
+        self,
+        *,
+        status: StatusName | Sequence[StatusName] | None = None,
+        video: str | None = None,
+        after: Instant | None = None,
+        before: Instant | None = None,
+        tags: Tags | None = None,
+        where: str = "",
+    ) -> Videos:
+        """The videos of the archive, by uri.
+
+        Args:
+            status: only those of this status, or of one of several; None takes all but the deleted.
+            video, after, before, tags, where: which part of the archive, as the class says; `where` is a condition on
+                the view `videos`, or one on `frames` that is true of any frame of the video.
+        """
+        given = (status,) if isinstance(status, str) else status
+        for one in given or ():
+            check_choice("status", one, Status)
+        wanted = {*Status} - {Status.DELETED} if given is None else {*given}
+        check("where", where, not where or Status.DELETED not in wanted, "SQL does not see deleted videos")
+        within = self.narrowed(video=video, after=after, before=before, tags=tags, where=where)
+        return Videos([row for row in within.videos(self._stored) if row.status in wanted])
+
+    @naming_parameters
+    def frames(
+        self,
+        *,
+        cells: Sequence[CellName] = ("token", "search_key"),
+        batch_frames: int = 1024,
+        video: str | None = None,
+        start_seconds: Seconds | None = None,
+        end_seconds: Seconds | None = None,
+        after: Instant | None = None,
+        before: Instant | None = None,
+        tags: Tags | None = None,
+        where: str = "",
+    ) -> Iterator[Frames]:
+        """The stored frames in order of video and time, batch after batch; memory holds one batch at a time.
+
+        Args:
+            cells: what to read of each frame besides its video and times.
+            batch_frames: frames in each batch but the last, of one video or several.
+            video, start_seconds, end_seconds, after, before, tags, where: which part of the archive, as the class says.
+        """
+        for name in _several("cells", cells):
+            check_choice("cells", name, CELLS)
+        check_count("batch_frames", batch_frames)
+        within = self.narrowed(
+            video=video,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+            after=after,
+            before=before,
+            tags=tags,
+            where=where,
+        )
+        return stored_frames(self._stored, within.rows(self._stored), cells, batch_frames)
+
+    @naming_parameters
     def narrowed(
         self,
         *,
         video: str | None = None,
-        start_seconds: float | None = None,
-        end_seconds: float | None = None,
-        after: datetime | None = None,
-        before: datetime | None = None,
-        tags: Mapping[str, str | Sequence[str]] | None = None,
+        start_seconds: Seconds | None = None,
+        end_seconds: Seconds | None = None,
+        after: Instant | None = None,
+        before: Instant | None = None,
+        tags: Tags | None = None,
         where: str = "",
     ) -> Filter:
-        """The part of the archive that arguments of these names leave.
-
-        Args:
-            video: its path, URI, file name, or six or more digits of its id.
-            start_seconds, end_seconds: positions that a player shows, half-open.
-            after, before: when it was recorded, half-open, with a time zone.
-            tags: a value for each key, or several of which one has to fit.
-            where: an SQL condition on the views `videos` and `frames`.
-        """
-        row = None if video is None else self.video(video)
+        """The part of the archive that the parameters leave, as the class says."""
+        name, start, end = (None, None, None) if video is None else parse_moment(video)
+        if start is not None:
+            given = start_seconds is not None or end_seconds is not None
+            check("video", video, not given, "names a moment already; leave out start_seconds and end_seconds")
+            end = start + 1e-6 if end is None else end  # one instant: the frame shown then
+        else:
+            start, end = seconds_of("start_seconds", start_seconds), seconds_of("end_seconds", end_seconds)
+            is_right = start is None or end is None or start < end
+            check("end_seconds", end_seconds, is_right, f"more than start_seconds={start_seconds!r}")
+        earliest, latest = instant_of("after", after), instant_of("before", before)
+        is_right = earliest is None or latest is None or earliest < latest
+        check("before", before, is_right, f"later than after={after!r}")
+        check("tags", tags, tags is None or isinstance(tags, Mapping), "a value for each key, as {'camera': 'north'}")
         values = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (tags or {}).items()}
-        return Filter(row, start_seconds, end_seconds, after, before, values, where)
+        row = None if name is None else self.video(name)
+        return Filter(row, start, end, earliest, latest, values, where)
 
+    @naming_parameters
     def video(self, name: str) -> VideoRow:
         """The video of a path, a URI, a file name, or six or more digits of its id."""
         return self._stored.find_video(name)
 
+    @naming_parameters
     def sql(self, statement: str) -> list[dict[str, Any]]:
         """The rows of a SELECT over the views `videos` and `frames`."""
         from storage.catalog import run_sql  # with DuckDB
@@ -266,3 +328,9 @@ class Archive:
     def status(self) -> ArchiveStatus:
         """Counts of videos and frames, and what the archive occupies."""
         return self._stored.status()
+
+
+def _several(name: str, values: Sequence) -> Sequence:
+    """The values, where they are a sequence of texts and not one text, whose letters would count as values."""
+    check(name, values, not isinstance(values, str), "give a sequence, as ['...']")
+    return values

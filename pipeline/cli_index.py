@@ -97,12 +97,10 @@ def index(
     from pipeline.cli_models import limits_of
     from pipeline.cli_print import note, print_json, printable
     from pipeline.config import load_config
-    from pipeline.index import plan_index, run_index
+    from pipeline.index import plan_index, run_index, sampling_of
     from pipeline.scan import scan
     from storage.archive import archive_exists, create_archive, open_archive
-    from storage.records import Sampling
     from workers.bundle import find_bundle
-    from workers.decode import check_choice
 
     settings = load_config(config, options)
     found = scan(sources)
@@ -115,10 +113,7 @@ def index(
     bundle = find_bundle(settings.model)
     if bundle.card.states_limits:
         note(limits_of(bundle))
-    patches = bundle.default_patch_rows if settings.patches is None else settings.patches
-    sampling = Sampling(settings.fps, patches, settings.sample)
-    bundle.check_patch_rows(sampling.patches)
-    check_choice(sampling.choice)
+    sampling = sampling_of(settings, bundle)
     place = archive_uri(archive_dir)
     if dry_run:
         archive = open_archive(place) if archive_exists(place) else None

@@ -36,6 +36,7 @@ from storage.vectors import improve_index, update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle, find_bundle
 from workers.content import identify
+from workers.decode import check_choice
 from workers.hash_cache import HashCache
 
 if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
@@ -113,6 +114,20 @@ class _Video:
     waiting: set[str]
     resumed: set[str]
     problem: Problem | None = None
+
+
+def sampling_of(config: IndexConfig, bundle: Bundle) -> Sampling:
+    """Which rows of each video the settings ask for, of a model.
+
+    Raises:
+        UsageError: more patches than the model has, or a choice that needs a library which is missing.
+    """
+    sampling = Sampling(
+        config.fps, bundle.default_patch_rows if config.patches is None else config.patches, config.sample
+    )
+    bundle.check_patch_rows(sampling.patches)
+    check_choice(sampling.choice)
+    return sampling
 
 
 def plan_index(

@@ -10,7 +10,7 @@ Frames are committed first, then the videos row that shows them: frames of a num
 for any reader. `deltalake` does not survive a fork: processes that use an archive must be spawned.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -32,7 +32,7 @@ from storage.files import (
     writing,
 )
 from storage.frame_table import FrameTable
-from storage.frames import LivePart, PartBounds, Rows, find_frames, find_hits, find_rows
+from storage.frames import LivePart, PartBounds, Rows, find_frames, find_hits, find_rows, refs_of_part
 from storage.layout import COLUMNS
 from storage.numbers import NUMBERS, NumberTable
 from storage.records import (
@@ -357,6 +357,18 @@ class Archive:
         ids, bounds = self._published_among(video_numbers), self.part_bounds()
         found = find_rows(self.frames_uri, bounds, ids, start_seconds, end_seconds, frame_indexes)
         return {bounds.path[place]: rows for place, rows in found}
+
+    def refs_of(self, rows: Rows) -> Iterator[list[FrameRef]]:
+        """The frames of rows of published parts, part after part, by video and time.
+
+        Raises:
+            ArchiveError: a part is missing or damaged.
+        """
+        bounds, ids = self.part_bounds(), self.published()
+        for place in np.lexsort((bounds.first_seconds, bounds.video_number)).tolist():
+            path = bounds.path[place]
+            if path in rows:
+                yield refs_of_part(self.frames_uri, path, int(bounds.video_number[place]), ids, rows[path])
 
     def _published_among(self, video_numbers: int | Iterable[int] | None) -> dict[int, str]:
         ids = self.published()

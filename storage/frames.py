@@ -174,10 +174,7 @@ def find_frames(
     """
     found = []
     for place, rows in find_rows(frames_uri, bounds, video_ids, start_seconds, end_seconds, frame_indexes):
-        times = read_times(join(frames_uri, bounds.path[place]))
-        number = int(bounds.video_number[place])
-        rows = np.arange(len(times.ticks)) if rows is None else rows
-        found += _refs(bounds.path[place], number, video_ids[number], times, rows)
+        found += refs_of_part(frames_uri, bounds.path[place], int(bounds.video_number[place]), video_ids, rows)
     return sorted(found, key=lambda ref: (ref.video_number, ref.ticks))
 
 
@@ -210,7 +207,22 @@ def rows_of(frames: Iterable[FrameRef]) -> Rows:
     return {path: np.unique(np.array(rows, np.int64)) for path, rows in found.items()}
 
 
-def _refs(path: str, number: int, video_id: str, times: Times, rows: np.ndarray) -> list[FrameRef]:
+def refs_of_part(
+    frames_uri: str, path: str, number: int, video_ids: Mapping[int, str], rows: np.ndarray | None
+) -> list[FrameRef]:
+    """Frames of one part, in file order.
+
+    Args:
+        frames_uri: the frames table.
+        path: the part.
+        number: its video.
+        video_ids: id of each video, by number.
+        rows: which, or None for all.
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
+    times, video_id = read_times(join(frames_uri, path)), video_ids[number]
+    rows = np.arange(len(times.ticks)) if rows is None else rows
     columns = (times.frame_index, times.ticks, times.time_seconds, times.duration_seconds)
     return [
         FrameRef(video_id, number, frame_index, ticks, time_seconds, duration_seconds, path, row)
