@@ -100,14 +100,14 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     """Take out the videos that were recorded longer ago than an age.
 
     A video's age counts from its capture time; where that is not known, from when its file was last changed; where that
-    is not known either, from when it was indexed. The list says which. What is taken out is as deleted as by `vidx
-    delete`.
+    is not known either, from when it was indexed. The list says which; with --dry-run it also names what stays. What is
+    taken out is as deleted as by `vidx delete`.
 
     \b
     vidx expire --older-than 90d
     vidx expire --older-than 12h --dry-run
     """
-    from pipeline.cli_print import counted, note
+    from pipeline.cli_print import note, print_json
     from storage.archive import open_archive
     from storage.files import source_text
     from storage.records import Status
@@ -118,13 +118,32 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     rows = [row for row in archive.videos() if row.status is not Status.DELETED]
     ages = {_key(row): age for row in rows if (age := _age_of(row, now)) is not None}
     expired = [row for row in rows if _key(row) in ages and ages[_key(row)].since < oldest]
-    _delete(archive, expired, dry_run, as_json, ages)
-    stay = sorted((age for age in ages.values() if age.since >= oldest), key=lambda age: age.since)
-    if stay:
-        note(f"{counted(len(stay), 'video')} stay{'s' if len(stay) == 1 else ''}; the oldest is {stay[0]} old")
+    kept = [row for row in rows if _key(row) in ages and ages[_key(row)].since >= oldest]
+    done = expired if dry_run else archive.delete(expired)
+    if as_json:
+        more = {"videos_kept": [_json(row) | ages[_key(row)].json() for row in kept]} if dry_run else {}
+        print_json(_summary(done, dry_run, [_json(row) | ages[_key(row)].json() for row in done]) | more)
+    else:
+        _print_ages({"deleted": done, "kept": kept if dry_run else []}, ages, dry_run)
+        _tell(done, dry_run)
     for row in rows:
         if _key(row) not in ages:
             note(f"{source_text(row.uri)} stays: nothing says how old it is")
+
+
+def _print_ages(rows: Mapping[str, Sequence[VideoRow]], ages: Mapping[str, _Age], dry_run: bool) -> None:
+    """Videos with their ages, the oldest first, by what happens to them."""
+    from pipeline.cli_print import minute, print_table
+
+    cells = []
+    for fate, group in rows.items():
+        for row in sorted(group, key=lambda row: ages[_key(row)].since):
+            age, (video, frames, source) = ages[_key(row)], _cells([row])[0]
+            told = (video, frames, str(age), minute(age.since), _AGE_SOURCES[age.source], source)
+            cells.append((fate, *told) if dry_run else told)
+    columns = ("video", "frames", "age", "since (UTC)", "by the", "source")
+    if cells:
+        print_table(("would be", *columns) if dry_run else columns, cells, right=("frames", "age"))
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,10 @@ class _Age:
     since: datetime
     source: str
     seconds: float
+
+    def json(self) -> dict[str, Any]:
+        """As --json tells it."""
+        return {"age_seconds": round(self.seconds), "age_from": self.source, "since": self.since}
 
     def __str__(self) -> str:
         hours = self.seconds / 3600
@@ -180,41 +203,37 @@ def _instant_before(text: str, now: datetime) -> datetime:
     raise UsageError(f"--older-than {text}: not an age; give a number with h, d, w or y, e.g. 90d")
 
 
-def _delete(
-    archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: bool, ages: Mapping[str, _Age] | None = None
-) -> None:
-    """Deletes videos and tells which; with their ages, by _key, where these chose them."""
-    from pipeline.cli_print import counted, minute, print_json, print_table
+def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: bool) -> None:
+    """Deletes videos and tells which."""
+    from pipeline.cli_print import print_json, print_table
 
-    if not dry_run:
-        rows = archive.delete(rows)
-    frames = sum(row.frame_count for row in rows)
+    done = rows if dry_run else archive.delete(rows)
     if as_json:
-        listed = [_json(row, ages) for row in rows]
-        print_json({"dry_run": dry_run, "videos_deleted": len(rows), "frames_deleted": frames, "videos": listed})
+        print_json(_summary(done, dry_run, [_json(row) for row in done]))
         return
-    if rows and ages is None:
-        print_table(("video", "frames", "source"), _cells(rows), right=("frames",))
-    elif rows:
-        told = [ages[_key(row)] for row in rows]
-        columns = ("video", "frames", "age", "since (UTC)", "by the", "source")
-        extra = [(str(age), minute(age.since), _AGE_SOURCES[age.source]) for age in told]
-        cells = [(*cell[:2], *more, cell[2]) for cell, more in zip(_cells(rows), extra, strict=True)]
-        print_table(columns, cells, right=("frames", "age"))
-    done = "would be deleted" if dry_run else "deleted"
-    click.echo(f"{counted(len(rows), 'video')} with {counted(frames, 'frame')} {done}")
+    if done:
+        print_table(("video", "frames", "source"), _cells(done), right=("frames",))
+    _tell(done, dry_run)
+
+
+def _summary(rows: Sequence[VideoRow], dry_run: bool, videos: list[dict[str, Any]]) -> dict[str, Any]:
+    frames = sum(row.frame_count for row in rows)
+    return {"dry_run": dry_run, "videos_deleted": len(rows), "frames_deleted": frames, "videos": videos}
+
+
+def _tell(rows: Sequence[VideoRow], dry_run: bool) -> None:
+    from pipeline.cli_print import counted
+
+    frames = counted(sum(row.frame_count for row in rows), "frame")
+    click.echo(f"{counted(len(rows), 'video')} with {frames} {'would be deleted' if dry_run else 'deleted'}")
     if rows and not dry_run:
         click.echo("their frames leave the disk with `vidx clean --older-than 0`")
 
 
-def _json(row: VideoRow, ages: Mapping[str, _Age] | None) -> dict[str, Any]:
+def _json(row: VideoRow) -> dict[str, Any]:
     from storage.files import source_text
 
-    told = {"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri}
-    if ages is not None:
-        age = ages[_key(row)]
-        told |= {"age_seconds": round(age.seconds), "age_from": age.source, "since": age.since}
-    return told
+    return {"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri}
 
 
 def _cells(rows: Sequence[VideoRow]) -> list[tuple[str, int, str]]:

@@ -171,14 +171,19 @@ def test_expire_says_how_old_each_video_is_and_how_that_is_known(vidx, archive):
         assert (source, abs(seconds - days * 86400) < 600) == (name, True)
         assert abs(datetime.fromisoformat(since) - instant) < timedelta(seconds=1)
     trial = vidx("expire", "--older-than", "35d", "--dry-run", "--archive", place)
-    one, two = (line for line in trial.out.splitlines() if "/clips/" in line)
-    assert all(word in one for word in ("100.0d", f"{recorded:%Y-%m-%d %H:%M}", "capture time", "/clips/1.mp4"))
-    assert all(
-        word in two for word in ("40.0d", f"{changed:%Y-%m-%d %H:%M}", "last change of the file", "/clips/2.mp4")
-    )
-    assert "1 video stays; the oldest is 30.0d old" in trial.err
+    one, two, three = (line for line in trial.out.splitlines() if "/clips/" in line)
+    for line, words in (
+        (one, ("deleted", "100.0d", f"{recorded:%Y-%m-%d %H:%M}", "capture time", "/clips/1.mp4")),
+        (two, ("deleted", "40.0d", f"{changed:%Y-%m-%d %H:%M}", "last change of the file", "/clips/2.mp4")),
+        (three, ("kept", "30.0d", f"{indexed:%Y-%m-%d %H:%M}", "time of indexing", "/clips/3.mp4")),
+    ):
+        assert all(word in line for word in words)
+    assert "2 videos with 10 frames would be deleted" in trial.out
+    kept = vidx("expire", "--older-than", "35d", "--dry-run", "--archive", place, "--json").json["videos_kept"]
+    assert [(entry["source"], entry["age_from"]) for entry in kept] == [("/clips/3.mp4", "indexed_at")]
     assert shown(open_archive(archive.uri)) == [1, 2, 3]
-    assert vidx("expire", "--older-than", "35d", "--archive", place).code == 0
+    done = vidx("expire", "--older-than", "35d", "--archive", place)
+    assert (done.code, "100.0d" in done.out, "/clips/3.mp4" in done.out) == (0, True, False)
     assert shown(open_archive(archive.uri)) == [3]
 
 
