@@ -74,6 +74,8 @@ def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
         click.echo(f"{files}, {size(found.size_bytes)}, {frames}: nothing is wrong")
     if pictures and not as_json and not found.faults:
         _print_pictures(checks)
+        if any(check.wrong for check in checks):
+            click.echo("`vidx repair --pictures` indexes these videos again")
     for check in unchecked:
         note(f"{source_text(check.row.uri)}: its pictures cannot be compared: {check.problem.detail}")
     sys.exit(5 if found.faults or any(check.wrong for check in checks) else 3 if unchecked else 0)
@@ -263,7 +265,6 @@ def _print_pictures(checks: Sequence[PictureCheck]) -> None:
             for check in wrong
         ]
         print_table(("video", "wrong pictures", "from"), rows, right=("wrong pictures", "from"))
-        click.echo("`vidx repair --pictures` indexes these videos again")
     elif checks:
         frames = counted(sum(check.checked for check in checks), "picture")
         click.echo(f"{frames} of {counted(len(checks), 'video')} that decord decoded: none is wrong")
