@@ -47,7 +47,7 @@ Path = str | PathLike[str]
 Seconds = float | str  # a position in a video, as seconds or "0:01:23.5"
 Instant = datetime | str  # with a time zone, or ISO 8601, which is UTC without one
 Tags = Mapping[str, str | Sequence[str]]
-StatusName = Literal["indexed", "partial", "failed", "deleted"]
+StatusName = Literal["indexing", "indexed", "partial", "failed", "deleted"]
 CellName = Literal["token", "compressor_out", "search_key", "thumbnail"]
 
 
@@ -145,7 +145,7 @@ class Archive:
             where=where,
         )
         found = self._searcher.search(query, within, Wanted(top, min_score, per_video))
-        return Moments(self._stored, str(query), found)
+        return Moments(self._stored, str(query), found, within.unfinished(self._stored))
 
     @naming_parameters
     def ask(

@@ -29,15 +29,17 @@ class Moments(Sequence[Moment]):
         floor: the least score of a hit.
         frames_searched: how many frames were looked at.
         frames_pending: how many no search finds, as they have no search keys.
+        unfinished: the videos looked at that are not whole yet.
     """
 
-    def __init__(self, archive: "Archive", title: str, found: SearchResult):
+    def __init__(self, archive: "Archive", title: str, found: SearchResult, unfinished: Sequence[VideoRow] = ()):
         self._archive = archive
         self._title = title
         self._moments = found.moments
         self.floor = found.floor.score
         self.frames_searched = found.frames_searched
         self.frames_pending = found.frames_pending
+        self.unfinished = tuple(unfinished)
 
     @overload
     def __getitem__(self, place: int) -> Moment: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +10,7 @@ import click
 from pipeline.cli_options import archive_option, archive_uri, json_option
 
 if TYPE_CHECKING:
+    from storage.archive import ArchiveStatus
     from storage.records import VideoRow
 
 
@@ -28,12 +29,13 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
     """
     from pipeline.cli_print import print_json, print_table, size
     from storage.archive import open_archive
-    from storage.records import Status, is_whole
+    from storage.records import Status
     from storage.vectors import open_index
 
     archive = open_archive(archive_uri(archive_dir))
     if failed:
-        _print_failed([row for row in archive.videos() if not is_whole(row.problem)], as_json)
+        listed = (Status.PARTIAL, Status.FAILED)
+        _print_failed([row for row in archive.videos() if row.status in listed], as_json)
         return
     if deleted:
         _print_deleted([row for row in archive.videos() if row.status is Status.DELETED], as_json)
@@ -52,6 +54,9 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
                 "frames": found.frames,
                 "frames_searchable": found.frames - pending,
                 "frames_pending": pending,
+                "videos_in_progress": found.videos_in_progress,
+                "frames_in_progress": found.frames_in_progress,
+                "frames_in_progress_searchable": found.frames_in_progress_shown,
                 "model_ids": list(found.model_ids),
                 "size_bytes": found.size_bytes,
                 "version": found.version,
@@ -65,11 +70,21 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
         ("archive", archive_dir),
         ("videos", counts + deleted),
         ("frames", f"{found.frames}, of which {found.frames - pending} can be searched"),
+        *_in_progress(found),
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
         ("size", size(found.size_bytes)),
         ("version", f"{found.version}, format {found.format_version}"),
     )
     print_table(("", ""), rows)
+
+
+def _in_progress(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
+    """What is committed of videos that are not whole."""
+    from pipeline.cli_print import counted
+
+    if found.videos_in_progress:
+        begun = f"{found.frames_in_progress:,} frames of {counted(found.videos_in_progress, 'video')}"
+        yield "in progress", f"{begun}, of which {found.frames_in_progress_shown:,} can be searched"
 
 
 def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:

@@ -20,6 +20,8 @@ from pipeline.cli_options import (
     model_option,
     model_options,
     sheet_option,
+    tell_unfinished,
+    unfinished_json,
     write_sheet,
 )
 
@@ -166,6 +168,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     check_sheet(options)
     archive = open_archive(archive_uri(archive_dir))
     where = filter_of(archive, options)
+    unfinished = tell_unfinished(archive, where)
     asker, bundle = asker_of(archive, options, cache_bytes=0)
 
     def stream(text: str) -> None:
@@ -175,7 +178,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     answer = asker.ask(question, where, asked_of(options), stream=stream, announce=note)
     found = answer is not None
     if as_json:
-        print_json(answer_json(question, answer, bundle))
+        print_json({**answer_json(question, answer, bundle), "videos_unfinished": unfinished_json(unfinished)})
     elif found:
         click.echo()
         print_moments(answer.moments)

@@ -19,6 +19,7 @@ from pipeline.cli_options import (
     json_option,
     model_option,
     model_options,
+    tell_unfinished,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
     archive = open_archive(archive_uri(archive_dir))
     within = filter_of(archive, options)
+    tell_unfinished(archive, within)
     asker, bundle = asker_of(archive, options, CACHE_BYTES)
     talk = Conversation(asker, bundle, within, asked_of(options))
     turns = _Turns(archive, bundle, talk, options, as_json)
@@ -157,6 +159,7 @@ class _Turns:
 
         options = self._options | changes
         self._talk.narrow(filter_of(self._archive, options))
+        tell_unfinished(self._archive, self._talk.within)
         self._options = options
         frames = self._talk.within.frames(self._archive)
         note(counted(len(frames), "frame") if frames else "no frames are there; another /video or /time finds some")

@@ -1,9 +1,7 @@
 """`vidx index`."""
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC
 from typing import Any
 
@@ -96,6 +94,7 @@ def index(
     """
     from pipeline.cli_models import limits_of
     from pipeline.cli_print import note, print_json, printable
+    from pipeline.cli_progress import show_progress
     from pipeline.config import load_config
     from pipeline.index import plan_index, run_index, sampling_of
     from pipeline.scan import scan
@@ -126,7 +125,7 @@ def index(
 
         check_address(settings.address)
     archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name)
-    with _progress() as report:
+    with show_progress() as report:
         result = run_index(found.assets, archive, bundle, sampling, settings, report)
     if as_json:
         print_json({**_result_json(result, bundle.model_id), "left_out": found.left_out})
@@ -175,6 +174,7 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "videos_deleted_before": result.deleted_before,
         "videos_updated": len(result.updates),
         "frames": result.frame_count,
+        "frames_resumed": result.frames_resumed,
         "model_id": model_id,
         "seconds": round(result.seconds, 3),
         "decode_seconds": round(result.decode_seconds, 3),
@@ -225,7 +225,9 @@ def _print_result(result: Any, archive_dir: str) -> None:
         click.echo(f"Nothing to index: {archive_dir} knows all of the {all_of_them}; `vidx status` shows it.")
         return
     counts = f"{result.indexed} indexed, {result.partial} partial, {result.failed} failed, {result.skipped} skipped"
-    click.echo(f"{counts}; {counted(result.frame_count, 'frame')} in {result.seconds:.1f} s; archive: {archive_dir}")
+    there = f" ({result.frames_resumed:,} were there already)" if result.frames_resumed else ""
+    frames = f"{counted(result.frame_count, 'frame')}{there}"
+    click.echo(f"{counts}; {frames} in {result.seconds:.1f} s; archive: {archive_dir}")
     if result.failures:
         rows = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail) for row in result.failures]
         print_table(("status", "reason", "source", "detail"), rows)
@@ -283,56 +285,3 @@ def _why_line(known: Any, uri: str) -> str:
     problem, update = known.problems.get(uri), known.updates.get(uri)
     pieces = [] if problem is None else [f"{problem.reason}: {problem.detail}"]
     return "; ".join(pieces if update is None else [*pieces, _changes(update)])
-
-
-@contextmanager
-def _progress():
-    """A callback for the job: a bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _LineProgress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f} frames, {task.fields[rate]:.0f} frames/s, left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting workers", total=None, rate=0.0)
-        start = time.monotonic()
-
-        def report(progress: Any) -> None:
-            # Until every source is examined, the frames still to come are guessed from those known.
-            examined = max(1, progress.video_count - progress.unexamined)
-            total = progress.expected_frames * progress.video_count / examined
-            description = f"{progress.videos_done}/{progress.video_count} videos"
-            rate = progress.frames_done / (time.monotonic() - start)
-            total = max(total, progress.frames_done) or None
-            bar.update(task, description=description, completed=progress.frames_done, total=total, rate=rate)
-
-        yield report
-
-
-class _LineProgress:
-    """A line when videos have ended since the last one, at most every five seconds."""
-
-    def __init__(self):
-        self._start = self._last = time.monotonic()
-        self._videos_done = -1
-
-    def __call__(self, progress: Any) -> None:
-        from pipeline.cli_print import note
-
-        now = time.monotonic()
-        if progress.videos_done == self._videos_done or (
-            now - self._last < 5 and progress.videos_done < progress.video_count
-        ):
-            return
-        self._last, self._videos_done = now, progress.videos_done
-        rate = progress.frames_done / max(now - self._start, 1e-9)
-        note(
-            f"{progress.videos_done}/{progress.video_count} videos, {progress.frames_done} frames, {rate:.1f} frames/s"
-        )

@@ -12,7 +12,7 @@ from pipeline.cli_options import archive_option, archive_uri, filter_of, json_op
 if TYPE_CHECKING:
     from storage.records import VideoRow
 
-STATUSES = ("indexed", "partial", "failed", "deleted")
+STATUSES = ("indexing", "indexed", "partial", "failed", "deleted")
 
 
 @click.command("list")

@@ -14,9 +14,11 @@ from storage.errors import UsageError
 if TYPE_CHECKING:
     from pipeline.filter import Filter
     from storage.archive import Archive
-    from storage.records import Moment
+    from storage.records import Moment, VideoRow
 
 NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
+
+UNFINISHED_NAMED = 3  # of the videos that are not whole yet
 
 
 def complete_files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -165,8 +167,11 @@ def archive_uri(archive_dir: str) -> str:
 
 def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     """The part of an archive that the options of `filter_options` leave."""
+    from pipeline.cli_print import note
     from pipeline.filter import Filter
     from pipeline.times import parse_instant, parse_moment, parse_time
+    from storage.files import source_text
+    from storage.records import Status, is_whole
 
     video, from_text, to_text = options["video"], options.get("from_text"), options.get("to_text")
     name, start, end = parse_moment(video) if video is not None else (None, None, None)
@@ -177,10 +182,7 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     if start is not None and end is not None and end <= start:
         raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
     row = archive.find_video(name) if name is not None else None
-    if row is not None and row.problem is not None and not row.problem.reason.is_note:
-        from pipeline.cli_print import note
-        from storage.files import source_text
-
+    if row is not None and not is_whole(row.problem) and row.status is not Status.INDEXING:
         note(f"{source_text(row.uri)} is {row.status}: {row.problem.reason}: {row.problem.detail}")
     if start is not None and end is None and video and from_text is None:
         end = start + 1e-6  # a moment of one instant: the frame shown then
@@ -190,6 +192,27 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     if after is not None and before is not None and before <= after:
         raise UsageError(f"--after {options['after']} --before {options['before']}: the range must end after it starts")
     return Filter(row, start, end, after, before, parse_tags(options["tags"]), options["where"])
+
+
+def tell_unfinished(archive: Archive, within: Filter) -> list[VideoRow]:
+    """Says which of the videos that are looked at are not whole yet, and gives them."""
+    from pipeline.cli_print import counted, note, printable
+    from storage.files import source_text
+
+    rows = within.unfinished(archive)
+    for row in rows[:UNFINISHED_NAMED]:
+        note(f"not whole yet: {printable(source_text(row.uri))}: {row.problem.detail}")
+    if len(rows) > UNFINISHED_NAMED:
+        others = counted(len(rows) - UNFINISHED_NAMED, "more video")
+        note(f"not whole yet: {others}; `vidx list --status indexing` lists them")
+    return rows
+
+
+def unfinished_json(rows: Sequence[VideoRow]) -> list[dict[str, str]]:
+    """The same, as `search --json` and `ask --json` give it."""
+    from storage.files import source_text
+
+    return [{"source": source_text(row.uri), "source_uri": row.uri, "detail": row.problem.detail} for row in rows]
 
 
 def check_sheet(options: Mapping[str, Any]) -> None:

@@ -21,6 +21,8 @@ from pipeline.cli_options import (
     json_option,
     model_option,
     sheet_option,
+    tell_unfinished,
+    unfinished_json,
     write_sheet,
 )
 
@@ -107,6 +109,7 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
                 "moments": [moment_json(moment) for moment in found.result.moments],
                 "frames_searched": found.result.frames_searched,
                 "frames_pending": found.result.frames_pending,
+                "videos_unfinished": unfinished_json(found.unfinished),
             }
             | (_explained(found.result) if options["explain"] else {})
         )
@@ -163,6 +166,7 @@ class _Found:
     bundle: Any
     query: Any
     result: Any
+    unfinished: Any
 
 
 def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) -> _Found:
@@ -176,7 +180,9 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
     query = query_of(texts, options["without"], options["images"], options["likes"])
     near = NEAR_MISSES if options.get("explain") else 0
     wanted = Wanted(options["limit"], options["floor"], options["per_video"], near)
-    return _Found(archive, bundle, query, run_search(archive, bundle, query, filter_of(archive, options), wanted))
+    within = filter_of(archive, options)
+    unfinished = tell_unfinished(archive, within)
+    return _Found(archive, bundle, query, run_search(archive, bundle, query, within, wanted), unfinished)
 
 
 def _explained(result: Any) -> dict[str, Any]:

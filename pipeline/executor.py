@@ -1,6 +1,8 @@
 """The one executor: a Ray cluster, its workers, and which task runs on which."""
 
+import contextlib
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from storage.processes import kill_children
 from storage.records import Content, Problem, Reason, SegmentTask
 from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
 
+REACHED_SECONDS = 1.0  # between two questions to a worker how far it is
 ATTEMPTS = 2  # of a task whose worker died; then the task is blamed
 
 
@@ -55,6 +58,8 @@ class Executor:
         self._slots = {"examine": 2, "encode": SEGMENTS_AT_ONCE}
         self._workers: dict[tuple[str, int], Any] = {}
         self._running: dict[Any, _Task] = {}
+        self._asked: dict[Any, int] = {}  # workers that have not answered how far they are, by the call
+        self._last_asked = -REACHED_SECONDS
         self._suspects: list[_Task] = []  # whose worker died; each is tried again with no other beside it
         self._watch: RayWatch | None = None  # of a cluster that is started here
 
@@ -101,9 +106,34 @@ class Executor:
         """Tasks that have been given out and have not ended."""
         return len(self._suspects) + sum(task.kind != "load" for task in self._running.values())
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether no worker has its model yet."""
+        return sum(task.kind == "load" for task in self._running.values()) == self._counts["encode"]
+
     def is_busy(self, kind: Literal["examine", "encode"]) -> bool:
         """Whether a task of that kind runs, or waits to be tried again."""
         return any(task.kind == kind for task in (*self._running.values(), *self._suspects))
+
+    def at_work(self, kind: Literal["examine", "encode"]) -> list[Any]:
+        """The keys of the tasks of that kind that workers have, in the order in which they were given out."""
+        return [task.key for task in self._running.values() if task.kind == kind]
+
+    def reached(self) -> dict[tuple[int, str], tuple[float, int]]:
+        """What workers have said since the last call: Encoder.reached of all of them."""
+        found: dict[tuple[int, str], tuple[float, int]] = {}
+        answers = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else ()
+        for answer in answers:
+            del self._asked[answer]
+            with contextlib.suppress(RayError):  # it died: its tasks tell why
+                found |= ray.get(answer)
+        if time.monotonic() - self._last_asked >= REACHED_SECONDS:
+            self._last_asked = time.monotonic()
+            busy = {task.worker for task in self._running.values() if task.kind == "encode"} - {*self._asked.values()}
+            for worker in busy:
+                handle = self._workers["encode", worker]
+                self._asked[handle.reached.options(concurrency_group="reached").remote()] = worker
+        return found
 
     def free(self, kind: Literal["examine", "encode"]) -> int:
         """How many more tasks of that kind may be given out now."""
@@ -191,7 +221,8 @@ class Executor:
         on_gpu = self._settings.device == "cuda"
         options = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": 1}
         # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
-        remote = ray.remote(max_concurrency=SEGMENTS_AT_ONCE, max_restarts=0, max_task_retries=0, **options)
+        threads = {"max_concurrency": SEGMENTS_AT_ONCE, "concurrency_groups": {"reached": 1}}
+        remote = ray.remote(max_restarts=0, max_task_retries=0, **threads, **options)
         return remote(Encoder).remote(self._settings)
 
 

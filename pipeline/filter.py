@@ -94,6 +94,12 @@ class Filter:
                 found.append(row)
         return found
 
+    def unfinished(self, archive: Archive) -> list[VideoRow]:
+        """The videos that pass and are not whole yet, so that what is to come of them is missed."""
+        rows = archive.unfinished_videos()
+        passing = [numbers for numbers, *_ in self._ranges(archive)] if rows else []
+        return [row for row in rows if any(numbers is None or row.video_number in numbers for numbers in passing)]
+
     def _ranges(self, archive: Archive) -> Iterator[_Range]:
         """What passes, as ranges of videos that share one span, each video in one of them."""
         if self.is_everything:

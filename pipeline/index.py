@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import IndexConfig
 from pipeline.floors import update_floors
 from pipeline.known import Known, Plan, Update, Wanted, plan_known, plan_sources
+from pipeline.progress import FileAtWork, Meter, Progress, VideoMeter
 from pipeline.split import split
 from storage.archive import Archive
 from storage.errors import UsageError, VideoProblem, VidxError
@@ -31,7 +32,7 @@ from storage.records import (
     VideoRow,
     is_whole,
 )
-from storage.sweep import sweep
+from storage.sweep import drop_claims, sweep
 from storage.vectors import improve_index, update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle, find_bundle
@@ -46,6 +47,7 @@ ADMIT_SECONDS = 0.5  # between two commits of numbers, while other videos are st
 COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
 INDEX_FRAMES = 1 << 14  # published and not in the index: until then a search compares them one by one
 LATE_SECONDS = 1.0  # by which frames may lie behind the duration that a file claims, before it is not believed
+SHOW_PART_SECONDS = 10.0  # from the first committed segment; of what is whole by then, none is shown in part
 ELSEWHERE_SECONDS = 0.5  # between two looks at what other jobs are doing
 READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver holds
 
@@ -56,9 +58,10 @@ class IndexResult:
 
     `failures` lists this run's partial and failed videos, `notes` whole ones of which something should be known. Parts
     of skipped: failed_before counts those of earlier runs that this one did not try again, deleted_before those that
-    were deleted. `updates` lists videos of the archive whose tags or capture time the sources state anew. The seconds
-    of the stages are summed over workers: waiting for the decoder, computing, and writing. cache_problem says why
-    hashes are not remembered for the next run.
+    were deleted, before it or while it was at them. `updates` lists videos of the archive whose tags or capture time
+    the sources state anew. frame_count is what this run computed, frames_resumed what earlier ones had committed of the
+    videos that it worked on. The seconds of the stages are summed over workers: waiting for the decoder, computing, and
+    writing. cache_problem says why hashes are not remembered for the next run.
     """
 
     indexed: int = 0
@@ -68,6 +71,7 @@ class IndexResult:
     failed_before: int = 0
     deleted_before: int = 0
     frame_count: int = 0
+    frames_resumed: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -92,27 +96,31 @@ class IndexResult:
             self.notes.append(row)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a running job stands; expected_frames grows as sources are examined."""
-
-    videos_done: int
-    video_count: int
-    frames_done: int
-    expected_frames: float
-    unexamined: int
-
-
 @dataclass
 class _Video:
-    """A video between its first look and its publication."""
+    """A video between its first look and its publication.
+
+    Attributes:
+        asset, content, probe, number: what it is.
+        waiting: keys of segments that are not committed.
+        held: keys of segments whose frames are.
+        resumed: whether earlier jobs committed some of them.
+        meter: of what is done.
+        committed_since: since when frames of it are committed, as far as this job knows; None where none are.
+        is_settled: whether a row shows what is committed of it, or none may before it is whole.
+        problem: of the first segment that is not whole.
+    """
 
     asset: VideoAsset
     content: Content
     probe: Probe
     number: int
     waiting: set[str]
-    resumed: set[str]
+    held: set[str]
+    resumed: bool
+    meter: VideoMeter
+    committed_since: float | None
+    is_settled: bool = False
     problem: Problem | None = None
 
 
@@ -167,6 +175,7 @@ def run_index(
     if known.todo:
         from pipeline.executor import Executor
 
+        drop_claims(archive)
         with Job(archive.uri) as job:
             run = _Run(known, archive, job, result, report)
             try:
@@ -175,10 +184,10 @@ def run_index(
                     run.run(executor)
             except KeyboardInterrupt:
                 result.interrupted = True
-                run.commit()
+                run.commit(is_last=True)
             except VidxError:
                 with contextlib.suppress(VidxError):  # what other workers had finished; a full disk refuses it too
-                    run.commit()
+                    run.commit(is_last=True)
                 raise
     update_index(archive)
     if known.todo:  # a run with nothing to do ends in a second
@@ -282,7 +291,7 @@ class _Run:
         report: Callable[[Progress], None],
     ):
         self._known = known
-        self._restored = known.restored
+        self._restored = set(known.restored)
         self._unexamined = deque(known.todo)
         self._archive = archive
         self._job = job
@@ -300,8 +309,9 @@ class _Run:
         self._last_admission = -ADMIT_SECONDS
         self._video_count = len(known.todo)
         self._seen: dict[str, str] = {}
-        self._expected_frames = 0.0
+        self._meter = Meter({asset.uri: _size(asset, known.contents.get(asset.uri)) for asset in known.todo})
         self._unindexed = 0
+        self._counted: dict[int, int] = {}  # frames of videos that are shown in part, in _unindexed
 
     def run(self, executor: "Executor") -> None:
         """Until every source is published, failed or skipped."""
@@ -315,13 +325,19 @@ class _Run:
                 self.commit()
             if self._elsewhere and not (self._unexamined or self._ready or executor.running):
                 self._look_elsewhere()
-            self._show()
+            self._show(executor)
         self.commit()
-        self._show()
+        self._show(executor)
 
-    def commit(self) -> None:
-        """Frames first, then the videos whose last segment is among them."""
+    def commit(self, is_last: bool = False) -> None:
+        """Frames first, then the videos whose last segment is among them, and those that are to be shown in part.
+
+        Args:
+            is_last: the job ends here; what is committed of videos that are not whole is shown.
+        """
         receipts = list(self._receipts)
+        for number in {receipt.video_number for receipt in receipts if receipt.part is not None}:
+            self._job.begin(number)
         landed = self._archive.commit_frames(receipts)  # which tells, where it is interrupted and done once more
         del self._receipts[: len(receipts)]
         self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
@@ -330,20 +346,52 @@ class _Run:
             self._result.encode_seconds += receipt.encode_seconds
             self._result.store_seconds += receipt.store_seconds
             self._settle(receipt)
-        finished = list(self._finished)
-        if finished:
-            self._archive.publish(finished, self._restored)
-        del self._finished[: len(finished)]
-        self._unindexed += sum(row.frame_count for row in finished)
-        for row in finished:
-            self._result.count(row)
-            if row.video_number is not None:
-                self._job.release(row.video_number)
+        self._publish(is_last)
         if self._unindexed >= INDEX_FRAMES:
             update_index(self._archive)
             improve_index(self._archive)
             self._unindexed = 0
         self._last_commit = time.monotonic()
+
+    def _publish(self, is_last: bool) -> None:
+        finished = list(self._finished)
+        now = time.monotonic()
+        partly = [
+            video
+            for video in self._videos.values()
+            if video.committed_since is not None and not video.is_settled
+            if is_last or now - video.committed_since >= SHOW_PART_SECONDS
+        ]
+        rows = [*finished, *map(self._unfinished_row, partly)]
+        published = self._archive.publish(rows, self._restored) if rows else set()
+        self._restored -= published  # what a user deletes after it was restored, and shown, stays deleted
+        del self._finished[: len(finished)]
+        for video in partly:
+            video.is_settled = True
+        for row in finished:
+            if row.video_id is not None and row.video_id not in published and self._is_deleted(row.video_id):
+                self._result.skipped += 1
+                self._result.deleted_before += 1
+                self._video_count -= 1
+            else:
+                self._result.count(row)
+            if row.video_number is not None:
+                self._job.release(row.video_number)
+        self._count_unindexed(finished)
+
+    def _is_deleted(self, video_id: str) -> bool:
+        """Whether a user has deleted a video while this job was at it."""
+        row = self._archive.row_of(video_id)
+        return row is not None and row.status is Status.DELETED
+
+    def _count_unindexed(self, finished: Sequence[VideoRow]) -> None:
+        """Adds the frames that are shown since the last count."""
+        shown = self._archive.published()
+        at_work = {video.number for video in self._videos.values() if video.number in shown}
+        counts = {number: self._archive.committed_frame_count(number) for number in at_work}
+        counts |= {row.video_number: row.frame_count for row in finished if row.video_number is not None}
+        self._unindexed += sum(count - self._counted.get(number, 0) for number, count in counts.items())
+        self._counted = {number: counts[number] for number in at_work}
 
     def _give_out(self, executor: "Executor") -> None:
         while self._ready and executor.free("encode") > 0:
@@ -355,7 +403,9 @@ class _Run:
 
     def _take_in(self, outcome: "Outcome") -> None:
         if outcome.kind == "encode":
-            self._receipts.append(outcome.result or _lost(outcome.key, outcome.problem))
+            receipt = outcome.result or _lost(outcome.key, outcome.problem)
+            self._videos[receipt.segment.video_id].meter.finish(receipt.segment.key, receipt.end_seconds)
+            self._receipts.append(receipt)
             return
         examined = outcome.result or Examined(None, None, outcome.problem)
         self._take_examined(outcome.key, examined)
@@ -364,10 +414,11 @@ class _Run:
         content = examined.content
         if content is not None:
             if content.video_id in self._seen:  # the same bytes under a second name in this very job
-                self._skip()
+                self._skip(asset)
                 return
             self._seen[content.video_id] = asset.uri
         if examined.probe is None:
+            self._meter.leave_out(asset.uri)
             self._finished.append(self._row(asset, content, None, None, 0, examined.problem))
             return
         self._examined.append((asset, content, examined.probe))
@@ -392,25 +443,24 @@ class _Run:
                 continue
             if self._is_done(content):  # by another job, since this one began
                 self._job.release(number)
-                self._skip()
+                self._skip(asset)
                 continue
             segments = split(content.video_id, probe)
             keys = [segment.key for segment in segments]
             again = self._wanted.retry_failed
             done = self._archive.committed(number, keys, whole_only=again)
             waiting = [segment for segment in segments if segment.key not in done]
-            video = _Video(asset, content, probe, number, {segment.key for segment in waiting}, resumed=done)
+            self._result.frames_resumed += self._archive.committed_frame_count(number, done)
+            meter = self._meter.begin(asset.uri, probe, done)
+            keys = {segment.key for segment in waiting}
+            since = time.monotonic() if done else None
+            video = _Video(asset, content, probe, number, keys, set(done), bool(done), meter, since)
+            video.is_settled = number in self._archive.published()
             self._videos[content.video_id] = video
-            self._expected_frames += self._expect(probe)
             tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
             self._ready.extend(tasks)
             if not waiting:
                 self._finish(video)
-
-    def _expect(self, probe: Probe) -> float:
-        """About how many frames a video gives; scenes are taken for as many as keyframes."""
-        most = (probe.duration_seconds or 0.0) * float(self._sampling.fps)
-        return most if self._sampling.choice is Choice.RATE else min(most, len(probe.cuts) + 1)
 
     def _look_elsewhere(self) -> None:
         """What other jobs have finished is done; what they have let go of unfinished, this one takes."""
@@ -420,24 +470,32 @@ class _Run:
         elsewhere, self._elsewhere = self._elsewhere, []
         for asset, content, probe in elsewhere:
             if self._is_done(content):
-                self._skip()
-            else:
-                self._examined.append((asset, content, probe))
+                self._skip(asset)
+                continue
+            if row := self._archive.row_of(content.video_id):  # what a manifest said to the job that was at it
+                tags = row.tags if asset.tags is None else asset.tags
+                asset = replace(asset, tags=tags, captured_at=asset.captured_at or row.captured_at)
+            self._examined.append((asset, content, probe))
         self._admit()
 
     def _is_done(self, content: Content) -> bool:
         """Whether a row has come since this job began, and leaves nothing to do."""
         row = self._archive.row_of(content.video_id)
-        is_news = row is not None and row != self._known.by_id.get(content.video_id)
-        return is_news and plan_known(row, replace(self._wanted, retry_failed=False)) is not Plan.SETTINGS
+        if row is None or row == self._known.by_id.get(content.video_id):
+            return False
+        return plan_known(row, replace(self._wanted, retry_failed=False)) not in (Plan.SETTINGS, Plan.UNFINISHED)
 
-    def _skip(self) -> None:
+    def _skip(self, asset: VideoAsset) -> None:
+        self._meter.leave_out(asset.uri)
         self._result.skipped += 1
         self._video_count -= 1
 
     def _settle(self, receipt: Receipt) -> None:
         video = self._videos[receipt.segment.video_id]
         video.waiting.discard(receipt.segment.key)
+        if receipt.part is not None:
+            video.held.add(receipt.segment.key)
+            video.committed_since = video.committed_since or time.monotonic()
         if is_whole(video.problem):
             video.problem = receipt.problem or video.problem
         said = video.probe.duration_seconds
@@ -450,10 +508,11 @@ class _Run:
 
     def _finish(self, video: _Video) -> None:
         del self._videos[video.content.video_id]
+        self._meter.end(video.asset.uri)
         frame_count = self._archive.committed_frame_count(video.number)
         problem = video.problem
-        if not self._archive.holds(video.number, video.resumed):
-            problem = Problem(Reason.DAMAGED, "frames of an earlier run were taken out while this one worked")
+        if not self._archive.holds(video.number, video.held):
+            problem = Problem(Reason.DAMAGED, "frames of it were taken out while this job worked")
         if is_whole(problem) and video.resumed:
             problem = min(self._archive.problems(video.number), key=is_whole, default=problem)
         if frame_count == 0 and problem is None:
@@ -491,10 +550,51 @@ class _Run:
             indexed_at=datetime.now(UTC),
         )
 
-    def _show(self) -> None:
+    def _unfinished_row(self, video: _Video) -> VideoRow:
+        """The row of a video of which frames are committed, and not all; it does not count this run yet."""
+        count = self._archive.committed_frame_count(video.number)
+        problem = Problem(Reason.UNFINISHED, "it is being indexed, or its job was interrupted")
+        row = self._row(video.asset, video.content, video.probe, video.number, count, problem)
+        return replace(row, status=Status.INDEXING, attempts=row.attempts - 1, indexed_at=None)
+
+    def _show(self, executor: "Executor") -> None:
+        by_number = {video.number: video for video in self._videos.values()}
+        for (number, key), reached in executor.reached().items():
+            if number in by_number:
+                by_number[number].meter.reach(key, *reached)
+        if not executor.is_loading:
+            self._meter.look(time.monotonic())
         tried = self._result.indexed + self._result.partial + self._result.failed
         frames = self._result.frame_count + sum(receipt.frame_count for receipt in self._receipts)
-        self._report(Progress(tried, self._video_count, frames, self._expected_frames, len(self._unexamined)))
+        frames += sum(video.meter.frames_at_work for video in self._videos.values())
+        self._report(
+            Progress(
+                videos_done=tried,
+                video_count=self._video_count,
+                frames_done=frames,
+                frames_resumed=self._result.frames_resumed,
+                done_seconds=self._meter.done_seconds,
+                total_seconds=self._meter.total_seconds,
+                seconds_left=self._meter.seconds_left,
+                files=tuple(self._at_work(executor)),
+            )
+        )
+
+    def _at_work(self, executor: "Executor") -> Iterator[FileAtWork]:
+        for video_id in dict.fromkeys(task.segment.video_id for task in executor.at_work("encode")):
+            video = self._videos[video_id]
+            yield FileAtWork(video.asset.uri, video.meter.done_seconds, video.meter.length_seconds)
+        for asset in executor.at_work("examine"):
+            yield FileAtWork(asset.uri, None, None)
+
+
+def _size(asset: VideoAsset, content: Content | None) -> int:
+    """Of a source in bytes; nothing where that cannot be told, which the worker that looks at it says."""
+    if content is not None:
+        return content.size_bytes
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(local_path(asset.uri)).st_size
+    return 0
 
 
 def _lost(task: SegmentTask, problem: Problem) -> Receipt:

@@ -24,6 +24,7 @@ class Plan(StrEnum):
     RETRY = "retry"
     MISSING = "missing"
     UNREADABLE = "unreadable"
+    UNFINISHED = "unfinished"
     MOVED = "moved"
     UPDATED = "updated"
     KNOWN = "known"
@@ -33,7 +34,8 @@ class Plan(StrEnum):
     @property
     def is_work(self) -> bool:
         """Whether the job tries it; what is missing or unreadable becomes a failure, unless it comes in time."""
-        return self in (Plan.NEW, Plan.CHANGED, Plan.SETTINGS, Plan.RETRY, Plan.MISSING, Plan.UNREADABLE)
+        tried = (Plan.NEW, Plan.CHANGED, Plan.SETTINGS, Plan.RETRY, Plan.MISSING, Plan.UNREADABLE, Plan.UNFINISHED)
+        return self in tried
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ def plan_known(row: VideoRow, wanted: Wanted) -> Plan:
         return Plan.NEW if wanted.restore_deleted else Plan.DELETED
     if not wanted.is_of(row):
         return Plan.SETTINGS
+    if row.status is Status.INDEXING:
+        return Plan.UNFINISHED
     if is_whole(row.problem):
         return Plan.KNOWN
     again = wanted.retry_failed or (row.problem.reason.may_pass and row.attempts < TRIES)

@@ -62,3 +62,10 @@ def clock(seconds: float) -> str:
     minutes, tenths = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
     return f"{sign}{hours}:{minutes:02d}:{tenths // 10:02d}.{tenths % 10}"
+
+
+def clock_seconds(seconds: float) -> str:
+    """h:mm:ss of a length of time, to whole seconds."""
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

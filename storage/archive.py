@@ -7,7 +7,10 @@
     index/          search keys (storage/vectors.py); may be deleted at any time
 
 Frames are committed first, then the videos row that shows them: frames of a number that no row names are not there
-for any reader. `deltalake` does not survive a fork: processes that use an archive must be spawned.
+for any reader. A long video's row comes with its first segments and says `indexing`; then each further segment is there
+from its own commit on, until the row that ends the video takes the first one's place.
+
+`deltalake` does not survive a fork: processes that use an archive must be spawned.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -33,6 +36,7 @@ from storage.files import (
 )
 from storage.frame_table import FrameTable
 from storage.frames import LivePart, PartBounds, Rows, find_frames, find_hits, find_rows, refs_of_part
+from storage.jobs import claimed_numbers
 from storage.layout import COLUMNS
 from storage.numbers import NUMBERS, NumberTable
 from storage.records import (
@@ -65,7 +69,10 @@ MIN_ID_DIGITS = 6
 
 @dataclass(frozen=True)
 class ArchiveStatus:
-    """Counts of published videos and frames, and what the archive occupies."""
+    """Counts of published videos and frames, and what the archive occupies.
+
+    Of videos in progress a job has committed frames, and not all; `frames` has those of them that can be searched.
+    """
 
     videos_indexed: int
     videos_partial: int
@@ -76,6 +83,9 @@ class ArchiveStatus:
     size_bytes: int
     version: int
     format_version: int
+    videos_in_progress: int
+    frames_in_progress: int
+    frames_in_progress_shown: int
 
 
 def archive_exists(uri: str) -> bool:
@@ -158,6 +168,7 @@ class Archive:
         self._videos.rows()
         self._frames = FrameTable(self.frames_uri)
         self._published: tuple[int, dict[int, str]] | None = None
+        self._grown: tuple[tuple[int, int], pa.Table] | None = None
 
     def __repr__(self) -> str:
         return f"Archive({self.uri!r}, version={self.version})"
@@ -227,6 +238,15 @@ class Archive:
         ]
         self._numbers.restore(found)
 
+    def begun(self) -> dict[int, int]:
+        """Frames by number, of videos that a job has begun and not finished, where no row shows them yet.
+
+        Their claims tell them from those that were replaced. What was deleted is not among them.
+        """
+        hidden = self.hidden_numbers() & claimed_numbers(self.uri)
+        counts = self.part_bounds().frame_counts()
+        return {number: counts[number] for number in hidden - (self.deleted_numbers() if hidden else set())}
+
     def hidden_numbers(self) -> set[int]:
         """Numbers whose frames are committed and that no row shows: not published yet, or replaced."""
         return set(self.part_bounds().video_number.tolist()) - self._numbers_of_rows()
@@ -259,10 +279,15 @@ class Archive:
         there = bounds.segment[bounds.of(video_number)].tolist()
         return len(_pieces(segment_keys, there)) == len(segment_keys)
 
-    def committed_frame_count(self, video_number: int) -> int:
-        """Frames committed under a number, published or not."""
+    def committed_frame_count(self, video_number: int, segment_keys: Iterable[str] | None = None) -> int:
+        """Frames committed under a number, published or not; segment_keys: in these segments alone."""
         bounds = self.part_bounds()
-        return int(bounds.row_count[bounds.of(video_number)].sum())
+        places = bounds.of(video_number)
+        if segment_keys is not None:
+            keys = set(segment_keys)
+            held = (key in keys or any(lies_within(other, key) for other in keys) for key in bounds.segment[places])
+            places = places[np.fromiter(held, bool, len(places))]
+        return int(bounds.row_count[places].sum())
 
     def problems(self, video_number: int) -> list[Problem]:
         """What the parts of a number's committed segments say of them; opens each one's footer."""
@@ -391,16 +416,27 @@ class Archive:
 
     # Videos
 
-    def publish(self, rows: Sequence[VideoRow], restored: Collection[str] = ()) -> None:
+    def publish(self, rows: Sequence[VideoRow], restored: Collection[str] = ()) -> set[str]:
         """Makes videos and their frames visible, all at once, instead of the rows that they renew.
 
         videos.plan_publish says which those are. Deleted content stays deleted, but for the ids that are restored.
 
+        Returns:
+            The ids of the videos whose rows are in now.
         Raises:
             ArchiveError: the archive cannot be written; nothing is published.
         """
-        self._videos.change(lambda table: videos.plan_publish(table, rows, restored))
+        added: set[str] = set()
+
+        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            keep, new = videos.plan_publish(table, rows, restored)
+            added.clear()
+            added.update(new.column("video_id").drop_null().to_pylist())
+            return keep, new
+
+        self._videos.change(plan)
         self._frames.refresh()
+        return added
 
     def renew(self, rows: Sequence[VideoRow]) -> None:
         """Publishes rows whose place, times or tags have changed, of those that nobody has indexed again meanwhile.
@@ -426,7 +462,8 @@ class Archive:
                 status != Status.DELETED and (uri in unread if id_ is None else id_ in ids)
                 for id_, uri, status in zip(*columns, strict=True)
             ]
-            gone[:] = videos.to_rows(table.filter(pa.array(found, pa.bool_())))
+            shown = videos.with_stored_frames(table.filter(pa.array(found, pa.bool_())), self.part_bounds())
+            gone[:] = videos.to_rows(shown)
             return videos.plan_delete(table, np.array(found, bool))
 
         self._videos.change(plan)
@@ -442,37 +479,49 @@ class Archive:
             self._published = (version, shown)
         return self._published[1]
 
+    def _rows(self) -> pa.Table:
+        """All rows; those of videos that are being indexed with the frames that they show by now."""
+        versions = self._videos.version, self._frames.version
+        if self._grown is None or self._grown[0] != versions:
+            self._grown = versions, videos.with_stored_frames(self._videos.rows(), self.part_bounds())
+        return self._grown[1]
+
+    def unfinished_videos(self) -> list[VideoRow]:
+        """Rows of videos that can be searched in part: a job is at the rest, or was interrupted."""
+        rows = self._rows()
+        growing = rows.filter(pc.equal(rows.column("status"), str(Status.INDEXING)))
+        return sorted(videos.to_rows(growing), key=lambda row: row.uri)
+
     def videos(self) -> list[VideoRow]:
         """All rows, by uri, those of deleted videos too."""
-        return sorted(videos.to_rows(self._videos.rows()), key=lambda row: row.uri)
+        return sorted(videos.to_rows(self._rows()), key=lambda row: row.uri)
 
     def videos_arrow(self) -> pa.Table:
         """All rows as stored (videos.SCHEMA)."""
-        return self._videos.rows()
+        return self._rows()
 
     def sources(self) -> dict[int, str]:
         """Where each numbered video came from, as people read it."""
-        rows = self._videos.rows()
+        rows = self._rows()
         columns = (rows.column(name).to_pylist() for name in ("video_number", "uri"))
         return {number: source_text(uri) for number, uri in zip(*columns, strict=True) if number is not None}
 
     def uris(self, video_numbers: Iterable[int]) -> dict[int, str]:
         """The uri of each published number."""
         wanted = set(video_numbers)
-        rows = self._videos.rows()
+        rows = self._rows()
         columns = (rows.column(name).to_pylist() for name in ("video_number", "uri"))
         return {number: uri for number, uri in zip(*columns, strict=True) if number in wanted}
 
     def row_of(self, video_id: str) -> VideoRow | None:
         """The row of a content, or None."""
-        places = np.flatnonzero(pc.equal(self._videos.rows().column("video_id"), video_id).fill_null(False).to_numpy())
-        return _row_at(self._videos.rows(), int(places[0])) if len(places) else None
+        places = np.flatnonzero(pc.equal(self._rows().column("video_id"), video_id).fill_null(False).to_numpy())
+        return _row_at(self._rows(), int(places[0])) if len(places) else None
 
     def deleted_numbers(self) -> set[int]:
         """Numbers of deleted content whose frames may still be there."""
-        known = self._numbers.known()
-        deleted = [(row.video_id, row.sampling) for row in self.videos() if row.status is Status.DELETED]
-        return {known[key] for key in deleted if key in known}
+        ids = {row.video_id for row in self.videos() if row.status is Status.DELETED}
+        return {number for (video_id, _), number in self._numbers.known().items() if video_id in ids}
 
     def find_video(self, name: str) -> VideoRow:
         """The video that a person means by a path, a URI, a file name, or the first digits (six or more) of its id.
@@ -480,7 +529,7 @@ class Archive:
         Raises:
             UsageError: there is none, or more than one.
         """
-        rows = self._videos.rows()
+        rows = self._rows()
         rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
         uris, ids = rows.column("uri").to_pylist(), rows.column("video_id").to_pylist()
         uri = to_uri(name)
@@ -507,11 +556,12 @@ class Archive:
 
     def frame_count(self) -> int:
         """Published frames."""
-        return sum(self._videos.rows().column("frame_count").to_pylist())
+        return sum(self._rows().column("frame_count").to_pylist())
 
     def status(self) -> ArchiveStatus:
-        """Counts, from the videos table alone."""
-        rows = self._videos.rows()
+        """Counts, from the rows of videos and the log of the frames."""
+        rows, begun = self._rows(), self.begun()
+        counts = rows.filter(pc.equal(rows.column("status"), str(Status.INDEXING))).column("frame_count").to_pylist()
         states = rows.column("status").to_pylist()
         return ArchiveStatus(
             videos_indexed=states.count(Status.INDEXED),
@@ -523,6 +573,9 @@ class Archive:
             size_bytes=tree_size(self.uri),
             version=self.version,
             format_version=self.settings.format_version,
+            videos_in_progress=len(counts) + len(begun),
+            frames_in_progress=sum(counts) + sum(begun.values()),
+            frames_in_progress_shown=sum(counts),
         )
 
 

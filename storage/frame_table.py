@@ -21,15 +21,19 @@ class FrameTable:
         self._table = tables.open_table(uri)
         self._bounds: tuple[int, PartBounds] | None = None
 
+    @property
+    def version(self) -> int:
+        """Of the parts."""
+        return self._table.version()
+
     def refresh(self) -> None:
         """Moves to the newest version."""
         tables.refresh(self._table)
 
     def bounds(self) -> PartBounds:
         """All parts."""
-        version = self._table.version()
-        if self._bounds is None or self._bounds[0] != version:
-            self._bounds = (version, part_bounds(self.uri, tables.live_files(self._table)))
+        if self._bounds is None or self._bounds[0] != self.version:
+            self._bounds = (self.version, part_bounds(self.uri, tables.live_files(self._table)))
         return self._bounds[1]
 
     def problems(self, video_number: int) -> dict[str, Problem | None]:

@@ -3,6 +3,8 @@
     jobs/ID.job         one per job, touched while it lives
     jobs/NUMBER.claim   the id of the job that indexes this video
 
+A claim is left where its job was interrupted: frames of the video are committed, and no row shows them yet.
+
 Both are hints that save work: what makes every row appear once are the guards of the commits. What a job has taken is
 free as soon as its process is gone or its file has not been touched for a while. Files that it wrote and has not
 committed are kept for longer: a job that was stopped may go on.
@@ -11,9 +13,11 @@ committed are kept for longer: a job that was stopped may go on.
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import uuid
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from storage.files import NO_LINKS, join, local_path, make_folder, writing
@@ -23,10 +27,11 @@ BEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is free
 GONE_SECONDS = 3600.0  # without a touch, after which a job on another machine counts as gone, with all that it wrote
 _JOB, _CLAIM = ".job", ".claim"
+_NUMBER = re.compile(r"[0-9]{1,10}")
 
 
 class Job:
-    """A running job; a context manager that leaves nothing behind.
+    """A running job; a context manager that leaves nothing behind but the claims of what it has begun.
 
     Attributes:
         id: its own, at random.
@@ -38,6 +43,7 @@ class Job:
         self._folder = _folder(archive_uri)
         self._file = self._folder / f"{self.id}{_JOB}"
         self._taken: set[int] = set()
+        self._begun: set[int] = set()
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
@@ -53,7 +59,7 @@ class Job:
     def __exit__(self, *_) -> None:
         self._ended.set()
         self._beating.join()
-        for number in list(self._taken):
+        for number in self._taken - self._begun:
             self.release(number)
         with contextlib.suppress(OSError):  # a place that cannot be written any more has told so already
             self._file.unlink()
@@ -117,9 +123,14 @@ class Job:
         """Whether no other job can take a video; never, where claims cannot be made for want of hard links."""
         return number in self._taken
 
+    def begin(self, number: int) -> None:
+        """Has the claim of a video stay until it is released, even where this job ends before: frames are committed."""
+        self._begun.add(number)
+
     def release(self, number: int) -> None:
         """Lets go of a video."""
         self._taken.discard(number)
+        self._begun.discard(number)
         with contextlib.suppress(OSError):
             if self._claim(number).read_text(encoding="utf-8") == self.id:
                 self._claim(number).unlink()
@@ -141,10 +152,20 @@ class Job:
                     self._write()
 
 
-def oldest_start(archive_uri: str) -> float | None:
+def claimed_numbers(archive_uri: str) -> set[int]:
+    """Videos that a job has taken and not let go of, whether it lives or was interrupted."""
+    claims = (file.stem for file in _folder(archive_uri).glob(f"*{_CLAIM}"))
+    return {int(number) for number in claims if _NUMBER.fullmatch(number)}
+
+
+def oldest_start(archive_uri: str, hidden: Callable[[], Collection[int]] = tuple) -> float | None:
     """When the oldest job that is not gone began, in the file system's time; None where there is none.
 
     What jobs that are gone have left is removed.
+
+    Args:
+        archive_uri: of the archive.
+        hidden: gives the videos whose frames no row shows at present; their claims stay.
     """
     folder = _folder(archive_uri)
     if not folder.is_dir():
@@ -162,11 +183,22 @@ def oldest_start(archive_uri: str) -> float | None:
                 starts.append(float(json.loads(file.read_text(encoding="utf-8"))["started"]))
         else:
             file.unlink(missing_ok=True)
-    for claim in folder.glob(f"*{_CLAIM}"):
-        with contextlib.suppress(OSError):
-            if claim.read_text(encoding="utf-8") not in living:
+    holders = {claim: _holder(claim) for claim in folder.glob(f"*{_CLAIM}")}
+    gone = {claim: holder for claim, holder in holders.items() if holder not in living}
+    kept = {str(number) for number in hidden()} if gone else set()
+    for claim, holder in gone.items():
+        if claim.stem not in kept and _holder(claim) == holder:  # no other job has taken it meanwhile
+            with contextlib.suppress(OSError):
                 claim.unlink()
     return min(starts, default=None)
+
+
+def _holder(claim: Path) -> str:
+    """The id of the job that made a claim; nothing where that cannot be read."""
+    try:
+        return claim.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _now(folder: Path) -> float:

@@ -20,8 +20,9 @@ FRAME_SIDE = 336  # every frame enters the model as 336 x 336 pixels (published 
 
 
 class Status(StrEnum):
-    """How a video ended."""
+    """How a video ended, or that it has not."""
 
+    INDEXING = "indexing"  # its first segments can be searched; a job is at the others, or was interrupted
     INDEXED = "indexed"
     PARTIAL = "partial"
     FAILED = "failed"
@@ -29,7 +30,7 @@ class Status(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a video is partial or failed, or what is to be known of one that is whole."""
+    """Why a video is partial, failed or not whole yet, or what is to be known of one that is whole."""
 
     NOT_A_VIDEO = "not_a_video"
     NO_VIDEO_STREAM = "no_video_stream"
@@ -48,6 +49,7 @@ class Reason(StrEnum):
     PERMISSION = "permission"
     WORKER_LOST = "worker_lost"
     DAMAGED = "damaged"
+    UNFINISHED = "unfinished"
     UNKNOWN = "unknown"
 
     @property
@@ -61,7 +63,15 @@ class Reason(StrEnum):
         return self is Reason.CLOCK_RESTARTED
 
 
-_MAY_PASS = {Reason.VANISHED, Reason.CHANGED, Reason.PERMISSION, Reason.WORKER_LOST, Reason.DAMAGED, Reason.UNKNOWN}
+_MAY_PASS = {
+    Reason.VANISHED,
+    Reason.CHANGED,
+    Reason.PERMISSION,
+    Reason.WORKER_LOST,
+    Reason.DAMAGED,
+    Reason.UNFINISHED,
+    Reason.UNKNOWN,
+}
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,11 @@ class Probe:
     def time_seconds(self, ticks: np.ndarray | int) -> np.ndarray | float:
         """The position a player shows."""
         return self.pts_seconds(ticks) - self.clock_offset_seconds
+
+    def range_seconds(self, segment_key: str) -> tuple[float, float]:
+        """Positions between which a segment lies; the first one begins at 0, the end of the last one is infinite."""
+        start, end = segment_range(segment_key)
+        return self.time_seconds(start) if math.isfinite(start) else 0.0, float(self.time_seconds(end))
 
 
 @dataclass(frozen=True)
@@ -385,7 +400,8 @@ class VideoRow:
     """One row of the videos table; publishing it makes the video's frames visible.
 
     Fields that only an opened file can tell are None where it could not be opened. attempts counts the runs that tried
-    this content with these settings; indexed_at is when the last of them ended, None where an older vidx did not say.
+    this content with these settings; indexed_at is when the last of them ended, None where none has, or where an
+    older vidx did not say.
     """
 
     video_id: str | None

@@ -38,7 +38,7 @@ def clean(archive: Archive, older_than_seconds: int) -> Cleaned:
     Raises:
         ArchiveError: a table or a part cannot be read, or the archive cannot be written.
     """
-    started = oldest_start(archive.uri)
+    started = _oldest_start(archive)
     newest = time.time() if started is None else min(time.time(), started)
     frames = _drop_hidden(archive, min(newest - MARGIN_SECONDS, time.time() - older_than_seconds))
     update_index(archive, max_retired=0)
@@ -55,7 +55,7 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
     Raises:
         ArchiveError: a table cannot be read.
     """
-    now, started = time.time(), oldest_start(archive.uri)  # before the listing: a job may end while that goes on
+    now, started = time.time(), _oldest_start(archive)  # before the listing: a job may end while that goes on
     newest = (now if started is None else min(now, started)) - MARGIN_SECONDS
     found = []
     for name in TABLES:
@@ -97,6 +97,24 @@ def _drop_hidden(archive: Archive, written_before: float) -> int:
         archive.drop_parts(bounds.path[chosen].tolist())
         archive.recount()  # of a row that came all the same, as where this process slept: the next job completes it
         return int(bounds.row_count[chosen].sum())
+
+
+def drop_claims(archive: Archive) -> None:
+    """Removes claims that jobs which are gone have left, but for those of videos that they have begun.
+
+    Before a job, since one that was killed may have left the claim of a video whose row this job replaces.
+    """
+    _oldest_start(archive)
+
+
+def _oldest_start(archive: Archive) -> float | None:
+    """When the oldest running job began; the claims of what other ones have begun stay."""
+
+    def hidden() -> set[int]:
+        archive.refresh()  # a job that is gone has committed what it has before it was found to be gone
+        return archive.hidden_numbers()
+
+    return oldest_start(archive.uri, hidden)
 
 
 def _modified(uri: str) -> float:

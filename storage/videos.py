@@ -1,13 +1,19 @@
-"""The videos table: one row per video, whose publication makes the video's frames visible."""
+"""The videos table: one row per video, whose publication makes the video's frames visible.
+
+A row of the status `indexing` is written once, as its video is shown in part. How many frames that is by now, and how
+far it reaches, is worked out from the log of the frames whenever the row is read.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from datetime import UTC
+from datetime import UTC, timedelta
 from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from storage.frames import PartBounds
 from storage.records import Probe, Problem, Reason, Status, VideoRow
 
 # `cuts` of a Probe are not kept: they serve the job that splits the video, and there are thousands in a long one.
@@ -67,10 +73,50 @@ def to_rows(table: pa.Table) -> list[VideoRow]:
 
 
 def of_same_frames(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
-    """Those of the rows whose content still has a row in the table, with the same frames."""
-    names = ("model_id", "video_id", "video_number", "status", "frame_count", "attempts")
-    there = set(zip(*(table.column(name).to_pylist() for name in names), strict=True))
-    return [row for row in rows if tuple(getattr(row, name) for name in names) in there]
+    """Those of the rows whose content still has a row in the table, with the same frames; growing ones with any."""
+    names = ("model_id", "video_id", "video_number", "status", "attempts", "frame_count")
+    there = {_but_for_growth(*values) for values in zip(*(table.column(name).to_pylist() for name in names))}
+    return [row for row in rows if _but_for_growth(*(getattr(row, name) for name in names)) in there]
+
+
+def _but_for_growth(*values: object) -> tuple:
+    *others, status, attempts, frame_count = values
+    return *others, status, attempts, None if status == Status.INDEXING else frame_count
+
+
+def with_stored_frames(table: pa.Table, bounds: PartBounds) -> pa.Table:
+    """The rows, those of videos that jobs are at with the frames that are committed by now, and how far that is."""
+    is_growing = pc.equal(table.column("status"), str(Status.INDEXING))
+    growing = table.filter(is_growing)
+    if growing.num_rows == 0:
+        return table
+    rows = to_rows(growing)
+    stored = [int(bounds.row_count[bounds.of(row.video_number)].sum()) for row in rows]
+    values = {
+        "frame_count": [max(row.frame_count, count) for row, count in zip(rows, stored)],  # fewer, where some are lost
+        "reason": [str(Reason.UNFINISHED)] * len(rows),
+        "detail": [f"{_so_far(row, bounds)}; `vidx index` goes on where no job is at it" for row in rows],
+    }
+    for name, column in values.items():
+        field = table.schema.field(name)
+        growing = growing.set_column(table.schema.get_field_index(name), field, pa.array(column, field.type))
+    return pa.concat_tables([table.filter(pc.invert(is_growing)), growing])
+
+
+def _so_far(row: VideoRow, bounds: PartBounds) -> str:
+    """How much of a video is committed."""
+    if row.probe is None:
+        return "a part of it is indexed"
+    places = bounds.of(row.video_number)
+    end_seconds = float((bounds.last_seconds + bounds.longest_seconds)[places].max(initial=0.0))
+    ranges = [row.probe.range_seconds(key) for key in set(bounds.segment[places])]
+    done = sum(min(end, end_seconds) - start for start, end in ranges)
+    of_all = f" of {_clock(row.probe.duration_seconds)}" if row.probe.duration_seconds else ""
+    return f"{_clock(done)}{of_all} is indexed"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(seconds, 0.0)))) if abs(seconds) < 1e9 else "?"
 
 
 def plan_delete(table: pa.Table, wanted: np.ndarray) -> tuple[np.ndarray, pa.Table]:
@@ -92,20 +138,21 @@ def plan_publish(
     the same uri (whatever its content). Nothing searchable is lost to a file that could not be read this time: a row
     of unknown content, or without frames, does not take the place of a row of the same uri with known content, or of
     the same content with frames. Deleted content stays deleted, but for the ids that are restored, and does not keep
-    its uri from another one.
+    its uri from another one. A row of a video that is being indexed takes the place of nothing that can be searched but
+    what it said before.
     """
-    names = ("model_id", "video_id", "uri", "frame_count", "status")
+    names = ("model_id", "video_id", "uri", "frame_count", "status", "video_number")
     known = list(zip(*(table.column(name).to_pylist() for name in names)))
     known += [tuple(getattr(row, name) for name in names) for row in rows]
     alive = np.arange(len(known)) < table.num_rows
     by_content: dict[tuple, int] = {}
     by_uri: dict[tuple, int] = {}
-    for place, (model_id, video_id, uri, frame_count, status) in enumerate(known):
+    for place, (model_id, video_id, uri, _, status, _) in enumerate(known):
         same_content = None if video_id is None else by_content.get((model_id, video_id))
         same_uri = by_uri.get((model_id, uri))
         if place >= table.num_rows:
             rivals = [rival for rival in (same_content, same_uri) if rival is not None and alive[rival]]
-            if any(_outlasts(known[rival], video_id, frame_count, restored) for rival in rivals):
+            if any(_outlasts(known[rival], known[place], restored) for rival in rivals):
                 continue
             alive[rivals] = False
             alive[place] = True
@@ -117,12 +164,16 @@ def plan_publish(
     return alive[: table.num_rows], to_arrow(added)
 
 
-def _outlasts(rival: tuple, video_id: str | None, frame_count: int, restored: Collection[str]) -> bool:
-    _, rival_id, _, rival_frames, rival_status = rival
+def _outlasts(rival: tuple, new: tuple, restored: Collection[str]) -> bool:
+    """Whether a row stays though a new one is of the same content or uri."""
+    _, rival_id, _, rival_frames, rival_status, rival_number = rival
+    _, video_id, _, frame_count, status, number = new
     if video_id is None:
         return rival_id is not None
     if rival_status == Status.DELETED:
         return rival_id == video_id and video_id not in restored
+    if status == Status.INDEXING and rival_frames > 0:
+        return (rival_status, rival_number) != (Status.INDEXING, number)
     return rival_id == video_id and frame_count == 0 and rival_frames > 0
 
 

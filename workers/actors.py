@@ -84,6 +84,7 @@ class Encoder:
         self._vision = None
         self._loading = threading.Lock()
         self._model_turn = threading.Lock()
+        self._reached: dict[tuple[int, str], tuple[float, int]] = {}
         self._decoders = queue.SimpleQueue()
         for _ in range(SEGMENTS_AT_ONCE):
             self._decoders.put(settings.new_decoder())
@@ -111,9 +112,14 @@ class Encoder:
 
         settings = self._settings
         stored = (settings.frames_uri, settings.batch, settings.thumbnails)
+        key = task.video_number, task.segment.key
+
+        def reached(position_seconds: float, frame_count: int) -> None:
+            self._reached[key] = position_seconds, frame_count
+
         with self._borrowed_decoder() as decoder:
             try:
-                return index_segment(task, decoder, self._vision, self._model_turn, *stored)
+                return index_segment(task, decoder, self._vision, self._model_turn, *stored, reached)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -121,6 +127,12 @@ class Encoder:
                     f"a worker has not the memory for {settings.batch} frames at once; what was finished is committed, "
                     "run the same command again with a smaller --batch to go on"
                 ) from error
+            finally:
+                self._reached.pop(key, None)
+
+    def reached(self) -> dict[tuple[int, str], tuple[float, int]]:
+        """The position that each segment at work has come to, and its frames, by video number and segment key."""
+        return dict(self._reached)
 
     @contextmanager
     def _borrowed_decoder(self):

@@ -1,7 +1,7 @@
 """One segment from file to Parquet part: decode -> encode -> store, without Ray."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from storage.errors import VideoProblem
@@ -21,6 +21,7 @@ def index_segment(
     frames_uri: str,
     batch: int,
     thumbnails: bool = True,
+    reached: Callable[[float, int], None] = lambda position_seconds, frame_count: None,
 ) -> Receipt:
     """Writes the segment's rows as one part and says what became of it; nothing is committed.
 
@@ -32,20 +33,28 @@ def index_segment(
         frames_uri: the archive's frames table.
         batch: frames per forward pass; fixed, so that the same segment gives the same rows again.
         thumbnails: keep a small JPEG of each frame.
+        reached: is told after each batch the position at which it ends, and how many frames are done.
     Raises:
         ArchiveError: the part cannot be written.
     """
-    receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails)
+    receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails, reached)
     # Once more from the segment's start, and what came out before is kept the second time.
     if receipt.problem is not None and receipt.problem.reason in RETRIED:
         if receipt.part is not None:
             PartWriter.discard(frames_uri, receipt.part)
-        receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails)
+        receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails, reached)
     return receipt
 
 
 def _attempt(
-    task: SegmentTask, decoder: Decoder, model, model_turn, frames_uri: str, batch: int, thumbnails: bool
+    task: SegmentTask,
+    decoder: Decoder,
+    model,
+    model_turn,
+    frames_uri: str,
+    batch: int,
+    thumbnails: bool,
+    reached: Callable[[float, int], None],
 ) -> Receipt:
     path = local_path(task.uri)
     writer = PartWriter(
@@ -71,15 +80,17 @@ def _attempt(
                     tokens = encode_frames(model, frames, sampling.patches)
                 with clock.measure("store"):
                     kept = frames.thumbnails if thumbnails else [b""] * len(frames)
-                    writer.append(_columns(task.probe, frames), tokens, kept)
+                    columns = _columns(task.probe, frames)
+                    writer.append(columns, tokens, kept)
                 frame_count += len(frames)
                 end_seconds = float(task.probe.time_seconds(int(frames.end_ticks[-1])))
+                reached(end_seconds, frame_count)
             check_unchanged(path, task.content)
         except VideoProblem as error:
             problem = Problem(error.reason, error.detail)
         if problem is not None and problem.reason is Reason.CHANGED:
             writer.abort()  # rows of two contents under one identity would be wrong
-            part, frame_count = None, 0
+            part, frame_count, end_seconds = None, 0, None
         else:
             with clock.measure("store"):
                 part = writer.close(problem)
