@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.parameters import check, naming_parameters, place_of
 
 if TYPE_CHECKING:
-    from pipeline.index import IndexResult, Progress
+    from pipeline.index import IndexResult
+    from pipeline.progress import Progress
 
 Path = str | PathLike[str]
 

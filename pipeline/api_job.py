@@ -22,7 +22,8 @@ from storage.records import Sampling, VideoAsset
 
 if TYPE_CHECKING:
     from pipeline.config import IndexConfig
-    from pipeline.index import IndexResult, Progress
+    from pipeline.index import IndexResult
+    from pipeline.progress import Progress
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -97,7 +98,7 @@ def _listen(
     connection: Connection, process: subprocess.Popen, report: "Callable[[Progress], None]"
 ) -> "IndexResult | VidxError | Broken | None":
     """How the job ended; None where its process ended without a word."""
-    from pipeline.index import Progress
+    from pipeline.progress import Progress
 
     while True:
         try:
