@@ -122,13 +122,13 @@ def decoded_inputs(
     for row in rows.values():
         check_still_there(row)  # all first: a video out of reach is found before anything is decoded
     for number, group in groupby(frames, key=lambda frame: frame.video_number):
-        row = rows[number]
-        for batch in _chunks(list(group), DECODED_AT_ONCE):
-            try:
-                pixels = decoder.frames_at(local_path(row.uri), row.probe, [frame.ticks for frame in batch])
-            except VideoProblem as problem:
-                raise in_video(row, problem) from problem
-            yield from exact_inputs(model.vision, pixels)
+        row, ticks = rows[number], [frame.ticks for frame in group]
+        times_rise = row.problem is None  # or it says that the clock begins anew
+        try:
+            for pixels in decoder.batches_at(local_path(row.uri), row.probe, ticks, DECODED_AT_ONCE, times_rise):
+                yield from exact_inputs(model.vision, pixels)
+        except VideoProblem as problem:
+            raise in_video(row, problem) from problem
 
 
 def _chunks(frames: Sequence[FrameRef], size: int) -> Iterable[Sequence[FrameRef]]:

@@ -65,7 +65,7 @@ def check_still_there(row: VideoRow) -> None:
         now = os.stat(path)
         same = now.st_size == row.size_bytes
         if same and now.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
-            same = identify(path).video_id == row.video_id
+            same = identify(path, HashCache()).video_id == row.video_id
     except OSError as error:
         raise in_video(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error
     except VideoProblem as problem:

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ class Decoder:
 
     Attributes:
         library: that the last decoding ended with; PyAV takes over where decord meets damage.
-        bytes_read: of video files, by all calls of frames_at.
+        bytes_read: of video files, by all calls of frames_at and batches_at.
     """
 
     def __init__(
@@ -147,25 +149,60 @@ class Decoder:
         if problem is not None:
             raise problem
 
-    def frames_at(self, path: str | bytes, probe: Probe, ticks: Sequence[int]) -> np.ndarray:
+    def frames_at(self, path: str | bytes, probe: Probe, ticks: Sequence[int], times_rise: bool = False) -> np.ndarray:
         """Exactly the frames at these presentation times, in the order asked for; adds to `bytes_read`.
 
+        Args:
+            path, probe: the source.
+            ticks: the frames' times.
+            times_rise: that the file's clock never begins anew is known, as of a video that was indexed whole. Else a
+                file without an index is read through first, without decoding.
         Returns:
             (T, 336, 336, 3) uint8.
         Raises:
             VideoProblem: the file cannot be read, or has no frame at one of these times.
         """
         wanted = [int(tick) for tick in ticks]
-        pictures: dict[int, np.ndarray] = {}
+        if not wanted:
+            return np.empty((0, FRAME_SIDE, FRAME_SIDE, 3), np.uint8)
+        pictures = dict(zip(sorted(set(wanted)), self._pictures_at(path, probe, wanted, times_rise), strict=True))
+        return np.stack([pictures[tick] for tick in wanted])
+
+    def batches_at(
+        self, path: str | bytes, probe: Probe, ticks: Sequence[int], batch: int, times_rise: bool = False
+    ) -> Iterator[np.ndarray]:
+        """The frames at these ascending presentation times, `batch` at a time, decoded ahead of the consumer.
+
+        The file is gone through once. Adds to `bytes_read` when it is.
+
+        Args:
+            path, probe, ticks, times_rise: as frames_at has them.
+            batch: frames at once.
+        Yields:
+            (at most `batch`, 336, 336, 3) uint8.
+        Raises:
+            VideoProblem: as frames_at.
+        """
+        wanted = [int(tick) for tick in ticks]
+        if batch < 1 or any(late >= later for late, later in pairwise(wanted)):
+            raise ValueError(
+                f"batches_at({batch=}, ticks of {len(wanted)} frames): ticks must ascend, batch be positive"
+            )
+        with closing(self._pictures_at(path, probe, wanted, times_rise)) as pictures:
+            while some := list(islice(pictures, batch)):
+                yield np.stack(some)
+
+    def _pictures_at(
+        self, path: str | bytes, probe: Probe, wanted: list[int], times_rise: bool
+    ) -> Iterator[np.ndarray]:
+        """The frames at these times, ascending, each once."""
         request = {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}
+        request["times_rise"] = times_rise
         with self._ask(path, request, partial(self._busy_seconds, probe, Segment("", None, None, 0))) as call:
             for header, body in call:
                 if header["kind"] == "pixels":
-                    pictures[header["ticks"]] = _pixels_of(body)
+                    yield _pixels_of(body)
                 self.bytes_read += header.get("bytes_read", 0)
-        if not wanted:
-            return np.empty((0, FRAME_SIDE, FRAME_SIDE, 3), np.uint8)
-        return np.stack([pictures[tick] for tick in wanted])
 
     def cut(
         self,

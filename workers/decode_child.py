@@ -19,7 +19,7 @@ import numpy as np
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
-from workers import decode_pyav
+from workers import decode_exact, decode_pyav
 from workers.decode_cut import NewFile, cut
 from workers.decode_open import DecodeTask, out_of_memory
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
@@ -115,7 +115,8 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
             _decode(answer, task, request["library"])
         elif request["kind"] == "frames_at":
             known, ticks = probe_from_json(request["probe"]), request["ticks"]
-            for at, pixels in decode_pyav.frames_at(file, known, ticks, threads, max_pixels, answer.alive):
+            how = (request["times_rise"], threads, max_pixels, answer.alive)
+            for at, pixels in decode_exact.frames_at(file, known, ticks, *how):
                 answer.send("pixels", {"ticks": at}, pixels.tobytes())
         elif request["kind"] == "cut":
             known, kind = probe_from_json(request["probe"]), request["format"]

@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -15,11 +15,10 @@ from workers.decode_damage import Damage, DamageWatch, words_of_damage
 from workers.decode_encryption import ENCRYPTED_DETAIL, is_encrypted
 from workers.decode_open import DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
 from workers.packets import PacketTable, can_cut, is_header, scan_packets
-from workers.picture import Orientation, StoredPicture, model_pixels, store_form
+from workers.picture import Orientation, StoredPicture, store_form
 from workers.sample import Grid, KeptFrame, Spaced, Tally, sample
 from workers.structure import cut_short
 from workers.transport import find_losses
-from workers.video_file import VideoFile
 
 _PROBED_BYTES = 8 << 20  # more than FFmpeg's own 5 MB
 _MATRIX_BYTES = 9 * 4
@@ -27,7 +26,11 @@ JUMP_SECONDS = 1  # by which a clock may step back without being called damaged
 
 
 def read_frames(
-    video: OpenVideo, damage: Damage, alive: Callable[[], None], start_ticks: int | None = None
+    video: OpenVideo,
+    damage: Damage,
+    alive: Callable[[], None],
+    start_ticks: int | None = None,
+    packets: Iterator[av.Packet] | None = None,
 ) -> Iterator[TimedFrame]:
     """All frames in the decoder's order, from start_ticks or a little earlier on.
 
@@ -39,6 +42,7 @@ def read_frames(
         damage: filled in on the way.
         alive: called at every packet.
         start_ticks: damage before this time is not noted: the frames that a seek drops may lack their references.
+        packets: what to decode, where it is not all that the file has from where it stands.
     Raises:
         VideoProblem: a frame is larger than max_pixels or than memory allows, or the video is encrypted.
     """
@@ -47,7 +51,7 @@ def read_frames(
     watch = DamageWatch(damage, start_ticks, video.format_name == "mpegts")
     end_ticks: int | None = None  # of the frame before
     locked = None
-    for packet in itertools.chain(video.packets(damage, alive), [None]):  # None drains the decoder
+    for packet in itertools.chain(packets or video.packets(damage, alive), [None]):  # None drains the decoder
         if packet is not None and is_encrypted(packet):
             locked, packet = packet, None
         ticks = _shown_ticks(packet)
@@ -283,37 +287,3 @@ def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoPr
         wanted = expected - segment.first_index
         return VideoProblem(Reason.CORRUPT, f"{tally.frame_count} frames come out of a stretch of {wanted}")
     return None
-
-
-def frames_at(
-    file: VideoFile,
-    probe: Probe,
-    ticks: Iterable[int],
-    threads: int,
-    max_pixels: int,
-    alive: Callable[[], None],
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames at these presentation times, ascending, each once: (ticks, (336, 336, 3) uint8).
-
-    What lies between two of them is skipped from cut to cut, and decoded where no cut lies between.
-
-    Raises:
-        VideoProblem: no frame has one of these times.
-    """
-    reformatter, cuts = VideoReformatter(), [cut for cut, _ in probe.cuts]
-    with OpenVideo(file, max_pixels, threads) as video:
-        position, frames = None, None
-        for wanted in sorted(set(ticks)):
-            before = bisect.bisect_right(cuts, wanted)
-            cut = cuts[before - 1] if before else None
-            if frames is None or (cut is not None and cut > position):
-                if cut is not None:
-                    seek(video, cut)
-                clock = OneClock(probe.time_base, probe.container)
-                frames = clock.place(read_frames(video, Damage(), alive, cut))
-            found = next((frame for frame in frames if frame.ticks >= wanted), None)
-            if found is None or found.ticks != wanted:
-                at = float(wanted * probe.time_base)
-                raise VideoProblem(Reason.CORRUPT, f"no frame comes out at {at:.3f} s of the file's clock")
-            position = wanted
-            yield wanted, model_pixels(to_rgb(found.picture, reformatter))

@@ -75,7 +75,7 @@ def scan_packets(
         last = max(last, (packet.pts, packet.duration or 0))
         if packet.is_keyframe:
             table.keyframes.append(packet.pts)
-            if _is_entry(codec, extradata, bytes(packet)):
+            if is_entry(codec, extradata, bytes(packet)):
                 table.entries.append(packet.pts)
     table.plain = table.plain and damage.count == 0
     table.ticks, table.end_ticks = sorted(seen), last[0] + max(last[1], 1)
@@ -94,7 +94,7 @@ def is_header(codec: str, packet) -> bool:
     return codec == "theora" and bool(memoryview(packet)[0] & 0x80)
 
 
-def _is_entry(codec: str, extradata: bytes, data: bytes) -> bool:
+def is_entry(codec: str, extradata: bytes, data: bytes) -> bool:
     """Whether decoding can begin at this keyframe and give exact frames from its time on.
 
     A keyframe flag alone may mean a recovery point in H.264; of HEVC any random access point will do, for the

@@ -131,10 +131,7 @@ def published_way(archive: Archive, question: str) -> tuple[float, str]:
     def run() -> None:
         total, tokens = None, []
         with Decoder(max_pixels=allowed_pixels(row.probe)) as decoder:
-            pixels = [
-                decoder.frames_at(local_path(row.uri), row.probe, ticks[start : start + 64])
-                for start in range(0, len(ticks), 64)
-            ]
+            pixels = list(decoder.batches_at(local_path(row.uri), row.probe, ticks, 64))
         for frame in np.concatenate(pixels):
             one = frame[None]
             tokens.append(encode_pixels(model.vision, one, patch_rows=0).token)
