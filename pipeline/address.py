@@ -29,5 +29,5 @@ def check_address(address: str) -> None:
 
 
 def _has_token() -> bool:
-    in_home = Path.home() / ".ray" / "auth_token"
+    in_home = Path(os.path.expanduser("~")) / ".ray" / "auth_token"  # there is none where no home is known
     return bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)) or in_home.exists()

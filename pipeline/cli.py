@@ -4,9 +4,9 @@ Commands live in cli_*.py and are imported when they are called, so that --help 
 """
 
 import importlib
-import os
 import signal
 import sys
+from collections.abc import Iterable
 
 import click
 
@@ -49,10 +49,24 @@ class LazyGroup(click.Group):
         module, _ = COMMANDS[name]
         return getattr(importlib.import_module(module), FUNCTIONS.get(name, name))
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        """As click does, naming the command that was probably meant."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], COMMANDS)}; `vidx --help` lists them")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known words that a mistyped one resembles, to be added to the error about it."""
+    import difflib
+
+    alike = difflib.get_close_matches(word.lower(), known)
+    return f" (did you mean {' or '.join(alike)}?)" if alike else ""
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -69,8 +83,10 @@ def vidx() -> None:
 
 def main() -> None:
     """Runs a command and ends the process with its exit code."""
+    from pipeline.streams import drop_output, guard_streams
     from storage.errors import VidxError
 
+    guard_streams()
     if sys.argv[1:2] and sys.argv[1] in IN_OWN_PROCESS:
         from pipeline.own_process import continue_in_own_process
 
@@ -89,7 +105,7 @@ def main() -> None:
         click.echo("vidx: interrupted", err=True)
         code = 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         code = 0
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray ends its processes now; another Ctrl-C would only be noise
         signal.signal(number, signal.SIG_IGN)

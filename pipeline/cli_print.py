@@ -1,5 +1,7 @@
 """What people and programs see: JSON, tables, times, and one-line notes."""
 
+from __future__ import annotations
+
 import csv
 import json
 import math
@@ -7,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -15,15 +17,26 @@ from pipeline.times import clock
 from storage.files import source_text
 from storage.records import Moment
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GAP = 3  # cells between columns
+LEAST_WIDTH = 16  # of a column of text that is folded
+
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output: binary values in hex, times in ISO 8601, no NaN."""
-    click.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False))
+    click.echo(json.dumps(_plain(value), ensure_ascii=not _is_utf(sys.stdout), indent=2, allow_nan=False))
 
 
 def json_line(value: Any) -> str:
     """The same document in one line."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(value), ensure_ascii=not _is_utf(sys.stdout), allow_nan=False)
+
+
+def _is_utf(stream: TextIO) -> bool:
+    """Whether everything can be written there; elsewhere what cannot is escaped."""
+    return (stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def _plain(value: Any) -> Any:
@@ -56,36 +69,71 @@ def print_table(
 ) -> None:
     """A plain table; control characters in cells are shown escaped, so that a file name cannot write the terminal.
 
+    Where the terminal is too narrow for the columns, each row is told in lines of `name: value`.
+
     Args:
         columns: headings.
         rows: cells; None is shown as nothing.
         right: the headings of right-aligned columns.
         err: to standard error.
     """
-    from rich import box
     from rich.console import Console
+
+    stream = sys.stderr if err else sys.stdout
+    width = None if stream.isatty() else 100_000  # in a pipe or a file: one line
+    console = Console(width=width, highlight=False, stderr=err)
+    encoding = stream.encoding or "utf-8"
+    cells = [[printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row] for row in rows]
+    if not cells or _fits(columns, cells, right, console.width):
+        text = _table_text(console, columns, cells, right, "─" if _is_utf(stream) else "-")
+    elif any(columns):
+        text = "\n".join("".join(f"{name}: {cell}\n" for name, cell in zip(columns, row)) for row in cells)
+    else:
+        text = "".join(f"{row[0]}: {', '.join(row[1:])}\n" for row in cells)
+    click.echo(text, nl=False, err=err)
+
+
+def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[str], width: int) -> bool:
+    """Whether every column can be shown whole: numbers in one line, texts folded into lines of a readable width."""
+    from rich.cells import cell_len
+
+    needed = GAP * (len(columns) - 1)
+    for name, column in zip(columns, zip(*cells) if cells else [()] * len(columns)):
+        widest = max(map(cell_len, (name, *column)))
+        needed += widest if name in right else min(widest, LEAST_WIDTH)
+    return needed <= width
+
+
+def _table_text(
+    console: Console, columns: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[str], line: str
+) -> str:
+    from rich.box import Box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=any(columns))
+    below_head = Box(f"    \n    \n {line * 2} \n    \n    \n    \n    \n    \n", ascii=line.isascii())
+    table = Table(box=below_head, pad_edge=False, show_edge=False, show_header=any(columns))
     for name in columns:
         numeric = name in right
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    width = None if (sys.stderr if err else sys.stdout).isatty() else 100_000  # in a pipe or a file: one line
-    Console(width=width, highlight=False, stderr=err).print(table)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows by the names of columns as CSV on standard output, with a header; maps and lists in cells are JSON."""
-    writer = csv.writer(click.get_text_stream("stdout"), lineterminator="\n")
+    stream = click.get_text_stream("stdout")
+    writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         cells = (_plain(row[name]) for name in columns)
         writer.writerow(
             [json.dumps(cell, ensure_ascii=False) if isinstance(cell, dict | list) else cell for cell in cells]
         )
+    stream.flush()
 
 
 def minute(instant: datetime | None) -> str:

@@ -47,9 +47,11 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
         UsageError: the video is gone or changed, has no picture there, or does not fit into the format; or the file
             is there already or cannot be written.
     """
-    source = Path(source_text(row.uri))
+    source = Path(os.fsdecode(local_path(row.uri)))  # its very bytes, in any locale
     if row.probe is None:
-        raise UsageError(f"{source}: could not be read when it was indexed, so nothing can be cut out of it")
+        raise UsageError(
+            f"{source_text(row.uri)}: could not be read when it was indexed, so nothing can be cut out of it"
+        )
     times = f"{clock(start_seconds)}-{clock(end_seconds)}".replace(":", ".")
     suffix = source.suffix if source.suffix.lower() in FORMATS else ".mkv"
     out = file or f"{source.stem}_{times}{suffix}"

@@ -1,8 +1,12 @@
 """The Ray cluster that a command uses."""
 
+import atexit
 import logging
 import os
+import secrets
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,6 +16,8 @@ import ray
 from ray.exceptions import RayError
 
 from storage.errors import UsageError
+
+MOST_BYTES = 43  # of the path of Ray's folder: that of a socket has 107, of which Ray's names take up to 64
 
 
 def start_ray(address: str | None) -> None:
@@ -24,6 +30,9 @@ def start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
+        options |= {"_temp_dir": _folder_for_ray()}
+        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would keep one in a home that may not be there
     else:
         options |= {"address": address}
     _hear_threads()
@@ -36,6 +45,34 @@ def start_ray(address: str | None) -> None:
         if address is None:
             raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error
+
+
+def _folder_for_ray() -> str:
+    """Where Ray keeps its sockets and logs: where it would by itself, or another place that it can use.
+
+    Raises:
+        UsageError: there is none.
+    """
+    chosen = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    for parent in dict.fromkeys((chosen, "/tmp", "/var/tmp")):
+        shared, own = os.path.join(parent, "ray"), os.path.join(parent, f"ray-{os.getuid()}")
+        for folder in (shared, own) if _is_writable(parent) else ():
+            free = not os.path.lexists(folder)
+            usable = free or (_is_writable(folder) and (folder == shared or os.lstat(folder).st_uid == os.getuid()))
+            if usable and len(os.fsencode(os.path.abspath(folder))) <= MOST_BYTES:
+                return os.path.abspath(folder)
+    if _is_writable("/dev/shm"):
+        folder = tempfile.mkdtemp(prefix="ray-", dir="/dev/shm")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # it takes memory
+        return folder
+    raise UsageError(
+        f"Ray needs a folder for its sockets that can be written and whose path is short, and {chosen} is none; set "
+        f"TMPDIR to a folder whose path has at most {MOST_BYTES - len('/ray')} bytes"
+    )
+
+
+def _is_writable(folder: str) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 @cache

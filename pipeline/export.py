@@ -55,7 +55,8 @@ def export(place: str, name: str, title: str, archive: Archive, moments: Sequenc
     """
     text = FORMATS[name](title, archive, moments)
     if place == STDOUT:
-        sys.stdout.write(text)
+        sys.stdout.buffer.write(text.encode())  # the same bytes as in a file, whatever the terminal's encoding
+        sys.stdout.flush()
     else:
         write_output(place, text.encode())
 

@@ -1,5 +1,7 @@
 """Remembers which file had which bytes, so that an unchanged archive is recognised without reading it."""
 
+import contextlib
+import errno
 import os
 import sqlite3
 import threading
@@ -18,8 +20,18 @@ CREATE TABLE IF NOT EXISTS hashes (
 
 
 def cache_folder() -> Path:
-    """What can be made anew is kept here: the folder VIDX_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("VIDX_CACHE") or platformdirs.user_cache_dir("vidx"))
+    """What can be made anew is kept here: the folder VIDX_CACHE, or the user's cache folder.
+
+    Raises:
+        OSError: neither is known, as of a user without a home.
+    """
+    if os.environ.get("VIDX_CACHE"):
+        return Path(os.environ["VIDX_CACHE"])
+    with contextlib.suppress(RuntimeError):
+        folder = Path(platformdirs.user_cache_dir("vidx"))
+        if folder.is_absolute():
+            return folder
+    raise FileNotFoundError(errno.ENOENT, "no home folder is known")
 
 
 class HashCache:
@@ -33,10 +45,11 @@ class HashCache:
 
     def __init__(self, path: Path | None = None):
         self.problem = ""
-        self._path = path or cache_folder() / "hashes.sqlite"
+        self._path = path
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         try:
+            self._path = path or cache_folder() / "hashes.sqlite"
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
         except sqlite3.DatabaseError as error:
@@ -85,7 +98,9 @@ class HashCache:
 
     def _give_up(self, error: Exception) -> None:
         self._connection = None
-        self.problem = f"{self._path}: {error}"
+        self.problem = (
+            str(getattr(error, "strerror", None) or error) if self._path is None else f"{self._path}: {error}"
+        )
 
 
 def _key(stat: os.stat_result) -> tuple[int, int]:

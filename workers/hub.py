@@ -24,8 +24,11 @@ def hub_directory(name: str) -> Path:
     """
     # imported here: 0.2 s that a model on disk need not wait for
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if not os.path.isabs(HF_HUB_CACHE):
+        raise UsageError("no home folder is known, where the hub's cache would be; set HOME, or HF_HOME to a folder")
     match = _HUB_ID.fullmatch(name)
     try:
         cached = _cached_snapshot(name)
@@ -36,7 +39,13 @@ def hub_directory(name: str) -> Path:
         raise UsageError(f"not a hub id: {error}") from error
     except HfHubHTTPError as error:
         raise UsageError(f"the hub says: {str(error).strip().splitlines()[0]}") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        raise UsageError("not in the local hub cache, and the hub is out of reach") from error
+    except OSError as error:
+        if error.filename is not None:  # not the network's
+            raise UsageError(
+                f"the local hub cache cannot be used: {error.strerror}: {error.filename}; HF_HOME names another folder"
+            ) from error
         raise UsageError("not in the local hub cache, and the hub is out of reach") from error
 
 
@@ -46,10 +55,10 @@ def cached_repositories(model_type: str) -> list[tuple[str, Path]]:
     Returns:
         (OWNER/NAME@REVISION, directory) of each snapshot.
     """
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     found = []
-    for config in sorted(cache.glob("models--*--*/snapshots/*/config.json")):
+    for config in sorted(Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json")):
         snapshot = config.parent
         try:
             values = read_json(config)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import UsageError
+from workers.hash_cache import cache_folder
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _CACHE_FROM_BYTES = 64 << 20  # smaller files are hashed faster than anyone notices
@@ -171,13 +172,15 @@ def _file_digests(path: Path) -> Mapping[str, str]:
     if stat.st_size < _CACHE_FROM_BYTES:
         return _hash_tensors(real)
     stamp = asdict(_Stamp(os.fspath(real), stat.st_size, stat.st_mtime_ns))
-    cache = _cache_directory() / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
+    name = f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a missing or spoilt cache costs time only
+        cache = cache_folder() / "tensors" / name
         cached = json.loads(cache.read_text(encoding="utf-8"))
         if cached["stamp"] == stamp:
             return dict(cached["digests"])
     digests = _hash_tensors(real)
-    with contextlib.suppress(OSError):  # a home that cannot be written costs time only
+    with contextlib.suppress(OSError):  # a home that is not there or cannot be written costs time only
+        cache = cache_folder() / "tensors" / name
         cache.parent.mkdir(parents=True, exist_ok=True)
         draft = cache.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps({"stamp": stamp, "digests": digests}), encoding="utf-8")
@@ -190,10 +193,6 @@ class _Stamp:
     path: str
     size_bytes: int
     mtime_ns: int
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidx" / "tensors"
 
 
 def _hash_tensors(path: Path) -> dict[str, str]:
