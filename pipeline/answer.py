@@ -410,13 +410,18 @@ class Asker:
 
     def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int) -> str:
         bundle = self._held
-        needed, fit = context_needed(bundle, ids, frame_count, most_tokens), frames_that_fit(bundle, ids, most_tokens)
-        trained = f" and was trained on at most {fit} frames" if fit == bundle.card.most_frames else ""
+        fit = frames_that_fit(bundle, ids, most_tokens)
+        narrow = "narrow with --video, --from and --to, or say with --over which to show: retrieve, stride or windows"
+        if fit == bundle.card.most_frames:
+            return (
+                f"{frame_count} frames are too many at once: {bundle.name} was trained on at most {fit} frames of one "
+                f"answer (that is the limit, not its context); {narrow}"
+            )
+        needed = context_needed(bundle, ids, frame_count, most_tokens)
         return (
             f"{frame_count} frames with the question and an answer of {most_tokens} tokens (--max-tokens) need "
-            f"{needed} tokens of context, and {bundle.name} has {bundle.context_length}{trained}, room for {fit} "
-            "frames; narrow with --video, --from and --to, or say with --over which to show: retrieve, stride or "
-            "windows"
+            f"{needed} tokens of context, and {bundle.name} has {bundle.context_length}, room for {fit} frames; "
+            f"{narrow}"
         )
 
 

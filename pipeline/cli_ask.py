@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli_options import (
-    NO_FRAMES,
     archive_option,
     archive_uri,
     check_sheet,
@@ -159,6 +158,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     Exit code 4: nothing found to answer from.
     """
     from pipeline.cli_models import hint_of
+    from pipeline.cli_nothing import why_nothing
     from pipeline.cli_print import counted, note, print_json, print_moments
     from storage.archive import open_archive
     from storage.errors import UsageError
@@ -190,7 +190,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         )
         sys.exit(4)
     if not found:
-        note(f"nothing found: {NO_FRAMES}")
+        note(f"nothing found: {why_nothing(archive, where)}")
         sys.exit(4)
     write_sheet(options, question, archive, answer.moments)
     if answer.fuse_note:

@@ -35,6 +35,8 @@ HELP = """\
 /reset         forget what was said
 /quit          end; so does the end of the input"""
 
+COMMANDS = ("/video", "/time", "/sources", "/reset", "/quit", "/exit", "/help")
+
 
 @click.command()
 @archive_option
@@ -126,6 +128,7 @@ class _Turns:
 
     def take(self, line: str) -> bool:
         """One line; False ends the conversation."""
+        from pipeline.cli import did_you_mean
         from storage.errors import UsageError
 
         command, _, rest = line.partition(" ")
@@ -151,10 +154,11 @@ class _Turns:
         elif command == "/sources":
             self._sources(rest)
         else:
-            raise UsageError(f"{command}: no such command; /help lists them")
+            raise UsageError(f"{command}: no such command{did_you_mean(command, COMMANDS)}; /help lists them")
         return True
 
     def _narrow(self, **changes: str | None) -> None:
+        from pipeline.cli_nothing import why_nothing
         from pipeline.cli_print import counted, note
 
         options = self._options | changes
@@ -162,9 +166,13 @@ class _Turns:
         tell_unfinished(self._archive, self._talk.within)
         self._options = options
         frames = self._talk.within.frames(self._archive)
-        note(counted(len(frames), "frame") if frames else "no frames are there; another /video or /time finds some")
+        if frames:
+            note(counted(len(frames), "frame"))
+        else:
+            note(f"nothing there: {why_nothing(self._archive, self._talk.within)}; choose another /video or /time")
 
     def _ask(self, question: str) -> None:
+        from pipeline.cli_nothing import why_nothing
         from pipeline.cli_print import json_line, note
 
         def stream(text: str) -> None:
@@ -177,6 +185,8 @@ class _Turns:
         answer = self._talk.ask(question, stream, note)
         if self._as_json:
             click.echo(json_line(answer_json(question, answer, self._bundle)))
+        elif answer is None and not self._talk.within.rows(self._archive):
+            note(f"nothing found: {why_nothing(self._archive, self._talk.within)}")
         elif answer is None:
             note("not found in this archive: no frame fits the question; /video and /time say what it is about")
         else:

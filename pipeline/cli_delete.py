@@ -65,6 +65,8 @@ def delete(
         rows = list({row.uri: row for row in map(archive.find_video, videos)}.values())  # before any is deleted
     else:
         rows = _chosen(archive, tags, where)
+    if is_chosen and not rows:
+        _tell_why_none(archive, tags, where)
     if is_chosen and rows and not (dry_run or yes) and sys.stdin.isatty() and sys.stderr.isatty():
         _ask(rows)
     _delete(archive, rows, dry_run, as_json)
@@ -80,6 +82,14 @@ def _chosen(archive: Archive, tags: Sequence[str], where: str) -> list[VideoRow]
         uris = select_videos(archive, where, of_frames=False)
         rows = [row for row in rows if row.uri in uris]
     return rows
+
+
+def _tell_why_none(archive: Archive, tags: Sequence[str], where: str) -> None:
+    from pipeline.cli_nothing import why_no_video
+    from pipeline.cli_print import note
+    from pipeline.filter import Filter
+
+    note(why_no_video(archive, Filter(tags=parse_tags(tags), where=where)))
 
 
 def _ask(rows: Sequence[VideoRow]) -> None:
@@ -139,7 +149,8 @@ def _print_ages(rows: Mapping[str, Sequence[VideoRow]], ages: Mapping[str, _Age]
     for fate, group in rows.items():
         for row in sorted(group, key=lambda row: ages[_key(row)].since):
             age, (video, frames, source) = ages[_key(row)], _cells([row])[0]
-            told = (video, frames, str(age), minute(age.since), _AGE_SOURCES[age.source], source)
+            by = _AGE_SOURCES[age.source] + (" that the file gives" if age.is_by_file else "")
+            told = (video, frames, str(age), minute(age.since), by, source)
             cells.append((fate, *told) if dry_run else told)
     columns = ("video", "frames", "age", "since (UTC)", "by the", "source")
     if cells:
@@ -154,11 +165,13 @@ class _Age:
         since: when.
         source: the column that says so: captured_at, file_changed_at or indexed_at.
         seconds: from then till now.
+        is_by_file: whether captured_at is what the file says of its own creation.
     """
 
     since: datetime
     source: str
     seconds: float
+    is_by_file: bool
 
     def json(self) -> dict[str, Any]:
         """As --json tells it."""
@@ -182,11 +195,14 @@ def _key(row: VideoRow) -> str:
 
 
 def _age_of(row: VideoRow, now: datetime) -> _Age | None:
+    from storage.records import CapturedFrom
+
     changed = None if row.mtime_ns is None else datetime.fromtimestamp(row.mtime_ns / 1e9, UTC)
     known = {"captured_at": row.captured_at, "file_changed_at": changed, "indexed_at": row.indexed_at}
     for source, since in known.items():
         if since is not None:
-            return _Age(since, source, (now - since).total_seconds())
+            is_by_file = source == "captured_at" and row.captured_from is CapturedFrom.FILE
+            return _Age(since, source, (now - since).total_seconds(), is_by_file)
     return None
 
 

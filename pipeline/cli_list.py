@@ -38,6 +38,7 @@ def list_videos(archive_dir: str, statuses: tuple[str, ...], as_csv: bool, as_js
     vidx list --status failed --status partial --json
     vidx list --where "duration_seconds > 3600" --csv
     """
+    from pipeline.cli_nothing import why_no_video
     from pipeline.cli_print import note, print_csv, print_json
     from pipeline.listing import COLUMNS, listed
     from storage.archive import open_archive
@@ -49,7 +50,8 @@ def list_videos(archive_dir: str, statuses: tuple[str, ...], as_csv: bool, as_js
         raise UsageError("--status deleted --where: SQL does not see deleted videos; leave out one of the two")
     archive = open_archive(archive_uri(archive_dir))
     wanted = statuses or tuple(status for status in STATUSES if status != "deleted")
-    rows = [row for row in filter_of(archive, options).videos(archive) if row.status in wanted]
+    within = filter_of(archive, options)
+    rows = [row for row in within.videos(archive) if row.status in wanted]
     if as_json:
         print_json([listed(row) for row in rows])
     elif as_csv:
@@ -57,7 +59,7 @@ def list_videos(archive_dir: str, statuses: tuple[str, ...], as_csv: bool, as_js
     elif rows:
         _print_videos(rows)
     else:
-        note("no video is like that; `vidx status` shows what the archive holds")
+        note(why_no_video(archive, within))
 
 
 def _print_videos(rows: Sequence[VideoRow]) -> None:

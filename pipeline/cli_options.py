@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from storage.archive import Archive
     from storage.records import Moment, VideoRow
 
-NO_FRAMES = "there are no searchable frames in what was asked for; `vidx status` shows what the archive holds"
-
 UNFINISHED_NAMED = 3  # of the videos that are not whole yet
 
 
@@ -159,10 +157,17 @@ def parse_tags(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def archive_uri(archive_dir: str) -> str:
-    """The archive's URI from what the user typed."""
+    """The archive's URI from what the user typed.
+
+    Raises:
+        UsageError: it begins with ~ and no home folder is known.
+    """
     from storage.files import to_uri
 
-    return archive_dir if "://" in archive_dir else to_uri(Path(archive_dir).expanduser().as_posix())
+    try:
+        return archive_dir if "://" in archive_dir else to_uri(Path(archive_dir).expanduser().as_posix())
+    except RuntimeError:
+        raise UsageError(f"--archive {archive_dir}: no home folder is known; set HOME or name the whole path") from None
 
 
 def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from pipeline.cli_options import (
-    NO_FRAMES,
     archive_option,
     archive_uri,
     check_sheet,
@@ -165,6 +164,7 @@ class _Found:
     archive: Any
     bundle: Any
     query: Any
+    within: Any
     result: Any
     unfinished: Any
 
@@ -182,7 +182,7 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
     wanted = Wanted(options["limit"], options["floor"], options["per_video"], near)
     within = filter_of(archive, options)
     unfinished = tell_unfinished(archive, within)
-    return _Found(archive, bundle, query, run_search(archive, bundle, query, within, wanted), unfinished)
+    return _Found(archive, bundle, query, within, run_search(archive, bundle, query, within, wanted), unfinished)
 
 
 def _explained(result: Any) -> dict[str, Any]:
@@ -209,6 +209,7 @@ def _explain(result: Any) -> None:
 def _end_search(found: _Found) -> None:
     """Says what a search could not look at, and ends with exit code 4 where nothing was found."""
     from pipeline.cli_models import limits_of
+    from pipeline.cli_nothing import why_nothing
     from pipeline.cli_print import counted, note
 
     result = found.result
@@ -220,7 +221,7 @@ def _end_search(found: _Found) -> None:
         why = (
             f"none of {counted(searched, 'frame')} reaches a score of {result.floor.score:g} (--min-score)"
             if searched
-            else NO_FRAMES
+            else why_nothing(found.archive, found.within)
         )
         limits = f"; {limits_of(found.bundle)}" if searched and found.bundle.card.states_limits else ""
         shows = f", but for {result.frames_left_out} that show what --not names" if result.frames_left_out else ""

@@ -1,6 +1,6 @@
 """filter: the part of an archive that a query is narrowed to."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.errors import UsageError
+from storage.files import one_spelling
 from storage.frames import PartBounds, Rows
 from storage.records import FrameRef, VideoRow
 
@@ -128,7 +129,7 @@ class Filter:
     def _passes(self, row: VideoRow) -> bool:
         """Whether any frame of a video can pass, but for the times."""
         is_dated = row.captured_at is not None or (self.after is None and self.before is None)
-        return is_dated and all(row.tags.get(key) in values for key, values in self.tags.items())
+        return is_dated and has_tags(row, self.tags)
 
     def _span(self, row: VideoRow, first_seconds: float, end_seconds: float) -> Span | None:
         """The part of a video that passes, whose frames lie within those times; None for no part.
@@ -149,6 +150,14 @@ class Filter:
             if ends < end_seconds:
                 end = ends if end is None else min(end, ends)
         return None if start is not None and end is not None and end <= start else (start, end)
+
+
+def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a video has one of the values of each key; texts that look the same are the same."""
+    if not tags:
+        return True
+    own = {one_spelling(key): one_spelling(value) for key, value in row.tags.items()}
+    return all(own.get(one_spelling(key)) in map(one_spelling, values) for key, values in tags.items())
 
 
 def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:

@@ -19,6 +19,7 @@ from storage.errors import UsageError, VideoProblem, VidxError
 from storage.files import local_path
 from storage.jobs import Job
 from storage.records import (
+    CapturedFrom,
     Choice,
     Content,
     Probe,
@@ -214,7 +215,7 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
     there = [row for row in rows if row.video_id not in away]
     for text in sorted({row.sampling for row in there}):
         rows_alike = [row for row in there if row.sampling == text]
-        assets = [VideoAsset(row.uri, row.captured_at, row.tags) for row in rows_alike]
+        assets = [VideoAsset(row.uri, row.captured_at, row.tags, row.captured_from) for row in rows_alike]
         largest = max(row.probe.width * row.probe.height for row in rows_alike if row.probe)
         config = IndexConfig(model=archive.model_name)
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
@@ -530,7 +531,7 @@ class _Run:
         problem: Problem | None,
     ) -> VideoRow:
         attempts = self._known.attempts(asset, content) + 1
-        asset = self._known.inherit(asset, content)
+        asset = _dated(self._known.inherit(asset, content), probe)
         damaged = Status.PARTIAL if frame_count else Status.FAILED
         return VideoRow(
             video_id=content.video_id if content else None,
@@ -545,6 +546,7 @@ class _Run:
             mtime_ns=content.mtime_ns if content else None,
             probe=probe,
             captured_at=asset.captured_at,
+            captured_from=asset.captured_from,
             tags=asset.tags,
             attempts=attempts,
             indexed_at=datetime.now(UTC),
@@ -595,6 +597,14 @@ def _size(asset: VideoAsset, content: Content | None) -> int:
     with contextlib.suppress(OSError, ValueError):
         return os.stat(local_path(asset.uri)).st_size
     return 0
+
+
+def _dated(asset: VideoAsset, probe: Probe | None) -> VideoAsset:
+    """The asset with the time of capture that its file gives, where nobody said another."""
+    is_told = asset.captured_at is not None and asset.captured_from is CapturedFrom.MANIFEST
+    if is_told or probe is None or probe.created_at is None:
+        return asset
+    return replace(asset, captured_at=probe.created_at, captured_from=CapturedFrom.FILE)
 
 
 def _lost(task: SegmentTask, problem: Problem) -> Receipt:

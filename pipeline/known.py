@@ -116,9 +116,11 @@ class Known:
         """The asset with tags and capture time of the same content, or tags of the same place, where it has none."""
         same_content = self.by_id.get(content.video_id) if content else None
         same_place = same_content or self.by_uri.get(asset.uri)
-        captured_at = asset.captured_at or (same_content.captured_at if same_content else None)
         tags = asset.tags if asset.tags is not None else (same_place.tags if same_place else {})
-        return replace(asset, captured_at=captured_at, tags=tags)
+        asset = replace(asset, tags=tags)
+        if asset.captured_at is not None or same_content is None:
+            return asset
+        return replace(asset, captured_at=same_content.captured_at, captured_from=same_content.captured_from)
 
     def attempts(self, asset: VideoAsset, content: Content | None) -> int:
         """How many runs have tried this content, or this place where the content cannot be read, as it is wanted."""
@@ -231,8 +233,9 @@ def _renewed(
     elif not _still_there(row, contents):
         changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns}
     if asset.uri == changes.get("uri", row.uri) or row.uri not in named:
-        if asset.captured_at is not None and asset.captured_at != row.captured_at:
-            changes["captured_at"] = asset.captured_at
+        captured = {"captured_at": asset.captured_at, "captured_from": asset.captured_from}
+        if asset.captured_at is not None and captured != {name: getattr(row, name) for name in captured}:
+            changes |= captured
         if asset.tags is not None and dict(asset.tags) != dict(row.tags):
             changes["tags"] = asset.tags
     return replace(row, **changes) if changes else None

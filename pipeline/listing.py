@@ -28,6 +28,7 @@ _FIELDS: dict[str, tuple[pa.DataType, Callable[[VideoRow], Any]]] = {
     "size_bytes": (pa.int64(), lambda row: row.size_bytes),
     "sampling": (pa.string(), lambda row: row.sampling),
     "model_id": (pa.string(), lambda row: row.model_id),
+    "captured_from": (pa.string(), lambda row: row.captured_at and str(row.captured_from)),
 }
 COLUMNS = tuple(_FIELDS)
 SCHEMA = pa.schema([(name, kind) for name, (kind, _) in _FIELDS.items()])

@@ -4,10 +4,12 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
+from pipeline.times import epoch_hint
 from storage.errors import UsageError
 from storage.files import is_text
+from storage.iso_time import iso_instant
 
 SUFFIXES = (".csv", ".jsonl")
 
@@ -87,8 +89,8 @@ def _row(where: str, row: dict) -> ManifestRow:
 def _captured_at(where: str, text: object) -> datetime | None:
     if text in (None, ""):
         return None
-    try:
-        moment = datetime.fromisoformat(str(text))
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"{where}: captured_at {text!r} is not ISO 8601, e.g. 2024-05-01T12:00:00Z") from error
+    instant = iso_instant(text)
+    if instant is None:
+        hint = epoch_hint(text)
+        raise UsageError(f"{where}: captured_at {text!r} is not ISO 8601, e.g. 2024-05-01T12:00:00Z{hint}")
+    return instant

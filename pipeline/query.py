@@ -1,6 +1,7 @@
 """query: what a moment is to show, and what not, as keys in the space of the frames' search keys."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -182,12 +183,27 @@ def parse_term(text: str, kind: Kind = Kind.TEXT) -> Term:
     """`a red bus^2` counts twice as much as `a dog`.
 
     Raises:
-        UsageError: the weight is not above zero.
+        UsageError: the weight is no number, or not above zero, or stands alone.
     """
-    match = re.fullmatch(r"(.*\S)\s*\^(\d+(?:\.\d*)?)", text, re.DOTALL)
-    if not match:
-        return Term(text, kind=kind)
-    return Term(match[1], float(match[2]), kind)
+    before, caret, after = text.rpartition("^")
+    if re.fullmatch(r"\s*(\d+(\.\d*)?|\.\d+)\s*", after, re.ASCII) and before.strip():
+        return Term(before.rstrip(), float(after), kind)
+    if caret and not _may_end_so(kind, text, after):
+        raise UsageError(
+            f"{text}: what stands behind ^ at the end is a weight, a number above 0 such as ^2 or ^0.5; a text that "
+            "itself ends so takes a weight too: ^1"
+        )
+    return Term(text, kind=kind)
+
+
+def _may_end_so(kind: Kind, text: str, after: str) -> bool:
+    """Whether a ^ belongs to a text, as in "x^y" and where words follow, or to the name of a picture or a video."""
+    if kind is Kind.IMAGE:
+        return os.path.exists(text) or bool(os.path.splitext(after)[1])
+    if kind is Kind.MOMENT:
+        return "@" in after
+    base = text.rpartition("^")[0].split(" ")[-1]
+    return len(base) < 2 or len(after.split()) > 1
 
 
 def check_text(what: str, text: str) -> None:

@@ -6,6 +6,7 @@ Nothing is opened but manifests and files of folders whose suffix other programs
 import glob
 import itertools
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pipeline.folders import FolderWalk, Kind, Place
 from pipeline.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from pipeline.manifest import read_manifest
 from storage.errors import UsageError, VideoProblem
-from storage.files import local_path, to_uri
+from storage.files import local_path, one_spelling, to_uri
 from storage.records import VideoAsset
 from workers.content import open_source
 from workers.structure import HEAD_BYTES, foreign_content
@@ -75,6 +76,18 @@ class _Found:
         self._seen: set[bytes] = set()
         self._walks: list[tuple[str, FolderWalk]] = []  # with the source that each is of
         self._has_video: dict[str, bool] = {}  # by source, where that is a folder
+        self._spelled: dict[str, dict[str, str]] = {}  # names in folders, by their one spelling
+
+    def on_disk(self, path: str) -> str:
+        """The path, or the one that looks the same (NFC and NFD of Unicode) where nothing has these very bytes."""
+        if path.isascii() or os.path.lexists(path):
+            return path
+        folder, name = os.path.split(path)
+        folder = self.on_disk(folder)
+        if folder not in self._spelled:
+            listed = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+            self._spelled[folder] = {one_spelling(other): other for other in listed}
+        return os.path.join(folder, self._spelled[folder].get(one_spelling(name), name))
 
     def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
         """One video; a manifest's row says more than a path."""
@@ -152,7 +165,7 @@ def _is_foreign(path: bytes) -> bool:
 
 
 def _scan_source(source: str, found: _Found) -> None:
-    path = _as_path(source)
+    path = found.on_disk(_as_path(source))
     if os.path.isdir(path):
         found.add_folder(source, os.fsencode(path))
     elif os.path.lexists(path):
@@ -177,12 +190,13 @@ def _as_path(source: str) -> str:
 
 def _scan_manifest(path: str, found: _Found) -> None:
     for row in read_manifest(path):
-        place = os.path.join(os.path.dirname(path), _as_path(row.source))
+        place = found.on_disk(os.path.join(os.path.dirname(path), _as_path(row.source)))
         found.add(VideoAsset(to_uri(place), row.captured_at, row.tags))
 
 
 def _scan_glob(source: str, pattern: str, found: _Found) -> None:
-    matches = sorted(set(_expand(os.fsencode(pattern), found)))
+    spellings = {pattern, *(unicodedata.normalize(form, pattern) for form in ("NFC", "NFD"))}
+    matches = sorted({match for each in spellings for match in _expand(os.fsencode(each), found)})
     recursive = "**" in pattern.split("/")  # it lists what lies below a folder by itself
     files = [match for match in matches if not os.path.isdir(match)]
     folders = [] if recursive else [match for match in matches if os.path.isdir(match)]

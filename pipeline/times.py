@@ -5,6 +5,9 @@ import re
 from datetime import UTC, datetime
 
 from storage.errors import UsageError
+from storage.iso_time import iso_instant
+
+_EPOCH_END = 10**10  # seconds since 1970 below it lie before the year 2287
 
 
 def parse_time(option: str, text: str) -> float:
@@ -23,16 +26,28 @@ def parse_time(option: str, text: str) -> float:
 
 
 def parse_instant(option: str, text: str) -> datetime:
-    """A point in time from ISO 8601; without a zone it is UTC.
+    """A point in time from ISO 8601, in UTC; without a zone it is UTC.
 
     Raises:
         UsageError: it is none.
     """
-    try:
-        instant = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise UsageError(f"{option} {text}: not a time; give ISO 8601, e.g. 2024-05-01 or 2024-05-01T12:00Z") from None
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+    instant = iso_instant(text)
+    if instant is None:
+        hint = epoch_hint(text)
+        raise UsageError(f"{option} {text}: not a time; give ISO 8601, e.g. 2024-05-01 or 2024-05-01T12:00Z{hint}")
+    return instant
+
+
+def epoch_hint(value: object) -> str:
+    """What a number may have meant, to be added to the error about it: seconds since 1970, or parts of them."""
+    text = str(value).strip()
+    if not re.fullmatch(r"\d{9,20}(\.\d*)?", text, re.ASCII):
+        return ""
+    for unit, per_second in (("seconds", 1), ("milliseconds", 10**3), ("microseconds", 10**6), ("nanoseconds", 10**9)):
+        seconds = int(text.partition(".")[0]) // per_second
+        if seconds < _EPOCH_END:
+            return f"; {unit} since 1970 would be {datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return ""
 
 
 def parse_moment(video: str) -> tuple[str, float | None, float | None]:

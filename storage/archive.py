@@ -31,6 +31,7 @@ from storage.files import (
     source_text,
     to_uri,
     tree_size,
+    uri_spelling,
     write_bytes,
     writing,
 )
@@ -526,6 +527,8 @@ class Archive:
     def find_video(self, name: str) -> VideoRow:
         """The video that a person means by a path, a URI, a file name, or the first digits (six or more) of its id.
 
+        A name that no video has in these very bytes means the one whose name looks the same (NFC and NFD of Unicode).
+
         Raises:
             UsageError: there is none, or more than one.
         """
@@ -535,15 +538,20 @@ class Archive:
         uri = to_uri(name)
         if uri in uris:
             return _row_at(rows, uris.index(uri))
-        same_name = [place for place, other in enumerate(uris) if other.rsplit("/", 1)[-1] == uri.rsplit("/", 1)[-1]]
-        if "/" not in name and len(same_name) == 1:
-            return _row_at(rows, same_name[0])
+        for spelled in (str, uri_spelling):
+            place = spelled(uri)
+            same_place = [at for at, other in enumerate(map(spelled, uris)) if other == place]
+            file = place.rsplit("/", 1)[-1]
+            same_name = [at for at, other in enumerate(map(spelled, uris)) if other.rsplit("/", 1)[-1] == file]
+            for same in (same_place, [] if "/" in name else same_name):
+                if len(same) == 1:
+                    return _row_at(rows, same[0])
         digits = name.lower()
         is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
         found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
         if len(found) == 1:
             return _row_at(rows, found[0])
-        alike = found or ([] if "/" in name else same_name)
+        alike = found or same_place or ([] if "/" in name else same_name)
         if alike:
             candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in alike)[:5])
             raise UsageError(f"{name}: more than one video is called so; name one by its path or id: {candidates}")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -56,6 +57,16 @@ def source_text(uri: str) -> str:
     r"""A place as people read it: a local file's path, with bytes that are no UTF-8 as \xNN; else the URI."""
     path = local_path(uri)
     return uri if path is None else path.decode("utf-8", "backslashreplace")
+
+
+def one_spelling(text: str) -> str:
+    """A text in the one spelling (NFC) of all that look alike; macOS names files in another (NFD) than people type."""
+    return unicodedata.normalize("NFC", text)
+
+
+def uri_spelling(uri: str) -> str:
+    """The same of a URI, with what is percent-encoded in it decoded: to compare with others, not to open."""
+    return one_spelling(urllib.parse.unquote(uri, errors="backslashreplace")) if "%" in uri else uri
 
 
 def join(uri: str, *names: str) -> str:

@@ -87,6 +87,13 @@ def is_whole(problem: Problem | None) -> bool:
     return problem is None or problem.reason.is_note
 
 
+class CapturedFrom(StrEnum):
+    """Where the time of capture comes from: a manifest, which wins, or what the file says of its own creation."""
+
+    MANIFEST = "manifest"
+    FILE = "file"
+
+
 @dataclass(frozen=True)
 class VideoAsset:
     """A source as scan found it, not yet opened.
@@ -95,11 +102,13 @@ class VideoAsset:
         uri: where it is.
         captured_at: as a manifest says; None where it does not.
         tags: as a manifest says, all of them; None where it does not say, so that those that are known stay.
+        captured_from: where captured_at comes from, where it is known.
     """
 
     uri: str
     captured_at: datetime | None = None
     tags: Mapping[str, str] | None = None
+    captured_from: CapturedFrom = CapturedFrom.MANIFEST
 
     def __post_init__(self):
         if "://" not in self.uri:
@@ -136,6 +145,7 @@ class Probe:
         duration_seconds: the container's, or None where it does not say.
         cuts: ticks of keyframes at which a segment may begin, ascending, the file's first excluded, each
             with the rank of that frame in presentation order; empty where the file must be read in one piece.
+        created_at: when the file says that it was made; None where it says nothing that can be.
     """
 
     decoder: str
@@ -150,12 +160,15 @@ class Probe:
     clock_offset_seconds: float
     duration_seconds: float | None
     cuts: tuple[tuple[int, int], ...]
+    created_at: datetime | None = None
 
     def __post_init__(self):
         if self.rotation_degrees not in (0, 90, 180, 270):
             raise ValueError(f"Probe.rotation_degrees is {self.rotation_degrees}")
         if self.time_base <= 0:
             raise ValueError(f"Probe.time_base is {self.time_base}")
+        if self.created_at is not None and self.created_at.tzinfo is None:
+            raise ValueError("Probe.created_at has no time zone")
 
     def pts_seconds(self, ticks: np.ndarray | int) -> np.ndarray | float:
         """The file's own clock."""
@@ -401,7 +414,7 @@ class VideoRow:
 
     Fields that only an opened file can tell are None where it could not be opened. attempts counts the runs that tried
     this content with these settings; indexed_at is when the last of them ended, None where none has, or where an
-    older vidx did not say.
+    older vidx did not say. captured_from means something where captured_at is known.
     """
 
     video_id: str | None
@@ -419,6 +432,7 @@ class VideoRow:
     tags: Mapping[str, str]
     attempts: int
     indexed_at: datetime | None = None
+    captured_from: CapturedFrom = CapturedFrom.MANIFEST
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.frames import PartBounds
-from storage.records import Probe, Problem, Reason, Status, VideoRow
+from storage.records import CapturedFrom, Probe, Problem, Reason, Status, VideoRow
 
 # `cuts` of a Probe are not kept: they serve the job that splits the video, and there are thousands in a long one.
 SCHEMA = pa.schema(
@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         pa.field("tags", pa.map_(pa.string(), pa.string())),
         pa.field("attempts", pa.int32(), nullable=False),
         pa.field("indexed_at", pa.timestamp("us", tz="UTC")),  # null in rows of a vidx that did not keep it
+        pa.field("captured_from", pa.string()),  # null where captured_at is, and of a vidx that read manifests alone
     ]
 )
 _PROBED = (
@@ -183,6 +184,7 @@ def _as_dict(row: VideoRow) -> dict:
     for name in ("captured_at", "indexed_at"):
         if values[name] is not None:
             values[name] = values[name].astimezone(UTC)
+    values["captured_from"] = None if row.captured_at is None else str(row.captured_from)
     values["tags"] = list(row.tags.items())
     if row.problem is not None:
         values |= {"reason": str(row.problem.reason), "detail": row.problem.detail}
@@ -215,4 +217,5 @@ def _as_row(values: dict) -> VideoRow:
         tags=values["tags"] or {},
         attempts=values["attempts"],
         indexed_at=values["indexed_at"],
+        captured_from=CapturedFrom(values["captured_from"] or CapturedFrom.MANIFEST),
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -644,6 +645,22 @@ def test_a_video_is_named_by_path_uri_or_the_first_digits_of_its_id(archive, tmp
     for text in ("cd000", "none.mp4", "ffffff"):
         with pytest.raises(UsageError, match="no such video"):
             archive.find_video(text)
+
+
+def test_a_video_is_named_in_any_spelling_that_looks_like_its_name(archive, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    add_video(archive, 1, uri=to_uri(str(tmp_path / decomposed / f"{decomposed}.mp4")))
+    add_video(archive, 2, uri=to_uri(str(tmp_path / f"a {composed}.mp4")))
+    for text in (f"{composed}.mp4", f"{decomposed}.mp4", str(tmp_path / composed / f"{composed}.mp4")):
+        assert archive.find_video(text).video_id == video_id_of(1), text
+    assert archive.find_video(to_uri(str(tmp_path / composed / f"{decomposed}.mp4"))).video_id == video_id_of(1)
+    assert archive.find_video(f"a {decomposed}.mp4").video_id == video_id_of(2)
+    add_video(archive, 3, uri=to_uri(str(tmp_path / composed / f"{composed}.mp4")))  # another one of the same look
+    assert archive.find_video(str(tmp_path / composed / f"{composed}.mp4")).video_id == video_id_of(3)
+    assert archive.find_video(f"{decomposed}.mp4").video_id == video_id_of(1)
+    with pytest.raises(UsageError, match="more than one"):
+        archive.find_video(str(tmp_path / composed / f"{decomposed}.mp4"))
 
 
 def test_the_status_counts_what_is_published(archive):

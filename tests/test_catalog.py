@@ -52,6 +52,7 @@ def test_videos_shows_what_the_documentation_names(archive):
         "frames": 5,
         "size_bytes": 1234,
         "captured_at": datetime(2024, 5, 1, 12),
+        "captured_from": "manifest",
         "tags": {"camera": "cam1"},
         "model_id": MODEL_ID,
         "sampling": "fps=1,patches=0",

@@ -106,6 +106,10 @@ def test_a_wrong_condition_is_refused_in_a_line(archive, condition, word):
         ("rain ^0.5", Term("rain", 0.5)),
         ("x^y", Term("x^y")),
         ("^3", Term("^3")),
+        ("a car^2 ", Term("a car", 2.0)),
+        ("a car^.5", Term("a car", 0.5)),
+        ("the words up^down on a wall", Term("the words up^down on a wall")),
+        ("up^down^1", Term("up^down", 1.0)),
     ],
 )
 def test_a_text_may_end_in_its_weight(text, term):
@@ -115,6 +119,20 @@ def test_a_text_may_end_in_its_weight(text, term):
 def test_a_weight_of_nothing_is_refused():
     with pytest.raises(UsageError, match="--not"):
         parse_term("a bus^0")
+
+
+@pytest.mark.parametrize("weight", ["x", "", "-1", "2x", "1e3", "0,5", "inf", "nan", "\u0662"])
+def test_what_is_no_weight_behind_a_text_is_refused_and_says_what_one_is(weight):
+    for text, kind in (("a car", Kind.TEXT), ("car.jpg", Kind.IMAGE), ("cars.mp4@0:12", Kind.MOMENT)):
+        with pytest.raises(UsageError, match="a weight, a number above 0") as caught:
+            parse_term(f"{text}^{weight}", kind)
+        assert f"{text}^{weight}" in str(caught.value)
+
+
+def test_a_caret_in_a_file_name_is_no_weight():
+    assert parse_term("a^b.jpg", Kind.IMAGE) == Term("a^b.jpg", kind=Kind.IMAGE)
+    assert parse_term("a^b.mp4@5^2", Kind.MOMENT) == Term("a^b.mp4@5", 2.0, Kind.MOMENT)
+    assert parse_term("a^b.mp4@5", Kind.MOMENT) == Term("a^b.mp4@5", kind=Kind.MOMENT)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import unicodedata
 from datetime import UTC, datetime
 
 import pytest
@@ -227,6 +228,71 @@ def test_a_csv_manifest_gives_capture_times_and_tags(folder):
     assert (first.captured_at, first.tags) == (datetime(2024, 5, 1, 10, tzinfo=UTC), {"camera": "north"})
     assert (second.captured_at, second.tags) == (None, {"camera": "south", "note": "wet"})
     assert local_path(second.uri) == os.fsencode(folder / "b" / "c.webm")
+
+
+@pytest.mark.parametrize(
+    ("text", "hour"),
+    [
+        ("2024-05-01T12:00:00+02:00", 10),
+        ("2024-05-01T12:00", 12),
+        ("2024-05-01 12:00:00.25Z", 12),
+        ("20240501T120000Z", 12),
+        ("2024-W18-3T12", 12),
+        ("2024-05-01", 0),
+    ],
+)
+def test_times_of_a_manifest_are_of_iso_8601(folder, text, hour):
+    (folder / "m.jsonl").write_text(json.dumps({"source": "z.mp4", "captured_at": text}))
+    (asset,) = scan([str(folder / "m.jsonl")]).assets
+    assert asset.captured_at.replace(microsecond=0) == datetime(2024, 5, 1, hour, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        (1712010112, "seconds since 1970 would be 2024-04-01T22:21:52Z"),
+        (1712010112000, "milliseconds since 1970 would be 2024-04-01T22:21:52Z"),
+        (1712010112000000, "microseconds since 1970 would be 2024-04-01T22:21:52Z"),
+        (171201011200000, ""),
+        (1712010112.5, "2024-04-01T22:21:52Z"),
+        (20240501, ""),
+        (True, ""),
+        ([2024, 5, 1], ""),
+        ("2024/05/01", ""),
+        ("01.05.2024 12:00", ""),
+        ("May 1, 2024", ""),
+        ("2024-05-01x12:00", ""),
+        ("2024-05-01T1200", ""),
+        ("2024-05-01T12:00 CEST", ""),
+        ("2024-05-32", ""),
+        ("\u0662\u0660\u0662\u0664-05-01", ""),
+        ("9999-12-31T23:59-10:00", ""),
+    ],
+)
+def test_every_other_form_of_a_time_is_refused(folder, value, meant):
+    (folder / "m.jsonl").write_text(json.dumps({"source": "z.mp4", "captured_at": value}))
+    with pytest.raises(UsageError, match="is not ISO 8601") as caught:
+        scan([str(folder / "m.jsonl")])
+    assert meant in str(caught.value)
+    if not isinstance(value, (str, int)) or isinstance(value, bool) or value == 20240501:
+        return
+    (folder / "m.csv").write_text(f'source,captured_at\nz.mp4,"{value}"\n')
+    with pytest.raises(UsageError, match=r"line 2: captured_at .* is not ISO 8601"):
+        scan([str(folder / "m.csv")])
+
+
+@pytest.mark.parametrize(("typed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_finds_the_file_that_looks_the_same(tmp_path, typed, stored):
+    typed, stored = (unicodedata.normalize(form, "caf\u00e9") for form in (typed, stored))
+    (tmp_path / stored).mkdir()
+    (tmp_path / stored / f"{stored}.mp4").write_bytes(b"x")
+    (tmp_path / "m.csv").write_text(f"source\n{typed}/{typed}.mp4\n")
+    sources = (f"{typed}/{typed}.mp4", typed, f"{typed}/*.mp4", f"**/{typed}.mp4", "m.csv")
+    for source in sources:
+        (asset,) = scan([str(tmp_path / source)]).assets
+        assert os.path.exists(local_path(asset.uri)), source
+    (tmp_path / typed).mkdir()  # now the name is another folder's own
+    assert scan([str(tmp_path / typed)]).assets == ()
 
 
 def test_a_jsonl_manifest_gives_the_same(folder):

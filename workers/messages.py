@@ -6,6 +6,7 @@ The child reads hostile files, so nothing that comes from it is executed, and ev
 import json
 import socket
 import struct
+from datetime import datetime
 from fractions import Fraction
 
 from storage.records import Probe
@@ -76,10 +77,13 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytearray:
 def probe_to_json(probe: Probe) -> dict:
     """A Probe as plain values."""
     base = probe.time_base
-    return vars(probe) | {"time_base": [base.numerator, base.denominator], "cuts": list(probe.cuts)}
+    created = None if probe.created_at is None else probe.created_at.isoformat()
+    base = [base.numerator, base.denominator]
+    return vars(probe) | {"time_base": base, "cuts": list(probe.cuts), "created_at": created}
 
 
 def probe_from_json(values: dict) -> Probe:
     """The Probe again, checked by itself."""
     cuts = tuple((int(ticks), int(rank)) for ticks, rank in values["cuts"])
-    return Probe(**values | {"time_base": Fraction(*values["time_base"]), "cuts": cuts})
+    created = None if values["created_at"] is None else datetime.fromisoformat(values["created_at"])
+    return Probe(**values | {"time_base": Fraction(*values["time_base"]), "cuts": cuts, "created_at": created})

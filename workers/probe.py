@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Callable
+from datetime import UTC, datetime
 from fractions import Fraction
 
 from storage.errors import VideoProblem
 from storage.records import Probe, Reason
 from workers.clock import TimedFrame
+from workers.created import creation_time
 from workers.decode_damage import Damage
 from workers.decode_encryption import ENCRYPTED_DETAIL, looks_encrypted
 from workers.decode_open import OpenVideo
@@ -54,6 +56,7 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
             "first_ticks": head[0].ticks,
             "clock_offset_seconds": offset,
             "duration_seconds": _duration(video, offset),
+            "created_at": creation_time((video.container.metadata, stream.metadata), datetime.now(UTC)),
         }
         head_ticks = [frame.ticks for frame in head]
         for_decord = library == "decord" and turn == Orientation() and facts["container"].startswith(CUT_FORMATS)
