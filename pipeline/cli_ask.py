@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.remote import RemoteAsker
     from storage.archive import Archive
     from workers.bundle import Bundle
+    from workers.model_options import ModelOptions
 
 # How `ask` and `chat` answer.
 ask_options = grouped(
@@ -87,7 +88,7 @@ def asked_of(options: Mapping[str, Any]) -> Any:
     """How a question is to be answered, by the options of `ask_options` and those of `ask` alone."""
     from pipeline.answer import Asked, Over
     from pipeline.search import FRAMES_SHOWN
-    from workers.engine import SamplingParams
+    from workers.model_options import SamplingParams
 
     over = options.get("over")
     return Asked(
@@ -101,27 +102,48 @@ def asked_of(options: Mapping[str, Any]) -> Any:
     )
 
 
-def asker_of(archive: Archive, options: Mapping[str, Any], cache_bytes: int) -> tuple[Asker | RemoteAsker, Bundle]:
-    """What answers, by the options of `ask_options` and those of the model; and the archive's model."""
-    from workers.engine import ModelOptions
+def checked_model(archive: Archive, options: Mapping[str, Any]) -> tuple[ModelOptions, Bundle | None]:
+    """How the model is to be held, and which it is, None where it lies on a cluster.
 
-    model = options["model"]
+    Raises:
+        UsageError: what can be told to be wrong with them before Ray and torch are imported, which takes many seconds.
+    """
+    from workers.model_options import ModelOptions
+
     place = options["device"] or "auto", options["dtype"] or "auto"
     how = ModelOptions(*place, options["quantize"], options["engine"])
     if options["address"] is not None:
         from pipeline.address import check_address
 
         check_address(options["address"])
-        from pipeline.cli_print import note
-        from pipeline.remote import RemoteAsker
-
-        remote = RemoteAsker(archive, model, options["address"], how, cache_bytes, announce=note)
-        return remote, remote.bundle
-    from pipeline.answer import Asker
+        return how, None
     from pipeline.search import bundle_of
 
-    bundle = bundle_of(archive, model)
-    return Asker(archive, bundle, how, cache_bytes), bundle
+    how.check_installed()
+    return how, bundle_of(archive, options["model"])
+
+
+def asker_of(
+    archive: Archive, options: Mapping[str, Any], how: ModelOptions, bundle: Bundle | None, keeps: bool
+) -> tuple[Asker | RemoteAsker, Bundle]:
+    """What answers, and the archive's model; how and bundle are of `checked_model`.
+
+    Args:
+        archive: what is asked.
+        options: of the command.
+        how, bundle: the model.
+        keeps: for further questions what is computed for one.
+    """
+    from pipeline.answer import CACHE_BYTES, Asker
+
+    cache_bytes = CACHE_BYTES if keeps else 0
+    if bundle is not None:
+        return Asker(archive, bundle, how, cache_bytes), bundle
+    from pipeline.cli_print import note
+    from pipeline.remote import RemoteAsker
+
+    remote = RemoteAsker(archive, options["model"], options["address"], how, cache_bytes, announce=note)
+    return remote, remote.bundle
 
 
 @click.command()
@@ -160,16 +182,24 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     from pipeline.cli_models import hint_of
     from pipeline.cli_nothing import why_nothing
     from pipeline.cli_print import counted, note, print_json, print_moments
+    from pipeline.query import check_text
     from storage.archive import open_archive
     from storage.errors import UsageError
 
     if options["take_all"] and options["frames"] is not None:
         raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
     check_sheet(options)
+    check_text("question", question)
     archive = open_archive(archive_uri(archive_dir))
     where = filter_of(archive, options)
+    how, bundle = checked_model(archive, options)
     unfinished = tell_unfinished(archive, where)
-    asker, bundle = asker_of(archive, options, cache_bytes=0)
+    if not where.rows(archive):
+        if as_json:
+            print_json({**answer_json(question, None, archive), "videos_unfinished": unfinished_json(unfinished)})
+        note(f"nothing found: {why_nothing(archive, where)}")
+        sys.exit(4)
+    asker, bundle = asker_of(archive, options, how, bundle, keeps=False)
 
     def stream(text: str) -> None:
         if not as_json:
@@ -183,14 +213,11 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         click.echo()
         print_moments(answer.moments)
         click.echo(f"from {counted(answer.frame_count, 'frame')}, fused with {answer.fuse}")
-    if not found and where.rows(archive):
+    if not found:
         note(
             "not found in this archive: no frame fits the question; --anyway answers from the best ones, --all from "
             "every frame of --video, --from/--to and the other filters"
         )
-        sys.exit(4)
-    if not found:
-        note(f"nothing found: {why_nothing(archive, where)}")
         sys.exit(4)
     write_sheet(options, question, archive, answer.moments)
     if answer.fuse_note:
@@ -199,8 +226,8 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         note(hint)
 
 
-def answer_json(question: str, answer: Any, bundle: Any) -> dict[str, Any]:
-    """What `ask` and `chat` print of an answer, None where nothing was found."""
+def answer_json(question: str, answer: Any, bundle: Bundle | Archive) -> dict[str, Any]:
+    """What `ask` and `chat` print of an answer, None where nothing was found; bundle is of what was asked."""
     from pipeline.cli_models import hint_of
     from pipeline.cli_print import moment_json
 

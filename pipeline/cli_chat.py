@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli_ask import answer_json, ask_options, asked_of, asker_of
+from pipeline.cli_ask import answer_json, ask_options, asked_of, asker_of, checked_model
 from pipeline.cli_options import (
     archive_option,
     archive_uri,
@@ -57,8 +57,6 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     vidx chat --video bottles.mp4 --from 12 --to 30
     vidx chat --json < questions.txt
     """
-    from pipeline.answer import CACHE_BYTES
-    from pipeline.chat import Conversation
     from pipeline.cli_print import counted, note
     from storage.archive import open_archive
     from storage.errors import DamagedError, UsageError
@@ -68,7 +66,9 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     archive = open_archive(archive_uri(archive_dir))
     within = filter_of(archive, options)
     tell_unfinished(archive, within)
-    asker, bundle = asker_of(archive, options, CACHE_BYTES)
+    asker, bundle = asker_of(archive, options, *checked_model(archive, options), keeps=True)
+    from pipeline.chat import Conversation  # with torch
+
     talk = Conversation(asker, bundle, within, asked_of(options))
     turns = _Turns(archive, bundle, talk, options, as_json)
     if sys.stdin.isatty():

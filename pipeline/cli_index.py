@@ -96,12 +96,14 @@ def index(
     from pipeline.cli_print import note, print_json, printable
     from pipeline.cli_progress import show_progress
     from pipeline.config import load_config
-    from pipeline.index import plan_index, run_index, sampling_of
+    from pipeline.index import check_machine, plan_index, run_index, sampling_of
     from pipeline.scan import scan
     from storage.archive import archive_exists, create_archive, open_archive
     from workers.bundle import find_bundle
 
     settings = load_config(config, options)
+    if settings.address is None and not dry_run:
+        check_machine(settings)
     found = scan(sources)
     if found.left_out:
         note(f"left out: {_left_out(found.left_out)}")

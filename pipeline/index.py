@@ -40,6 +40,7 @@ from workers.bundle import Bundle, find_bundle
 from workers.content import identify
 from workers.decode import check_choice
 from workers.hash_cache import HashCache
+from workers.model_options import check_device
 
 if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
     from pipeline.executor import Executor, Outcome
@@ -145,6 +146,18 @@ def plan_index(
     """What a job would do with each source; changes nothing. An archive of None is one that is not there yet."""
     wanted = Wanted(bundle.model_id, sampling, config.max_pixels, config.retry_failed, config.restore_deleted)
     return plan_sources(list(assets), archive.videos() if archive else [], wanted, HashCache())
+
+
+def check_machine(config: IndexConfig) -> None:
+    """Refuses what this machine surely lacks, before Ray is started, which counts it exactly.
+
+    Raises:
+        UsageError: no GPU, or fewer cores than workers.
+    """
+    check_device(config.device)
+    cores = os.cpu_count() or 1
+    if config.workers is not None and config.workers > cores and not _on_gpu(config):
+        raise UsageError(f"--workers {config.workers}: there are {cores} CPUs; give at most as many")
 
 
 def run_index(
@@ -259,11 +272,10 @@ def _why_away(row: VideoRow, hashes: HashCache) -> Problem | None:
 
 def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choice: Choice) -> WorkerSettings:
     """The part of the settings that workers need; a device of "auto" is settled here, since Ray must know it."""
-    on_gpu = config.device == "cuda" or (config.device == "auto" and _has_gpu())
     return WorkerSettings(
         frames_uri=archive.frames_uri,
         model=bundle.name,
-        device="cuda" if on_gpu else "cpu",
+        device="cuda" if _on_gpu(config) else "cpu",
         dtype=config.dtype,
         batch=config.batch,
         threads=1,  # the executor divides the cores once it has counted the workers
@@ -276,8 +288,9 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
     )
 
 
-def _has_gpu() -> bool:
-    return os.path.exists("/dev/nvidiactl")  # asking torch would cost its import in a driver that needs none
+def _on_gpu(config: IndexConfig) -> bool:
+    """Whether to compute on a GPU; asking torch would cost its import in a driver that needs none."""
+    return config.device == "cuda" or (config.device == "auto" and os.path.exists("/dev/nvidiactl"))
 
 
 class _Run:
@@ -475,7 +488,9 @@ class _Run:
                 continue
             if row := self._archive.row_of(content.video_id):  # what a manifest said to the job that was at it
                 tags = row.tags if asset.tags is None else asset.tags
-                asset = replace(asset, tags=tags, captured_at=asset.captured_at or row.captured_at)
+                asset = replace(asset, tags=tags)
+                if asset.captured_at is None:
+                    asset = replace(asset, captured_at=row.captured_at, captured_from=row.captured_from)
             self._examined.append((asset, content, probe))
         self._admit()
 

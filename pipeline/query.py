@@ -20,6 +20,7 @@ from storage.files import is_text
 from storage.records import FrameRef
 from workers.bundle import Bundle
 from workers.clip_text import TextEncoder
+from workers.picture_file import read_picture
 
 if TYPE_CHECKING:
     from workers.picture_key import PictureEncoder
@@ -109,13 +110,16 @@ class QueryEncoder:
             UsageError: an empty text, a model that cannot search so, no such picture or moment.
         """
         self._check(query)
-        keys, examples = [], []
+        # Names and files first: what they have wrong is said before the towers are loaded, with torch for pictures.
+        examples = [self._frame(term.text) for term in query.terms if term.kind is Kind.MOMENT]
+        pictures = [read_picture(term.text) for term in query.terms if term.kind is Kind.IMAGE]
+        stored, unread = iter(examples), iter(pictures)
+        keys = []
         for term in query.terms:
             if term.kind is Kind.MOMENT:
-                examples.append(self._frame(term.text))
-                keys.append(read_keys(self._archive.frames_uri, examples[-1:])[0].astype(np.float32))
+                keys.append(read_keys(self._archive.frames_uri, [next(stored)])[0].astype(np.float32))
             elif term.kind is Kind.IMAGE:
-                keys.append(self._embed_picture(term.text))
+                keys.append(self._picture_encoder.embed(next(unread)))
             else:
                 keys.append(self._text_encoder.embed(term.text))
         weights = np.array([term.weight for term in query.terms], np.float32)
@@ -141,11 +145,6 @@ class QueryEncoder:
         from workers.picture_key import PictureEncoder  # with torch
 
         return PictureEncoder(self._bundle)
-
-    def _embed_picture(self, path: str) -> np.ndarray:
-        from workers.picture_key import read_picture
-
-        return self._picture_encoder.embed(read_picture(path))
 
     def _frame(self, name: str) -> FrameRef:
         """The frame that is shown at VIDEO@TIME."""

@@ -4,84 +4,17 @@ An engine gives contexts. A context holds the rows that one prompt has given to 
 and others added, and an answer may follow, which leaves no rows.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from storage.errors import UsageError
 from workers.memory import rows_at_once
-from workers.quantize import Quantize
-
-
-class EngineName(StrEnum):
-    """What runs the LLM."""
-
-    TRANSFORMERS = "transformers"
-    VLLM = "vllm"
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest one; above that the greater, the more freely it is drawn.
-        seed: of the draws; the same gives the same answer on one machine.
-    """
-
-    temperature: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How a model that answers is held.
-
-    Attributes:
-        device, dtype: as workers.load.choose_device and choose_dtype take them.
-        quantize: how the LLM's matrices are kept, "8bit" or "4bit"; None for as dtype says.
-        engine: what runs the LLM, "transformers" or "vllm".
-    Raises:
-        UsageError: there is no such way, or two of them exclude each other.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    quantize: str | None = None
-    engine: str = EngineName.TRANSFORMERS
-
-    def __post_init__(self):
-        for name, value, allowed in (("quantize", self.quantize, Quantize), ("engine", self.engine, EngineName)):
-            if value is not None and value not in set(allowed):
-                raise UsageError(f"--{name} {value}: unknown; allowed are {', '.join(allowed)}")
-        if self.engine == EngineName.VLLM and self.quantize is not None:
-            raise UsageError(
-                f"--quantize {self.quantize} is for --engine {EngineName.TRANSFORMERS}; leave one of them out"
-            )
-
-    @property
-    def reserves_memory(self) -> bool:
-        """Its engine takes memory for contexts once, when it is loaded, and its `most_rows` says for how long ones."""
-        return self.engine == EngineName.VLLM
-
-    def check_installed(self) -> None:
-        """To be called where the model is loaded, which may be another machine.
-
-        Raises:
-            UsageError: what it needs is not installed here.
-        """
-        if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
-            raise UsageError(
-                f"--quantize {self.quantize}: needs bitsandbytes; install it with pip install 'vidx[quantize]'"
-            )
-        if self.engine == EngineName.VLLM and importlib.util.find_spec("vllm") is None:
-            raise UsageError(f"--engine {self.engine}: needs vLLM; install it with pip install 'vidx[vllm]'")
+from workers.model_options import EngineName as EngineName
+from workers.model_options import ModelOptions as ModelOptions
+from workers.model_options import SamplingParams as SamplingParams
 
 
 class Context(Protocol):

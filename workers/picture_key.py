@@ -1,13 +1,7 @@
 """The search key of a picture that somebody has: a photo, a screenshot, a frame of some video."""
 
-import struct
-import warnings
-import zlib
-from pathlib import Path
-
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from storage.errors import UsageError
 from workers.bundle import Bundle
@@ -38,23 +32,3 @@ class PictureEncoder:
         parts = frame_parts(model_pixels(picture)[None], 1, self._bundle.pictures)  # (1, 1, S, S, 3)
         pixels = pixel_values(parts, self._bundle.pictures, self._device, torch.float32)
         return tower_features(self._tower, pixels.flatten(0, 1)).search_key[0].numpy()
-
-
-def read_picture(path: str) -> np.ndarray:
-    """(height, width, 3) uint8 RGB of a picture file, turned as it says.
-
-    Raises:
-        UsageError: it cannot be read, or is no picture.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(Path(path)) as file:
-                return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except UnidentifiedImageError:
-        raise UsageError(f"--image {path}: no picture that Pillow can read; give a JPEG, PNG or WebP file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UsageError(f"--image {path}: larger than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"--image {path}: cannot be read: {reason}") from error

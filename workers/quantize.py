@@ -4,19 +4,13 @@ LLM.int8 (arXiv 2208.07339) and NF4 (QLoRA, arXiv 2305.14314). What indexing com
 """
 
 import logging
-from enum import StrEnum
 
 import torch
 from torch import nn
 
+from workers.model_options import Quantize
+
 OUTLIER = 6.0  # activations above it are multiplied in full precision (LLM.int8, section 3.2)
-
-
-class Quantize(StrEnum):
-    """How the matrices are kept."""
-
-    EIGHT = "8bit"
-    FOUR = "4bit"
 
 
 def quantize_matrices(block: nn.Module, way: Quantize, device: torch.device, dtype: torch.dtype) -> None:
