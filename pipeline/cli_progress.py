@@ -87,8 +87,9 @@ def _counts(progress: Progress, seconds: float) -> Iterator[str]:
     """How much is done, how fast, and how long the rest takes; seconds: since the job began."""
     if progress.total_seconds:
         yield _of(progress.done_seconds, progress.total_seconds)
-    yield f"{progress.frames_done} frames"
-    yield f"{progress.frames_done / max(seconds, 1e-9):.1f} frames/s"
+    frames = progress.frames_done + progress.frames_at_work
+    yield f"{frames} frames"
+    yield f"{frames / max(seconds, 1e-9):.1f} frames/s"
     if progress.frames_resumed:
         yield f"{progress.frames_resumed:,} frames were there already"
     if progress.seconds_left is not None and progress.videos_done < progress.video_count:

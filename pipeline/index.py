@@ -583,12 +583,12 @@ class _Run:
             self._meter.look(time.monotonic())
         tried = self._result.indexed + self._result.partial + self._result.failed
         frames = self._result.frame_count + sum(receipt.frame_count for receipt in self._receipts)
-        frames += sum(video.meter.frames_at_work for video in self._videos.values())
         self._report(
             Progress(
                 videos_done=tried,
                 video_count=self._video_count,
                 frames_done=frames,
+                frames_at_work=sum(video.meter.frames_at_work for video in self._videos.values()),
                 frames_resumed=self._result.frames_resumed,
                 done_seconds=self._meter.done_seconds,
                 total_seconds=self._meter.total_seconds,

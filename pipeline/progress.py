@@ -31,7 +31,8 @@ class Progress:
 
     Attributes:
         videos_done, video_count: sources that have ended, of all that need work.
-        frames_done: computed by this job.
+        frames_done: computed by this job, of segments that have ended, so that they stay where it is interrupted.
+        frames_at_work: computed of segments that have not ended.
         frames_resumed: which earlier jobs had committed.
         done_seconds: of all sources together, what was resumed included.
         total_seconds: how long they all are, as far as known, else as their sizes suggest; None where nothing is known.
@@ -42,6 +43,7 @@ class Progress:
     videos_done: int
     video_count: int
     frames_done: int
+    frames_at_work: int
     frames_resumed: int
     done_seconds: float
     total_seconds: float | None
