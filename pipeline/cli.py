@@ -96,7 +96,9 @@ def main() -> None:
         code = vidx.main(standalone_mode=False)
         sys.stdout.flush()
     except VidxError as error:
-        click.echo(f"vidx: {error}{error.advice}", err=True)
+        from pipeline.cli_print import note
+
+        note(f"vidx: {error}{error.advice}")
         code = error.exit_code
     except click.ClickException as error:
         error.show()

@@ -168,8 +168,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def note(message: str) -> None:
-    """One line for people, beside the results."""
-    click.echo(message, err=True)
+    """One line for people, beside the results; names in it cannot write the terminal."""
+    click.echo(printable(message), err=True)
 
 
 def first_sentence(text: str) -> str:

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,12 +19,13 @@ from pipeline.output import write_output
 from pipeline.times import clock
 from storage.archive import Archive
 from storage.cells import read_thumbnails
-from storage.errors import UsageError
+from storage.errors import DamagedError, UsageError
 from storage.files import source_text
 from storage.records import FrameRef, Moment
 
 SUFFIXES = (".html", ".png")
 _CARD_CELLS = 30  # width of a card in a terminal
+_LARGEST = 1024  # pixels, of a thumbnail
 _COLUMNS, _SIDE, _GAP, _LINES, _FONT_SIZE = 5, 240, 12, 2, 15  # of the PNG, in pixels but for the first
 
 
@@ -127,13 +129,30 @@ def _sheet(cards: Sequence[_Card], most_columns: int) -> Image.Image:
         left, top = _GAP + place % columns * width, _GAP + place // columns * height
         size = (_SIDE, _SIDE * 9 // 16)
         none = Image.new("RGB", size, "lightgray")
-        picture = ImageOps.contain(Image.open(io.BytesIO(card.thumbnail)), size) if card.thumbnail else none
+        picture = ImageOps.contain(_picture(card), size) if card.thumbnail else none
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top))
         below = top + _SIDE * 9 // 16 + 3
         for line in (f"{card.start} - {card.end}   {card.score}", card.name):
             draw.text((left, below), _fitting(draw, line, font), fill="black", font=font)
             below += _FONT_SIZE + 4
     return sheet
+
+
+def _picture(card: _Card) -> Image.Image:
+    """The thumbnail, which may come from a stranger: a JPEG, and a small one.
+
+    Raises:
+        ArchiveError: it is none.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of large pictures
+            picture = Image.open(io.BytesIO(card.thumbnail), formats=("JPEG",))
+        if max(picture.size) > _LARGEST:
+            raise ValueError(f"{picture.width} x {picture.height} pixels")
+        picture.load()
+        return picture
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DamagedError(f"{card.source}: damaged archive: the thumbnail at {card.best} is no small JPEG") from error
 
 
 def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont) -> str:

@@ -10,11 +10,13 @@ one in a hundred pairs of frames of different videos reaches.
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
+from storage.checked import Wrong, finite, member, text, whole
 from storage.errors import UsageError
 from storage.files import join
 from storage.index_manifest import FLOORS, Damaged, read_json, write_json
@@ -66,7 +68,7 @@ def update_floors(archive: Archive, bundle: Bundle) -> None:
     Raises:
         ArchiveError: a part is missing or damaged, or the archive cannot be written.
     """
-    frames, counted = archive.frame_count(), _content(archive).get("frames", 0)
+    frames, (counted, _) = archive.frame_count(), _content(archive)
     if not frames or counted / GROWTH < frames < counted * GROWTH:
         return
     content = {"model_id": archive.model_id, "frames": frames, "picture": asdict(picture_floor(archive))}
@@ -108,14 +110,23 @@ def picture_floor(archive: Archive) -> Floor:
 
 def _kept(archive: Archive, kind: str) -> Floor | None:
     """What is kept with the archive for "text" or "picture"."""
-    values = _content(archive).get(kind)
-    return None if values is None else Floor(**values)
+    return _content(archive)[1].get(kind)
 
 
-def _content(archive: Archive) -> dict:
-    """What is kept with the archive; nothing where it is damaged or another model's, so that it is worked out anew."""
+def _content(archive: Archive) -> tuple[int, dict[str, Floor]]:
+    """What is kept with the archive: of how many frames, and the floors by kind.
+
+    Nothing where it is damaged or another model's, so that it is worked out anew.
+    """
     try:
         content = read_json(join(archive.index_uri, FLOORS))
-    except Damaged:
-        return {}
-    return content if content["model_id"] == archive.model_id else {}
+        if member(content, "model_id") != archive.model_id:
+            return 0, {}
+        kinds = [kind for kind in ("text", "picture") if kind in content]
+        return whole("frames", member(content, "frames")), {kind: _floor(content[kind]) for kind in kinds}
+    except (Damaged, Wrong):
+        return 0, {}
+
+
+def _floor(values: Any) -> Floor:
+    return Floor(finite("score", member(values, "score"), -1, 1), text("source", member(values, "source")))

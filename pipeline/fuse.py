@@ -46,7 +46,7 @@ class Showing:
         self._archive = archive
         self._model = model
         self._most_bytes = most_bytes
-        self._tokens = read_tokens(archive.frames_uri, frames)
+        self._tokens = read_tokens(archive.frames_uri, frames, model.vision.bundle.token_shape)
         stored = "patches" if keeps(archive.frames_uri, "patches", frames) else "tokens"
         if wanted == "patches" and stored == "tokens":
             self.note = (
@@ -101,14 +101,16 @@ def stored_inputs(
     archive: Archive, model: LlavaMini, frames: Sequence[FrameRef], source: str
 ) -> Iterator[FusionInputs]:
     """What is stored of the frames: "patches", or "tokens" alone."""
-    uri = archive.frames_uri
+    uri, shape = archive.frames_uri, model.vision.bundle.compressed_shape
     if source == "tokens":
         for batch in _chunks(frames, STORED_AT_ONCE):
-            yield tokens_inputs(model.vision, read_compressor_out(uri, batch))
+            yield tokens_inputs(model.vision, read_compressor_out(uri, batch, shape))
         return
     for _, alike in groupby(frames, key=lambda frame: cell_shape(uri, "patches", frame)):  # --patches may have changed
         for batch in _chunks(list(alike), STORED_AT_ONCE):
-            yield patches_inputs(model.vision, read_compressor_out(uri, batch), read_patches(uri, batch))
+            yield patches_inputs(
+                model.vision, read_compressor_out(uri, batch, shape), read_patches(uri, batch, width=shape[1])
+            )
 
 
 def decoded_inputs(

@@ -20,7 +20,8 @@ import numpy as np
 from pipeline.query import QueryKeys
 from storage.archive import Archive
 from storage.cells import part_keys
-from storage.files import join
+from storage.errors import DamagedError
+from storage.files import join, source_text
 from storage.frames import Rows, Times, read_times
 from storage.records import FrameRef, Hit, Moment
 
@@ -63,10 +64,13 @@ class _Look:
 
 
 @lru_cache(maxsize=PARTS_KEPT)
-def _look(frames_uri: str, path: str) -> _Look:
+def _look(frames_uri: str, path: str, width: int) -> _Look:
     stored = part_keys(frames_uri, path)
+    if stored is None or stored.shape[1] != width:
+        place = source_text(join(frames_uri, path))
+        raise DamagedError(f"{place}: damaged: its search keys are not those of the archive's model")
     keys = stored.astype(np.float32)
-    times = read_times(join(frames_uri, path))
+    times = read_times(frames_uri, path)
     distances = 1 - np.einsum("te,te->t", keys[1:], keys[:-1])
     change = max(CHANGE, CHANGE_TIMES * float(np.median(distances))) if len(distances) else CHANGE
     gaps = times.time_seconds[1:] - (times.time_seconds + times.duration_seconds)[:-1]
@@ -201,7 +205,7 @@ class MomentFinder:
         return self._paths[video_number]
 
     def _look(self, path: str) -> _Look:
-        return _look(self._archive.frames_uri, path)
+        return _look(self._archive.frames_uri, path, len(self._keys.wanted))
 
     def _view(self, path: str) -> _View:
         if path not in self._views:

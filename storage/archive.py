@@ -163,9 +163,8 @@ class Archive:
         self.model_name = settings.model_name
         self.frames_uri = join(uri, "frames")
         self.index_uri = join(uri, "index")
-        self._videos = RowTable(
-            join(uri, "videos"), videos.SCHEMA
-        )  # before the frames, so that all that they show is there
+        # Before the frames, so that all that they show is there.
+        self._videos = RowTable(join(uri, "videos"), videos.SCHEMA, videos.check)
         self._videos.rows()
         self._frames = FrameTable(self.frames_uri)
         self._published: tuple[int, dict[int, str]] | None = None
@@ -392,9 +391,8 @@ class Archive:
         """
         bounds, ids = self.part_bounds(), self.published()
         for place in np.lexsort((bounds.first_seconds, bounds.video_number)).tolist():
-            path = bounds.path[place]
-            if path in rows:
-                yield refs_of_part(self.frames_uri, path, int(bounds.video_number[place]), ids, rows[path])
+            if bounds.path[place] in rows:
+                yield refs_of_part(self.frames_uri, bounds, place, ids, rows[bounds.path[place]])
 
     def _published_among(self, video_numbers: int | Iterable[int] | None) -> dict[int, str]:
         ids = self.published()

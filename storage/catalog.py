@@ -17,6 +17,7 @@ from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
 from storage.records import Status
+from storage.tables import refuse_links
 
 # Times come as plain TIMESTAMPs in UTC (_offer_views): a cast here would take the session's time zone.
 _VIDEOS_VIEW = """
@@ -138,6 +139,7 @@ def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statem
 
 def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
     """Parts of published videos, opened and read as the statement streams through them."""
+    refuse_links(archive.frames_uri)
     schema = pa.schema([field.with_nullable(True) for field in schema])
     file_system, place = _arrow_file_system(archive.frames_uri)
     checked = ds.ParquetFileFormat(

@@ -1,20 +1,31 @@
 """Reads single cells of parts in place: offsets from the footer, bytes from the mapped file, checked row by row."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 
+from storage.checked import Wrong, member, parse_json, place_of, text
 from storage.errors import ArchiveError, DamagedError
-from storage.files import join, local_path, map_file, read_ranges, source_text
-from storage.layout import CELLS_KEY, PROBLEM_KEY, SHAPES_KEY, damage, open_parquet, read_columns, unpack_patches
+from storage.files import file_size, join, local_path, map_file, read_ranges, source_text
+from storage.layout import (
+    CELLS_KEY,
+    PROBLEM_KEY,
+    SHAPES_KEY,
+    cell_widths,
+    damage,
+    open_parquet,
+    read_part_columns,
+    shapes_of,
+    unpack_patches,
+)
 from storage.records import FrameRef, PatchRows, Problem, Reason
 
 CHECKSUM_BYTES = 4  # of one cell of a row
@@ -94,18 +105,25 @@ def read_keys(frames_uri: str, refs: Sequence[FrameRef]) -> np.ndarray:
     return _read_floats(frames_uri, "search_key", refs, None)
 
 
-def read_patches(frames_uri: str, refs: Sequence[FrameRef]) -> PatchRows:
+def read_patches(frames_uri: str, refs: Sequence[FrameRef], width: int | None = None) -> PatchRows:
     """The patch tier of the frames.
 
+    Args:
+        frames_uri: the archive's frames table.
+        refs: the frames, in the order wanted.
+        width: D that the model expects, or None for what the parts say.
     Raises:
-        ArchiveError: a part is missing, damaged, or keeps no patches (`keeps` tells).
+        ArchiveError: a part is missing, damaged, keeps no patches (`keeps` tells), or patches of another width.
         ValueError: the frames do not all keep the same number of rows (`cell_shape` tells).
     """
     if not refs:
         raise ValueError("no frames to read patches of")
     cells = read_cells(frames_uri, "patches", refs)
-    rows, width = _open_part(frames_uri, refs[0].part).shapes["patches"]
-    return unpack_patches(cells, rows, width)
+    part = _open_part(frames_uri, refs[0].part)
+    rows, stored = part.shapes["patches"]
+    if width not in (None, stored):
+        raise ArchiveError(f"{source_text(part.uri)}: patches of width {stored}, where the model has {width}")
+    return unpack_patches(cells, rows, stored)
 
 
 def read_thumbnails(frames_uri: str, refs: Sequence[FrameRef]) -> list[bytes]:
@@ -137,10 +155,8 @@ def part_problem(frames_uri: str, part_name: str) -> Problem | None:
 
 def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
     """Whose frames a part holds: video_id, model_id, sampling and video_number."""
-    uri = join(frames_uri, part_name)
-    names = ["video_id", "model_id", "sampling", "video_number"]
-    with damage(uri):
-        return read_columns(uri, names).slice(0, 1).to_pylist()[0]
+    names = ("video_id", "model_id", "sampling", "video_number")
+    return read_part_columns(frames_uri, part_name, names).slice(0, 1).to_pylist()[0]
 
 
 def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -> np.ndarray | None:
@@ -191,8 +207,12 @@ def read_keys_at(
         return part_keys(frames_uri, part_name, rows)
     found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
     with damage(uri):
-        file = os.open(path, os.O_RDONLY)
+        place_of(frames_uri, part_name)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            size = os.fstat(file).st_size
+            if keys.max() > size - 2 * width or not 0 <= checksums.min() <= checksums.max() <= size - CHECKSUM_BYTES:
+                raise DamagedError(f"{source_text(uri)}: damaged, or its index is: a search key lies beyond its end")
             for start, end in _spans(keys, checksums, stride):
                 first, last = int(checksums[start]), int(checksums[end - 1])
                 cells = os.pread(file, (end - start) * stride, int(keys[start]))  # and four bytes of what comes next
@@ -249,23 +269,31 @@ def _open_part(frames_uri: str, name: str) -> _PartFile:
     """Parts never change once committed, so an open one stays good."""
     uri = join(frames_uri, name)
     with damage(uri):
-        mapping = map_file(uri)
+        mapping = map_file(place_of(frames_uri, name))
         with open_parquet(uri) as file:
             footer = file.metadata
         metadata = footer.metadata or {}
-        widths = json.loads(metadata.get(CELLS_KEY, b"{}"))
-        shapes = json.loads(metadata.get(SHAPES_KEY, b"{}"))
-        problem = json.loads(metadata.get(PROBLEM_KEY, b"null"))
-    if not widths:
-        raise ArchiveError(f"{source_text(uri)}: not written by vidx (no {CELLS_KEY.decode()} in its metadata)")
+        if CELLS_KEY not in metadata:
+            raise Wrong(f"not written by vidx (no {CELLS_KEY.decode()} in its metadata)")
+        shapes = shapes_of(parse_json(metadata.get(SHAPES_KEY, b"")))
+        widths = cell_widths(shapes)
+        if parse_json(metadata[CELLS_KEY]) != widths or list(parse_json(metadata[CELLS_KEY])) != list(widths):
+            raise Wrong("its cells are not as wide as their shapes")
+        problem = _problem(parse_json(metadata.get(PROBLEM_KEY, b"null")))
     group_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
     content = None if mapping is None else np.frombuffer(mapping, np.uint8)
-    problem = None if problem is None else Problem(Reason(problem["reason"]), problem["detail"])
-    return _PartFile(uri, content, starts, widths, shapes, _bases(footer, widths), problem)
+    return _PartFile(uri, content, starts, widths, shapes, _bases(footer, widths, file_size(uri)), problem)
 
 
-def _bases(footer: pq.FileMetaData, widths: dict[str, int | None]) -> dict[str, np.ndarray]:
+def _problem(document: Any) -> Problem | None:
+    if document is None:
+        return None
+    detail = text("detail", member(document, "detail"), ".*")
+    return Problem(Reason(text("reason", member(document, "reason"))), detail)
+
+
+def _bases(footer: pq.FileMetaData, widths: dict[str, int | None], size: int) -> dict[str, np.ndarray]:
     """Where the values of each column begin in each row group, for the columns laid out to be read in place."""
     bases = {}
     for number in range(footer.num_columns):
@@ -274,7 +302,7 @@ def _bases(footer: pq.FileMetaData, widths: dict[str, int | None]) -> dict[str, 
         if width is None or column.max_definition_level or column.physical_type != "BYTE_ARRAY":
             continue
         starts = [_chunk_base(footer.row_group(group), number, width) for group in range(footer.num_row_groups)]
-        if None not in starts:
+        if all(start is not None and 0 <= start <= size for start in starts):
             bases[column.path] = np.array(starts, np.int64)
     return bases
 
@@ -327,7 +355,7 @@ def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray
         content, offsets = joined, np.arange(len(rows)) * stride
     else:
         content = part.content
-    if len(rows) and offsets.max() + stride > len(content):
+    if len(rows) and (offsets.min() < 0 or offsets.max() > len(content) - stride):
         return None
     lengths = _gather(content, offsets, LENGTH_BYTES).view("<u4")
     if (lengths != width).any():
@@ -354,7 +382,9 @@ def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.
     cells: list[bytes] = [b""] * len(rows)
     with open_parquet(part.uri) as file:
         for group in np.unique(groups).tolist():
-            values = file.read_row_group(group, columns=[column]).column(0)
+            values = file.read_row_group(group, columns=[column]).column(column)
+            if values.null_count or len(values) != part.group_starts[group + 1] - part.group_starts[group]:
+                raise Wrong(f"a {column} is missing")
             for place in np.flatnonzero(groups == group).tolist():
                 cells[place] = values[int(rows[place] - part.group_starts[group])].as_py()
     width = part.widths[column]

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 
 from storage.archive import Archive
-from storage.index_manifest import Damaged, Written, map_checked, write_file
+from storage.index_manifest import MOST_WIDTH, Damaged, Written, map_checked, write_file
 
 ITERATIONS = 12
 REFINE_ITERATIONS = 3  # over all keys and lists where these were made in two steps
@@ -130,10 +130,14 @@ def open_coarse(archive: Archive, file: Written) -> Coarse:
     try:
         width = int(data[:8].view("<i8")[0])
         end = 8 + 4 * width * width
-        count = (len(data) - end) // (2 * width + 4)
+        count = (len(data) - end) // max(1, 2 * width + 4)
+        if not 0 < width <= MOST_WIDTH or count < 1 or len(data) != end + count * (2 * width + 4):
+            raise ValueError(f"{len(data)} bytes for width {width}")
         rotation, reaches = data[8:end].view("<f4").reshape(width, width), data[len(data) - 4 * count :].view("<f4")
+        if not (np.isfinite(rotation).all() and np.isfinite(reaches).all()):
+            raise ValueError("values that are no numbers")
         return Coarse(rotation, data[end : len(data) - 4 * count].view("<f2").reshape(count, width), reaches)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except (ValueError, IndexError) as error:
         raise Damaged(f"{file.name}: {error}") from error
 
 

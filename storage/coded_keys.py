@@ -18,11 +18,10 @@ import google_crc32c
 import numpy as np
 
 from storage.archive import Archive
-from storage.cells import key_offsets, part_keys, read_keys_at
+from storage.cells import key_offsets, read_keys_at
 from storage.coarse import Coarse, multiply
-from storage.errors import ArchiveError
-from storage.exact_keys import part_row_ids
-from storage.files import NewFile, source_text
+from storage.exact_keys import keys_of, part_row_ids
+from storage.files import NewFile
 from storage.index_manifest import (
     Covered,
     Damaged,
@@ -32,7 +31,7 @@ from storage.index_manifest import (
     path_of,
     write_file,
 )
-from storage.runs import run_means, run_starts
+from storage.runs import LONGEST, run_means, run_starts
 
 BITS = 2  # of a code for each dimension; four find the same, and take three times as long for far queries
 MAX_KEYS = 1 << 24  # of a file: 4 GB of width 768 in memory where no frames are alike, and as much again when joined
@@ -41,6 +40,7 @@ PROBES = 192  # lists that a search looks into
 QUERY_BITS = 4  # of each dimension of a query that is compared with codes; without, it takes ten times as long
 CANDIDATES = 32  # runs whose frames it ranks by their keys, at least
 
+_COUNT = slice(8, 16)  # where the header of a FAISS index says how many vectors it holds
 _ROW = np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8"), ("crc", "<u4")])
 
 
@@ -100,7 +100,10 @@ class CodedKeys:
     @cached_property
     def _part_runs(self) -> np.ndarray:
         """(P + 1,) int64: the first run of each part, and the count of all."""
-        return np.searchsorted(self.runs, self.covered.starts)
+        found = np.searchsorted(self.runs, self.covered.starts)
+        if (np.diff(found) < 0).any() or not np.array_equal(self.runs[found], self.covered.starts):
+            raise Damaged("the runs are not those of the parts")
+        return found
 
     def search(
         self, query: np.ndarray, k: int, products: np.ndarray, lists: np.ndarray, passing: Passing | None
@@ -127,8 +130,15 @@ class CodedKeys:
         return scores[0][found], runs[0][found]
 
     def places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the keys of some runs, and which of them each is of, (T,) int64 each."""
+        """Places of the keys of some runs, and which of them each is of, (T,) int64 each.
+
+        Raises:
+            Damaged: the runs are not what was written.
+        """
         starts, lengths = self.runs[runs], self.runs[runs + 1] - self.runs[runs]
+        ends = starts + lengths
+        if (starts < 0).any() or (lengths < 1).any() or (lengths > LONGEST).any() or (ends > len(self.rows)).any():
+            raise Damaged("a run does not lie among the keys")
         owners = np.repeat(np.arange(len(runs)), lengths)
         return np.arange(len(owners)) + (starts - np.cumsum(lengths) + lengths)[owners], owners
 
@@ -155,6 +165,7 @@ def best_keys(
         probes: lists to look into; None for as many as usual.
         candidates: runs to rank by their keys at least.
     Raises:
+        Damaged: the index is.
         ArchiveError: a part is missing or damaged.
     """
     total = sum(len(file.rows) for file in files)
@@ -208,7 +219,7 @@ def _rank(archive: Archive, file: CodedKeys, places: np.ndarray, query: np.ndarr
         return []
     rows = file.rows[places]
     if not np.array_equal(_crc(rows), rows["crc"]):
-        raise ArchiveError(f"{source_text(archive.index_uri)}: damaged; `vidx repair` makes the index anew")
+        raise Damaged("a row does not match its checksum")
     parts = np.searchsorted(file.covered.starts, places, "right") - 1
     ends = np.flatnonzero(np.diff(parts, append=-1)) + 1
     keys, start = [], 0
@@ -221,8 +232,8 @@ def _rank(archive: Archive, file: CodedKeys, places: np.ndarray, query: np.ndarr
     return list(zip(scores.tolist(), rows["row_id"].tolist(), strict=True))
 
 
-def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int]]) -> CodedKeys:
-    """The keys of parts, given by path and video number, as codes in memory.
+def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int, int]]) -> CodedKeys:
+    """The keys of parts, given by path, video number and row count, as codes in memory.
 
     Raises:
         ArchiveError: a part is missing or damaged.
@@ -239,8 +250,8 @@ def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int
         run_count += len(rotated)
         waiting.clear()
 
-    for path, number in parts:
-        stored = part_keys(archive.frames_uri, path)
+    for path, number, row_count in parts:
+        stored = keys_of(archive, path, row_count, coarse.quantizer.d)
         covered.append((path, number, 0 if stored is None else len(stored)))
         if stored is None or not len(stored):
             continue
@@ -337,19 +348,65 @@ def open_codes(archive: Archive, coarse: Coarse, file: KeyFile) -> CodedKeys:
         Damaged: it is not what was written.
     """
     codes, runs, rows = file.files
-    map_checked(archive, codes)
-    starts = map_checked(archive, runs).view("<i8")
-    places = map_checked(archive, rows).view(_ROW)
+    data = map_checked(archive, codes)
+    starts, places = map_checked(archive, runs), map_checked(archive, rows)
+    if len(starts) % 8 or len(starts) < 16 or len(places) % _ROW.itemsize:
+        raise Damaged(f"{runs.name}, {rows.name}: {len(starts)} and {len(places)} bytes")
+    starts, places = starts.view("<i8"), places.view(_ROW)
+    if not len(places) == starts[-1] == file.covered.key_count:
+        raise Damaged(f"{rows.name}: {len(places)} keys of {file.covered.key_count}")
+    _check_layout(data, coarse, len(starts) - 1, codes.name)
     try:
         index = faiss.read_index(path_of(archive, codes), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise Damaged(f"{codes.name}: {error}") from error
-    if (index.ntotal, index.d) != (len(starts) - 1, coarse.quantizer.d):
-        raise Damaged(f"{codes.name}: {index.ntotal} codes for {len(starts) - 1} runs")
-    if not len(places) == starts[-1] == file.covered.key_count:
-        raise Damaged(f"{rows.name}: {len(places)} keys of {file.covered.key_count}")
     _use(index, coarse)
     return CodedKeys(index, starts, places, file.covered, is_mapped=True)
+
+
+def _check_layout(data: np.ndarray, coarse: Coarse, run_count: int, name: str) -> None:
+    """Compares all that FAISS goes by, when it reads a file, with what it writes for so many runs in these lists.
+
+    Raises:
+        Damaged: the file is not laid out so.
+    """
+    empty = _empty(coarse)
+    empty.quantizer = faiss.IndexFlatIP(coarse.quantizer.d)
+    head = bytearray(faiss.serialize_index(empty).tobytes()[: -len(b"sprs") - 8])  # how long the lists are comes next
+    head[_COUNT] = run_count.to_bytes(8, "little")
+    kind, rest = data[len(head) : len(head) + 4].tobytes(), data[len(head) + 4 :]
+    number_count = int.from_bytes(rest[:8].tobytes(), "little")
+    end = 8 + 8 * number_count
+    numbers = rest[8:end].view("<u8") if end <= len(rest) else np.empty(0, "<u8")
+    if kind == b"sprs":  # list and length, of those that are not empty
+        lists, lengths = numbers[::2], numbers[1::2]
+        is_right = number_count % 2 == 0 and len(np.unique(lists)) == len(lists) and (lists < coarse.list_count).all()
+    else:
+        lengths, is_right = numbers, kind == b"full" and number_count == coarse.list_count
+    held = len(rest) - end == run_count * (empty.code_size + 8) and lengths.sum(dtype=float) == run_count
+    if data[: len(head)].tobytes() != head or not is_right or not held:
+        raise Damaged(f"{name}: not laid out as {run_count} runs in {coarse.list_count} lists")
+
+
+def check_runs(coded: CodedKeys) -> None:
+    """Reads all runs of a file, and which run each code is of.
+
+    Raises:
+        Damaged: they are not those of the file's parts.
+    """
+    lengths = np.diff(coded.runs)
+    if coded.runs[0] != 0 or (lengths < 1).any() or (lengths > LONGEST).any():
+        raise Damaged("the runs do not follow one another")
+    if not np.isin(coded.covered.starts, coded.runs).all():
+        raise Damaged("the runs are not those of the parts")
+    seen = np.zeros(len(lengths), bool)
+    for number in range(coded.index.nlist):
+        _, ids = _list_of(coded, number)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(seen):
+            raise Damaged("a code is of no run")
+        seen[ids] = True
+    if not seen.all():
+        raise Damaged("a run has no code")
 
 
 def code_faults(
@@ -372,6 +429,7 @@ def code_faults(
     codes, _, rows = file.files
     try:
         opened = open_codes(archive, coarse, file)
+        check_runs(opened)
     except Damaged as error:
         yield codes.name, f"damaged: {error}"
         return

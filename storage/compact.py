@@ -11,15 +11,13 @@ from fractions import Fraction
 from itertools import groupby
 
 import numpy as np
-import pyarrow as pa
 
 from storage.archive import Archive
 from storage.cells import keeps, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
 from storage.errors import ArchiveError
-from storage.files import join
 from storage.frames import PartBounds
 from storage.jobs import Job
-from storage.layout import damage, read_columns
+from storage.layout import read_part_columns
 from storage.parts import FrameColumns, PartWriter
 from storage.records import FrameRef, Part, Status, TokenBatch, joined_key, segment_range
 from storage.vectors import improve_index, update_index
@@ -138,13 +136,7 @@ def _dtype(archive: Archive, path: str) -> str:
 
 def _constants(archive: Archive, path: str) -> dict:
     """What all rows of a part have in common."""
-    return _columns(archive, path, _OF_PART).slice(0, 1).to_pylist()[0]
-
-
-def _columns(archive: Archive, path: str, names: Sequence[str]) -> pa.Table:
-    uri = join(archive.frames_uri, path)
-    with damage(uri):
-        return read_columns(uri, names)
+    return read_part_columns(archive.frames_uri, path, _OF_PART).slice(0, 1).to_pylist()[0]
 
 
 def _join(archive: Archive, paths: Sequence[str]) -> Part:
@@ -163,7 +155,7 @@ def _join(archive: Archive, paths: Sequence[str]) -> Part:
     )
     try:
         for path in paths:
-            table = _columns(archive, path, _OF_FRAME)
+            table = read_part_columns(archive.frames_uri, path, _OF_FRAME)
             times = FrameColumns(*(table.column(name).to_numpy() for name in _OF_FRAME))
             for start in range(0, len(times), CHUNK_ROWS):
                 rows = np.arange(start, min(start + CHUNK_ROWS, len(times)))

@@ -10,10 +10,12 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
-from storage.files import NewFile, join
+from storage.errors import DamagedError
+from storage.files import NewFile, join, source_text
 from storage.frames import read_times
 from storage.index_manifest import (
     MANIFEST,
+    MOST_WIDTH,
     Covered,
     Damaged,
     KeyFile,
@@ -24,6 +26,9 @@ from storage.index_manifest import (
 )
 
 MAX_EXACT = 1 << 17  # what an update holds in memory: 200 MB of keys of width 768
+MAX_WIDTH = 1 << 16
+_WIDTH, _COUNT = slice(4, 8), slice(8, 16)  # of a FAISS index's header: its dimensions, and its vectors
+_INNER_COUNT = slice(45, 53)  # the same of the index within IDMap
 
 
 class ExactKeys:
@@ -81,32 +86,55 @@ def part_row_ids(archive: Archive, path: str, video_number: int) -> np.ndarray:
     Raises:
         ArchiveError: the part is missing or damaged.
     """
-    return row_ids_of(video_number, read_times(join(archive.frames_uri, path)).frame_index)
+    return row_ids_of(video_number, read_times(archive.frames_uri, path).frame_index)
 
 
-def build_exact(archive: Archive, parts: Sequence[tuple[str, int]]) -> tuple[faiss.IndexIDMap | None, Covered]:
-    """The keys of parts, given by path and video number; no index where they keep none.
+def keys_of(archive: Archive, path: str, row_count: int, width: int | None) -> np.ndarray | None:
+    """(T, E) float16: the search keys of a part, None where it keeps none.
+
+    Args:
+        archive: whose part.
+        path: the part.
+        row_count: as the log says it.
+        width: E of the keys that these will stand beside; None for any.
+    Raises:
+        ArchiveError: the part is missing or damaged, or has other keys.
+    """
+    keys = part_keys(archive.frames_uri, path)
+    if keys is None or (len(keys) == row_count and width in (None, keys.shape[1])):
+        return keys
+    place = source_text(join(archive.frames_uri, path))
+    wanted = f"{row_count} by the log" if len(keys) != row_count else f"others of width {width}"
+    raise DamagedError(f"{place}: damaged: it has {len(keys)} rows with keys of width {keys.shape[1]}, and {wanted}")
+
+
+def build_exact(archive: Archive, parts: Sequence[tuple[str, int, int]]) -> tuple[faiss.IndexIDMap | None, Covered]:
+    """The keys of parts, given by path, video number and row count; no index where they keep none.
 
     Raises:
         ArchiveError: a part is missing or damaged.
     """
     index, covered = None, []
-    for path, number in parts:
-        keys = part_keys(archive.frames_uri, path)
+    for path, number, row_count in parts:
+        keys = keys_of(archive, path, row_count, None if index is None else index.d)
         covered.append((path, number, 0 if keys is None else len(keys)))
         if keys is None:
             continue
         if index is None:
-            scalar = faiss.IndexScalarQuantizer(
-                keys.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-            )
-            index = faiss.IndexIDMap(scalar)
+            index = _empty(keys.shape[1])
         # The codes of QT_fp16 are the float16 keys themselves; FAISS's own encoder takes 20 times as long.
         index.add_sa_codes(keys.view(np.uint8), part_row_ids(archive, path, number))
     return index, Covered.of(covered)
 
 
-def write_exact(archive: Archive, parts: Sequence[tuple[str, int]]) -> KeyFile:
+def _empty(width: int) -> faiss.IndexIDMap:
+    scalar = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexIDMap(scalar)
+    index.referenced_objects = [scalar]
+    return index
+
+
+def write_exact(archive: Archive, parts: Sequence[tuple[str, int, int]]) -> KeyFile:
     """The same as a file of the index.
 
     Raises:
@@ -131,11 +159,31 @@ def open_exact(archive: Archive, file: KeyFile) -> ExactKeys:
         Damaged: it is not what was written.
     """
     (written,) = file.files
-    map_checked(archive, written)
     try:
+        _check_layout(map_checked(archive, written), file.covered.key_count)
         return ExactKeys(faiss.read_index(path_of(archive, written), faiss.IO_FLAG_MMAP_IFC), file.covered)
     except (OSError, ValueError, RuntimeError) as error:
         raise Damaged(f"{written.name}: {error}") from error
+
+
+def _check_layout(data: np.ndarray, count: int) -> None:
+    """Compares all that FAISS goes by, when it reads a file, with what it writes for so many keys.
+
+    FAISS believes what a file says of its sizes, and looks for memory or for bytes that are not there.
+
+    Raises:
+        ValueError: the file is not laid out so.
+    """
+    width = int.from_bytes(data[_WIDTH].tobytes(), "little")
+    if not 0 < width <= MOST_WIDTH:
+        raise ValueError(f"keys of width {width}")
+    head = bytearray(faiss.serialize_index(_empty(width)).tobytes()[:-16])  # both lengths, of no keys and no ids
+    head[_COUNT] = head[_INNER_COUNT] = count.to_bytes(8, "little")
+    head += (2 * width * count).to_bytes(8, "little")
+    ids = len(head) + 2 * width * count
+    lengths = data[ids : ids + 8].tobytes(), len(data)
+    if data[: len(head)].tobytes() != head or lengths != (count.to_bytes(8, "little"), ids + 8 + 8 * count):
+        raise ValueError(f"not laid out as {count} keys of width {width}")
 
 
 def exact_faults(archive: Archive, file: KeyFile, is_live: Sequence[bool]) -> Iterator[tuple[str, str]]:
@@ -165,15 +213,15 @@ def exact_faults(archive: Archive, file: KeyFile, is_live: Sequence[bool]) -> It
             yield file.files[0].name if file.files else MANIFEST, f"its keys of {path} are not those that are stored"
 
 
-def in_groups(parts: Sequence[tuple[str, int, int]], most: int) -> Iterator[list[tuple[str, int]]]:
-    """(path, video number) of the parts of one file each, of parts given with their row counts."""
-    group: list[tuple[str, int]] = []
+def in_groups(parts: Sequence[tuple[str, int, int]], most: int) -> Iterator[list[tuple[str, int, int]]]:
+    """The parts of one file each, of parts given by path, video number and row count."""
+    group: list[tuple[str, int, int]] = []
     count = 0
     for path, number, row_count in parts:
         if group and count + row_count > most:
             yield group
             group, count = [], 0
-        group.append((path, number))
+        group.append((path, number, row_count))
         count += row_count
     if group:
         yield group

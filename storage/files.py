@@ -72,7 +72,7 @@ def uri_spelling(uri: str) -> str:
 def join(uri: str, *names: str) -> str:
     """The URI of a thing below uri; names are plain text, encoded where the scheme wants it."""
     if local_path(uri) is not None:
-        names = tuple(urllib.parse.quote(name) for name in names)
+        names = tuple(urllib.parse.quote(os.fsencode(name)) for name in names)
     return "/".join((uri.rstrip("/"), *names))
 
 
@@ -133,7 +133,7 @@ def make_folder(uri: str) -> None:
 def remove(uri: str) -> None:
     """Deletes one file; one that is gone already is fine."""
     path = local_path(uri)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if path is not None:
             os.remove(path)
         else:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from storage.checked import INT32, Wrong, fits
 from storage.errors import ArchiveError, DamagedError
-from storage.files import join
-from storage.layout import damage, read_columns
-from storage.records import FrameRef, Hit
+from storage.files import join, source_text
+from storage.layout import MOST_SECONDS, damage, read_part_columns
+from storage.records import SEGMENT_KEY, FrameRef, Hit
 
 _BOUNDS = (
     "min.video_number",
@@ -93,19 +94,45 @@ def part_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
     if files.num_rows == 0:
         empty = np.empty(0, np.int64)
         return PartBounds(empty.astype(object), empty.astype(object), *[empty] * 8)
+    place = source_text(frames_uri)
     missing = [name for name in (*_BOUNDS, "min.segment") if name not in files.column_names]
     if missing or any(files.column(name).null_count for name in (*_BOUNDS, "min.segment")):
-        raise ArchiveError(f"{frames_uri}: damaged archive: a part was committed without bounds; vidx did not write it")
+        raise ArchiveError(f"{place}: damaged archive: a part was committed without bounds; vidx did not write it")
     number, last_number, *others = (files.column(name).to_numpy() for name in _BOUNDS)
     if not np.array_equal(number, last_number):
-        raise ArchiveError(f"{frames_uri}: damaged archive: a part holds several videos; vidx did not write it")
-    return PartBounds(
+        raise ArchiveError(f"{place}: damaged archive: a part holds several videos; vidx did not write it")
+    found = PartBounds(
         np.array(files.column("path").to_pylist(), object),
         np.array(files.column("min.segment").to_pylist(), object),
         files.column("size_bytes").to_numpy(),
         number.astype(np.int64),
         *others,
     )
+    with damage(frames_uri):
+        fits("segment", files.column("min.segment"), SEGMENT_KEY)
+        _check_bounds(found)
+    return found
+
+
+def _check_bounds(bounds: PartBounds) -> None:
+    """Raises Wrong where the log says something of a part that cannot be."""
+    fit = (
+        (bounds.size_bytes > 0)
+        & (bounds.video_number >= 1)
+        & (bounds.video_number <= INT32)
+        & (bounds.row_count >= 1)
+        & (bounds.row_count <= bounds.size_bytes)
+        & (bounds.first_index >= 0)
+        & (bounds.row_count - 1 <= bounds.last_index - bounds.first_index)
+        & (bounds.last_index < 1 << 32)
+        & (bounds.first_seconds >= -MOST_SECONDS)
+        & (bounds.first_seconds <= bounds.last_seconds)
+        & (bounds.last_seconds <= MOST_SECONDS)
+        & (bounds.longest_seconds >= 0)
+        & (bounds.longest_seconds <= MOST_SECONDS)
+    )
+    if not fit.all():  # NaN is in no range
+        raise Wrong(f"the log's bounds of {bounds.path[~fit][0]} cannot be those of a part")
 
 
 def find_rows(
@@ -145,7 +172,7 @@ def find_rows(
         if whole[place]:
             yield place, None
             continue
-        times = read_times(join(frames_uri, bounds.path[place]))
+        times = _times(frames_uri, bounds, place)
         rows = np.ones(len(times.ticks), bool)
         if start_seconds is not None:
             rows &= (times.time_seconds + times.duration_seconds > start_seconds) | (
@@ -174,7 +201,7 @@ def find_frames(
     """
     found = []
     for place, rows in find_rows(frames_uri, bounds, video_ids, start_seconds, end_seconds, frame_indexes):
-        found += refs_of_part(frames_uri, bounds.path[place], int(bounds.video_number[place]), video_ids, rows)
+        found += refs_of_part(frames_uri, bounds, place, video_ids, rows)
     return sorted(found, key=lambda ref: (ref.video_number, ref.ticks))
 
 
@@ -195,8 +222,18 @@ def find_hits(frames_uri: str, bounds: PartBounds, video_ids: Mapping[int, str],
                 found[number, ref.frame_index] = ref
     missing = [hit for hit in hits if (hit.video_number, hit.frame_index) not in found]
     if missing:
-        raise DamagedError(f"{frames_uri}: damaged archive: {missing[0]} is in the index but not among the frames")
+        place = source_text(frames_uri)
+        raise DamagedError(f"{place}: damaged archive: {missing[0]} is in the index but not among the frames")
     return [found[hit.video_number, hit.frame_index] for hit in hits]
+
+
+def _times(frames_uri: str, bounds: PartBounds, place: int) -> Times:
+    """Of a part, which must have as many rows as the log says: what is reckoned by that goes through no part."""
+    times, count = read_times(frames_uri, bounds.path[place]), int(bounds.row_count[place])
+    if len(times.ticks) != count:
+        uri = source_text(join(frames_uri, bounds.path[place]))
+        raise DamagedError(f"{uri}: damaged: it has {len(times.ticks)} rows, and {count} by the log")
+    return times
 
 
 def rows_of(frames: Iterable[FrameRef]) -> Rows:
@@ -208,20 +245,21 @@ def rows_of(frames: Iterable[FrameRef]) -> Rows:
 
 
 def refs_of_part(
-    frames_uri: str, path: str, number: int, video_ids: Mapping[int, str], rows: np.ndarray | None
+    frames_uri: str, bounds: PartBounds, place: int, video_ids: Mapping[int, str], rows: np.ndarray | None
 ) -> list[FrameRef]:
     """Frames of one part, in file order.
 
     Args:
         frames_uri: the frames table.
-        path: the part.
-        number: its video.
+        bounds: its parts.
+        place: of the part among them.
         video_ids: id of each video, by number.
         rows: which, or None for all.
     Raises:
         ArchiveError: the part is missing or damaged.
     """
-    times, video_id = read_times(join(frames_uri, path)), video_ids[number]
+    times, path, number = _times(frames_uri, bounds, place), bounds.path[place], int(bounds.video_number[place])
+    video_id = video_ids[number]
     rows = np.arange(len(times.ticks)) if rows is None else rows
     columns = (times.frame_index, times.ticks, times.time_seconds, times.duration_seconds)
     return [
@@ -233,13 +271,12 @@ def refs_of_part(
 
 
 @lru_cache(maxsize=1024)
-def read_times(uri: str) -> Times:
+def read_times(frames_uri: str, path: str) -> Times:
     """The times of a part's rows.
 
     Raises:
         ArchiveError: the part is missing or damaged.
     """
-    names = ["ticks", "frame_index", "time_seconds", "duration_seconds"]
-    with damage(uri):
-        table = read_columns(uri, names)
-        return Times(*(table.column(name).to_numpy() for name in names))
+    names = ("ticks", "frame_index", "time_seconds", "duration_seconds")
+    table = read_part_columns(frames_uri, path, names)
+    return Times(*(table.column(name).to_numpy() for name in names))

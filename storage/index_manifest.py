@@ -6,18 +6,35 @@ process; files are never changed, so that a reader that has one open keeps what 
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from storage.archive import Archive
+from storage.checked import (
+    INDEX_NAME,
+    INT32,
+    Wrong,
+    member,
+    members,
+    names,
+    parse_json,
+    place_of,
+    read_small,
+    shown,
+    whole,
+    wholes,
+)
 from storage.files import (
     NewFile,
     file_size,
@@ -28,6 +45,7 @@ from storage.files import (
     open_for_read,
     read_bytes,
     remove,
+    source_text,
     write_bytes,
     writing,
 )
@@ -37,6 +55,10 @@ MANIFEST = "index.json"
 LOCK = "index.lock"
 TRAINING = "training.lock"
 FLOORS = "floors.json"  # pipeline/floors.py
+MOST_JSON_BYTES = 1 << 30  # ten million parts
+MOST_KEYS = 1 << 40
+MOST_WIDTH = 1 << 16  # of a key
+CRC = (1 << 32) - 1
 
 
 class Damaged(Exception):
@@ -143,17 +165,17 @@ def read_manifest(archive: Archive) -> Manifest:
     """
     try:
         content = read_json(join(archive.index_uri, MANIFEST))
-        if (content["format"], content["model_id"]) != (INDEX_FORMAT, archive.model_id):
+        if (member(content, "format"), member(content, "model_id")) != (INDEX_FORMAT, archive.model_id):
             raise Damaged("another format or model")
-        coarse = content["coarse"]
+        coarse = member(content, "coarse")
         return Manifest(
-            tuple(_key_file(values) for values in content["exact"]),
-            tuple(_key_file(values) for values in content["coded"]),
-            None if coarse is None else Written(**coarse),
-            content["trained_count"],
-            content["checked_count"],
+            tuple(_key_file(values, ("faiss",)) for values in members(content, "exact")),
+            tuple(_key_file(values, ("codes", "runs", "rows")) for values in members(content, "coded")),
+            None if coarse is None else _written(coarse, "coarse"),
+            whole("trained_count", member(content, "trained_count"), most=MOST_KEYS),
+            whole("checked_count", member(content, "checked_count"), most=MOST_KEYS),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Wrong as error:
         raise Damaged(str(error)) from error
 
 
@@ -181,21 +203,21 @@ def write_manifest(archive: Archive, after: Manifest) -> None:
     }
     write_json(join(archive.index_uri, MANIFEST), content)
     for name in known - after.names():
-        with contextlib.suppress(OSError):
-            remove(join(archive.index_uri, name))
+        with contextlib.suppress(OSError, Wrong):
+            remove(place_of(archive.index_uri, name))
 
 
-def read_json(uri: str) -> dict:
-    """What write_json wrote.
+def read_json(uri: str) -> Any:
+    """What write_json wrote; of what kind its values are is still to be looked at.
 
     Raises:
         Damaged: it is missing, or not what was written.
     """
     with _reading(uri):
-        checksum, _, text = read_bytes(uri).partition(b"\n")
-        if int(checksum, 16) != google_crc32c.value(text):
-            raise Damaged(f"{uri}: checksum")
-        return json.loads(text)
+        checksum, _, content = read_small(uri, MOST_JSON_BYTES).partition(b"\n")
+        if int(checksum[:8], 16) != google_crc32c.value(content):
+            raise Damaged(f"{source_text(uri)}: checksum")
+        return parse_json(content)
 
 
 def write_json(uri: str, content: dict) -> None:
@@ -231,7 +253,7 @@ def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bo
     with contextlib.ExitStack() as stack:
         with writing(uri):
             make_folder(archive.index_uri)
-            file = stack.enter_context(open(path, "wb"))
+            file = stack.enter_context(open(_open_lock(path), "wb"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -240,6 +262,15 @@ def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bo
         except OSError:  # a file system without locks
             pass
         yield True
+
+
+def _open_lock(path: bytes) -> int:
+    """A lock file's descriptor; whatever it is that bears its name keeps what it holds."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no file")
+    return descriptor
 
 
 def write_file(archive: Archive, suffix: str, write: Callable[[NewFile], int]) -> Written:
@@ -275,7 +306,7 @@ def check_sizes(archive: Archive, manifest: Manifest) -> None:
     """Raises Damaged where a file is missing or has not as many bytes as were written."""
     coarse = () if manifest.coarse is None else (manifest.coarse,)
     for file in (*coarse, *(file for keys in manifest.key_files for file in keys.files)):
-        _check_size(join(archive.index_uri, file.name), file)
+        _place(archive, file)
 
 
 def map_checked(archive: Archive, file: Written) -> np.ndarray:
@@ -284,13 +315,12 @@ def map_checked(archive: Archive, file: Written) -> np.ndarray:
     Raises:
         Damaged: it is not what was written.
     """
-    uri = join(archive.index_uri, file.name)
-    _check_size(uri, file)
+    uri = _place(archive, file)
     with _reading(uri):
         mapping = map_file(uri)
         data = np.frombuffer(read_bytes(uri) if mapping is None else mapping, np.uint8)
         if google_crc32c.value(data[: file.head_bytes]) != file.head_checksum:
-            raise Damaged(f"{uri}: checksum")
+            raise Damaged(f"{source_text(uri)}: checksum")
         return data
 
 
@@ -300,19 +330,22 @@ def check_whole(archive: Archive, file: Written) -> None:
     for start in range(0, len(data), 1 << 24):
         checksum = google_crc32c.extend(checksum, data[start : start + (1 << 24)].tobytes())
     if checksum != file.checksum:
-        raise Damaged(f"{join(archive.index_uri, file.name)}: checksum")
+        raise Damaged(f"{file.name}: checksum")
 
 
 def path_of(archive: Archive, file: Written) -> str:
     """Where a file of a local archive lies, for libraries that open files by themselves."""
-    return os.fsdecode(local_path(join(archive.index_uri, file.name)))
+    return os.fsdecode(local_path(_place(archive, file)))
 
 
-def _check_size(uri: str, file: Written) -> None:
-    with _reading(uri):
+def _place(archive: Archive, file: Written) -> str:
+    """The URI of a file that is there and has as many bytes as were written."""
+    with _reading(file.name):
+        uri = place_of(archive.index_uri, file.name)
         size = file_size(uri)
     if size != file.size_bytes:
-        raise Damaged(f"{uri}: {size} bytes")
+        raise Damaged(f"{source_text(uri)}: {size} bytes")
+    return uri
 
 
 @contextlib.contextmanager
@@ -320,17 +353,33 @@ def _reading(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise Damaged(f"{uri}: {error}") from error
+        raise Damaged(f"{source_text(uri)}: {error}") from error
 
 
-def _key_file(values: dict) -> KeyFile:
-    covered = values["covered"]
-    numbers, counts = (np.array(covered[name], np.int64) for name in ("video_numbers", "key_counts"))
-    if not len(covered["paths"]) == len(numbers) == len(counts):
-        raise ValueError("parts of a file are not described alike")
-    return KeyFile(
-        tuple(Written(**file) for file in values["files"]), Covered(tuple(covered["paths"]), numbers, counts)
+def _written(values: Any, suffix: str) -> Written:
+    name = member(values, "name")
+    if not isinstance(name, str) or not INDEX_NAME.fullmatch(name) or not name.endswith(f".{suffix}"):
+        raise Wrong(f"it names a file {shown(name)}, which no file of an index is called")
+    size_bytes = whole("size_bytes", member(values, "size_bytes"))
+    return Written(
+        name,
+        size_bytes,
+        whole("checksum", member(values, "checksum"), most=CRC),
+        whole("head_bytes", member(values, "head_bytes"), most=size_bytes),
+        whole("head_checksum", member(values, "head_checksum"), most=CRC),
     )
+
+
+def _key_file(values: Any, suffixes: Sequence[str]) -> KeyFile:
+    covered, files = member(values, "covered"), members(values, "files")
+    paths = names(members(covered, "paths"))
+    numbers = wholes("video_number", members(covered, "video_numbers"), 1, INT32)
+    counts = wholes("key_count", members(covered, "key_counts"), 0, MOST_KEYS)
+    if not len(paths) == len(numbers) == len(counts) or len(files) not in (0, len(suffixes)):
+        raise Wrong("the parts or files of its keys are not described alike")
+    if (counts.sum(dtype=float) > 0) != bool(files) or counts.sum(dtype=float) > MOST_KEYS:
+        raise Wrong("its keys are not those of its parts")
+    return KeyFile(tuple(map(_written, files, suffixes)), Covered(paths, numbers, counts))
 
 
 def _values(file: KeyFile) -> dict:

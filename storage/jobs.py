@@ -19,8 +19,10 @@ import threading
 import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
-from storage.files import NO_LINKS, join, local_path, make_folder, writing
+from storage.checked import INT32, JOB_ID, finite, member, parse_json, read_small, text, whole
+from storage.files import NO_LINKS, join, local_path, make_folder, to_uri, writing
 from storage.processes import start_of
 
 BEAT_SECONDS = 5.0
@@ -28,6 +30,7 @@ LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is fre
 GONE_SECONDS = 3600.0  # without a touch, after which a job on another machine counts as gone, with all that it wrote
 _JOB, _CLAIM = ".job", ".claim"
 _NUMBER = re.compile(r"[0-9]{1,10}")
+MOST_BYTES = 1 << 16  # of one of these files
 
 
 class Job:
@@ -95,24 +98,26 @@ class Job:
     def _set_aside(self, claim: Path, lease_seconds: float) -> bool:
         """Makes room for a claim of this job's; says whether there is room, for one that lives stays."""
         try:
-            holder = claim.read_text(encoding="utf-8")
+            holder = _holder(claim)
         except FileNotFoundError:
             return True
-        if holder != self.id and _works(self._folder / f"{holder}{_JOB}", _now(self._folder), lease_seconds):
-            return False
+        if holder not in (None, self.id):
+            file = self._folder / f"{holder}{_JOB}"
+            if _works(file, _now(self._folder), lease_seconds):
+                return False
         aside = self._folder / f"{uuid.uuid4().hex}.tmp"
         try:
             claim.rename(aside)
         except FileNotFoundError:
             return True
         try:
-            if aside.read_text(encoding="utf-8") == holder:
+            if _holder(aside) == holder:
                 return True
             with contextlib.suppress(FileExistsError):
                 os.link(aside, claim)  # it was a new one: another job was faster
             return False
         finally:
-            aside.unlink(missing_ok=True)
+            _remove(aside)
 
     def is_alone(self) -> bool:
         """Whether no other job is there."""
@@ -132,7 +137,7 @@ class Job:
         self._taken.discard(number)
         self._begun.discard(number)
         with contextlib.suppress(OSError):
-            if self._claim(number).read_text(encoding="utf-8") == self.id:
+            if _holder(self._claim(number)) == self.id:
                 self._claim(number).unlink()
 
     def _claim(self, number: int) -> Path:
@@ -174,31 +179,54 @@ def oldest_start(archive_uri: str, hidden: Callable[[], Collection[int]] = tuple
     starts, living = [], set()
     for file in folder.glob("*.tmp"):
         with contextlib.suppress(OSError):
-            if now - file.stat().st_mtime > GONE_SECONDS:
+            if now - file.lstat().st_mtime > GONE_SECONDS:
                 file.unlink()
     for file in folder.glob(f"*{_JOB}"):
         if _is_there(file, now):
             living.add(file.stem)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                starts.append(float(json.loads(file.read_text(encoding="utf-8"))["started"]))
+            with contextlib.suppress(OSError, ValueError):
+                starts.append(finite("started", member(_content(file), "started"), 0))
         else:
-            file.unlink(missing_ok=True)
-    holders = {claim: _holder(claim) for claim in folder.glob(f"*{_CLAIM}")}
+            _remove(file)
+    holders = {}
+    for claim in folder.glob(f"*{_CLAIM}"):
+        with contextlib.suppress(OSError):
+            holders[claim] = _holder(claim)
     gone = {claim: holder for claim, holder in holders.items() if holder not in living}
     kept = {str(number) for number in hidden()} if gone else set()
     for claim, holder in gone.items():
-        if claim.stem not in kept and _holder(claim) == holder:  # no other job has taken it meanwhile
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if claim.stem not in kept and _holder(claim) == holder:  # no other job has taken it meanwhile
                 claim.unlink()
     return min(starts, default=None)
 
 
-def _holder(claim: Path) -> str:
-    """The id of the job that made a claim; nothing where that cannot be read."""
+def _content(file: Path) -> Any:
+    """What a file of a job says.
+
+    Raises:
+        OSError: it is gone or cannot be read.
+        ValueError: it is none.
+    """
+    return parse_json(read_small(to_uri(os.fsencode(file)), MOST_BYTES))
+
+
+def _holder(claim: Path) -> str | None:
+    """The job that made a claim; None where it is none that a job makes.
+
+    Raises:
+        OSError: it is gone or cannot be read.
+    """
     try:
-        return claim.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+        holder = read_small(to_uri(os.fsencode(claim)), MOST_BYTES).decode("ascii")
+    except ValueError:
+        return None
+    return holder if JOB_ID.fullmatch(holder) else None
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):  # gone, or a folder, which no job makes
+        file.unlink()
 
 
 def _now(folder: Path) -> float:
@@ -226,12 +254,14 @@ def _works(file: Path, now: float, lease_seconds: float) -> bool:
 def _is_there(file: Path, now: float) -> bool:
     """Whether a job may still commit what it has written, if only after a pause."""
     try:
-        process = json.loads(file.read_text(encoding="utf-8"))
-        here = (process["host"], process["boot"]) == (socket.gethostname(), _boot_id())
-        if here and process["process_started"] is not None:
-            return start_of(process["pid"]) == process["process_started"]
-        return now - file.stat().st_mtime < GONE_SECONDS
-    except (OSError, ValueError, KeyError):
+        process = _content(file)
+        text("host", member(process, "host"))
+        started = member(process, "process_started")
+        here = (process["host"], member(process, "boot")) == (socket.gethostname(), _boot_id())
+        if here and started is not None:
+            return start_of(whole("pid", member(process, "pid"), 1, INT32)) == started
+        return now - file.lstat().st_mtime < GONE_SECONDS
+    except (OSError, ValueError):
         return False
 
 

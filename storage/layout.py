@@ -17,15 +17,19 @@ segment, where that is so.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, fits, in_range, member, place_of, whole
 from storage.errors import ArchiveError, DamagedError
-from storage.files import local_path, open_for_read, source_text
-from storage.records import PatchRows, TokenBatch
+from storage.files import file_size, join, local_path, open_for_read, source_text
+from storage.records import SEGMENT_KEY, PatchRows, Sampling, TokenBatch
 
 ROW_GROUP_ROWS = 256
 ROW_GROUP_BYTES = 32 << 20  # what a writer holds at most; wide rows come in smaller groups
@@ -33,6 +37,19 @@ CELLS_KEY = b"vidx.cells"
 SHAPES_KEY = b"vidx.shapes"
 PROBLEM_KEY = b"vidx.problem"
 BINARY = ("token", "compressor_out", "search_key", "patches", "thumbnail", "checksums")
+MOST_SIDE, MOST_CELL_BYTES = 1 << 24, 1 << 30  # of a cell's shape, and of a cell
+MOST_SECONDS = 1e12
+_RANGES = {
+    "video_number": (1, INT32),
+    "time_base_num": (1, INT64),
+    "time_base_den": (1, INT64),
+    "frame_index": (0, 2**32 - 1),
+    "pts_seconds": (-MOST_SECONDS, MOST_SECONDS),
+    "time_seconds": (-MOST_SECONDS, MOST_SECONDS),
+    "duration_seconds": (0, MOST_SECONDS),
+}
+_PATTERNS = {"video_id": VIDEO_ID, "segment": SEGMENT_KEY, "model_id": LINE, "dtype": LINE}
+_RANKS = {"token": 2, "compressor_out": 2, "search_key": 1, "patches": 2}  # sides of the shape of a cell
 
 COLUMNS = pa.schema(
     [
@@ -88,15 +105,76 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     Arrow opens a local file by itself: of a Python file its threads let go some time after a read has returned, and a
     process that ends in between is aborted (apache/arrow issue 33975).
     """
-    path = local_path(uri)
+    path, size = local_path(uri), file_size(uri)
     with open_for_read(uri) if path is None else pa.OSFile(path) as file:
-        yield pq.ParquetFile(file, page_checksum_verification=True)
+        footer = pq.read_metadata(file)
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        if any(group.num_rows < 0 for group in groups) or sum(group.num_rows for group in groups) != footer.num_rows:
+            raise Wrong("its row groups are not as long as it says")
+        if footer.num_rows > size or sum(group.total_byte_size for group in groups) > most_bytes(size):
+            raise Wrong(f"{size} bytes cannot hold {footer.num_rows} rows, or what it says of them")
+        columns = [footer.schema.column(number) for number in range(footer.num_columns)]
+        texts = [column.path for column in columns if column.logical_type.type == "STRING" and "." not in column.path]
+        yield pq.ParquetFile(file, metadata=footer, read_dictionary=texts, page_checksum_verification=True)
 
 
-def read_columns(uri: str, names: Sequence[str] | None = None) -> pa.Table:
-    """Columns of a Parquet file; None: all."""
+def most_bytes(size: int) -> int:
+    """What a Parquet file of so many bytes may grow to in memory, which is far more than one of vidx does."""
+    return 64 * size + (1 << 20)
+
+
+def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
+    """Columns of a Parquet file.
+
+    A text that all rows share stands in a file once: texts are laid out for each row only when they are known to fit.
+    """
     with open_parquet(uri) as file:
-        return file.read(columns=names)
+        table = file.read(columns=schema.names)
+    texts = [column for column in table.columns if pa.types.is_dictionary(column.type)]
+    if sum(map(_text_bytes, texts)) > most_bytes(file_size(uri)):
+        raise Wrong("its texts are too long for its size")
+    return with_columns(table, schema)
+
+
+def with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema; those that rows of another vidx lack are null, where they may be.
+
+    Raises:
+        Wrong: a column is missing that may not be.
+    """
+    for field in schema:
+        if field.name not in rows.column_names:
+            if not field.nullable:
+                raise Wrong(f"it has no column {field.name}")
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows.select(schema.names).cast(schema)
+
+
+def read_part_columns(frames_uri: str, path: str, names: Sequence[str]) -> pa.Table:
+    """Columns of a part, by the path that the archive has for it.
+
+    Raises:
+        DamagedError: it is missing, or not what a part has to be.
+    """
+    with damage(join(frames_uri, path)):
+        table = read_columns(place_of(frames_uri, path), pa.schema([COLUMNS.field(name) for name in names]))
+        for name in names:
+            if name in _RANGES:
+                in_range(name, table.column(name), *_RANGES[name])
+            if name in _PATTERNS:
+                fits(name, table.column(name), _PATTERNS[name])
+        for sampling in table.column("sampling").unique().to_pylist() if "sampling" in names else ():
+            Sampling.from_text(sampling)
+        if not table.num_rows:
+            raise Wrong("it has no rows")
+        table.validate(full=True)
+        return table
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Of the texts of a column with a dictionary, row by row."""
+    lengths = [pc.sum(pc.take(pc.binary_length(piece.dictionary), piece.indices)).as_py() for piece in column.chunks]
+    return sum(length or 0 for length in lengths)
 
 
 def cell_shapes(tokens: TokenBatch) -> dict[str, list[int]]:
@@ -109,9 +187,28 @@ def cell_shapes(tokens: TokenBatch) -> dict[str, list[int]]:
     return shapes
 
 
+def shapes_of(document: Any) -> dict[str, list[int]]:
+    """The shapes that a part's metadata says, as cell_shapes gives them.
+
+    Raises:
+        Wrong: none that vidx writes.
+    """
+    shapes = {}
+    for name, ranks in _RANKS.items():
+        if name in ("search_key", "patches") and isinstance(document, dict) and name not in document:
+            continue
+        sides = member(document, name)
+        if not isinstance(sides, list) or len(sides) != ranks:
+            raise Wrong(f"the shape of its {name} has not {ranks} sides")
+        shapes[name] = [whole(f"{name}'s shape", side, 0, MOST_SIDE) for side in sides]
+    if len(shapes) != len(document) or any((width or 0) > MOST_CELL_BYTES for width in cell_widths(shapes).values()):
+        raise Wrong("its cells are none that vidx writes")
+    return shapes
+
+
 def cell_widths(shapes: dict[str, list[int]]) -> dict[str, int | None]:
     """Bytes of each binary cell, in file order; None where they differ from row to row."""
-    widths = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items() if name != "patches"}
+    widths = {name: 2 * math.prod(shape) for name, shape in shapes.items() if name != "patches"}
     if "patches" in shapes:
         rows, width = shapes["patches"]
         widths["patches"] = rows * (4 + 2 + width)

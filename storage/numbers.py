@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from storage.checked import INT32, VIDEO_ID, fits, in_range
+from storage.errors import ArchiveError
+from storage.records import Sampling
 from storage.tables import RowTable
 
 NUMBERS = pa.schema(
@@ -17,11 +20,19 @@ NUMBERS = pa.schema(
 )
 
 
+def check(rows: pa.Table) -> None:
+    """Raises Wrong where a row is none that vidx writes."""
+    fits("video_id", rows.column("video_id"), VIDEO_ID)
+    in_range("video_number", rows.column("video_number"), 1, INT32)
+    for sampling in rows.column("sampling").unique().to_pylist():
+        Sampling.from_text(sampling)
+
+
 class NumberTable:
     """The numbers of one model's videos, by (video id, sampling)."""
 
     def __init__(self, uri: str, model_id: str):
-        self._table = RowTable(uri)
+        self._table = RowTable(uri, NUMBERS, check)
         self._model_id = model_id
 
     def known(self) -> dict[tuple[str, str], int]:
@@ -42,6 +53,8 @@ class NumberTable:
             given.update(self._known(rows))
             first = max([0, *rows.column("video_number").to_pylist(), *in_use]) + 1
             new = [key for key in wanted if key not in given]
+            if first + len(new) > INT32:
+                raise ArchiveError("the archive has given all its numbers; index into a new --archive")
             given.update(zip(new, range(first, first + len(new))))
             added = [
                 {"video_id": key[0], "model_id": self._model_id, "sampling": key[1], "video_number": given[key]}

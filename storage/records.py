@@ -205,8 +205,11 @@ class Segment:
         return f"{start}..{end}"
 
 
+SEGMENT_KEY = r"(?:-?[0-9]{1,19})?\.\.(?:-?[0-9]{1,19})?"
+
+
 def segment_range(key: str) -> tuple[float, float]:
-    """Start and end of a segment, in ticks, by its key; infinite where it is open."""
+    """Start and end of a segment, in ticks, by its key, which fits SEGMENT_KEY; infinite where it is open."""
     start, end = key.split("..")
     return int(start) if start else -math.inf, int(end) if end else math.inf
 
@@ -256,9 +259,17 @@ class Sampling:
 
     @classmethod
     def from_text(cls, text: str) -> "Sampling":
-        """The settings that a row names, as str gives them."""
-        values = dict(pair.split("=") for pair in text.split(","))
-        return cls(Fraction(values["fps"]), int(values["patches"]), Choice(values.get("sample", Choice.RATE)))
+        """The settings that a row names, as str gives them.
+
+        Raises:
+            ValueError: the text is none that str gives.
+        """
+        number = r"[1-9][0-9]{0,39}"  # "1e999999999" would be worked out
+        match = re.fullmatch(rf"fps=({number})(?:/({number}))?,patches=([0-9]{{1,9}})(?:,sample=([a-z]+))?", text)
+        if match is None:
+            raise ValueError(f"sampling {text[:60]!a} is none that vidx writes")
+        fps, per, patches, choice = match.groups()
+        return cls(Fraction(int(fps), int(per or 1)), int(patches), Choice(choice or Choice.RATE))
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from storage.archive import Archive, open_archive
+from storage.archive import Archive, archive_exists, open_archive
 from storage.cells import part_identity, part_keys
 from storage.errors import ArchiveError
 from storage.files import join, local_path, source_text
 from storage.frames import read_times
 from storage.records import Problem, Reason, VideoRow
-from storage.settings import TABLES
-from storage.tables import LOG, RowTable, cut_short_commit, damaged_checkpoints
+from storage.settings import TABLES, archive_uri
+from storage.tables import LOG, cut_short_commit, damaged_checkpoints, drop_file
 from storage.vectors import drop_index, improve_index, update_index
 from storage.verify import BEYOND_REPAIR, Fault, Verification, verify
 
@@ -50,6 +50,9 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
         UsageError: there is no archive.
         ArchiveError: it cannot be written, or its log is damaged beyond its newest commit.
     """
+    if not archive_exists(uri):
+        open_archive(uri)  # which says so
+    uri = archive_uri(uri)
     notes = [*_roll_back(uri)]
     found = verify(uri)
     for fault in found.faults:
@@ -114,7 +117,7 @@ def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict
 def _can_be_read(archive: Archive, path: str, row: VideoRow) -> bool:
     """Whether a damaged part still says when its frames are and that they are this video's, and has all search keys."""
     try:
-        read_times(join(archive.frames_uri, path))
+        read_times(archive.frames_uri, path)
         part_keys(archive.frames_uri, path)
         return part_identity(archive.frames_uri, path)["video_number"] == row.video_number
     except ArchiveError:
@@ -141,5 +144,5 @@ def _set_aside(uri: str, what: str) -> str:
 def _drop_row_files(uri: str, found: Verification) -> Iterator[str]:
     for fault in found.faults:
         if fault.table in ("videos", "numbers") and fault.file:
-            RowTable(join(uri, fault.table)).drop_file(fault.file)
+            drop_file(join(uri, fault.table), fault.file)
             yield f"{fault.path}: damaged, taken out of the archive"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from storage.archive import Archive
-from storage.cells import part_keys
+from storage.exact_keys import keys_of
 
 ALIKE = 0.95  # least cosine between the first key of a run and the others
 LONGEST = 32  # frames
@@ -41,8 +41,8 @@ def sample_runs(archive: Archive, parts: Sequence[tuple[str, int, int]], frame_c
         ArchiveError: a part is missing or damaged.
     """
     found, frames = [], 0
-    for path, _, _ in _evenly(parts, frame_count):
-        stored = part_keys(archive.frames_uri, path)
+    for path, _, row_count in _evenly(parts, frame_count):
+        stored = keys_of(archive, path, row_count, found[0].shape[1] if found else None)
         if stored is not None and len(stored):
             keys = stored.astype(np.float32)
             found.append(run_means(keys, run_starts(keys)))

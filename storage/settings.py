@@ -5,12 +5,14 @@ import os
 import re
 from dataclasses import asdict, dataclass
 
+from storage.checked import Wrong, member, parse_json, read_small, refuse_other_folder, text, whole
 from storage.errors import ArchiveError, UsageError
-from storage.files import exists, join, list_names, local_path, read_bytes, source_text, to_uri, write_bytes, writing
+from storage.files import exists, join, list_names, local_path, source_text, to_uri, write_bytes, writing
 
 FORMAT_VERSION = 2  # since 2: attempts of videos
 SETTINGS_NAME = "archive.json"
 TABLES = ("frames", "videos", "numbers")
+MOST_BYTES = 1 << 20  # of archive.json
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,16 @@ class Settings:
 
 
 def is_archive(uri: str) -> bool:
-    """Whether the folder is a whole archive: archive.json is written last."""
+    """Whether the folder is a whole archive: archive.json is written last.
+
+    Raises:
+        ArchiveError: a folder of it is a link, or a thing of another kind; what lies behind that is not the archive's.
+    """
+    for name in (*TABLES, "index", "jobs"):
+        try:
+            refuse_other_folder(join(uri, name))
+        except Wrong as error:
+            raise ArchiveError(f"{source_text(join(uri, name))}: damaged archive: {error}") from error
     return exists(join(uri, SETTINGS_NAME))
 
 
@@ -46,8 +57,8 @@ def read_settings(uri: str) -> Settings:
     """
     place = join(uri, SETTINGS_NAME)
     try:
-        values = json.loads(read_bytes(place))
-        version = int(values["format_version"])
+        values = parse_json(read_small(place, MOST_BYTES))
+        version = whole("format_version", member(values, "format_version"))
         if version < FORMAT_VERSION:
             raise ArchiveError(
                 f"{source_text(uri)}: archive of format version {version}, made by an older vidx, and this one reads "
@@ -56,11 +67,11 @@ def read_settings(uri: str) -> Settings:
         if version > FORMAT_VERSION:
             known = f"this vidx reads up to {FORMAT_VERSION}"
             raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
-        return Settings(version, str(values["model_id"]), str(values["model_name"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return Settings(version, *(text(name, member(values, name)) for name in ("model_id", "model_name")))
+    except Wrong as error:
         raise ArchiveError(
-            f"{source_text(place)}: damaged archive: {type(error).__name__}: {error}; restore this file from a copy: "
-            "that of another archive of the same model and version is the same"
+            f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: that of another archive "
+            "of the same model and version is the same"
         ) from error
     except OSError as error:
         raise ArchiveError(f"{source_text(place)}: cannot be read: {error.strerror}") from error

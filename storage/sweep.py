@@ -119,6 +119,6 @@ def _oldest_start(archive: Archive) -> float | None:
 
 def _modified(uri: str) -> float:
     try:
-        return os.stat(local_path(uri)).st_mtime
+        return os.lstat(local_path(uri)).st_mtime
     except FileNotFoundError:  # a running job tidies up
         return math.inf

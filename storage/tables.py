@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +14,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
+from storage.checked import MOST_NAME, Wrong, names, parse_json, place_of, read_small, refuse_other_folder
 from storage.errors import ArchiveError, DamagedError
 from storage.files import (
     exists,
@@ -24,7 +28,6 @@ from storage.files import (
     list_names,
     local_path,
     name_with_checksum,
-    read_bytes,
     remove,
     source_text,
     sync_file,
@@ -32,10 +35,14 @@ from storage.files import (
     write_bytes,
     writing,
 )
-from storage.layout import damage, read_columns
+from storage.layout import damage, read_columns, with_columns
 from storage.records import Part
 
 LOG = "_delta_log"
+MOST_LOG_BYTES = 1 << 30  # of one file of a log
+_PATH = r"^[0-9A-Za-z][0-9A-Za-z_.-]*$"  # storage.checked.NAME, in RE2; its length is looked at besides
+_COMMIT = re.compile(r"([0-9]{20})\.json")
+_OF_VERSION = re.compile(r"([0-9]{20})\.")
 _LAST_CHECKPOINT = "_last_checkpoint"
 ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
 _GUARD = "rows"  # the application id under which every change of a RowTable is numbered
@@ -63,6 +70,7 @@ def open_table(uri: str) -> DeltaTable:
     Raises:
         ArchiveError: it is missing or damaged; the message names the damaged file of its log.
     """
+    _refuse_linked_log(uri)
     if not exists(join(uri, LOG)):
         raise DamagedError(f"{source_text(uri)}: damaged archive: the table is missing")
     with _plain_errors(uri):
@@ -78,9 +86,20 @@ def refresh(table: DeltaTable) -> None:
 
 
 def live_files(table: DeltaTable) -> pa.Table:
-    """One row per data file of this version: path, size_bytes, num_records and bounds as min.x and max.x."""
+    """One row per data file of this version: path, size_bytes, num_records and bounds as min.x and max.x.
+
+    Raises:
+        ArchiveError: the log names what no file of an archive is called, or names a file twice.
+    """
     with _plain_errors(table.table_uri):
-        return pa.table(table.get_add_actions(flatten=True))
+        files = pa.table(table.get_add_actions(flatten=True))
+    if files.num_rows:
+        paths = files.column("path")
+        fits = pc.match_substring_regex(paths, _PATH)
+        if not pc.all(fits).as_py() or pc.max(pc.binary_length(paths)).as_py() > MOST_NAME or paths.null_count:
+            with damage(join(table.table_uri, LOG)):
+                names(paths.to_pylist())
+    return files
 
 
 def file_sizes(table: DeltaTable) -> dict[str, int]:
@@ -94,11 +113,18 @@ def file_sizes(table: DeltaTable) -> dict[str, int]:
 def unnamed_files(uri: str, hours: int) -> list[str]:
     """Files of a table's folder, older than so many hours, that no version younger than that names.
 
-    Only asked for, not done by deltalake, whose vacuum adds two versions to the log.
+    Only asked for, not done by deltalake, whose vacuum adds two versions to the log. It goes through links, and takes
+    for a file's name what the log says of one that was removed.
+
+    Raises:
+        ArchiveError: the table is missing or damaged, or there is a link in its folder.
     """
     table = open_table(uri)
+    refuse_links(uri)
     with _plain_errors(uri):
-        return table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
+        found = table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
+    there = set(list_names(uri))
+    return [path for path in found if path in there]
 
 
 def commit(
@@ -174,17 +200,25 @@ class RowTable:
 
     A change rewrites the files that hold changed rows and folds in files smaller than what it writes, so that
     their number grows with the logarithm of the rows. Changes are strictly one after the other.
-
-    Args:
-        uri: of the table.
-        columns: what its rows have. Those that a table of an older vidx lacks are null, and the first change of the
-            table adds them.
     """
 
-    def __init__(self, uri: str, columns: Iterable[pa.Field] = ()):
+    def __init__(
+        self, uri: str, columns: Iterable[pa.Field] = (), check: Callable[[pa.Table], None] = lambda rows: None
+    ):
+        """Opens it at its newest version.
+
+        Args:
+            uri: of the table.
+            columns: what its rows have. Those that a table of an older vidx lacks are null, and the first change of
+                the table adds them; those of a newer one stay.
+            check: raises Wrong where rows of a file are none that vidx writes.
+        Raises:
+            ArchiveError: the table is missing or damaged.
+        """
         self.uri = uri
         self._columns = tuple(columns)
         self._table = open_table(uri)
+        self._check = check
         self._files: dict[str, pa.Table] = {}  # they never change, so each is read once
         self._rows: tuple[int, pa.Table] | None = None
 
@@ -217,7 +251,7 @@ class RowTable:
             if keep.all() and not added.num_rows:
                 return
             is_wider = len(self._schema()) > len(self._table_schema())
-            part, removed = self._rewrite(keep, _with_columns(added, self._schema()), of_all=is_wider)
+            part, removed = self._rewrite(keep, with_columns(added, self._schema()), of_all=is_wider)
             parts, guard = [part] if part else [], {_GUARD: self.version + 1}
             try:
                 if is_wider:
@@ -235,33 +269,35 @@ class RowTable:
                 raise  # after an interrupt nothing is removed: it may have come when the commit was in
             return
 
-    def drop_file(self, path: str) -> None:
-        """Takes a damaged file out of the table, with the rows in it.
-
-        Raises:
-            ArchiveError: the table cannot be written.
-        """
-        for _ in attempts():
-            self.refresh()
-            sizes = file_sizes(self._table)
-            if path not in sizes:
-                return
-            with contextlib.suppress(Conflict):
-                commit(self._table, [], [(path, sizes[path])], {_GUARD: self.version + 1})
-
     def _table_schema(self) -> pa.Schema:
-        return pa.schema(self._table.schema().to_arrow())
+        with _plain_errors(self.uri), damage(self.uri):
+            there = pa.schema(self._table.schema().to_arrow())
+            for field in self._columns:
+                if field.name in there.names and there.field(field.name).type != field.type:
+                    raise Wrong(f"its column {field.name} is {there.field(field.name).type}, not {field.type}")
+                if field.name not in there.names and not field.nullable:
+                    raise Wrong(f"it has no column {field.name}")
+        return there
 
     def _schema(self) -> pa.Schema:
         """The columns of the table, and then those that it lacks."""
         there = self._table_schema()
-        return pa.schema([*there, *(field for field in self._columns if field.name not in there.names)])
+        known = {field.name: field for field in self._columns}
+        lacked = (field for field in self._columns if field.name not in there.names)
+        return pa.schema([*(known.get(field.name, field) for field in there), *lacked])
 
     def _load(self) -> dict[str, pa.Table]:
         paths = sorted(live_files(self._table).column("path").to_pylist())
         schema = self._schema()
-        self._files = {path: self._files.get(path) or _read_rows(join(self.uri, path), schema) for path in paths}
+        self._files = {path: self._files.get(path) or self._read(path, schema) for path in paths}
         return self._files
+
+    def _read(self, path: str, schema: pa.Schema) -> pa.Table:
+        with damage(join(self.uri, path)):
+            rows = read_columns(place_of(self.uri, path), schema)
+            rows.validate(full=True)  # text that is none, among others
+            self._check(rows)
+        return rows
 
     def _rewrite(
         self, keep: np.ndarray, added: pa.Table, *, of_all: bool = False
@@ -293,17 +329,20 @@ class RowTable:
                 remove(join(self.uri, part.path))
 
 
-def _read_rows(uri: str, schema: pa.Schema) -> pa.Table:
-    with damage(uri):
-        return _with_columns(read_columns(uri), schema)
+def drop_file(uri: str, path: str) -> None:
+    """Takes a damaged file out of a RowTable, with the rows in it.
 
-
-def _with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of a schema; those that rows of another vidx lack are null, where they may be."""
-    for field in schema:
-        if field.name not in rows.column_names and field.nullable:
-            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-    return rows.select(schema.names).cast(schema)
+    Raises:
+        ArchiveError: the table cannot be written.
+    """
+    table = open_table(uri)
+    for _ in attempts():
+        refresh(table)
+        sizes = file_sizes(table)
+        if path not in sizes:
+            return
+        with contextlib.suppress(Conflict):
+            commit(table, [], [(path, sizes[path])], {_GUARD: table.version() + 1})
 
 
 def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
@@ -345,20 +384,54 @@ def _first_lines(error: Exception) -> str:
     return ": ".join(causes)[:300]
 
 
+def _refuse_linked_log(uri: str) -> None:
+    """A table, its log and the files of that lie in the archive's own folder; whatever reads a pipe waits for ever.
+
+    Raises:
+        DamagedError: one is a link, or of another kind.
+    """
+    log = join(uri, LOG)
+    for folder in (uri, log):
+        with damage(folder):
+            refuse_other_folder(folder)
+    refuse_links(log)
+
+
+def refuse_links(uri: str) -> None:
+    """Nothing, where a folder holds files and folders of its own alone.
+
+    Raises:
+        DamagedError: a link or a pipe lies in it.
+    """
+    path = local_path(uri)
+    if path is None or not os.path.isdir(path):
+        return
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.is_file(follow_symlinks=False) and not entry.is_dir(follow_symlinks=False):
+                place = source_text(join(uri, os.fsdecode(entry.name)))
+                raise DamagedError(f"{place}: damaged archive: a link or a pipe, and an archive holds none; remove it")
+
+
 def _refuse_empty_log_files(uri: str) -> None:
     """A power cut can leave the newest commit empty, and Delta takes that for a commit of nothing."""
-    path = local_path(uri)
-    if path is None:
+    if local_path(uri) is None:
         return
     for name in _commits_since_checkpoint(uri):
-        if not read_bytes(join(uri, LOG, name)).strip():
-            raise DamagedError(f"{source_text(join(uri, LOG, name))}: damaged archive: this commit is empty")
+        place = join(uri, LOG, name)
+        if not _read_log_file(place).strip():
+            raise DamagedError(f"{source_text(place)}: damaged archive: this commit is empty")
+
+
+def _read_log_file(uri: str) -> bytes:
+    with damage(uri):
+        return read_small(uri, MOST_LOG_BYTES)
 
 
 def _commits_since_checkpoint(uri: str) -> list[str]:
     names = list_names(join(uri, LOG))
-    newest = max((name for name in names if ".checkpoint" in name), default="")
-    return [name for name in names if name.endswith(".json") and name[:20].isdigit() and name[:20] > newest[:20]]
+    newest = max((name for name in names if ".checkpoint" in name and _OF_VERSION.match(name)), default="")
+    return [name for name in names if _COMMIT.fullmatch(name) and name[:20] > newest[:20]]
 
 
 def cut_short_commit(uri: str) -> str | None:
@@ -368,8 +441,8 @@ def cut_short_commit(uri: str) -> str | None:
     if newest is None:
         return None
     try:
-        lines = read_bytes(join(uri, LOG, newest)).splitlines()
-        [json.loads(line) for line in lines]
+        lines = _read_log_file(join(uri, LOG, newest)).splitlines()
+        [parse_json(line) for line in lines]
         return None if any(line.strip() for line in lines) else newest
     except ValueError:
         return newest
@@ -380,23 +453,25 @@ def damaged_checkpoints(uri: str) -> list[str]:
     names = list_names(join(uri, LOG))
     summaries = [name for name in names if ".checkpoint" in name or name == _LAST_CHECKPOINT]
     damaged = [name for name in summaries if not _is_readable(join(uri, LOG, name))]
-    sound = max((int(name[:20]) for name in summaries if name[:20].isdigit() and name not in damaged), default=-1)
-    commits = {int(name[:20]) for name in names if name.endswith(".json") and name[:20].isdigit()}
-    if not damaged or not set(range(sound + 1, max(commits, default=0) + 1)) <= commits:
+    versions = [_OF_VERSION.match(name) for name in summaries if name not in damaged]
+    sound = max((int(match[1]) for match in versions if match), default=-1)
+    commits = {int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))}
+    wanted = max(commits, default=0) - sound
+    if not damaged or len([version for version in commits if version > sound]) < wanted:
         return []
     return sorted({*damaged, _LAST_CHECKPOINT} & set(names))
 
 
 def _is_readable(uri: str) -> bool:
     """Whether a file of a log can be understood."""
-    data = read_bytes(uri)
     try:
+        data = _read_log_file(uri)
         if uri.endswith(".parquet"):
             pq.read_metadata(io.BytesIO(data))
         elif uri.endswith((".json", _LAST_CHECKPOINT)):
-            [json.loads(line) for line in data.splitlines()]
+            [parse_json(line) for line in data.splitlines()]
             return bool(data.strip())
-    except (ValueError, pa.ArrowException, OSError):
+    except (ValueError, pa.ArrowException, OSError, DamagedError):
         return False
     return True
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from storage.archive import Archive
 from storage.cells import part_keys
+from storage.checked import Wrong, place_of, read_small, refuse_other_kinds
 from storage.coarse import Coarse, list_count_for, multiply, open_coarse, write_coarse
 from storage.coded_keys import (
     CANDIDATES,
@@ -28,12 +29,13 @@ from storage.coded_keys import (
     Passing,
     best_keys,
     build_codes,
+    check_runs,
     code_faults,
     join_codes,
     open_codes,
     write_codes,
 )
-from storage.errors import ArchiveError
+from storage.errors import ArchiveError, DamagedError
 from storage.exact_keys import (
     MAX_EXACT,
     ExactKeys,
@@ -44,12 +46,13 @@ from storage.exact_keys import (
     part_row_ids,
     write_exact,
 )
-from storage.files import exists, join, read_bytes, remove, source_text
+from storage.files import exists, join, remove, source_text, writing
 from storage.frames import Rows
 from storage.index_manifest import (
     FLOORS,
     LOCK,
     MANIFEST,
+    MOST_JSON_BYTES,
     TRAINING,
     Covered,
     Damaged,
@@ -77,7 +80,7 @@ UPDATE_ROUNDS = 5
 OPEN_ROUNDS = 3
 
 _KEPT = {MANIFEST, LOCK, TRAINING, FLOORS}
-_Part = tuple[str, int, int]  # path, video number, row count
+_Part = tuple[str, int, int]  # path, video number, row count by the log
 _LiveParts = Mapping[str, _Part]  # of published videos, by path
 
 
@@ -102,10 +105,24 @@ class Index:
         self._coded = coded
         self._live = _live_parts(archive)
         empty = set(without_keys)
-        held = {path for keys in (*exact, *coded) for path in keys.covered.paths}
+        held = self._held((*exact, *coded))
         new = [part for path, part in self._live.items() if path not in held and path not in empty]
         self._exact = [*exact, *_build_all(archive, new)]
         self.rebuilt = rebuilt
+
+    def _held(self, files: Iterable[ExactKeys | CodedKeys]) -> set[str]:
+        """Parts whose keys are in some files.
+
+        Raises:
+            Damaged: a file says another count of a part's keys than the log does of its rows.
+        """
+        held: set[str] = set()
+        for keys in files:
+            for path, _, count in keys.covered.parts():
+                if path in self._live and (path in held or count not in (0, self._live[path][2])):
+                    raise Damaged(f"{count} keys of {path}")
+                held.add(path)
+        return held
 
     @cached_property
     def _counts(self) -> dict[str, int]:
@@ -145,24 +162,35 @@ class Index:
             k: at most so many.
             rows: only these frames; None: all.
         Raises:
-            ValueError: the query is not as wide as the keys.
-            ArchiveError: a part is missing or damaged.
+            ArchiveError: a part is missing or damaged, or the keys are not as wide as the query.
         """
         query = np.ascontiguousarray(query, np.float32)
         for keys in (*self._exact, *self._coded):
-            if query.shape != (keys.width,):
-                raise ValueError(f"query is {query.shape}, keys are ({keys.width},)")
-        if self._coded and self._is_narrow(rows):
-            found = self._compare(query, rows)
-        else:
-            found = []
-            for keys in self._exact:
-                found += keys.search(query, k, self._passing(keys, rows))
-            if self._coded:
-                passing = [self._passing(keys, rows) for keys in self._coded]
-                found += best_keys(self._archive, self._coarse, self._coded, query, k, passing)
+            self._check_width(query, keys.width)
+        try:
+            found = self._find(query, k, rows)
+        except Damaged as error:
+            place = source_text(self._archive.index_uri)
+            raise ArchiveError(f"{place}: damaged; `vidx repair` makes the index anew ({error})") from error
         found.sort(key=lambda hit: (-hit[0], hit[1]))  # equal scores in order of video and time
         return [Hit(row_id >> 32, row_id & 0xFFFFFFFF, score) for score, row_id in found[:k]]
+
+    def _check_width(self, query: np.ndarray, width: int) -> None:
+        if query.shape != (width,):
+            place = source_text(self._archive.uri)
+            raise DamagedError(f"{place}: damaged archive: a query is {query.shape}, and keys of it are ({width},)")
+
+    def _find(self, query: np.ndarray, k: int, rows: Rows | None) -> list[tuple[float, int]]:
+        """(score, row id) of the best keys of each file, and perhaps more."""
+        if self._coded and self._is_narrow(rows):
+            return self._compare(query, rows)
+        found = []
+        for keys in self._exact:
+            found += keys.search(query, k, self._passing(keys, rows))
+        if self._coded:
+            passing = [self._passing(keys, rows) for keys in self._coded]
+            found += best_keys(self._archive, self._coarse, self._coded, query, k, passing)
+        return found
 
     def method(self, rows: Rows | None = None) -> str:
         """How `search` compares frames, for people."""
@@ -217,6 +245,7 @@ class Index:
         for path, chosen in rows.items():
             if path in self._counts:
                 keys = part_keys(self._archive.frames_uri, path, chosen)
+                self._check_width(query, keys.shape[1])
                 scores = multiply(keys.astype(np.float32), query)
                 row_ids = part_row_ids(self._archive, path, self._live[path][1])
                 row_ids = row_ids if chosen is None else row_ids[chosen]
@@ -388,7 +417,7 @@ def _make_lists(archive: Archive, parts: Sequence[_Part]) -> Coarse | None:
         return None
     list_count = list_count_for(max(1.0, key_count * runs_per_key))
     sample, _ = sample_runs(archive, parts, round(list_count * SAMPLE_PER_LIST / runs_per_key))
-    return Coarse.train(sample, list_count)
+    return Coarse.train(sample, min(list_count, len(sample)))
 
 
 def _uncode(archive: Archive) -> None:
@@ -410,7 +439,9 @@ def _write_codes(
                 raise Damaged("nothing to join")
             for written in file.files:
                 check_whole(archive, written)  # so that no damage is written again as if it were right
-            opened.append(open_codes(archive, coarse, file))
+            found = open_codes(archive, coarse, file)
+            check_runs(found)
+            opened.append(found)
         except Damaged:
             parts += [live[path] for path in file.covered.paths if path in live]
     built = (build_codes(archive, coarse, group) for group in in_groups(parts, MAX_KEYS))
@@ -467,6 +498,11 @@ def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
         ArchiveError: a part is missing or damaged.
     """
     manifest = join(archive.index_uri, MANIFEST)
+    try:
+        refuse_other_kinds(manifest)
+    except Wrong as error:
+        yield manifest, f"damaged: {error}"
+        return
     while (before := _bytes_of(manifest)) is not None:
         found = [*_faults_by_manifest(archive, manifest)]
         if _bytes_of(manifest) in (None, before):
@@ -476,10 +512,10 @@ def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
 
 
 def _bytes_of(uri: str) -> bytes | None:
-    """A file's content, or None where it is gone."""
+    """A file's content, or None where it is gone or none that can be read."""
     try:
-        return read_bytes(uri)
-    except FileNotFoundError:
+        return read_small(uri, MOST_JSON_BYTES)
+    except (OSError, Wrong):
         return None
 
 
@@ -512,13 +548,20 @@ def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]
 
 
 def drop_index(archive: Archive) -> None:
-    """Forgets the index, so that the next update builds it from the parts."""
+    """Forgets the index, so that the next update builds it from the parts.
+
+    Raises:
+        ArchiveError: the index cannot be written.
+    """
     names: set[str] = set()
     with contextlib.suppress(Damaged):
         names = read_manifest(archive).names()
-    for name in (MANIFEST, *names):
-        remove(join(archive.index_uri, name))
-    try:
-        read_json(join(archive.index_uri, FLOORS))
-    except Damaged:
-        remove(join(archive.index_uri, FLOORS))
+    with writing(archive.index_uri):
+        remove(join(archive.index_uri, MANIFEST))
+        for name in names:
+            with contextlib.suppress(Wrong):
+                remove(place_of(archive.index_uri, name))
+        try:
+            read_json(join(archive.index_uri, FLOORS))
+        except Damaged:
+            remove(join(archive.index_uri, FLOORS))

@@ -10,6 +10,7 @@ import numpy as np
 
 from storage.archive import Archive, archive_exists, open_archive
 from storage.cells import part_identity
+from storage.checked import Wrong, refuse_other_kinds
 from storage.errors import DamagedError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.frames import PartBounds, read_times
@@ -105,6 +106,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
 def _file_fault(uri: str, size: int) -> str:
     """What is wrong with the bytes of a file; nothing where they are right."""
     try:
+        refuse_other_kinds(uri)
         if (found := file_size(uri)) != size:
             return f"damaged: it has {found} bytes, and {size} were written"
         wanted = checksum_in_name(uri.rsplit("/", 1)[-1])
@@ -112,6 +114,8 @@ def _file_fault(uri: str, size: int) -> str:
             return "its name carries no checksum, so another program wrote it"
         found = checksum_of(uri)
         return "" if found == wanted else f"damaged: its checksum is {found:08x}, and {wanted:08x} was written"
+    except Wrong as error:
+        return f"damaged: {error}"
     except FileNotFoundError:
         return "missing, though the archive names it"
     except OSError as error:
@@ -128,10 +132,14 @@ def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str
         uri = join(archive.frames_uri, path)
         detail = damaged.get(path, "")
         if not detail:
-            times = read_times(uri)
+            try:
+                times = read_times(archive.frames_uri, path)
+                owner = part_identity(archive.frames_uri, path)["video_number"]
+            except DamagedError as error:  # written so, by another program
+                yield Fault(source_text(uri), str(error).partition(": ")[2], "frames", path, shown)
+                continue
             held = (len(times.ticks), *_ends(times.frame_index), *_ends(times.time_seconds))
             said = (bounds.row_count, bounds.first_index, bounds.last_index, bounds.first_seconds, bounds.last_seconds)
-            owner = part_identity(archive.frames_uri, path)["video_number"]
             if (owner, held) == (number, tuple(column[place] for column in said)):
                 ticks[number].append(times.ticks)
                 continue

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, fits, in_range, one_of
 from storage.frames import PartBounds
-from storage.records import CapturedFrom, Probe, Problem, Reason, Status, VideoRow
+from storage.records import CapturedFrom, Probe, Problem, Reason, Sampling, Status, VideoRow
 
 # `cuts` of a Probe are not kept: they serve the job that splits the video, and there are thousands in a long one.
 SCHEMA = pa.schema(
@@ -49,6 +50,21 @@ SCHEMA = pa.schema(
         pa.field("captured_from", pa.string()),  # null where captured_at is, and of a vidx that read manifests alone
     ]
 )
+MOST_FRAMES, MOST_SIDE, MOST_SECONDS = 1 << 40, 1 << 16, 1e12
+_YEARS = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # 1 to 9999, in microseconds, as Python knows them
+_RANGES = {
+    "video_number": (1, INT32),
+    "frame_count": (0, MOST_FRAMES),
+    "size_bytes": (0, INT64),
+    "stream_index": (0, INT32),
+    "width": (1, MOST_SIDE),
+    "height": (1, MOST_SIDE),
+    "time_base_num": (1, INT64),
+    "time_base_den": (1, INT64),
+    "clock_offset_seconds": (-MOST_SECONDS, MOST_SECONDS),
+    "duration_seconds": (-MOST_SECONDS, MOST_SECONDS),
+    "attempts": (0, INT32),
+}
 _PROBED = (
     "decoder",
     "container",
@@ -63,6 +79,32 @@ _PROBED = (
 )
 
 
+def check(rows: pa.Table) -> None:
+    """Raises Wrong where a row is none that vidx writes."""
+    column = rows.column
+    fits("video_id", column("video_id"), VIDEO_ID)
+    fits("uri", column("uri"), r"file:///[!-~]*")
+    fits("model_id", column("model_id"), LINE)
+    one_of("status", column("status"), Status)
+    one_of("reason", column("reason"), Reason)
+    one_of("captured_from", column("captured_from"), CapturedFrom)
+    for sampling in column("sampling").unique().to_pylist():
+        Sampling.from_text(sampling)
+    for name, (least, most) in _RANGES.items():
+        in_range(name, column(name), least, most)
+    for name in ("captured_at", "indexed_at"):
+        in_range(name, column(name).cast(pa.int64()), *_YEARS)
+    one_of("decoder", column("decoder"), ("decord", "pyav"))
+    one_of("rotation_degrees", column("rotation_degrees"), (0, 90, 180, 270))
+    probed = rows.filter(pc.is_valid(column("decoder")))
+    for name in (*_PROBED, "time_base_num", "time_base_den"):
+        if name != "duration_seconds" and probed.column(name).null_count:
+            raise Wrong(f"a video that was read has no {name}")
+    lacks = pc.or_(pc.is_null(column("video_number")), pc.is_null(column("video_id")))
+    if rows.filter(pc.and_(pc.greater(column("frame_count"), 0), lacks)).num_rows:
+        raise Wrong("a video with frames has no number or no id")
+
+
 def to_arrow(rows: Sequence[VideoRow]) -> pa.Table:
     """Rows as they are stored."""
     return pa.Table.from_pylist([_as_dict(row) for row in rows], SCHEMA)
@@ -70,7 +112,7 @@ def to_arrow(rows: Sequence[VideoRow]) -> pa.Table:
 
 def to_rows(table: pa.Table) -> list[VideoRow]:
     """Rows as they were published, but for the cuts of their probes, which are empty."""
-    return [_as_row(values) for values in table.to_pylist(maps_as_pydicts="strict")]
+    return [_as_row(values) for values in table.to_pylist()]
 
 
 def of_same_frames(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
@@ -214,7 +256,7 @@ def _as_row(values: dict) -> VideoRow:
         mtime_ns=values["mtime_ns"],
         probe=probe,
         captured_at=values["captured_at"],
-        tags=values["tags"] or {},
+        tags=dict(values["tags"] or ()),
         attempts=values["attempts"],
         indexed_at=values["indexed_at"],
         captured_from=CapturedFrom(values["captured_from"] or CapturedFrom.MANIFEST),

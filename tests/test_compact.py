@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from small_archive import (
@@ -24,7 +25,7 @@ from storage.archive import create_archive, open_archive
 from storage.cells import read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
 from storage.compact import compact
 from storage.errors import ArchiveError
-from storage.layout import read_columns
+from storage.files import local_path
 from storage.records import Reason, Status
 from storage.sweep import clean
 from storage.vectors import open_index, update_index
@@ -65,7 +66,7 @@ def stored(archive, name):
 
 def narrow(archive):
     """The rows of an archive's parts but for what says in which of them they lie."""
-    tables = [read_columns(f"{archive.frames_uri}/{path}") for path in parts_of(archive)]
+    tables = [pq.read_table(local_path(f"{archive.frames_uri}/{path}").decode()) for path in parts_of(archive)]
     rows = [row for table in tables for row in table.drop_columns(["row", "segment"]).to_pylist()]
     return sorted(rows, key=lambda row: (row["video_number"], row["ticks"]))
 

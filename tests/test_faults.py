@@ -1,4 +1,4 @@
-"""Short runs of ops/chaos and ops/fuzz; the long ones are in the README."""
+"""Short runs of ops/chaos, ops/fuzz and ops/fuzz_archive; the long ones are in the README."""
 
 import json
 import shutil
@@ -40,3 +40,13 @@ def test_damaged_files_end_with_a_reason_and_leave_nothing(files):
     assert sum(found["ends"].values()) == files
     assert found["ends"].get("timeout", 0) == 0
     assert found["frames"] > 0
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="makes its clips with ffmpeg")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits the memory of what it forks")
+@pytest.mark.parametrize("archives", [20, pytest.param(2000, marks=pytest.mark.long)])
+def test_damaged_and_hostile_archives_end_in_one_line_and_reach_nothing_outside(archives):
+    code, found = run(ROOT / "ops/fuzz_archive", "--archives", str(archives), "--seed", "7", "--json", timeout=14400)
+    assert (code, found["wrong"], found["archives"]) == (0, {}, archives), found["cases"]
+    assert found["ends"]["0"] > archives
+    assert found["ends"]["5"] > archives / 4

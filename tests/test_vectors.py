@@ -299,7 +299,7 @@ def test_a_damaged_part_is_named_when_the_index_is_built(archive):
 def test_a_query_of_another_width_is_refused(archive):
     add_video(archive, 1)
     update_index(archive)
-    with pytest.raises(ValueError, match="query is"):
+    with pytest.raises(ArchiveError, match="query is"):
         open_index(archive).search(unit(0, 8), 3)
 
 

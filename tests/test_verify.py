@@ -16,7 +16,7 @@ from storage.files import join, local_path
 from storage.records import Problem, Reason, Status
 from storage.repair import repair
 from storage.settings import TABLES
-from storage.tables import RowTable, live_files, open_table
+from storage.tables import drop_file, live_files, open_table
 from storage.vectors import open_index, update_index
 from storage.verify import verify
 
@@ -187,7 +187,7 @@ def test_a_damaged_part_does_not_keep_numbers_from_coming_back(archive):
 def test_a_number_in_use_is_never_given_twice_however_its_table_was_lost(archive):
     given = archive.numbers()
     for path in named_files(archive, "numbers"):
-        RowTable(join(archive.uri, "numbers")).drop_file(Path(path).name)  # where a repair was stopped
+        drop_file(join(archive.uri, "numbers"), Path(path).name)  # where a repair was stopped
     after = open_archive(archive.uri)
     assert after.numbers() == {}
     key = (video_id_of(9), SAMPLING)

@@ -135,6 +135,16 @@ class Bundle:
         return self.config.compressor_size**2
 
     @property
+    def token_shape(self) -> tuple[int, int]:
+        """(C*C, H): what is stored of a frame as the LLM receives it."""
+        return self.tokens_per_frame, self.config.hidden_size
+
+    @property
+    def compressed_shape(self) -> tuple[int, int]:
+        """(C*C, D): what is stored of a frame before the projector."""
+        return self.tokens_per_frame, self.vision["hidden_size"]
+
+    @property
     def context_length(self) -> int:
         """Tokens that prompt, frames and answer may take together."""
         return self.config.context_length

@@ -68,6 +68,8 @@ def check_still_there(row: VideoRow) -> None:
             same = identify(path, HashCache()).video_id == row.video_id
     except OSError as error:
         raise in_video(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error
+    except ValueError as error:
+        raise in_video(row, problem_of(error)) from error
     except VideoProblem as problem:
         raise in_video(row, problem) from problem
     if not same:
