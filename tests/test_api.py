@@ -201,7 +201,7 @@ def test_videos_are_those_of_the_list(archive, samples_archive):
     videos = archive.videos(video="tractor.webm")
     assert (len(videos), videos[0]) == (1, archive.video("tractor.webm"))
     assert len(archive.videos(status="failed")) == len(archive.videos(tags={"camera": "x"})) == 0
-    with pytest.raises(UsageError, match=r"^status='gone': one of indexed, partial, failed, deleted"):
+    with pytest.raises(UsageError, match=r"^status='gone': one of indexing, indexed, partial, failed, deleted"):
         archive.videos(status="gone")
 
 
