@@ -175,7 +175,9 @@ class _Age:
 
     def json(self) -> dict[str, Any]:
         """As --json tells it."""
-        return {"age_seconds": round(self.seconds), "age_from": self.source, "since": self.since}
+        told = {"age_seconds": round(self.seconds), "age_from": self.source, "since": self.since}
+        is_captured = self.source == "captured_at"
+        return told | ({"captured_from": "file" if self.is_by_file else "manifest"} if is_captured else {})
 
     def __str__(self) -> str:
         hours = self.seconds / 3600

@@ -24,7 +24,7 @@ from storage.archive import create_archive, open_archive
 from storage.catalog import run_sql
 from storage.errors import UsageError
 from storage.files import local_path
-from storage.records import Status
+from storage.records import CapturedFrom, Status
 from storage.repair import repair
 from storage.sweep import clean
 from storage.vectors import open_index, update_index
@@ -185,6 +185,16 @@ def test_expire_says_how_old_each_video_is_and_how_that_is_known(vidx, archive):
     done = vidx("expire", "--older-than", "35d", "--archive", place)
     assert (done.code, "100.0d" in done.out, "/clips/3.mp4" in done.out) == (0, True, False)
     assert shown(open_archive(archive.uri)) == [3]
+
+
+def test_expire_tells_a_files_own_creation_time_from_a_manifests(vidx, archive):
+    for name, source in ((1, CapturedFrom.MANIFEST), (2, CapturedFrom.FILE), (3, CapturedFrom.FILE)):
+        captured_at = None if name == 3 else datetime(2024, 5, 1, tzinfo=UTC)
+        archive.publish([row_for(archive, name, 5, captured_at=captured_at, captured_from=source)])
+    command = ("expire", "--older-than", "1d", "--dry-run", "--archive", str(folder_of(archive)))
+    known = [(one["age_from"], one.get("captured_from")) for one in vidx(*command, "--json").json["videos"]]
+    assert known == [("captured_at", "manifest"), ("captured_at", "file"), ("file_changed_at", None)]
+    assert vidx(*command).out.count("capture time that the file gives") == 1
 
 
 def test_a_video_of_which_no_age_is_known_stays_and_is_named(vidx, archive):

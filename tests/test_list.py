@@ -83,6 +83,7 @@ def test_json_tells_all_of_a_video(vidx, archive):
         "size_bytes": 1234,
         "sampling": "fps=1,patches=0",
         "model_id": MODEL_ID,
+        "captured_from": "manifest",
     }
 
 
