@@ -25,6 +25,7 @@ from pipeline.parameters import (
     check_choice,
     check_count,
     check_number,
+    in_parameters,
     instant_of,
     naming_parameters,
     place_of,
@@ -32,15 +33,18 @@ from pipeline.parameters import (
 )
 from pipeline.query import Kind, Query, Term
 from pipeline.search import FRAMES_SHOWN, Searcher, Wanted, bundle_of
+from pipeline.sizes import parse_size
 from pipeline.stored_frames import CELLS, Frames, stored_frames
 from pipeline.times import parse_moment
 from storage.archive import ArchiveStatus, open_archive
+from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Answer, Status, VideoRow
 
 if TYPE_CHECKING:
     from pipeline.answer import Asker
     from storage.archive import Archive as StoredArchive
+    from storage.catalog import SqlLimits
     from workers.bundle import Bundle
 
 Path = str | PathLike[str]
@@ -318,16 +322,45 @@ class Archive:
         return self._stored.find_video(name)
 
     @naming_parameters
-    def sql(self, statement: str) -> list[dict[str, Any]]:
-        """The rows of a SELECT over the views `videos` and `frames`."""
-        from storage.catalog import run_sql  # with DuckDB
+    def sql(
+        self, statement: str, *, timeout_seconds: float = 300.0, memory: int | str | None = None
+    ) -> list[dict[str, Any]]:
+        """The rows of a SELECT over the views `videos` and `frames`; `sql_rows` gives them one by one.
 
-        columns, rows = run_sql(self._stored, statement)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+        Args:
+            statement: in DuckDB's SQL.
+            timeout_seconds: after which it is stopped.
+            memory: in bytes or as "512MB", that this process may grow by meanwhile; None for half of the machine's, and
+                4 GB at most.
+        """
+        return list(self.sql_rows(statement, timeout_seconds=timeout_seconds, memory=memory))
+
+    @naming_parameters
+    def sql_rows(
+        self, statement: str, *, timeout_seconds: float = 300.0, memory: int | str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The same rows as they are found: no more than a thousand of them are in memory together."""
+        from storage.catalog import SqlLimits  # with DuckDB
+
+        check("timeout_seconds", timeout_seconds, timeout_seconds != 0, "more than 0")
+        check_number("timeout_seconds", timeout_seconds, 0, math.inf)
+        memory_bytes = SqlLimits().memory_bytes if memory is None else parse_size("--memory", str(memory))
+        return _named_rows(self._stored, statement, SqlLimits(timeout_seconds, memory_bytes))
 
     def status(self) -> ArchiveStatus:
         """Counts of videos and frames, and what the archive occupies."""
         return self._stored.status()
+
+
+def _named_rows(archive: "StoredArchive", statement: str, limits: "SqlLimits") -> Iterator[dict[str, Any]]:
+    from storage.catalog import stream_sql
+
+    try:
+        with stream_sql(archive, statement, limits) as result:
+            for row in result.rows():
+                yield dict(zip(result.columns, row, strict=True))
+    except UsageError as error:
+        raise UsageError(in_parameters(str(error))) from error
 
 
 def _several(name: str, values: Sequence) -> Sequence:

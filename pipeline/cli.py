@@ -83,7 +83,7 @@ def vidx() -> None:
 
 def main() -> None:
     """Runs a command and ends the process with its exit code."""
-    from pipeline.streams import drop_output, guard_streams
+    from pipeline.streams import ReaderGone, drop_output, guard_streams
     from storage.errors import VidxError
 
     guard_streams()
@@ -106,7 +106,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("vidx: interrupted", err=True)
         code = 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except ReaderGone:
         drop_output()
         code = 0
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray ends its processes now; another Ctrl-C would only be noise

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from pipeline.cli_options import archive_option, archive_uri, json_option
+from storage.errors import UsageError
 
 if TYPE_CHECKING:
     from storage.archive import ArchiveStatus
     from storage.records import VideoRow
+
+_BESIDES_BYTES, _THREAD_BYTES = 1 << 30, 32 << 20  # what a statement may take besides what DuckDB reckons
 
 
 @click.command()
@@ -117,23 +121,61 @@ def _print_deleted(rows: Sequence[VideoRow], as_json: bool) -> None:
 @click.command()
 @click.argument("statement")
 @archive_option
+@click.option(
+    "--timeout",
+    "timeout_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a statement that is not done by then.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    default=None,
+    help="Stop one that takes more, as 512MB; half of the machine's, and 4GB at most.",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table.")
 @json_option
-def sql(statement: str, archive_dir: str, as_json: bool) -> None:
+def sql(
+    statement: str, archive_dir: str, timeout_seconds: float, memory: str | None, as_csv: bool, as_json: bool
+) -> None:
     """Query the archive's metadata with SQL (DuckDB).
 
     Views: `videos` and `frames`. Columns that hold tokens or pictures appear only when they are named. Statements
-    cannot reach files, the network or the settings.
+    cannot reach files, the network or the settings. Rows are printed as they are found.
 
     \b
     vidx sql "SELECT source, status, duration_seconds FROM videos"
     vidx sql "SELECT count(*) AS n FROM frames WHERE time_seconds < 60" --json
+    vidx sql "SELECT * FROM frames" --csv --timeout 3600 > frames.csv
     """
-    from pipeline.cli_print import print_json, print_table
-    from storage.archive import open_archive
-    from storage.catalog import run_sql
+    from pipeline.cli_print import print_csv, print_json_list, print_long_table
+    from pipeline.sizes import parse_size
 
-    columns, rows = run_sql(open_archive(archive_uri(archive_dir)), statement)
-    if as_json:
-        print_json([dict(zip(columns, row, strict=True)) for row in rows])
-    else:
-        print_table(columns, rows)
+    if as_csv and as_json:
+        raise UsageError("--csv --json: choose one of them")
+    memory_bytes = None if memory is None else parse_size("--memory", memory)
+    from storage.archive import open_archive
+    from storage.catalog import SqlLimits, stream_sql
+    from storage.processes import limit_memory
+
+    limits = SqlLimits(timeout_seconds, memory_bytes or SqlLimits().memory_bytes)
+    archive = open_archive(archive_uri(archive_dir))
+    limit_memory(limits.memory_bytes + _BESIDES_BYTES + _THREAD_BYTES * (os.cpu_count() or 1))
+    with stream_sql(archive, statement, limits, _give_up) as result:
+        if as_json:
+            print_json_list(dict(zip(result.columns, row, strict=True)) for row in result.rows())
+        elif as_csv:
+            print_csv(result.columns, (dict(zip(result.columns, row, strict=True)) for row in result.rows()))
+        else:
+            print_long_table(result.columns, result.rows())
+
+
+def _give_up(word: str) -> NoReturn:
+    """Ends this process at once, whatever DuckDB is doing."""
+    from pipeline.cli_print import note
+
+    note(f"vidx: {word}")
+    os._exit(UsageError.exit_code)

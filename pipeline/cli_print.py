@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -22,11 +24,23 @@ if TYPE_CHECKING:
 
 GAP = 3  # cells between columns
 LEAST_WIDTH = 16  # of a column of text that is folded
+LONG_ROWS = 1000  # of a table whose columns' widths are worked out together
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output: binary values in hex, times in ISO 8601, no NaN."""
     click.echo(json.dumps(_plain(value), ensure_ascii=not _is_utf(sys.stdout), indent=2, allow_nan=False))
+
+
+def print_json_list(values: Iterable[Any]) -> None:
+    """The same of a list, an entry when it comes; where one cannot be had, the document breaks off."""
+    before = "\n"
+    sys.stdout.write("[")
+    for value in values:
+        text = json.dumps(_plain(value), ensure_ascii=not _is_utf(sys.stdout), indent=2, allow_nan=False)
+        sys.stdout.write(before + textwrap.indent(text, "  "))
+        before = ",\n"
+    sys.stdout.write("]\n" if before == "\n" else "\n]\n")
 
 
 def json_line(value: Any) -> str:
@@ -64,8 +78,24 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def print_long_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A plain table, of which the rows after the first LONG_ROWS are printed as they come, under the same columns."""
+    cells = iter(rows)
+    pieces = iter(lambda: list(itertools.islice(cells, LONG_ROWS)), [])
+    first = next(pieces, [])
+    print_table(columns, first)
+    widths = [max(len(printable(row[place])) for row in (columns, *first)) for place in range(len(columns))]
+    for piece in pieces:
+        print_table(columns, piece, least_widths=widths, has_head=False)
+
+
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = (), err: bool = False
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    right: Sequence[str] = (),
+    err: bool = False,
+    least_widths: Sequence[int] = (),
+    has_head: bool = True,
 ) -> None:
     """A plain table; control characters in cells are shown escaped, so that a file name cannot write the terminal.
 
@@ -76,6 +106,8 @@ def print_table(
         rows: cells; None is shown as nothing.
         right: the headings of right-aligned columns.
         err: to standard error.
+        least_widths: of the columns, in characters.
+        has_head: print the headings.
     """
     from rich.console import Console
 
@@ -85,7 +117,8 @@ def print_table(
     encoding = stream.encoding or "utf-8"
     cells = [[printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row] for row in rows]
     if not cells or _fits(columns, cells, right, console.width):
-        text = _table_text(console, columns, cells, right, "─" if _is_utf(stream) else "-")
+        line = "─" if _is_utf(stream) else "-"
+        text = _table_text(console, columns, cells, right, line, least_widths, has_head and any(columns))
     elif any(columns):
         text = "\n".join("".join(f"{name}: {cell}\n" for name, cell in zip(columns, row)) for row in cells)
     else:
@@ -105,17 +138,24 @@ def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequenc
 
 
 def _table_text(
-    console: Console, columns: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[str], line: str
+    console: Console,
+    columns: Sequence[str],
+    cells: Iterable[Sequence[str]],
+    right: Sequence[str],
+    line: str,
+    least_widths: Sequence[int],
+    has_head: bool,
 ) -> str:
     from rich.box import Box
     from rich.table import Table
     from rich.text import Text
 
     below_head = Box(f"    \n    \n {line * 2} \n    \n    \n    \n    \n    \n", ascii=line.isascii())
-    table = Table(box=below_head, pad_edge=False, show_edge=False, show_header=any(columns))
-    for name in columns:
+    table = Table(box=below_head, pad_edge=False, show_edge=False, show_header=has_head)
+    for name, least in itertools.zip_longest(columns, least_widths):
         numeric = name in right
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        justify = "right" if numeric else "left"
+        table.add_column(name, justify=justify, no_wrap=numeric, overflow="fold", min_width=least)
     for row in cells:
         table.add_row(*map(Text, row))
     with console.capture() as captured:

@@ -23,6 +23,7 @@ _NAMES = {
     "no-thumbnails": "thumbnails=False",
     "not": "without",
     "tag": "tags",
+    "timeout": "timeout_seconds",
     "to": "end_seconds",
 }
 # Values that messages tell to give; any other word after an option is the sentence's next one.

@@ -37,6 +37,10 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+class ReaderGone(Exception):
+    """Whoever reads standard output has seen enough; no OSError, which click would make a failure of."""
+
+
 class _Output(io.FileIO):
     """A standard output whose failures have a name."""
 
@@ -49,14 +53,14 @@ class _Output(io.FileIO):
 
         Raises:
             OutputError: it is closed, or what is behind it takes no more.
-            BrokenPipeError: whoever reads it has seen enough.
+            ReaderGone: whoever reads it has seen enough.
         """
         try:
             if self._is_closed:
                 raise OSError(errno.EBADF, "it is closed")
             return super().write(data)
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError as error:
+            raise ReaderGone from error
         except OSError as error:
             self._is_closed = False
             drop_output()

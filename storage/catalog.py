@@ -3,7 +3,13 @@
 import contextlib
 import decimal
 import re
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 import duckdb
 import numpy as np
@@ -16,6 +22,7 @@ from storage.archive import Archive
 from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import is_text, local_path, source_text
 from storage.layout import BINARY, COLUMNS
+from storage.processes import anonymous_bytes, physical_memory
 from storage.records import Status
 from storage.tables import refuse_links
 
@@ -30,10 +37,64 @@ FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
 _JOINED = "frames JOIN videos USING (video_number, video_id, model_id, sampling)"
+BATCH_ROWS = 1024
+LOOK_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # for a statement beyond its limits to hear of it
+# What stands in an error that comes from reading parts.
+_OF_PARTS = ("registered as 'stored_frames' failed", "get_next failed", "arrow_scan")
 _READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing
 
 
-def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
+@dataclass(frozen=True)
+class SqlLimits:
+    """What a statement may take.
+
+    Attributes:
+        seconds: from its beginning until its last row is asked for.
+        memory_bytes: besides what the process had before.
+    """
+
+    seconds: float = 300.0
+    memory_bytes: int = min(4_000_000_000, physical_memory() // 2)
+
+
+class SqlResult:
+    """The rows of a statement, computed as they are asked for.
+
+    Attributes:
+        columns: names, unique: repeated ones are numbered, as DuckDB does in a subquery.
+    """
+
+    def __init__(self, relation: duckdb.DuckDBPyRelation | None, calls: Callable[[], AbstractContextManager]):
+        self.columns = [] if relation is None else _unique(relation.columns)
+        self._relation = relation
+        self._calls = calls
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, BATCH_ROWS at a time, as Arrow has them.
+
+        Raises:
+            UsageError: a cell cannot be computed, or a limit is reached.
+            ArchiveError: a part is missing or damaged.
+        """
+        if self._relation is None:
+            return
+        with self._calls():
+            reader = self._relation.to_arrow_reader(BATCH_ROWS)
+        while True:
+            with self._calls():
+                batch = next(reader, None)
+            if batch is None:
+                return
+            yield batch
+
+    def rows(self) -> Iterator[tuple]:
+        """The rows as Python values, as run_sql gives them."""
+        for batch in self.batches():
+            yield from _rows(batch, self._relation.types)
+
+
+def run_sql(archive: Archive, statement: str, limits: SqlLimits | None = None) -> tuple[list[str], list[tuple]]:
     """Column names and rows of one SELECT over the views `videos` and `frames`.
 
     Cells are Python values: times are UTC without a zone, tags and other maps dicts, binary cells bytes. The binary
@@ -42,14 +103,130 @@ def run_sql(archive: Archive, statement: str) -> tuple[list[str], list[tuple]]:
 
     Column names are unique: repeated ones are numbered, as DuckDB does in a subquery.
 
+    Args:
+        archive: which.
+        statement: in DuckDB's SQL.
+        limits: None for the usual ones.
     Raises:
-        UsageError: the statement is wrong, is not one reading statement, or reaches for files or settings.
+        UsageError: the statement is wrong, is not one reading statement, reaches for files or settings, or takes more
+            than it may.
         ArchiveError: a part is missing or damaged.
     """
-    with _running(archive, statement) as relation:
-        if relation is None:
-            return [], []
-        return _unique(relation.columns), _rows(relation)
+    with stream_sql(archive, statement, limits) as result:
+        return result.columns, list(result.rows())
+
+
+@contextlib.contextmanager
+def stream_sql(
+    archive: Archive,
+    statement: str,
+    limits: SqlLimits | None = None,
+    give_up: Callable[[str], NoReturn] | None = None,
+) -> Iterator[SqlResult]:
+    """The same, row by row: never more of the result in memory than a batch.
+
+    Args:
+        archive, statement, limits: as run_sql has them.
+        give_up: ends the process with a message where a statement beyond its limits does not hear that it has to stop,
+            as in a single call of a function that takes minutes; without it, such a one goes on to the end of that.
+    """
+    if not is_text(statement):
+        raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
+    limits = limits or SqlLimits()
+    connection = duckdb.connect(":memory:")
+    watch = _Watch(connection, limits, give_up)
+    calls = partial(_in_plain_words, archive, watch)
+    try:
+        with calls():
+            connection.execute("SET TimeZone = 'UTC'")  # else the machine's, for now(), casts and dates in a statement
+            connection.execute(f"SET memory_limit = '{limits.memory_bytes}B'")
+            connection.execute("SET temp_directory = ''")  # what does not fit is refused, and goes to no disk
+            _offer_views(connection, archive, statement)
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+            _refuse_other_statements(connection, statement)
+            relation = connection.sql(statement)
+        yield SqlResult(relation, calls)
+    finally:
+        watch.end()
+        connection.close()
+
+
+class _Watch:
+    """Stops what a connection does when it takes longer, or more memory, than it may.
+
+    Attributes:
+        why: the limit that was reached, as people read it; empty before.
+        limits: of the statement.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, limits: SqlLimits, give_up: Callable | None):
+        self.why = ""
+        self._connection = connection
+        self.limits = limits
+        self._give_up = give_up
+        self._before = anonymous_bytes()
+        self._begun, self._over_since = time.monotonic(), 0.0
+        self._is_working = False
+        self._changing = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While the connection is at work.
+
+        Raises:
+            UsageError: a limit was reached before.
+        """
+        with self._changing:
+            if self.why:
+                raise UsageError(self.why)
+            self._is_working = True
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._is_working = False
+
+    def end(self) -> None:
+        """Looks no more."""
+        self._ended.set()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            with self._changing:
+                self.why = self.why or self._reached()
+                if not self.why or not self._is_working:
+                    self._over_since = 0.0
+                    continue
+                self._over_since = self._over_since or time.monotonic()
+                self._connection.interrupt()  # again and again: one before a call has begun is lost
+            if self._give_up is not None and time.monotonic() - self._over_since > GRACE_SECONDS:
+                self._give_up(self.why)
+
+    def _reached(self) -> str:
+        if time.monotonic() - self._begun > self.limits.seconds:
+            return f"SQL: not done after {self.limits.seconds:g} s; allow more with --timeout, or ask for less"
+        if anonymous_bytes() - self._before > self.limits.memory_bytes:
+            return too_much_memory(self.limits)
+        return ""
+
+
+def too_much_memory(limits: SqlLimits) -> str:
+    """The line that says so."""
+    allowed = f"{limits.memory_bytes / 1e6:,.0f} MB"
+    return f"SQL: takes more than {allowed} of memory; allow more with --memory, or ask for less"
+
+
+@contextlib.contextmanager
+def _in_plain_words(archive: Archive, watch: _Watch) -> Iterator[None]:
+    """A call to DuckDB; what goes wrong in it is told in one line."""
+    try:
+        with watch.working():
+            yield
+    except (duckdb.Error, OSError, MemoryError) as error:  # Arrow's reader turns DuckDB's errors into OSErrors
+        raise _plain_error(archive, watch, error) from error
 
 
 def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | None]:
@@ -71,9 +248,10 @@ def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | No
         if not isinstance(error.__cause__, duckdb.BinderException):
             raise
     statement = f"SELECT video_number, frame_index FROM {_JOINED} WHERE (\n{condition}\n) ORDER BY ALL"
-    with _running(archive, statement) as relation:
-        table = relation.to_arrow_table()
-        numbers, indexes = (table.column(name).to_numpy() for name in ("video_number", "frame_index"))
+    with stream_sql(archive, statement) as result:
+        pieces = [(batch.column(0).to_numpy(), batch.column(1).to_numpy()) for batch in result.batches()]
+        nothing = np.empty(0, np.int64)
+        numbers, indexes = (np.concatenate([nothing, *column]) for column in zip(*pieces)) if pieces else (nothing,) * 2
         unique, starts = np.unique(numbers, return_index=True)
         ends = [*starts[1:], len(indexes)]
         return {number: indexes[start:end] for number, start, end in zip(unique.tolist(), starts, ends[: len(unique)])}
@@ -99,27 +277,6 @@ def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -
         statement = f"SELECT DISTINCT source_uri FROM {_JOINED} WHERE (\n{condition}\n)"
         _, rows = run_sql(archive, statement)
     return {uri for (uri,) in rows}
-
-
-@contextlib.contextmanager
-def _running(archive: Archive, statement: str) -> Iterator[duckdb.DuckDBPyRelation | None]:
-    """The result of a statement over the views; what goes wrong while it is read is told in plain words."""
-    if not is_text(statement):
-        raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
-    connection = duckdb.connect(":memory:")
-    try:
-        connection.execute("SET TimeZone = 'UTC'")  # else the machine's, for now(), casts and dates in a statement
-        _offer_views(connection, archive, statement)
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
-        _refuse_other_statements(connection, statement)
-        yield connection.sql(statement)
-    except duckdb.Error as error:
-        raise _plain_error(archive, error) from error
-    except OSError as error:
-        raise DamagedError(f"{source_text(archive.uri)}: damaged archive: {_one_line(error)}") from error
-    finally:
-        connection.close()
 
 
 def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
@@ -192,22 +349,26 @@ def _unique(names: list[str]) -> list[str]:
     return unique
 
 
-def _rows(relation: duckdb.DuckDBPyRelation) -> list[tuple]:
-    table = relation.to_arrow_table()  # duckdb's own fetchall wants pytz for times with a zone
+def _rows(batch: pa.RecordBatch, kinds: Sequence) -> Iterator[tuple]:
+    """Rows as Python values; duckdb's own fetchmany wants pytz for times with a zone."""
     columns = []
-    for column, kind in zip(table.columns, relation.types, strict=True):
+    for column, kind in zip(batch.columns, kinds, strict=True):
         values = column.to_pylist(maps_as_pydicts="strict")
         if str(kind) in ("HUGEINT", "UHUGEINT"):  # what sum() gives; Arrow knows it as a decimal
             values = [int(value) if isinstance(value, (decimal.Decimal, float)) else value for value in values]
         columns.append(values)
-    return list(zip(*columns, strict=True))
+    return zip(*columns, strict=True)
 
 
-def _plain_error(archive: Archive, error: duckdb.Error) -> UsageError | ArchiveError:
+def _plain_error(archive: Archive, watch: _Watch, error: Exception) -> UsageError | ArchiveError:
     text = _one_line(error)
+    if watch.why:
+        return UsageError(watch.why)
+    if isinstance(error, (MemoryError, duckdb.OutOfMemoryException)) or text.startswith("Out of Memory Error"):
+        return UsageError(too_much_memory(watch.limits))
     if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in text:
         return UsageError(f"SQL reads the views videos and frames, and nothing else: {text}")
-    if isinstance(error, duckdb.IOException) or "registered as 'stored_frames' failed" in text:
+    if isinstance(error, duckdb.IOException) or any(mark in text for mark in _OF_PARTS):
         return DamagedError(f"{source_text(archive.uri)}: damaged archive: {text}")
     return UsageError(f"SQL: {text}")
 

@@ -1,0 +1,23 @@
+"""Sizes as people write them."""
+
+import re
+
+from storage.errors import UsageError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+MOST_BYTES = 1 << 50
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes from `512MB`, `1.5 GiB` or a number of bytes.
+
+    Raises:
+        UsageError: none of them.
+    """
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", text.strip())
+    unit = _UNITS.get((match[2] or "B").upper()) if match else None
+    size = round(float(match[1]) * unit) if unit else 0
+    if not 1 <= size <= MOST_BYTES:
+        raise UsageError(f"{option} {text}: no size; give a number above 0 with a unit, as 512MB or 4GiB")
+    return size
