@@ -10,8 +10,6 @@ from pathlib import Path
 
 import platformdirs
 
-from storage.checked import VIDEO_ID
-
 # A file that changed this shortly before it was read may change once more without its times showing it.
 SETTLED_SECONDS = 2.0
 _TABLE = """
@@ -69,7 +67,7 @@ class HashCache:
             "SELECT size_bytes, mtime_ns, ctime_ns, video_id FROM hashes WHERE device = ? AND inode = ?", _key(stat)
         )
         known = rows[0][3] if rows and rows[0][:3] == _state(stat) else None
-        return known if isinstance(known, str) and re.fullmatch(VIDEO_ID, known) else None
+        return known if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known) else None
 
     def put(self, stat: os.stat_result, video_id: str, read_ns: int) -> None:
         """Remembers a hash of bytes that were read from read_ns on, between two looks that both gave `stat`."""
