@@ -122,6 +122,7 @@ class QueryEncoder:
                 keys.append(self._picture_encoder.embed(next(unread)))
             else:
                 keys.append(self._text_encoder.embed(term.text))
+            self._check_key(term.text, keys[-1])
         weights = np.array([term.weight for term in query.terms], np.float32)
         shares = np.ones(len(weights), np.float32)
         is_text = [term.kind is Kind.TEXT for term in query.terms]
@@ -133,6 +134,8 @@ class QueryEncoder:
             floor = floor or mean
         wanted = (weights / weights.sum() * shares) @ np.stack(keys)
         unwanted = np.array([self._text_encoder.embed(text) for text in query.without], np.float32)
+        for text, key in zip(query.without, unwanted, strict=True):
+            self._check_key(text, key)
         unwanted_floor = self._floors.text.score if query.without else 0.0
         return QueryKeys(wanted, floor, unwanted.reshape(-1, len(wanted)), unwanted_floor, tuple(examples))
 
@@ -145,6 +148,13 @@ class QueryEncoder:
         from workers.picture_key import PictureEncoder  # with torch
 
         return PictureEncoder(self._bundle)
+
+    def _check_key(self, text: str, key: np.ndarray) -> None:
+        if not (np.isfinite(key).all() and key.any()):
+            raise UsageError(
+                f"{text}: model {self._bundle.name} gives no search key for it, but zeros or values that are no "
+                "numbers; its CLIP is damaged, or has values beyond float32"
+            )
 
     def _frame(self, name: str) -> FrameRef:
         """The frame that is shown at VIDEO@TIME."""

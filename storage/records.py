@@ -40,6 +40,7 @@ class Reason(StrEnum):
     ENCRYPTED = "encrypted"
     CLOCK_RESTARTED = "clock_restarted"  # every frame is there; an indexed video may have this reason
     UNSUPPORTED_CODEC = "unsupported_codec"
+    OVERFLOW = "overflow"  # the model gives numbers of a frame that cannot be stored
     TOO_LARGE = "too_large"
     REFUSED_FORMAT = "refused_format"
     TIMEOUT = "timeout"
@@ -320,6 +321,12 @@ class FrameBatch:
         if np.any(self.end_ticks < self.ticks):
             raise ValueError("FrameBatch.end_ticks lies before ticks")
 
+    def take(self, places: np.ndarray) -> "FrameBatch":
+        """Some of the frames."""
+        thumbnails = tuple(self.thumbnails[place] for place in places.tolist())
+        columns = (self.pixels, self.ticks, self.end_ticks, self.frame_index)
+        return FrameBatch(*(column[places] for column in columns), thumbnails)
+
     def __len__(self) -> int:
         return len(self.pixels)
 
@@ -346,6 +353,10 @@ class PatchRows:
         _check("PatchRows.values", self.values, np.int8, (frames, rows, None))
         _check("PatchRows.scales", self.scales, np.float32, (frames, rows))
         _check("PatchRows.positions", self.positions, np.uint16, (frames, rows))
+
+    def take(self, places: np.ndarray) -> "PatchRows":
+        """Those of some frames."""
+        return PatchRows(self.values[places], self.scales[places], self.positions[places])
 
     def __repr__(self) -> str:
         return f"PatchRows(values={self.values.shape})"
@@ -376,11 +387,36 @@ class TokenBatch:
         if self.patches is not None and len(self.patches.values) != count:
             raise ValueError(f"TokenBatch.patches holds {len(self.patches.values)} frames, wanted {count}")
 
+    def take(self, places: np.ndarray) -> "TokenBatch":
+        """What is stored of some of the frames."""
+        key, patches = self.search_key, self.patches
+        return TokenBatch(
+            self.token[places],
+            self.compressor_out[places],
+            None if key is None else key[places],
+            None if patches is None else patches.take(places),
+        )
+
     def __len__(self) -> int:
         return len(self.token)
 
     def __repr__(self) -> str:
         return f"TokenBatch(token={self.token.shape}, patches={self.patches!r})"
+
+
+def join_tokens(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """What is stored of the frames of several batches, as one."""
+    first, joined = batches[0], np.concatenate
+    patches = None
+    if first.patches is not None:
+        columns = [vars(batch.patches) for batch in batches]
+        patches = PatchRows(**{name: joined([each[name] for each in columns]) for name in columns[0]})
+    return TokenBatch(
+        joined([batch.token for batch in batches]),
+        joined([batch.compressor_out for batch in batches]),
+        None if first.search_key is None else joined([batch.search_key for batch in batches]),
+        patches,
+    )
 
 
 @dataclass(frozen=True)

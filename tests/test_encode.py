@@ -174,8 +174,9 @@ def test_a_frame_batch_is_encoded_by_its_pixels(built_in_vision):
     count = np.arange(2, dtype=np.int64)
     batch = FrameBatch(frames(2), count, count + 1, count, (b"", b""))
     encoded = encode_frames(built_in_vision, batch, patch_rows=1)
-    assert encoded.token.tobytes() == encode_pixels(built_in_vision, batch.pixels, 1).token.tobytes()
-    assert encoded.patches.values.shape == (2, 1, 160)
+    assert encoded.tokens.token.tobytes() == encode_pixels(built_in_vision, batch.pixels, 1).token.tobytes()
+    assert encoded.tokens.patches.values.shape == (2, 1, 160)
+    assert (encoded.places.tolist(), dict(encoded.unfit)) == ([0, 1], {})
 
 
 def test_a_value_beyond_float16_is_an_error_and_never_infinity(tmp_path):

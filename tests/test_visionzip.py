@@ -40,6 +40,18 @@ def test_selection_equals_a_loop_over_rows(seed, dominant, contextual):
         assert [*selection.kept[i].tolist(), *selection.remaining[i, selection.targets].tolist()] == places
 
 
+def test_rows_of_half_precision_are_summed_beyond_its_range():
+    source = np.random.default_rng(1)
+    hidden = source.uniform(20_000, 60_000, (2, 65, 6)).astype(np.float16)
+    attention, metric = source.random((2, 64)), source.normal(size=(2, 65, 4))
+    given = (torch.from_numpy(hidden), torch.from_numpy(attention).float(), torch.from_numpy(metric).float())
+    selection = select(*given, 8, 4)
+    for i in range(2):
+        rows, _ = brute_force(hidden[i].astype(np.float64), attention[i], metric[i], 8, 4)
+        assert rows.max() > 65504
+        np.testing.assert_allclose(selection.rows[i], rows, rtol=1e-6)
+
+
 def features(seed: int, patch_count: int = 16) -> TowerFeatures:
     source = torch.Generator().manual_seed(seed)
     return TowerFeatures(

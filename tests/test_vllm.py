@@ -69,7 +69,8 @@ def archive(vidx, bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(bundle):
-    return {name: load_model(bundle, ModelOptions("cpu", "float32", engine=name)) for name in EngineName}
+    names = EngineName if runs_here() else [EngineName.TRANSFORMERS]
+    return {name: load_model(bundle, ModelOptions("cpu", "float32", engine=name)) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,16 @@ def said(engine, rows):
     context = engine.context()
     context.add(rows)
     return list(context.reply(4, SamplingParams()))
+
+
+@pytest.mark.parametrize("name", [EngineName.TRANSFORMERS, pytest.param(EngineName.VLLM, marks=installed)])
+def test_rows_that_are_no_numbers_have_no_answer(models, name):
+    engine = models[name].engine
+    rows = torch.zeros(1, 300, SIZES["hidden_size"])
+    rows[0, 20] = torch.nan
+    with pytest.raises(UsageError, match=r"no numbers \(NaN or infinity, computed in float32\)"):
+        said(engine, rows)
+    assert len(said(engine, torch.zeros(1, 300, SIZES["hidden_size"]))) == 4  # others have one
 
 
 @installed

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from storage.errors import UsageError
-from workers.load import build_empty, check_tensors, fill
+from workers.load import build_empty, check_tensors, fill, sum_exactly
 from workers.preprocess import PictureSettings
 from workers.weights import list_tensors, read_json
 
@@ -80,6 +80,7 @@ def load_tower(directory: Path, select_layer: int, device: torch.device, dtype: 
     Raises:
         UsageError: a key is missing, extra or misshapen, or the selected layer does not exist.
     """
+    sum_exactly()
     tensors = list_tensors(directory)
     config = vision_config(read_json(directory / "config.json"))
     if config.num_hidden_layers + 1 + select_layer < 1:

@@ -70,7 +70,10 @@ class TextTower:
         self._check_shapes(settings.get("intermediate_size"))
 
     def embed_ids(self, ids: list[int]) -> np.ndarray:
-        """The joint embedding of tokenised text, start and end tokens included: (E,) float32, L2-normalised."""
+        """The joint embedding of tokenised text, start and end tokens included: (E,) float32, L2-normalised.
+
+        Zeros where it has no direction.
+        """
         embeddings = self._entry("text_model.embeddings.token_embedding.weight")
         if not ids or not 0 <= min(ids) <= max(ids) < embeddings.shape[0]:
             raise UsageError(f"{self._directory}: the tokenizer gives ids outside 0..{embeddings.shape[0] - 1}")
@@ -80,7 +83,8 @@ class TextTower:
             hidden = self._layer(hidden, f"text_model.encoder.layers.{layer}")
         pooled = self._norm(hidden[self._end_position(ids)], "text_model.final_layer_norm")  # (D,)
         key = self._weight("text_projection.weight") @ pooled  # (E,)
-        return key / np.linalg.norm(key)
+        length = np.linalg.norm(key)
+        return key / length if length else key
 
     def _check_shapes(self, inner: int | None) -> None:
         """Refuses a text tower with a missing, extra or misshapen key."""

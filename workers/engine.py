@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from storage.errors import UsageError
 from workers.memory import rows_at_once
 from workers.model_options import EngineName as EngineName
 from workers.model_options import ModelOptions as ModelOptions
 from workers.model_options import SamplingParams as SamplingParams
+
+MADE_BY_LLM = "what the LLM makes of the question and its frames"
+
+
+def no_numbers(what: str, dtype: torch.dtype) -> UsageError:
+    """The error for NaN or infinity, which would be read as an answer of exclamation marks."""
+    name = str(dtype).removeprefix("torch.")
+    better = "" if dtype is torch.float32 else "--dtype float32, which holds larger ones, or "
+    return UsageError(
+        f"{what} has values that are no numbers (NaN or infinity, computed in {name}), so there is no answer; try "
+        f"{better}--fuse tokens, which reads less of each frame, or other frames"
+    )
 
 
 class Context(Protocol):
@@ -38,6 +51,9 @@ class Context(Protocol):
         """The answer to the rows, id by id, up to an end token (not yielded) or so many.
 
         Its own rows are forgotten; before another answer, rows have to be added.
+
+        Raises:
+            UsageError: before the first id: what follows the rows is no number, and no further answer can be had.
         """
 
 
@@ -101,6 +117,8 @@ class TransformersContext:
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
+        if not self.logits.max().isfinite():  # also where one of them is NaN
+            raise no_numbers(MADE_BY_LLM, self.logits.dtype)
         rows, choose = self.row_count, _chooser(sampling, self.logits.device)
         try:
             for count in range(1, most_tokens + 1):

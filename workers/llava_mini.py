@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -94,6 +95,18 @@ class VisionPart:
     projector: nn.Sequential
     prefusion: nn.ModuleList
     rotary: LlamaRotaryEmbedding
+
+    @cached_property
+    def in_float32(self) -> "VisionPart":
+        """The same in float32, for the few frames that half precision cannot compute; loaded when one is met.
+
+        On the CPU where a GPU has not the memory for both.
+        """
+        with torch.inference_mode(False):  # weights that are made in it cannot be used outside
+            try:
+                return load_vision(self.bundle, str(self.device), "float32")
+            except torch.OutOfMemoryError:
+                return load_vision(self.bundle, "cpu", "float32")
 
     def __repr__(self) -> str:
         return f"VisionPart({self.bundle.name!r}, {self.device}, {self.dtype})"

@@ -39,6 +39,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def sum_exactly() -> None:
+    """Has a GPU sum half-precision products, and multiply float32, in float32; torch's defaults take less."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def use_cores(count: int) -> None:
     """Has torch compute on so many cores; Ray gives a worker's libraries one."""
     torch.set_num_threads(count)

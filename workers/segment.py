@@ -1,7 +1,7 @@
 """One segment from file to Parquet part: decode -> encode -> store, without Ray."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from storage.errors import VideoProblem
@@ -70,6 +70,7 @@ def _attempt(
     clock = _Clock()
     decoder.library = task.probe.decoder
     problem, frame_count, end_seconds = None, 0, None
+    unfit: list[tuple[float, str]] = []  # frames that are left out: when they are shown, and why
     try:
         try:
             check_unchanged(path, task.content)
@@ -77,17 +78,20 @@ def _attempt(
             batches = decoder.decode(path, task.probe, task.segment, sampling.fps, batch, sampling.choice)
             for frames in clock.iterate("decode", batches):
                 with model_turn, clock.measure("encode"):
-                    tokens = encode_frames(model, frames, sampling.patches)
+                    encoded = encode_frames(model, frames, sampling.patches)
                 with clock.measure("store"):
-                    kept = frames.thumbnails if thumbnails else [b""] * len(frames)
-                    columns = _columns(task.probe, frames)
-                    writer.append(columns, tokens, kept)
-                frame_count += len(frames)
+                    kept = frames.take(encoded.places) if encoded.unfit else frames
+                    pictures = kept.thumbnails if thumbnails else [b""] * len(kept)
+                    writer.append(_columns(task.probe, kept), encoded.tokens, pictures)
+                frame_count += len(kept)
                 end_seconds = float(task.probe.time_seconds(int(frames.end_ticks[-1])))
+                unfit += [(float(task.probe.time_seconds(frames.ticks[at])), why) for at, why in encoded.unfit.items()]
                 reached(end_seconds, frame_count)
             check_unchanged(path, task.content)
         except VideoProblem as error:
             problem = Problem(error.reason, error.detail)
+        if unfit:
+            problem = _with_left_out(problem, unfit, frame_count)
         if problem is not None and problem.reason is Reason.CHANGED:
             writer.abort()  # rows of two contents under one identity would be wrong
             part, frame_count, end_seconds = None, 0, None
@@ -109,6 +113,15 @@ def _attempt(
         store_seconds=clock.seconds["store"],
         end_seconds=end_seconds,
     )
+
+
+def _with_left_out(problem: Problem | None, unfit: Sequence[tuple[float, str]], stored_count: int) -> Problem:
+    """A segment's problem, where it has one besides, and that frames are missing whose numbers cannot be stored."""
+    (seconds, why), count = min(unfit), len(unfit)
+    detail = f"{count} of {count + stored_count} frames are left out, the first at {seconds:.3f} s: {why}"
+    if problem is None:
+        return Problem(Reason.OVERFLOW, detail)
+    return Problem(problem.reason, f"{problem.detail}; {detail}")
 
 
 def _columns(probe: Probe, frames: FrameBatch) -> FrameColumns:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.engine import Context, SamplingParams
+from storage.errors import UsageError
+from workers.engine import Context, SamplingParams, no_numbers
 from workers.llava_mini import (
     FusionInputs,
     LlavaMini,
@@ -75,6 +76,7 @@ class ShownFrames:
 
         Raises:
             VideoProblem: the inputs raised it; the next prompt starts anew.
+            UsageError: the fused text is no number.
         """
         ids = list(ids)
         known = min(_common(self._ids, ids), len(ids) - 1)
@@ -83,6 +85,8 @@ class ShownFrames:
         try:
             self._forget_from(known)
             fused = self._fuse(ids, known)
+            if not fused.isfinite().all():
+                raise no_numbers("the question, fused with its frames,", self._model.vision.dtype)
             if known:
                 embeds = fused.to(self._model.vision.dtype)[None]  # (1, new, H)
             else:
@@ -90,14 +94,23 @@ class ShownFrames:
                 embeds = answer_embeds(self._model, ids, fused, self._tokens)
             self._context.add(embeds)
         except BaseException:  # as Ctrl-C: what is half done is of no use
-            self._ids, self._batches, self._context = [], None, None
+            self._begin_anew()
             raise
         self._ids = ids
         return self._context
 
     def reply(self, ids: Sequence[int], most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
-        """The answer to a prompt, id by id, up to an end token (not yielded) or so many."""
-        yield from self.read(ids).reply(most_tokens, sampling)
+        """The answer to a prompt, id by id, up to an end token (not yielded) or so many.
+
+        Raises:
+            VideoProblem, UsageError: before the first id, as `read` and Context.reply.
+        """
+        context = self.read(ids)
+        try:
+            yield from context.reply(most_tokens, sampling)
+        except UsageError:
+            self._begin_anew()
+            raise
 
     # --- pre-fusion
 
@@ -148,6 +161,9 @@ class ShownFrames:
         return self.frame_count * rows * prefusion_row_bytes(self._model) <= self._most_bytes
 
     # --- forgetting
+
+    def _begin_anew(self) -> None:
+        self._ids, self._batches, self._context = [], None, None
 
     def _forget_from(self, known: int) -> None:
         """Keeps what belongs to the first so many ids."""

@@ -28,7 +28,7 @@ class Selection:
         targets: (Y,), which of the remaining ones became contextual rows.
         assignment: (B, R - Y), the target (0..Y) that each other remaining patch joins.
         counts: (B, Y) float32, how many joined each target, at least 1: what the sum is divided by.
-        rows: (B, X + Y, D): dominant rows in ascending order, then contextual ones.
+        rows: (B, X + Y, D) float32: dominant rows in ascending order, then contextual ones.
     """
 
     all_indices: Tensor
@@ -58,7 +58,7 @@ def select(hidden: Tensor, attention: Tensor, metric: Tensor, dominant: int, con
     """The dominant and contextual rows of a batch of pictures.
 
     Args:
-        hidden: (B, 1 + N, D), class token first.
+        hidden: (B, 1 + N, D), class token first, of any precision; sums are made in float32 at least.
         attention: (B, N), what the class token pays each patch, summed over heads.
         metric: (B, 1 + N, M), in which rows are compared.
         dominant: X, rows kept as they are, the class token among them.
@@ -85,10 +85,11 @@ def select(hidden: Tensor, attention: Tensor, metric: Tensor, dominant: int, con
     metric = functional.normalize(metric, dim=-1)
     similarity = _rows(metric, others) @ _rows(metric, target_rows).mT  # (B, R - Y, Y)
     assignment = similarity.argmax(dim=2) if contextual else others
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # float16 does not hold a sum of hundreds
     joined = functional.one_hot(assignment, max(1, contextual))[:, :, :contextual].to(hidden.dtype)  # (B, R - Y, Y)
-    counts = joined.float().sum(dim=1).clamp(min=1)  # (B, Y)
+    counts = joined.sum(dim=1).clamp(min=1)  # (B, Y)
     sums = joined.mT @ _rows(hidden, others)  # (B, Y, D)
-    contextual_rows = _rows(hidden, target_rows) + sums / counts[..., None].to(hidden.dtype)
+    contextual_rows = _rows(hidden, target_rows) + sums / counts[..., None]
     rows = torch.cat([_rows(hidden, kept), contextual_rows], dim=1)  # (B, X + Y, D)
     return Selection(all_indices, kept, remaining, targets, assignment, counts, rows)
 

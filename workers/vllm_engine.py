@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 from storage.errors import ClusterError, UsageError
 from storage.files import to_uri, write_bytes
 from workers.bundle import Bundle
-from workers.engine import EngineName, SamplingParams
+from workers.engine import MADE_BY_LLM, EngineName, SamplingParams, no_numbers
 from workers.hash_cache import cache_folder
 from workers.load import tensor_values
 from workers.weights import TensorEntry
@@ -75,6 +75,7 @@ class VllmEngine:
             UsageError: vLLM cannot run this model here, or there is not the memory for it.
         """
         self.eos_ids = bundle.config.eos_ids
+        self._dtype = dtype
         self._numbers = itertools.count()
         self._failed: Exception | None = None
         self._thread = ThreadPoolExecutor(1, "vllm", torch.set_num_threads, (torch.get_num_threads(),))
@@ -104,7 +105,10 @@ class VllmEngine:
         return VllmContext(self)
 
     def reply(self, rows: Tensor, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """The answer to rows, (S, H), id by id, as Context.reply."""
+        """The answer to rows, (S, H), id by id, as Context.reply.
+
+        vLLM shows no logits; where they are no numbers, the likelihood of the chosen id is none either.
+        """
         from vllm import SamplingParams as VllmSampling
         from vllm.sampling_params import RequestOutputKind
 
@@ -113,14 +117,18 @@ class VllmEngine:
             seed=sampling.seed,
             max_tokens=most_tokens,
             stop_token_ids=list(self.eos_ids),
+            logprobs=0,  # of the chosen id alone
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        number, ended = str(next(self._numbers)), False
+        number, ended, said = str(next(self._numbers)), False, 0
         try:
             self._do(self._ask, number, rows, params)
             while not ended:
-                tokens, ended = self._do(self._step, number)
+                tokens, likelihood, ended = self._do(self._step, number)
+                if tokens and not said and not math.isfinite(likelihood):
+                    raise no_numbers(MADE_BY_LLM, self._dtype)
+                said += len(tokens)
                 for token in tokens:
                     if token in self.eos_ids:
                         return
@@ -153,11 +161,12 @@ class VllmEngine:
     def _ask(self, number: str, rows: Tensor, params: "VllmSampling") -> None:
         self._llm.add_request(number, self._llm.renderer.render_cmpl([{"prompt_embeds": rows}])[0], params)
 
-    def _step(self, number: str) -> tuple[list[int], bool]:
-        """What a request has said since the last step, and whether that is all."""
+    def _step(self, number: str) -> tuple[list[int], float, bool]:
+        """What a request has said since the last step, how likely all of it is, as a logarithm, and whether it ends."""
         outputs = [output for output in self._llm.step() if output.request_id == number]
         said = [token for output in outputs for token in output.outputs[0].token_ids]
-        return said, any(output.finished for output in outputs)
+        likelihood = outputs[-1].outputs[0].cumulative_logprob if said else 0.0
+        return said, likelihood, any(output.finished for output in outputs)
 
 
 class VllmContext:
