@@ -68,28 +68,34 @@ class Archive:
         where: an SQL condition on the views `videos` and `frames`.
     """
 
-    def __init__(self, stored: "StoredArchive", model: str | None = None):
+    def __init__(self, stored: "StoredArchive", model: str | None = None, tower: str | None = None):
         self._stored = stored
         self._model = model
+        self._tower = tower
         self._asker: Asker | None = None
-        if model is not None:
+        if model is not None or tower is not None:
             _ = self._bundle  # a wrong one is told now
 
     @classmethod
     @naming_parameters
-    def open(cls, place: Path, model: str | None = None) -> "Archive":
-        """The archive in a folder or at a URI; model: where its model lies now, as `--model` takes it.
+    def open(cls, place: Path, model: str | None = None, tower: str | None = None) -> "Archive":
+        """The archive in a folder or at a URI.
 
-        The model is not looked for before something needs it, unless it is named.
+        The model is not looked for before something needs it, unless it or its tower is named.
+
+        Args:
+            place: the folder or URI.
+            model: where its model lies now, as `--model` takes it.
+            tower: where the CLIP of that lies now, as `--tower` takes it.
         """
-        return cls(open_archive(place_of(place)), model)
+        return cls(open_archive(place_of(place)), model, tower)
 
     def __repr__(self) -> str:
         return f"Archive({source_text(self._stored.uri)!r}, version={self._stored.version})"
 
     @cached_property
     def _bundle(self) -> "Bundle":
-        return bundle_of(self._stored, self._model)
+        return bundle_of(self._stored, self._model, self._tower)
 
     @cached_property
     def _searcher(self) -> Searcher:

@@ -20,6 +20,7 @@ def index(
     archive: Path = "./vidx-archive",
     *,
     model: str | None = None,
+    tower: str | None = None,
     sample: Literal["rate", "keyframes", "scenes"] | None = None,
     fps: float | str | None = None,
     patches: int | None = None,
@@ -44,8 +45,8 @@ def index(
     Args:
         sources: videos, folders (recursive), globs and manifests, one or several.
         archive: the folder; it is made where there is none.
-        model, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device, dtype,
-            batch, max_pixels, decoder: as the options of `vidx index`; None for what that does without them.
+        model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device,
+            dtype, batch, max_pixels, decoder: as the options of `vidx index`; None for what that does without them.
         progress: is told where the job stands, a few times a second.
     Returns:
         Counts, and the videos that are partial or failed: a bad video is no error.
@@ -66,6 +67,7 @@ def index(
     check("sources", sources, bool(paths), "name at least one video, folder, glob or manifest")
     given = {
         "model": model,
+        "tower": tower,
         "sample": sample,
         "fps": fps,
         "patches": patches,
@@ -82,13 +84,14 @@ def index(
     }
     settings = load_config(config, given)
     found = scan([os.path.expanduser(fspath(path)) for path in paths])
-    bundle = find_bundle(settings.model)
+    bundle = find_bundle(settings.model, settings.tower)
     sampling = sampling_of(settings, bundle)
     if settings.address is not None and found.assets:
         from pipeline.address import check_address
 
         check_address(settings.address)
-    stored = create_archive(place_of(archive), model_id=bundle.model_id, model_name=bundle.name)
+    names = {"model_name": bundle.name, "model_tower": bundle.tower_name}
+    stored = create_archive(place_of(archive), model_id=bundle.model_id, **names)
     job = IndexJob(found.assets, stored.uri, sampling, settings)
     result = run_job(job, progress or (lambda state: None))
     if result.interrupted:

@@ -29,7 +29,7 @@ def main() -> None:
 def _outcome(connection: Connection) -> IndexResult | VidxError | Broken:
     try:
         job = connection.recv()
-        bundle = find_bundle(job.config.model)
+        bundle = find_bundle(job.config.model, job.config.tower)
         archive = open_archive(job.archive_uri, write=True)
         return run_index(job.assets, archive, bundle, job.sampling, job.config, connection.send)
     except KeyboardInterrupt:  # before there was anything to commit

@@ -120,7 +120,7 @@ def checked_model(archive: Archive, options: Mapping[str, Any]) -> tuple[ModelOp
     from pipeline.search import bundle_of
 
     how.check_installed()
-    return how, bundle_of(archive, options["model"])
+    return how, bundle_of(archive, options["model"], options["tower"])
 
 
 def asker_of(
@@ -142,7 +142,8 @@ def asker_of(
     from pipeline.cli_print import note
     from pipeline.remote import RemoteAsker
 
-    remote = RemoteAsker(archive, options["model"], options["address"], how, cache_bytes, announce=note)
+    model, tower = options["model"], options["tower"]
+    remote = RemoteAsker(archive, model, options["address"], how, cache_bytes, announce=note, tower=tower)
     return remote, remote.bundle
 
 

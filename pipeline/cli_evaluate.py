@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli_options import archive_option, archive_uri, complete_files, json_option
+from pipeline.cli_options import archive_option, archive_uri, complete_files, json_option, model_option
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Judged, Scores
@@ -32,10 +32,16 @@ def evaluate() -> None:
     default=None,
     help="Least score of a hit; without it what the model or the archive says.",
 )
-@click.option("--model", metavar="NAME|DIR|HUB-ID", default=None, help="Where the archive's model lies now.")
+@model_option
 @json_option
 def retrieval(
-    queries: str, archive_dir: str, within_video: bool, min_score: float | None, model: str | None, as_json: bool
+    queries: str,
+    archive_dir: str,
+    within_video: bool,
+    min_score: float | None,
+    model: str | None,
+    tower: str | None,
+    as_json: bool,
 ) -> None:
     """Search for texts whose moments are known, and score what is found.
 
@@ -60,7 +66,7 @@ def retrieval(
     from storage.archive import open_archive
 
     archive = open_archive(archive_uri(archive_dir))
-    bundle = bundle_of(archive, model)
+    bundle = bundle_of(archive, model, tower)
     annotated = read_annotations(queries, archive, within_video)
     searcher = Searcher(archive, bundle)
     judged = []

@@ -32,6 +32,13 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
     help="A built-in name, a directory or a hub id; see `vidx models`.",
 )
 @click.option(
+    "--tower",
+    metavar="ID|DIR",
+    default=None,
+    shell_complete=complete_folders,
+    help="The CLIP to take instead of the one that the model names.",
+)
+@click.option(
     "--sample",
     type=click.Choice(["rate", "keyframes", "scenes"]),
     default=None,
@@ -111,7 +118,7 @@ def index(
         note(f"{printable(place)}: {why}")
     for source in found.without_video if found.assets else ():
         note(f"{printable(source)}: no video in this folder")
-    bundle = find_bundle(settings.model)
+    bundle = find_bundle(settings.model, settings.tower)
     if bundle.card.states_limits:
         note(limits_of(bundle))
     sampling = sampling_of(settings, bundle)
@@ -126,7 +133,7 @@ def index(
         from pipeline.address import check_address
 
         check_address(settings.address)
-    archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name)
+    archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name, model_tower=bundle.tower_name)
     with show_progress() as report:
         result = run_index(found.assets, archive, bundle, sampling, settings, report)
     if as_json:

@@ -1,12 +1,16 @@
 """`vidx models`, and what the other commands say of a model's limits."""
 
 import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from pipeline.cli_options import archive_option, archive_uri, json_option
+from pipeline.cli_options import archive_option, archive_uri, complete_folders, json_option
 
+LINE_SECONDS = 5.0  # between two lines of progress
 ANOTHER = (
     "to use another model, index into another archive with --model DIR|HUB-ID, "
     "for instance ICTNLP/llava-mini-llama-3.1-8b"
@@ -15,16 +19,29 @@ ANOTHER = (
 
 @click.command()
 @archive_option
+@click.option("--fetch", metavar="ID", default=None, help="Download a model, or a CLIP, into the local hub cache.")
+@click.option(
+    "--tower",
+    metavar="ID|DIR",
+    default=None,
+    shell_complete=complete_folders,
+    help="The CLIP to take instead of the one that a model names.",
+)
 @json_option
-def models(archive_dir: str, as_json: bool) -> None:
+def models(archive_dir: str, fetch: str | None, tower: str | None, as_json: bool) -> None:
     """List the models at hand: built in, and published ones in the local hub cache.
 
-    The model that an existing archive was made with is marked.
+    The model that an existing archive was made with is marked. --fetch downloads one of the hub, and the CLIP that it
+    names; weights that are pickled are converted once, by a process that can open nothing else.
 
     \b
     vidx models
     vidx models --json
+    vidx models --fetch ICTNLP/llava-mini-llama-3.1-8b
     """
+    if fetch is not None:
+        _fetch(fetch, tower, as_json)
+        return
     from pipeline.cli_print import first_sentence, print_json, print_table
     from storage.archive import archive_exists, open_archive
     from storage.errors import ArchiveError
@@ -34,12 +51,13 @@ def models(archive_dir: str, as_json: bool) -> None:
     used = None
     with contextlib.suppress(ArchiveError):  # a damaged archive has nothing to say of models; others have
         used = open_archive(uri).model_id if archive_exists(uri) else None
-    bundles = list_bundles()
+    bundles = list_bundles(tower)
     if as_json:
         print_json(
             [
                 {
                     "name": bundle.name,
+                    "tower": bundle.tower_name or bundle.config.tower,
                     "model_id": bundle.model_id,
                     "licence": bundle.card.licence,
                     "knows": bundle.card.knows,
@@ -70,6 +88,73 @@ def models(archive_dir: str, as_json: bool) -> None:
         click.echo(f"* made the archive {archive_dir}")
     for bundle in bundles:
         _print_details(bundle)
+
+
+def _fetch(name: str, tower: str | None, as_json: bool) -> None:
+    from pipeline.cli_print import note, print_json, size
+    from workers.bundle import find_bundle
+    from workers.fetch import fetch
+
+    with _fetch_progress() as report:
+        fetched = fetch(name, tower, report)
+    for one in fetched:
+        if one.kept:
+            note(
+                f"{one.name}: this system did not take {' and '.join(sorted(one.kept))} from the process that read its "
+                "pickled weights; torch's loader of tensors alone was all that kept them in"
+            )
+    if fetched[0].tower:
+        find_bundle(name, tower)  # so that what cannot be used is told now
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": one.name,
+                    "directory": str(one.directory),
+                    "model_type": one.model_type,
+                    "downloaded_bytes": one.downloaded_bytes,
+                    "converted": one.is_converted,
+                }
+                for one in fetched
+            ]
+        )
+        return
+    for one in fetched:
+        came = f"{size(one.downloaded_bytes)} downloaded" if one.downloaded_bytes else "was there"
+        came += ", converted from pickled weights" if one.is_converted else ""
+        click.echo(f"{one.name}: {came}; {one.directory}")
+    use = f"--model {name}" if fetched[0].tower else f"--tower {name}"
+    note(f"`vidx index ... {use}` uses it")
+
+
+@contextlib.contextmanager
+def _fetch_progress() -> Iterator[Callable[[Any], None]]:
+    """A callback for a fetch: a bar on a terminal, a line now and then elsewhere."""
+    from pipeline.cli_print import note, size
+
+    if not sys.stderr.isatty():
+        last = [("", ""), 0.0]
+
+        def tell(now: Any) -> None:
+            if (now.step, now.name) != last[0] or time.monotonic() - last[1] >= LINE_SECONDS:
+                last[:] = (now.step, now.name), time.monotonic()
+                done = f"{size(now.done_bytes)} of {size(now.total_bytes)}"
+                note(f"{now.name}: {now.step} {now.file}, {done}")
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("asking the hub", total=None)
+
+        def show(now: Any) -> None:
+            description = f"{now.step} {now.name}: {now.file}"
+            bar.update(task, description=description, completed=now.done_bytes, total=now.total_bytes)
+
+        yield show
 
 
 def _print_details(bundle: Any) -> None:

@@ -112,12 +112,21 @@ video_filter_options = grouped(
     ),
 )
 
-model_option = click.option(
-    "--model",
-    metavar="NAME|DIR|HUB-ID",
-    default=None,
-    shell_complete=complete_folders,
-    help="Where the archive's model lies now; the one that made it.",
+model_option = grouped(
+    click.option(
+        "--model",
+        metavar="NAME|DIR|HUB-ID",
+        default=None,
+        shell_complete=complete_folders,
+        help="Where the archive's model lies now; the one that made it.",
+    ),
+    click.option(
+        "--tower",
+        metavar="ID|DIR",
+        default=None,
+        shell_complete=complete_folders,
+        help="Where its CLIP lies now; the one that made it.",
+    ),
 )
 
 # How moments are seen.

@@ -176,7 +176,7 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
     from storage.archive import open_archive
 
     archive = open_archive(archive_uri(archive_dir))
-    bundle = bundle_of(archive, options["model"])
+    bundle = bundle_of(archive, options["model"], options["tower"])
     query = query_of(texts, options["without"], options["images"], options["likes"])
     near = NEAR_MISSES if options.get("explain") else 0
     wanted = Wanted(options["limit"], options["floor"], options["per_video"], near)

@@ -22,6 +22,7 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "nano"
+    tower: str | None = None
     sample: Choice = Choice.RATE
     fps: Fraction = Fraction(1)
     patches: int | None = Field(default=None, ge=0)

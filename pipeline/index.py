@@ -230,7 +230,7 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
         rows_alike = [row for row in there if row.sampling == text]
         assets = [VideoAsset(row.uri, row.captured_at, row.tags, row.captured_from) for row in rows_alike]
         largest = max(row.probe.width * row.probe.height for row in rows_alike if row.probe)
-        config = IndexConfig(model=archive.model_name)
+        config = IndexConfig(model=archive.model_name, tower=archive.model_tower or None)
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
         if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
             raise KeyboardInterrupt
@@ -250,7 +250,7 @@ def why_not_again(archive: Archive, rows: Sequence[VideoRow]) -> dict[str, Probl
 
 
 def _own_bundle(archive: Archive) -> Bundle:
-    bundle = find_bundle(archive.model_name)
+    bundle = find_bundle(archive.model_name, archive.model_tower or None)
     archive.check_model(bundle.model_id, bundle.name)
     return bundle
 
@@ -275,6 +275,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
     return WorkerSettings(
         frames_uri=archive.frames_uri,
         model=bundle.name,
+        tower=bundle.tower_name or None,
         device="cuda" if _on_gpu(config) else "cpu",
         dtype=config.dtype,
         batch=config.batch,

@@ -43,6 +43,7 @@ class RemoteAsker:
         options: ModelOptions,
         cache_bytes: int,
         announce: Callable[[str], None],
+        tower: str | None = None,
     ):
         """Joins the cluster and starts the worker.
 
@@ -53,6 +54,7 @@ class RemoteAsker:
             options: how the model is held there; device "auto" is a GPU where the cluster has one.
             cache_bytes: as Asker takes it.
             announce: hears when the worker has to wait for others to end.
+            tower: where its vision tower lies there; None for the one that made it.
         Raises:
             UsageError: no cluster is there, or no such archive or model on it.
             ClusterError: the worker died.
@@ -66,7 +68,7 @@ class RemoteAsker:
             raise UsageError("--device cuda: Ray finds no GPU on this cluster; use --device cpu")
         cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
         place = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
-        settings = (cores, archive.uri, model, options, cache_bytes)
+        settings = (cores, archive.uri, model, tower, options, cache_bytes)
         self._worker = ray.remote(**place)(_Answerer).remote(*settings)
         found = self._worker.bundle.remote()
         if not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
@@ -148,9 +150,9 @@ class _Answerer:
 
     def bundle(self) -> Bundle:
         """The archive's model, found; not in the constructor, so that its errors reach the user as they are."""
-        uri, model, *how = self._settings
+        uri, model, tower, *how = self._settings
         archive = open_archive(uri)
-        bundle = bundle_of(archive, model)
+        bundle = bundle_of(archive, model, tower)
         use_cores(self._cores)
         self._asker = Asker(archive, bundle, *how)
         return bundle

@@ -71,17 +71,21 @@ class SearchResult:
     method: str = ""
 
 
-def bundle_of(archive: Archive, model: str | None) -> Bundle:
-    """The model that an archive was made with, found under its own name or the one given.
+def bundle_of(archive: Archive, model: str | None, tower: str | None = None) -> Bundle:
+    """The model that an archive was made with.
 
+    Args:
+        archive: whose.
+        model: where it lies now; None for where it lay.
+        tower: where its vision tower lies now; None for where it lay.
     Raises:
         UsageError: no such model, or another one than the archive's.
     """
-    bundle = find_bundle(model or archive.model_name)
+    bundle = find_bundle(model or archive.model_name, (archive.model_tower or None) if tower is None else tower)
     if bundle.model_id != archive.model_id:
         raise UsageError(
             f"model {bundle.name} ({bundle.model_id}) is not the one that made {source_text(archive.uri)} "
-            f"({archive.model_name}, {archive.model_id}); name that one with --model"
+            f"({archive.model_text}, {archive.model_id}); name that one with --model, and its CLIP with --tower"
         )
     return bundle
 

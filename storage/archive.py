@@ -98,7 +98,7 @@ def archive_exists(uri: str) -> bool:
     return is_archive(archive_uri(uri))
 
 
-def create_archive(uri: str, *, model_id: str, model_name: str) -> "Archive":
+def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str = "") -> "Archive":
     """A new archive for one model, or the one that is there if it is of the same model or still empty.
 
     Raises:
@@ -115,10 +115,10 @@ def create_archive(uri: str, *, model_id: str, model_name: str) -> "Archive":
         for name, schema in (("frames", frames), ("videos", videos.SCHEMA), ("numbers", NUMBERS)):
             tables.create_table(join(uri, name), schema)
         if not archive_exists(uri):
-            write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name))
+            write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
     archive = open_archive(uri, write=True)
     if archive.model_id != model_id and archive.is_empty:  # left by a job that could not load its model
-        write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name))
+        write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
         return open_archive(uri)
     archive.check_model(model_id, model_name)
     return archive
@@ -152,7 +152,7 @@ class Archive:
 
     Attributes:
         uri: of its folder.
-        model_id, model_name: of the one model whose frames it holds.
+        model_id, model_name, model_tower: of the one model whose frames it holds, as in its settings.
         settings: what archive.json says.
     """
 
@@ -161,6 +161,7 @@ class Archive:
         self.settings = settings
         self.model_id = settings.model_id
         self.model_name = settings.model_name
+        self.model_tower = settings.model_tower
         self.frames_uri = join(uri, "frames")
         self.index_uri = join(uri, "index")
         # Before the frames, so that all that they show is there.
@@ -189,6 +190,11 @@ class Archive:
         self._videos.refresh()
         self._frames.refresh()
 
+    @property
+    def model_text(self) -> str:
+        """How its model is named."""
+        return self.model_name + (f" with --tower {self.model_tower}" if self.model_tower else "")
+
     def check_model(self, model_id: str, model_name: str) -> None:
         """Refuses rows of another model.
 
@@ -197,7 +203,7 @@ class Archive:
         """
         if self.model_id != model_id and not self.is_empty:
             raise UsageError(
-                f"{source_text(self.uri)}: this archive is of the model {self.model_name} ({self.model_id[:12]}), not "
+                f"{source_text(self.uri)}: this archive is of the model {self.model_text} ({self.model_id[:12]}), not "
                 f"of {model_name} ({model_id[:12]}); name that model or choose another --archive"
             )
 

@@ -17,11 +17,17 @@ MOST_BYTES = 1 << 20  # of archive.json
 
 @dataclass(frozen=True)
 class Settings:
-    """What an archive was made with."""
+    """What an archive was made with.
+
+    Attributes:
+        model_id, model_name: of the model, and where it was found then.
+        model_tower: the vision tower that was given instead of the model's own, or nothing.
+    """
 
     format_version: int
     model_id: str
     model_name: str
+    model_tower: str = ""
 
 
 def is_archive(uri: str) -> bool:
@@ -67,7 +73,8 @@ def read_settings(uri: str) -> Settings:
         if version > FORMAT_VERSION:
             known = f"this vidx reads up to {FORMAT_VERSION}"
             raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
-        return Settings(version, *(text(name, member(values, name)) for name in ("model_id", "model_name")))
+        names = [text(name, member(values, name)) for name in ("model_id", "model_name")]
+        return Settings(version, *names, text("model_tower", values.get("model_tower", "")))
     except Wrong as error:
         raise ArchiveError(
             f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: that of another archive "

@@ -24,6 +24,7 @@ class WorkerSettings:
 
     frames_uri: str
     model: str
+    tower: str | None
     device: str
     dtype: str
     batch: int
@@ -170,4 +171,4 @@ def _load_vision(settings: WorkerSettings):
 
     if settings.device == "cpu":
         torch.set_num_threads(settings.threads)
-    return load_vision(find_bundle(settings.model), settings.device, settings.dtype)
+    return load_vision(find_bundle(settings.model, settings.tower), settings.device, settings.dtype)

@@ -108,6 +108,7 @@ class Bundle:
     Attributes:
         name: as the user names it.
         directory, tower_directory: of LLaVA-Mini and of its CLIP.
+        tower_name: the hub id or directory that was asked for instead of the CLIP that config.json names, or nothing.
         tower: CLIP's config.json; `vision` the part of it that describes the vision tower.
         pictures: what the tower's image processor does.
         has_search_key: CLIP's visual projection is there, so frames get a search key.
@@ -123,6 +124,7 @@ class Bundle:
     card: Card
     has_search_key: bool
     has_text_search: bool
+    tower_name: str = ""
 
     @property
     def vision(self) -> Mapping[str, Any]:
@@ -209,36 +211,51 @@ class Bundle:
         return f"Bundle({self.name!r}, directory={os.fspath(self.directory)!r})"
 
 
-def find_bundle(name: str) -> Bundle:
+def find_bundle(name: str, tower: str | None = None) -> Bundle:
     """The bundle that a built-in name, a directory or a hub id (ID or ID@REVISION) means.
 
-    A hub id is taken from the local cache where it is there in full, so that neither speed nor meaning of a search
-    hangs on the network; otherwise it is downloaded (safetensors and text files only).
+    A hub id is taken from the local cache, so that neither speed nor meaning of a search hangs on the network; fetch.py
+    puts it there.
 
+    Args:
+        name: of the model.
+        tower: a directory or hub id of the CLIP to take instead of the one that the model names.
     Raises:
         UsageError: nothing has that name, or what has it is no usable LLaVA-Mini.
     """
     if name in built_in_names():
-        return read_bundle(name, Path(str(files("configs") / name)))
+        return read_bundle(name, Path(str(files("configs") / name)), tower)
     if os.path.isdir(name):
         path = os.path.abspath(name)  # an archive remembers it, and workers run elsewhere
-        return read_bundle(path, Path(path))
+        return read_bundle(path, Path(path), tower)
     if is_hub_id(name) and not os.path.exists(name):
-        return read_bundle(name, _from_hub(name))
+        try:
+            directory = hub_directory(name)
+        except UsageError as error:
+            names = ", ".join(built_in_names())
+            raise UsageError(f"no model named {name}: {error}; built-in names: {names}") from error
+        return read_bundle(name, directory, tower)
     known = ", ".join(built_in_names()) or "none"
     kind = "not a directory" if os.path.exists(name) else "no such directory, and no hub id of the form OWNER/NAME"
     raise UsageError(f"no model named {name}: {kind}; built-in names: {known}")
 
 
-def list_bundles() -> list[Bundle]:
+def list_bundles(tower: str | None = None) -> list[Bundle]:
     """What is at hand without a download: built-in bundles, then LLaVA-Mini repositories in the local hub cache.
 
-    A cached repository that cannot be read as a model (half a download, say) is not at hand.
+    A cached repository that cannot be read as a model (half a download, say), or whose tower is away, is not at hand.
+
+    Args:
+        tower: the one for those of the hub, as find_bundle takes it.
+    Raises:
+        UsageError: there is no such tower.
     """
+    if tower is not None:
+        _other_tower(tower)
     found = [find_bundle(name) for name in built_in_names()]
     for name, directory in cached_repositories(MODEL_TYPE):
         with contextlib.suppress(UsageError):
-            found.append(read_bundle(name, directory))
+            found.append(read_bundle(name, directory, tower))
     return found
 
 
@@ -247,8 +264,8 @@ def built_in_names() -> list[str]:
     return sorted(entry.name for entry in files("configs").iterdir() if (entry / "config.json").is_file())
 
 
-def read_bundle(name: str, directory: Path) -> Bundle:
-    """The bundle in a directory of the published layout.
+def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
+    """The bundle in a directory of the published layout; tower as find_bundle takes it.
 
     Raises:
         UsageError: a file is missing or says something that this program cannot do.
@@ -256,10 +273,13 @@ def read_bundle(name: str, directory: Path) -> Bundle:
     path = directory / "config.json"
     values = read_json(path)
     config = _model_config(path, values)
-    tower_directory = _tower_directory(directory, config.tower)
-    tower = read_json(tower_directory / "config.json")
-    if tower.get("model_type") not in ("clip", "clip_vision_model"):
-        raise UsageError(f"{tower_directory}: model_type is {tower.get('model_type')!r}; a vision tower must be CLIP")
+    if tower is None:
+        tower_name, tower_directory = "", _tower_directory(directory, config.tower)
+    else:
+        tower_name, tower_directory = _other_tower(tower)
+    clip = read_json(tower_directory / "config.json")
+    if clip.get("model_type") not in ("clip", "clip_vision_model"):
+        raise UsageError(f"{tower_directory}: model_type is {clip.get('model_type')!r}; a vision tower must be CLIP")
     tensors = list_tensors(tower_directory)
     has_search_key = "visual_projection.weight" in tensors
     has_text = "text_projection.weight" in tensors and any(key.startswith("text_model.") for key in tensors)
@@ -268,11 +288,12 @@ def read_bundle(name: str, directory: Path) -> Bundle:
         directory=directory,
         tower_directory=tower_directory,
         config=config,
-        tower=tower,
+        tower=clip,
         pictures=read_settings(tower_directory),
         card=_card(path, values, directory),
         has_search_key=has_search_key,
         has_text_search=has_search_key and has_text and has_tokenizer(tower_directory),
+        tower_name=tower_name,
     )
     if bundle.pictures.crop_side != bundle.vision["image_size"]:
         raise UsageError(
@@ -297,13 +318,6 @@ def sub_config(tower: Mapping[str, Any], name: str) -> dict[str, Any]:
     if tower["model_type"] == "clip_vision_model":
         return dict(tower)
     return {**(tower.get(name) or {}), **(tower.get(f"{name}_dict") or {})}
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        return hub_directory(name)
-    except UsageError as error:
-        raise UsageError(f"no model named {name}: {error}; built-in names: {', '.join(built_in_names())}") from error
 
 
 def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
@@ -418,5 +432,26 @@ def _tower_directory(directory: Path, tower: str) -> Path:
         if candidate.is_dir():
             return candidate
     if is_hub_id(tower):
-        return _from_hub(tower)
-    raise UsageError(f"{directory}: mm_vision_tower {tower!r} is no directory there and no hub id; place CLIP there")
+        try:
+            return hub_directory(tower)
+        except UsageError as error:
+            raise UsageError(
+                f"{directory}: its vision tower {tower} is {error}, and --tower names another one"
+            ) from error
+    raise UsageError(
+        f"{directory}: mm_vision_tower {tower!r} is no directory there and no hub id; place CLIP there, or name "
+        "one with --tower"
+    )
+
+
+def _other_tower(tower: str) -> tuple[str, Path]:
+    """A vision tower that a user names: as an archive remembers it, and where it lies."""
+    if os.path.isdir(tower):
+        path = os.path.abspath(tower)
+        return path, Path(path)
+    if is_hub_id(tower) and not os.path.exists(tower):
+        try:
+            return tower, hub_directory(tower)
+        except UsageError as error:
+            raise UsageError(f"--tower {tower}: {error}") from error
+    raise UsageError(f"--tower {tower}: no such directory, and no hub id of the form OWNER/NAME; name a CLIP")

@@ -1,105 +1,152 @@
-"""The hub: a repository's files in the local cache, downloaded where they are not there yet."""
+"""The hub's repositories in the local cache: where a name's files lie, and which models are at hand.
 
+There are two caches of one layout, the hub's own and ours, which holds what was made of pickled weights (fetch.py).
+Nothing is downloaded here, so that neither speed nor meaning of a search hangs on the network.
+"""
+
+import contextlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import UsageError
-from workers.weights import read_json
+from workers.hash_cache import cache_folder
+from workers.weights import read_json, shard_names
 
-_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md"]  # never pickles, never code
+_PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a name in a hub id
+_HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{5,64}")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """OWNER/NAME, and the revision that is meant."""
+
+    repository: str
+    revision: str
+
+    @property
+    def folder(self) -> str:
+        """Its name in a cache."""
+        return "models--" + self.repository.replace("/", "--")
 
 
 def is_hub_id(name: str) -> bool:
     """True for OWNER/NAME and OWNER/NAME@REVISION."""
-    return _HUB_ID.fullmatch(name) is not None
+    return _match(name) is not None
+
+
+def parse_hub_id(name: str) -> HubId:
+    """What a hub id means.
+
+    Raises:
+        UsageError: it is none.
+    """
+    match = _match(name)
+    if match is None:
+        raise UsageError(f"{name}: no hub id; give OWNER/NAME or OWNER/NAME@REVISION")
+    return HubId(match[1], match[2] or "main")
+
+
+def _match(name: str) -> re.Match[str] | None:
+    return None if ".." in name or "--" in name.partition("@")[0] else _HUB_ID.fullmatch(name)
 
 
 def hub_directory(name: str) -> Path:
-    """A repository as a local directory, from the cache or downloaded.
+    """A repository's files, from the local cache.
 
     Raises:
-        UsageError: says why it cannot be had.
+        UsageError: they are not all there; says which command gets them.
     """
-    # imported here: 0.2 s that a model on disk need not wait for
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if not os.path.isabs(HF_HUB_CACHE):
-        raise UsageError("no home folder is known, where the hub's cache would be; set HOME, or HF_HOME to a folder")
-    match = _HUB_ID.fullmatch(name)
+    hub_id = parse_hub_id(name)
     try:
-        cached = _cached_snapshot(name)
-        if cached is not None:
-            return cached
-        return Path(snapshot_download(match["repository"], revision=match["revision"], allow_patterns=_FILES))
-    except HFValidationError as error:
-        raise UsageError(f"not a hub id: {error}") from error
-    except HfHubHTTPError as error:
-        raise UsageError(f"the hub says: {str(error).strip().splitlines()[0]}") from error
-    except LocalEntryNotFoundError as error:
-        raise UsageError("not in the local hub cache, and the hub is out of reach") from error
+        for cache in _caches():
+            directory = find_snapshot(cache, hub_id)
+            if directory is not None and is_complete(directory):
+                return directory
     except OSError as error:
-        if error.filename is not None:  # not the network's
-            raise UsageError(
-                f"the local hub cache cannot be used: {error.strerror}: {error.filename}; HF_HOME names another folder"
-            ) from error
-        raise UsageError("not in the local hub cache, and the hub is out of reach") from error
+        raise UsageError(
+            f"the local hub cache cannot be used: {error.strerror}: {error.filename}; HF_HOME names another folder"
+        ) from error
+    hub_cache()
+    raise UsageError(f"not in the local hub cache; `vidx models --fetch {name}` gets it")
 
 
 def cached_repositories(model_type: str) -> list[tuple[str, Path]]:
-    """Complete repositories of a model type in the local cache whose tower is at hand too.
+    """Complete repositories of a model type in the local caches.
 
     Returns:
         (OWNER/NAME@REVISION, directory) of each snapshot.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     found = []
-    for config in sorted(Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json")):
-        snapshot = config.parent
-        try:
-            values = read_json(config)
-        except UsageError:
-            continue  # some other program's half download
-        if values.get("model_type") != model_type or not _is_complete(snapshot):
-            continue
-        if _is_at_hand(snapshot, str(values.get("mm_vision_tower"))):
-            _, owner, repository = snapshot.parents[1].name.split("--", 2)
-            found.append((f"{owner}/{repository}@{snapshot.name}", snapshot))
+    for cache in _caches():
+        for config in sorted(cache.glob("models--*--*/snapshots/*/config.json")):
+            snapshot = config.parent
+            with contextlib.suppress(UsageError, OSError):  # some other program's half download
+                if read_json(config).get("model_type") == model_type and is_complete(snapshot):
+                    _, owner, repository = snapshot.parents[1].name.split("--", 2)
+                    found.append((f"{owner}/{repository}@{snapshot.name}", snapshot))
     return found
 
 
-def _cached_snapshot(name: str) -> Path | None:
-    """Where the local cache holds a repository in full, or None."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def hub_cache() -> Path:
+    """The hub's own cache.
 
-    match = _HUB_ID.fullmatch(name)
+    Raises:
+        UsageError: nobody knows where it would be.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE  # 0.2 s that a model on disk need not wait for
+
+    if not os.path.isabs(HF_HUB_CACHE):
+        raise UsageError("no home folder is known, where the hub's cache would be; set HOME, or HF_HOME to a folder")
+    return Path(HF_HUB_CACHE)
+
+
+def converted_cache() -> Path:
+    """Where repositories lie whose pickled weights were converted.
+
+    Raises:
+        OSError: nobody knows where it would be.
+    """
+    return cache_folder() / "hub"
+
+
+def _caches() -> list[Path]:
+    """Both, as far as they are known."""
+    found = []
+    for cache in (hub_cache, converted_cache):
+        with contextlib.suppress(UsageError, OSError):
+            found.append(cache())
+    return found
+
+
+def find_snapshot(cache: Path, hub_id: HubId) -> Path | None:
+    """The folder of a repository's files at a revision, all of them or some; None where there is none."""
+    folder = cache / hub_id.folder
     try:
-        cached = Path(snapshot_download(match["repository"], revision=match["revision"], local_files_only=True))
-    except LocalEntryNotFoundError:
+        commit = (folder / "refs" / hub_id.revision).read_text(encoding="ascii").strip()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        commit = hub_id.revision
+    if not _COMMIT.fullmatch(commit):
         return None
-    return cached if _is_complete(cached) else None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
 
 
-def _is_at_hand(directory: Path, tower: str) -> bool:
-    """True where a checkpoint's tower needs no download."""
-    if (directory / tower).is_dir() or Path(tower).is_dir():
-        return True
-    return is_hub_id(tower) and _cached_snapshot(tower) is not None
-
-
-def _is_complete(directory: Path) -> bool:
+def is_complete(directory: Path) -> bool:
     """True where settings, weights and what goes with them are there: other programs download single files."""
+    return has_settings(directory) and all((directory / name).is_file() for name in _weight_names(directory))
+
+
+def has_settings(directory: Path) -> bool:
+    """The same but for the weights."""
     if not (directory / "config.json").is_file():
         return False
     is_tower = str(read_json(directory / "config.json").get("model_type")).startswith("clip")
-    if not (directory / ("preprocessor_config.json" if is_tower else "tokenizer.json")).is_file():
-        return False
+    return (directory / ("preprocessor_config.json" if is_tower else "tokenizer.json")).is_file()
+
+
+def _weight_names(directory: Path) -> list[str]:
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return (directory / "model.safetensors").is_file()
-    return all((directory / name).is_file() for name in set(read_json(index).get("weight_map", {"": ""}).values()))
+    return shard_names(index, ".safetensors") if index.is_file() else ["model.safetensors"]

@@ -10,9 +10,13 @@ import fcntl
 import os
 import resource
 import signal
+import struct
 import sys
+from collections.abc import Sequence
 
-_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446  # the same numbers on every architecture
+# The same numbers on every architecture.
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
+_LANDLOCK_PATH, _LANDLOCK_READ_FILE = 1, 1 << 2  # a rule about a file, and the right to read it
 _LANDLOCK_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights that each version knows
 _LANDLOCK_TCP = 0b11  # bind and connect, from version 4 on
 _PR_SET_NO_NEW_PRIVS = 38
@@ -40,8 +44,12 @@ def limit_memory(limit_bytes: int) -> None:
             resource.setrlimit(kind, (wanted, wanted))
 
 
-def leave_network_and_files() -> list[str]:
-    """From here on no file can be opened and no address reached; names the steps that the kernel took."""
+def leave_network_and_files(readable: Sequence[int] = ()) -> list[str]:
+    """From here on no file can be opened and no address reached; names the steps that the kernel took.
+
+    Args:
+        readable: descriptors of files that may be opened again, to read.
+    """
     if sys.platform != "linux":
         return []
     libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +62,9 @@ def leave_network_and_files() -> list[str]:
         size = ctypes.c_size_t(16 if version >= 4 else 8)
         ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, rights, size, 0)
         if ruleset >= 0:
+            for descriptor in readable:
+                rule = struct.pack("=Qi", _LANDLOCK_READ_FILE, descriptor)
+                libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_PATH, rule, 0)
             if libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0:
                 taken.append("files")
             os.close(ruleset)

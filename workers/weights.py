@@ -63,13 +63,8 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index}: no safetensors index: it needs an object named weight_map") from error
+        names = shard_names(index, ".safetensors")
         for name in names:
-            if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
-                raise UsageError(f"{index}: {name!r} is no file name of a shard in this directory")
             if not (directory / name).is_file():
                 raise UsageError(f"{directory}: {name}, which {index.name} names, is missing; complete the download")
         return [directory / name for name in names]
@@ -86,6 +81,22 @@ def weight_files(directory: Path) -> list[Path]:
         f"{directory}: has no model.safetensors and no model.safetensors.index.json; give a model with safetensors "
         "weights (a hub revision that has them can be named as ID@REVISION)"
     )
+
+
+def shard_names(index: Path, suffix: str) -> list[str]:
+    """The files that an index of weights names, sorted.
+
+    Raises:
+        UsageError: it is none, or names something else than files beside it.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"{index}: no index of weights: it needs an object named weight_map") from error
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(suffix):
+            raise UsageError(f"{index}: {name!r} is no file name of a shard in this directory")
+    return names
 
 
 def read_json(path: Path) -> dict[str, Any]:
