@@ -35,6 +35,7 @@ def index(
     batch: int | None = None,
     max_pixels: int | None = None,
     decoder: Literal["pyav", "decord"] | None = None,
+    strict_sandbox: bool = False,
     progress: "Callable[[Progress], None] | None" = None,
 ) -> "IndexResult":
     """Indexes videos into an archive, as `vidx index` does, and leaves it committed and searchable.
@@ -46,7 +47,8 @@ def index(
         sources: videos, folders (recursive), globs and manifests, one or several.
         archive: the folder; it is made where there is none.
         model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device,
-            dtype, batch, max_pixels, decoder: as the options of `vidx index`; None for what that does without them.
+            dtype, batch, max_pixels, decoder, strict_sandbox: as the options of `vidx index`; None for what that does
+            without them.
         progress: is told where the job stands, a few times a second.
     Returns:
         Counts, and the videos that are partial or failed: a bad video is no error.
@@ -62,6 +64,7 @@ def index(
     from pipeline.scan import scan
     from storage.archive import create_archive
     from workers.bundle import find_bundle
+    from workers.decode import check_confined
 
     paths = [sources] if isinstance(sources, str | PathLike) else list(sources)
     check("sources", sources, bool(paths), "name at least one video, folder, glob or manifest")
@@ -81,8 +84,11 @@ def index(
         "batch": batch,
         "max_pixels": max_pixels,
         "decoder": decoder,
+        "strict_sandbox": strict_sandbox or None,
     }
     settings = load_config(config, given)
+    if settings.strict_sandbox and settings.address is None:
+        check_confined()
     found = scan([os.path.expanduser(fspath(path)) for path in paths])
     bundle = find_bundle(settings.model, settings.tower)
     sampling = sampling_of(settings, bundle)

@@ -65,6 +65,8 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
                 "size_bytes": found.size_bytes,
                 "version": found.version,
                 "format_version": found.format_version,
+                "videos_unconfined": found.videos_unconfined,
+                "sandbox_missing": list(found.sandbox_missing),
             }
         )
         return
@@ -78,6 +80,7 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
         ("size", size(found.size_bytes)),
         ("version", f"{found.version}, format {found.format_version}"),
+        *_unconfined(found),
     )
     print_table(("", ""), rows)
 
@@ -89,6 +92,20 @@ def _in_progress(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
     if found.videos_in_progress:
         begun = f"{found.frames_in_progress:,} frames of {counted(found.videos_in_progress, 'video')}"
         yield "in progress", f"{begun}, of which {found.frames_in_progress_shown:,} can be searched"
+
+
+def _unconfined(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
+    """What the processes that decoded the videos were not kept from."""
+    from pipeline.cli_print import counted
+
+    if found.videos_unconfined:
+        from workers.sandbox import told
+
+        yield (
+            "sandbox",
+            f"{counted(found.videos_unconfined, 'video')} decoded without being kept from "
+            + told(found.sandbox_missing),
+        )
 
 
 def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:

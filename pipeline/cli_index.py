@@ -80,6 +80,12 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
 )
 @click.option("--retry-failed", is_flag=True, default=None, help="Try again what failed or is partial.")
 @click.option("--restore-deleted", is_flag=True, default=None, help="Index again what `vidx delete` has taken out.")
+@click.option(
+    "--strict-sandbox",
+    is_flag=True,
+    default=None,
+    help="Refuse to index where decoders cannot be kept from files, the network and taking memory without end.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done with each source, and change nothing.")
 @json_option
 def index(
@@ -144,6 +150,13 @@ def index(
         _print_result(result, archive_dir)
     if result.cache_problem:
         note(f"hashes of files are not remembered ({result.cache_problem}); VIDX_CACHE names another folder for them")
+    if result.sandbox_missing:
+        from workers.sandbox import told
+
+        note(
+            f"the decoders were not kept from {told(result.sandbox_missing)}: a kernel or container does not allow it; "
+            "--strict-sandbox refuses to index there"
+        )
     if result.interrupted:
         note("vidx: interrupted; what was finished is committed, run the same command again to go on")
         sys.exit(130)
@@ -190,6 +203,7 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
         "encode_seconds": round(result.encode_seconds, 3),
         "store_seconds": round(result.store_seconds, 3),
         "interrupted": result.interrupted,
+        "sandbox_missing": sorted(result.sandbox_missing),
         "failures": [_row_json(row) for row in result.failures],
         "notes": [_row_json(row) for row in result.notes],
         "updates": [

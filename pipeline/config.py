@@ -38,6 +38,7 @@ class IndexConfig(BaseModel):
     timeout_seconds: float = Field(default=60, gt=0)
     retry_failed: bool = False
     restore_deleted: bool = False
+    strict_sandbox: bool = False
 
     @field_validator("fps", mode="before")
     @classmethod

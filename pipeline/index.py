@@ -38,7 +38,7 @@ from storage.vectors import improve_index, update_index
 from workers.actors import Examined, WorkerSettings
 from workers.bundle import Bundle, find_bundle
 from workers.content import identify
-from workers.decode import check_choice
+from workers.decode import check_choice, check_confined
 from workers.hash_cache import HashCache
 from workers.model_options import check_device
 
@@ -63,7 +63,8 @@ class IndexResult:
     were deleted, before it or while it was at them. `updates` lists videos of the archive whose tags or capture time
     the sources state anew. frame_count is what this run computed, frames_resumed what earlier ones had committed of the
     videos that it worked on. The seconds of the stages are summed over workers: waiting for the decoder, computing, and
-    writing. cache_problem says why hashes are not remembered for the next run.
+    writing. cache_problem says why hashes are not remembered for the next run. sandbox_missing names what a process
+    that decoded was not kept from (workers/sandbox.py).
     """
 
     indexed: int = 0
@@ -83,6 +84,7 @@ class IndexResult:
     notes: list[VideoRow] = field(default_factory=list)
     interrupted: bool = False
     cache_problem: str = ""
+    sandbox_missing: set[str] = field(default_factory=set)
 
     def count(self, row: VideoRow) -> None:
         """Adds one video that this run tried."""
@@ -152,9 +154,11 @@ def check_machine(config: IndexConfig) -> None:
     """Refuses what this machine surely lacks, before Ray is started, which counts it exactly.
 
     Raises:
-        UsageError: no GPU, or fewer cores than workers.
+        UsageError: no GPU, fewer cores than workers, or a sandbox with gaps where that has to be strict.
     """
     check_device(config.device)
+    if config.strict_sandbox:
+        check_confined()
     cores = os.cpu_count() or 1
     if config.workers is not None and config.workers > cores and not _on_gpu(config):
         raise UsageError(f"--workers {config.workers}: there are {cores} CPUs; give at most as many")
@@ -286,6 +290,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
         choice=choice,
         thumbnails=config.thumbnails,
         decoder=config.decoder,
+        strict_sandbox=config.strict_sandbox,
     )
 
 
@@ -324,6 +329,7 @@ class _Run:
         self._last_admission = -ADMIT_SECONDS
         self._video_count = len(known.todo)
         self._seen: dict[str, str] = {}
+        self._sandbox_missing: dict[str, set[str]] = {}
         self._meter = Meter({asset.uri: _size(asset, known.contents.get(asset.uri)) for asset in known.todo})
         self._unindexed = 0
         self._counted: dict[int, int] = {}  # frames of videos that are shown in part, in _unindexed
@@ -427,6 +433,7 @@ class _Run:
 
     def _take_examined(self, asset: VideoAsset, examined: Examined) -> None:
         content = examined.content
+        self._note_sandbox(content and content.video_id, examined.sandbox_missing)
         if content is not None:
             if content.video_id in self._seen:  # the same bytes under a second name in this very job
                 self._skip(asset)
@@ -437,6 +444,11 @@ class _Run:
             self._finished.append(self._row(asset, content, None, None, 0, examined.problem))
             return
         self._examined.append((asset, content, examined.probe))
+
+    def _note_sandbox(self, video_id: str | None, missing: Iterable[str]) -> None:
+        self._result.sandbox_missing |= set(missing)
+        if video_id is not None:
+            self._sandbox_missing.setdefault(video_id, set()).update(missing)
 
     def _may_admit(self, executor: "Executor") -> bool:
         """Whether to wait no longer for others to be examined; each admission is a commit, whatever it admits."""
@@ -509,6 +521,7 @@ class _Run:
 
     def _settle(self, receipt: Receipt) -> None:
         video = self._videos[receipt.segment.video_id]
+        self._note_sandbox(receipt.segment.video_id, receipt.sandbox_missing)
         video.waiting.discard(receipt.segment.key)
         if receipt.part is not None:
             video.held.add(receipt.segment.key)
@@ -566,7 +579,18 @@ class _Run:
             tags=asset.tags,
             attempts=attempts,
             indexed_at=datetime.now(UTC),
+            sandbox_missing=self._sandbox_missing_of(content, number),
         )
+
+    def _sandbox_missing_of(self, content: Content | None, number: int | None) -> tuple[str, ...] | None:
+        """What was missing when this run read the video, or an earlier one whose frames stay."""
+        missing = self._sandbox_missing.get(content.video_id) if content else None
+        if missing is None:
+            return None
+        before = self._known.by_id.get(content.video_id)
+        if before is not None and before.video_number == number:
+            missing = {*missing, *(before.sandbox_missing or ())}
+        return tuple(sorted(missing))
 
     def _unfinished_row(self, video: _Video) -> VideoRow:
         """The row of a video of which frames are committed, and not all; it does not count this run yet."""

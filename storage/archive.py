@@ -73,6 +73,7 @@ class ArchiveStatus:
     """Counts of published videos and frames, and what the archive occupies.
 
     Of videos in progress a job has committed frames, and not all; `frames` has those of them that can be searched.
+    videos_unconfined counts those that were decoded by a process that was not kept from what sandbox_missing names.
     """
 
     videos_indexed: int
@@ -87,6 +88,8 @@ class ArchiveStatus:
     videos_in_progress: int
     frames_in_progress: int
     frames_in_progress_shown: int
+    videos_unconfined: int
+    sandbox_missing: tuple[str, ...]
 
 
 def archive_exists(uri: str) -> bool:
@@ -575,6 +578,11 @@ class Archive:
         rows, begun = self._rows(), self.begun()
         counts = rows.filter(pc.equal(rows.column("status"), str(Status.INDEXING))).column("frame_count").to_pylist()
         states = rows.column("status").to_pylist()
+        missing = [
+            steps.split(",")
+            for steps, state in zip(rows.column("sandbox_missing").to_pylist(), states, strict=True)
+            if steps and state != Status.DELETED
+        ]
         return ArchiveStatus(
             videos_indexed=states.count(Status.INDEXED),
             videos_partial=states.count(Status.PARTIAL),
@@ -588,6 +596,8 @@ class Archive:
             videos_in_progress=len(counts) + len(begun),
             frames_in_progress=sum(counts) + sum(begun.values()),
             frames_in_progress_shown=sum(counts),
+            videos_unconfined=len(missing),
+            sandbox_missing=tuple(sorted({step for steps in missing for step in steps})),
         )
 
 

@@ -32,7 +32,7 @@ CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
     rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
     captured_at, CASE WHEN captured_at IS NOT NULL THEN coalesce(captured_from, 'manifest') END AS captured_from, tags,
-    model_id, sampling, attempts, indexed_at
+    model_id, sampling, attempts, indexed_at, sandbox_missing
 FROM stored_videos
 """
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"

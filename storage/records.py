@@ -440,7 +440,8 @@ class Receipt:
     """What comes back from a segment: where its rows lie, and what went wrong on the way.
 
     part is None where the segment gave no frame; problem is None where it is whole. end_seconds is the position at
-    which its last frame ends, None where no frame was decoded.
+    which its last frame ends, None where no frame was decoded. sandbox_missing names what the decoder was not kept
+    from.
     """
 
     segment: Segment
@@ -453,6 +454,7 @@ class Receipt:
     encode_seconds: float
     store_seconds: float
     end_seconds: float | None = None
+    sandbox_missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -461,7 +463,8 @@ class VideoRow:
 
     Fields that only an opened file can tell are None where it could not be opened. attempts counts the runs that tried
     this content with these settings; indexed_at is when the last of them ended, None where none has, or where an
-    older vidx did not say. captured_from means something where captured_at is known.
+    older vidx did not say. captured_from means something where captured_at is known. sandbox_missing names what the
+    processes that decoded it were not kept from (workers/sandbox.py), None where that is not known.
     """
 
     video_id: str | None
@@ -480,6 +483,7 @@ class VideoRow:
     attempts: int
     indexed_at: datetime | None = None
     captured_from: CapturedFrom = CapturedFrom.MANIFEST
+    sandbox_missing: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

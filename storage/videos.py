@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         pa.field("tags", pa.map_(pa.string(), pa.string())),
         pa.field("attempts", pa.int32(), nullable=False),
         pa.field("indexed_at", pa.timestamp("us", tz="UTC")),  # null in rows of a vidx that did not keep it
+        pa.field("sandbox_missing", pa.string()),  # steps with commas between; null of a vidx that did not keep it
         pa.field("captured_from", pa.string()),  # null where captured_at is, and of a vidx that read manifests alone
     ]
 )
@@ -88,6 +89,7 @@ def check(rows: pa.Table) -> None:
     one_of("status", column("status"), Status)
     one_of("reason", column("reason"), Reason)
     one_of("captured_from", column("captured_from"), CapturedFrom)
+    fits("sandbox_missing", column("sandbox_missing"), "(?:[a-z]+(?:,[a-z]+)*)?")
     for sampling in column("sampling").unique().to_pylist():
         Sampling.from_text(sampling)
     for name, (least, most) in _RANGES.items():
@@ -227,6 +229,7 @@ def _as_dict(row: VideoRow) -> dict:
         if values[name] is not None:
             values[name] = values[name].astimezone(UTC)
     values["captured_from"] = None if row.captured_at is None else str(row.captured_from)
+    values["sandbox_missing"] = None if row.sandbox_missing is None else ",".join(row.sandbox_missing)
     values["tags"] = list(row.tags.items())
     if row.problem is not None:
         values |= {"reason": str(row.problem.reason), "detail": row.problem.detail}
@@ -243,6 +246,7 @@ def _as_row(values: dict) -> VideoRow:
         probe = Probe(time_base=time_base, cuts=(), **{name: values[name] for name in _PROBED})
     if values["reason"] is not None:
         problem = Problem(Reason(values["reason"]), values["detail"])
+    missing = values["sandbox_missing"]
     return VideoRow(
         video_id=values["video_id"],
         video_number=values["video_number"],
@@ -260,4 +264,5 @@ def _as_row(values: dict) -> VideoRow:
         attempts=values["attempts"],
         indexed_at=values["indexed_at"],
         captured_from=CapturedFrom(values["captured_from"] or CapturedFrom.MANIFEST),
+        sandbox_missing=None if missing is None else tuple(missing.split(",")) if missing else (),
     )

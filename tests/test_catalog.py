@@ -58,6 +58,7 @@ def test_videos_shows_what_the_documentation_names(archive):
         "sampling": "fps=1,patches=0",
         "attempts": 1,
         "indexed_at": datetime(2024, 5, 2, 6, 30),
+        "sandbox_missing": None,
     }
 
 

@@ -35,19 +35,25 @@ class WorkerSettings:
     choice: Choice
     thumbnails: bool
     decoder: str
+    strict_sandbox: bool
 
     def new_decoder(self) -> Decoder:
         """A decoder process of its own for one user at a time."""
-        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, self.choice, self.decoder)
+        how = (self.choice, self.decoder, self.strict_sandbox)
+        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, *how)
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A source after its first look: its content where that could be read, its stream where it has one."""
+    """A source after its first look: its content where that could be read, its stream where it has one.
+
+    sandbox_missing names what the process that looked was not kept from.
+    """
 
     content: Content | None
     probe: Probe | None
     problem: Problem | None
+    sandbox_missing: tuple[str, ...] = ()
 
 
 class Examiner:
@@ -63,9 +69,10 @@ class Examiner:
         path = local_path(uri)
         try:
             content = content or identify(path, self._hashes)
-            return Examined(content, self._probe(path), None)
+            probe = self._probe(path)
+            return Examined(content, probe, None, self._decoder.sandbox_missing)
         except VideoProblem as error:
-            return Examined(content, None, Problem(error.reason, error.detail))
+            return Examined(content, None, Problem(error.reason, error.detail), self._decoder.sandbox_missing)
 
     def _probe(self, path: bytes) -> Probe:
         try:

@@ -25,6 +25,7 @@ from storage.errors import UsageError, VideoProblem
 from storage.records import FRAME_SIDE, Choice, FrameBatch, Probe, Reason, Segment
 from workers.content import open_source
 from workers.messages import Closed, probe_from_json, probe_to_json, receive, send
+from workers.sandbox import STEPS, missing_here, told
 
 FRAME_BYTES = FRAME_SIDE * FRAME_SIDE * 3
 FRAMES_AHEAD = 64  # at most so many decoded frames (22 MB) wait for the consumer
@@ -52,6 +53,7 @@ class Decoder:
         threads: of the codec; the frames are the same for any number.
         choice: what `decode` will be asked for at most; SCENES loads what finds them.
         library: "pyav", or "decord" for the files that it reads right.
+        is_strict: decode nothing in a process that the kernel does not confine in every way (sandbox.py).
 
     Attributes:
         library: that the last decoding ended with; PyAV takes over where decord meets damage.
@@ -65,6 +67,7 @@ class Decoder:
         threads: int = 1,
         choice: Choice = Choice.RATE,
         library: str = "pyav",
+        is_strict: bool = False,
     ):
         if max_pixels < 1 or timeout_seconds <= 0 or threads < 1:
             raise ValueError(f"Decoder({max_pixels=}, {timeout_seconds=}, {threads=}): each must be positive")
@@ -73,6 +76,8 @@ class Decoder:
         self._threads = threads
         self._choice = choice
         self._library = library
+        self._is_strict = is_strict
+        self._sandbox_missing: tuple[str, ...] = ()
         self._child: _Child | None = None
         self._call: _Call | None = None
         self.library = ""
@@ -83,6 +88,11 @@ class Decoder:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    @property
+    def sandbox_missing(self) -> tuple[str, ...]:
+        """What the processes that were started so far were not kept from (sandbox.STEPS)."""
+        return self._sandbox_missing
 
     def probe(self, path: str | bytes) -> Probe:
         """What the file's video stream says about itself.
@@ -245,6 +255,9 @@ class Decoder:
             self._child.kill()
             self._child = None
 
+    def _take_missing(self, steps: Sequence[str]) -> None:
+        self._sandbox_missing = tuple(step for step in STEPS if step in {*self._sandbox_missing, *steps})
+
     def _busy_seconds(self, probe: Probe, segment: Segment, size_bytes: int) -> float:
         """Seconds of processor time that decoding a segment may take, by what its file says of its length.
 
@@ -270,7 +283,9 @@ class Decoder:
         descriptor = open_source(path)
         try:
             if self._child is None:
-                self._child = _Child(self._max_pixels, self._threads, self._choice, self._library)
+                self._child = _Child(
+                    self._max_pixels, self._threads, self._choice, self._library, self._is_strict, self._take_missing
+                )
             request["grace_seconds"] = self._grace_seconds
             request["busy_seconds"] = busy_seconds(os.fstat(descriptor).st_size)
             self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
@@ -288,6 +303,20 @@ def check_choice(choice: Choice) -> None:
     """Raises UsageError where a choice needs a package that is not installed."""
     if choice is Choice.SCENES and find_spec("scenedetect") is None:
         raise UsageError("--sample scenes: PySceneDetect is not installed; pip install 'vidx[scenes]' adds it")
+
+
+def check_confined() -> None:
+    """Raises UsageError where this machine does not confine a decoder in every way."""
+    if missing := missing_here():
+        raise UsageError(not_confined(missing))
+
+
+def not_confined(missing: Sequence[str]) -> str:
+    """The line that says why --strict-sandbox refuses."""
+    return (
+        f"--strict-sandbox: the decoder cannot be kept from {told(missing)} on {socket.gethostname()} (its kernel or "
+        "container does not allow it); index on another machine, or leave the option out"
+    )
 
 
 def _batch_of(frames: list[tuple[dict, bytearray]]) -> FrameBatch:
@@ -314,14 +343,23 @@ class _Child:
         is_ready: whether it has said anything.
     """
 
-    def __init__(self, max_pixels: int, threads: int, choice: Choice, library: str):
+    def __init__(
+        self,
+        max_pixels: int,
+        threads: int,
+        choice: Choice,
+        library: str,
+        is_strict: bool,
+        tell_missing: Callable[[Sequence[str]], None],
+    ):
         self.connection, theirs = socket.socketpair()
         lifeline_theirs, self._lifeline = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill)
         # -P and PYTHONPATH: our own package is found from any folder, and a folder's av.py is not.
         paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
-        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads, choice, library]
+        how = "strict" if is_strict else "lenient"
+        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads, choice, library, how]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "workers.decode_child", *map(str, arguments)],
@@ -335,6 +373,7 @@ class _Child:
             theirs.close()
             os.close(lifeline_theirs)
         self.is_ready = False
+        self._is_strict, self._tell_missing = is_strict, tell_missing
         self._closed = False
         self._closing = threading.Lock()  # the owner and the thread that reads may both end it
 
@@ -347,6 +386,18 @@ class _Child:
     def usable(self) -> bool:
         """Whether it runs."""
         return not self._closed and self._process.poll() is None
+
+    def begin(self, header: dict) -> None:
+        """Takes in the first thing that the process says, before it has read anything.
+
+        Raises:
+            UsageError: it is not confined as it has to be, and ends.
+        """
+        self.is_ready = True
+        missing = [step for step in STEPS if step in header.get("sandbox_missing", ())]
+        self._tell_missing(missing)
+        if self._is_strict and missing:
+            raise UsageError(not_confined(missing))
 
     def kill(self) -> None:
         """Ends the process at once and waits for that; does nothing the second time."""
@@ -430,9 +481,13 @@ class _Call:
             while kind != "done":
                 header, body, _ = receive(self._child.connection)
                 kind = header["kind"]
-                self._child.is_ready = True
+                if not self._child.is_ready:
+                    self._child.begin(header)
                 if kind not in ("alive", "ready"):
                     self._put((header, body))
+        except UsageError as error:
+            self._child.kill()
+            self._put((error, b""))
         except TimeoutError:
             self._child.kill()
             detail = f"no progress for {self._timeout_seconds:g} s; the decoder was stopped"

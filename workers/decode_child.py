@@ -1,6 +1,6 @@
 """The decoder process of workers.decode.
 
-`python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE LIBRARY` starts it. It
+`python -m workers.decode_child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE LIBRARY STRICT` starts it. It
 gets one open file at a time and answers with frames. It may be killed at any moment: it owns nothing.
 """
 
@@ -26,7 +26,7 @@ from workers.messages import Closed, probe_from_json, probe_to_json, receive, se
 from workers.picture import thumbnail
 from workers.probe import probe
 from workers.sample import KeptFrame
-from workers.sandbox import die_with_owner, leave_network_and_files, limit_memory
+from workers.sandbox import confine, die_with_owner
 from workers.video_file import VideoFile
 
 ALIVE_SECONDS = 0.5
@@ -88,11 +88,10 @@ def main(arguments: list[str]) -> None:
     die_with_owner(lifeline)
     connection = socket.socket(fileno=descriptor)
     _load_everything(Choice(arguments[4]), arguments[5])
-    limit_memory(BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
-    steps = leave_network_and_files()
+    missing = confine(BASE_BYTES + BYTES_PER_PIXEL * max_pixels)
     answer = Answer(connection)
-    answer.send("ready", {"sandbox": steps})
-    while True:
+    answer.send("ready", {"sandbox_missing": missing})
+    while not (missing and arguments[6] == "strict"):
         request, _, source = receive(connection, with_descriptor=True)
         try:
             _handle(request, VideoFile(source), max_pixels, threads, answer)

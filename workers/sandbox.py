@@ -1,7 +1,8 @@
 """What the decoder process gives up before it sees a hostile file: memory without end, files, the network.
 
 Each step is the kernel's to grant; where it does not (an old kernel, a container's own rules, another system),
-the process goes on without that step: no decoder is handed a path or an address in the first place.
+the process says so, and goes on without that step unless its owner is strict: no decoder is handed a path or an address
+in the first place.
 """
 
 import contextlib
@@ -11,9 +12,15 @@ import os
 import resource
 import signal
 import struct
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+# What the process is kept from, as people read it, by the names of the steps.
+STEPS = {"memory": "taking memory without end", "network": "the network", "files": "opening files"}
+TRIAL_BYTES = 2 << 30  # what a trial of the sandbox is limited to
+_ROOT = Path(__file__).resolve().parent.parent
 # The same numbers on every architecture.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_PATH, _LANDLOCK_READ_FILE = 1, 1 << 2  # a rule about a file, and the right to read it
@@ -34,14 +41,38 @@ def die_with_owner(lifeline: int) -> None:
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
 
 
-def limit_memory(limit_bytes: int) -> None:
-    """Allocations beyond limit_bytes fail; no core dump is written."""
+def confine(limit_bytes: int) -> list[str]:
+    """Gives up all that a decoder does not need; names the steps that could not be taken."""
+    taken = [*(["memory"] if limit_memory(limit_bytes) else []), *leave_network_and_files()]
+    return [step for step in STEPS if step not in taken]
+
+
+def missing_here() -> list[str]:
+    """The steps that could not be taken on this machine, found out by a process that tries."""
+    command = [sys.executable, "-P", "-m", "workers.sandbox"]
+    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    tried = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False, timeout=60
+    )
+    return tried.stdout.split() if tried.returncode == 0 else list(STEPS)
+
+
+def told(steps: Iterable[str]) -> str:
+    """What a process was not kept from, for people."""
+    return " and ".join(STEPS[step] for step in STEPS if step in set(steps))
+
+
+def limit_memory(limit_bytes: int) -> bool:
+    """Allocations beyond limit_bytes fail, if the kernel grants it; no core dump is written."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    is_limited = False
     for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS) if sys.platform != "linux" else (resource.RLIMIT_DATA,):
         _, hard = resource.getrlimit(kind)
         wanted = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(kind, (wanted, wanted))
+        is_limited = is_limited or 0 <= resource.getrlimit(kind)[0] <= limit_bytes
+    return is_limited
 
 
 def leave_network_and_files(readable: Sequence[int] = ()) -> list[str]:
@@ -69,3 +100,7 @@ def leave_network_and_files(readable: Sequence[int] = ()) -> list[str]:
                 taken.append("files")
             os.close(ruleset)
     return taken
+
+
+if __name__ == "__main__":
+    print(*confine(TRIAL_BYTES))

@@ -107,6 +107,7 @@ def _attempt(
         part=part,
         problem=problem,
         decoder=decoder.library,
+        sandbox_missing=decoder.sandbox_missing,
         frame_count=frame_count,
         decode_seconds=clock.seconds["decode"],
         encode_seconds=clock.seconds["encode"],
