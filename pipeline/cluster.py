@@ -1,6 +1,7 @@
 """The Ray cluster that a command uses."""
 
 import atexit
+import contextlib
 import logging
 import os
 import secrets
@@ -8,11 +9,12 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from storage.errors import UsageError
@@ -38,7 +40,8 @@ def start_ray(address: str | None) -> None:
     _hear_threads()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        with _on_loopback() if address is None else contextlib.nullcontext():
+            ray.init(**options)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the job without a last commit
     except Exception as error:  # a node that does not come up in time raises no narrower kind
         first = str(error).splitlines()[0]
@@ -73,6 +76,22 @@ def _folder_for_ray() -> str:
 
 def _is_writable(folder: str) -> bool:
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Has ray.init start a cluster whose processes all listen at 127.0.0.1 alone.
+
+    They do where that is the address of their node. Ray takes it on macOS and Windows; elsewhere it takes an address that
+    other machines reach, even where ray.init is given 127.0.0.1. What says which is read from the environment
+    (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) when Ray is imported, so that the environment comes too late here.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @cache
