@@ -82,8 +82,8 @@ def _is_writable(folder: str) -> bool:
 def _on_loopback() -> Iterator[None]:
     """Has ray.init start a cluster whose processes all listen at 127.0.0.1 alone.
 
-    They do where that is the address of their node. Ray takes it on macOS and Windows; elsewhere it takes an address that
-    other machines reach, even where ray.init is given 127.0.0.1. What says which is read from the environment
+    They do where that is the address of their node. Ray takes it on macOS and Windows; elsewhere it takes an address
+    that other machines reach, even where ray.init is given 127.0.0.1. What says which is read from the environment
     (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) when Ray is imported, so that the environment comes too late here.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
