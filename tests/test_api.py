@@ -139,7 +139,8 @@ def test_every_option_that_an_error_may_name_is_a_parameter_here():
     """Errors are raised below the commands, with the names of options; these have to be parameters by another name."""
     functions = (package.index, Archive.open, Archive.search, Archive.ask, Archive.videos, Archive.frames)
     known = {name for function in functions for name in inspect.signature(function).parameters}
-    of_commands = {"show", "contact_sheet", "format", "force"}  # of what Python does by calls of their own
+    # Of what Python does by calls of their own, and of a command that messages tell to run (`models --fetch`).
+    of_commands = {"show", "contact_sheet", "format", "force", "fetch"}
     named = set()
     for path in (path for room in ("pipeline", "workers", "storage") for path in (ROOT / room).glob("*.py")):
         if not path.name.startswith("cli"):
@@ -161,6 +162,7 @@ def test_every_setting_of_the_command_index_is_a_parameter_too():
     assert {name: parameters[name].default for name in options} == dict.fromkeys(options) | {
         "retry_failed": False,
         "restore_deleted": False,
+        "strict_sandbox": False,
     }
 
 
