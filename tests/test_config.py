@@ -49,7 +49,7 @@ def test_values_out_of_range_are_refused_naming_the_option(options, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("bach = 8\n", "bach is no setting; known are model, sample, fps"),
+        ("bach = 8\n", "bach is no setting; known are model, tower, sample, fps"),
         ("batch = \n", "not TOML"),
         ("batch = 0\n", "my.toml: batch: input should be greater"),
     ],
