@@ -63,7 +63,7 @@ def test_an_output_that_cannot_be_written_is_one_line_and_an_error(samples_archi
     assert "Exception ignored" not in run.stderr
 
 
-@pytest.mark.parametrize("command", READING, ids=" ".join)
+@pytest.mark.parametrize("command", [one for one in READING if one[0] != "expire"], ids=" ".join)  # ages grow
 def test_a_standard_error_that_cannot_be_written_changes_no_result(samples_archive, command):
     command = on(command, str(samples_archive[0]))
     whole = by_shell(command, "")
