@@ -40,7 +40,6 @@ def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
 
     Exit codes: 0 nothing is wrong, 5 something is, 3 the pictures of some videos cannot be compared.
     """
-    from pipeline.check_pictures import check_pictures
     from pipeline.cli_print import counted, note, print_json, size
     from storage.archive import open_archive
     from storage.files import source_text
@@ -48,7 +47,11 @@ def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
     from storage.verify import verify as verify_archive
 
     found = verify_archive(archive_uri(archive_dir), _report)
-    checks = [] if found.faults or not pictures else check_pictures(open_archive(archive_uri(archive_dir)), _report)
+    checks: list[PictureCheck] = []
+    if pictures and not found.faults:
+        from pipeline.check_pictures import check_pictures
+
+        checks = check_pictures(open_archive(archive_uri(archive_dir)), _report)
     unchecked = [check for check in checks if check.problem is not None]
     if pictures and found.faults:
         note("pictures were not compared: mend what is damaged first")
@@ -99,7 +102,6 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
 
     Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
     """
-    from pipeline.check_pictures import check_pictures, drop_wrong_videos
     from pipeline.cli_print import counted, note, print_json
     from pipeline.index import index_again, why_not_again
     from storage.archive import open_archive
@@ -112,10 +114,15 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
         note(line)
     if not as_json:
         _print_faults(done.found.faults)
-    checks = check_pictures(open_archive(uri), _report) if pictures and not done.left else []
-    to_index = (*done.to_index, *drop_wrong_videos(open_archive(uri, write=True), checks))
-    if not as_json:
-        _print_pictures([check for check in checks if check.wrong])
+    checks: list[PictureCheck] = []
+    to_index = [*done.to_index]
+    if pictures and not done.left:
+        from pipeline.check_pictures import check_pictures, drop_wrong_videos
+
+        checks = check_pictures(open_archive(uri), _report)
+        to_index += drop_wrong_videos(open_archive(uri, write=True), checks)
+        if not as_json:
+            _print_pictures(checks)
     incomplete: Sequence[VideoRow] = to_index
     if to_index and not no_index:
         incomplete = index_again(open_archive(uri), to_index, lambda progress: None)

@@ -92,6 +92,7 @@ def test_wrong_pictures_are_found_and_their_video_indexed_again(indexed):
     assert (mended.code, mended.json["videos_damaged"], mended.json["videos_incomplete"]) == (0, 1, [])
     assert run_vidx(*query).json == before
     assert run_vidx("verify", "--pictures", "--archive", str(archive)).code == 0
+    assert "picture" not in run_vidx("repair", "--archive", str(archive)).out  # nobody asked about them
     opened = open_archive(str(archive))
     assert opened.find_video(str(video)).probe.decoder == "pyav"
 

@@ -70,15 +70,6 @@ def decode(decoder, path, fps=Fraction(1000)):
     )
 
 
-def decode_restarting(decoder, path, fps=Fraction(1000)):
-    """As decode, for iterators that end with the note about the clock."""
-    batches, probe = [], decoder.probe(path)
-    with pytest.raises(VideoProblem) as caught:
-        batches.extend(decoder.decode(path, probe, Segment("a" * 64, None, None, 0), fps, 8))
-    joined = [np.concatenate([getattr(batch, name) for batch in batches]) for name in ("ticks", "end_ticks", "pixels")]
-    return *joined, probe, caught.value
-
-
 @needs_ffmpeg
 @pytest.mark.parametrize("name", KINDS)
 def test_what_follows_a_restart_is_kept_behind_what_comes_before(decoder, tmp_path, name):
@@ -87,7 +78,7 @@ def test_what_follows_a_restart_is_kept_behind_what_comes_before(decoder, tmp_pa
         second = second[13:]  # a server that goes on after a reconnect writes no header again
     path = tmp_path / name
     path.write_bytes(first + second)
-    ticks, end_ticks, pixels, probe, problem = decode_restarting(decoder, path)
+    ticks, end_ticks, pixels, probe, problem = decode(decoder, path)
     assert problem.reason is Reason.CLOCK_RESTARTED
     assert len(ticks) == frame_count(path) == 150
     assert np.all(np.diff(ticks) > 0)
@@ -107,7 +98,7 @@ def test_a_transport_clock_that_begins_anew_far_below_is_no_gap_of_a_day(decoder
     early = recording(tmp_path, "early.ts", "blue", 3, *KINDS["h264.ts"])
     path = tmp_path / "both.ts"
     path.write_bytes(late + early)
-    ticks, end_ticks, pixels, probe, problem = decode_restarting(decoder, path)
+    ticks, end_ticks, pixels, probe, problem = decode(decoder, path)
     assert problem.reason is Reason.CLOCK_RESTARTED
     assert len(ticks) == 150
     assert probe.time_seconds(int(end_ticks[-1])) == pytest.approx(6, abs=0.05)
@@ -129,7 +120,7 @@ def test_several_restarts_and_a_low_rate(decoder, tmp_path):
     parts = [recording(tmp_path, f"{i}.ts", colour, 3, *KINDS["h264.ts"]) for i, colour in enumerate(("red", "blue"))]
     path = tmp_path / "four.ts"
     path.write_bytes(b"".join(parts * 2))
-    _, _, pixels, _, problem = decode_restarting(decoder, path, Fraction(1))
+    _, _, pixels, _, problem = decode(decoder, path, Fraction(1))
     assert "at 3.0 s, 6.0 s, 9.0 s" in problem.detail
     assert [int(colour) for colour in pixels[:, 168, 168].argmax(axis=1)] == [0, 0, 0, 2, 2, 2] * 2
 

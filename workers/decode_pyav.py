@@ -10,7 +10,7 @@ from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Probe, Reason
-from workers.clock import BestEffortClock, OneClock, TimedFrame
+from workers.clock import RESTART_SECONDS, BestEffortClock, OneClock, TimedFrame
 from workers.decode_damage import Damage, DamageWatch, words_of_damage
 from workers.decode_encryption import ENCRYPTED_DETAIL, is_encrypted
 from workers.decode_open import DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
@@ -22,7 +22,6 @@ from workers.transport import find_losses
 
 _PROBED_BYTES = 8 << 20  # more than FFmpeg's own 5 MB
 _MATRIX_BYTES = 9 * 4
-JUMP_SECONDS = 1  # by which a clock may step back without being called damaged
 
 
 def read_frames(
@@ -278,7 +277,7 @@ def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoPr
         return VideoProblem(Reason.CORRUPT, f"damaged in {len(details)} places, first: {details[0]}")
     if tally is None:
         return None
-    if tally.jump_ticks * probe.time_base > JUMP_SECONDS:
+    if tally.jump_ticks * probe.time_base > RESTART_SECONDS:
         back, at = float(tally.jump_ticks * probe.time_base), float(probe.time_seconds(tally.jump_at_ticks))
         detail = f"a frame's time goes back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
         return VideoProblem(Reason.CORRUPT, detail)

@@ -9,6 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 from storage.errors import VideoProblem
 from storage.records import Reason
@@ -109,10 +110,10 @@ def begins_as_jpeg(file: VideoFile) -> bool:
 def _is_heif_picture(file: VideoFile) -> bool:
     """Items of pictures and no movie. Source: ISO/IEC 23008-12, 6 and 10; a sequence of pictures has a movie box."""
     has_items = False
-    for kind, start, _ in _mp4_boxes(file):
+    for kind, body, _ in _top_boxes(file):
         if kind == b"moov":
             return False
-        has_items |= kind == b"meta" and b"pict" in file.read_at(start, 64)
+        has_items |= kind == b"meta" and b"pict" in file.read_at(body, 56)
     return has_items
 
 
@@ -156,7 +157,7 @@ def _missing(file: VideoFile, end: int, what: str) -> str | None:
 def _mp4_cut(file: VideoFile) -> str | None:
     """Holds the top-level boxes against the file's size."""
     seen = set()
-    for kind, _, end in _mp4_boxes(file):
+    for kind, _, end in _top_boxes(file):
         missing = _missing(file, end, f"box '{kind.decode('ascii')}'")
         if missing:
             return missing
@@ -166,21 +167,29 @@ def _mp4_cut(file: VideoFile) -> str | None:
     return None
 
 
-def _mp4_boxes(file: VideoFile) -> Iterator[tuple[bytes, int, int]]:
-    """The top-level boxes: kind, and where it begins and ends. Source: ISO/IEC 14496-12, 4.2."""
-    offset = 0
-    while offset + 8 <= file.size:
-        size, kind = struct.unpack(">I4s", file.read_at(offset, 8))
-        if not kind.replace(b" ", b"").isalnum():  # padding or junk after the last box
-            return
+def _top_boxes(file: VideoFile) -> Iterator[tuple[bytes, int, int]]:
+    """As mp4_boxes, up to padding or junk behind the last box of a file."""
+    return takewhile(lambda box: box[0].replace(b" ", b"").isalnum(), mp4_boxes(file, 0, file.size))
+
+
+def mp4_boxes(file: VideoFile, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes of one level of an MP4: kind, and where the body begins and ends. Source: ISO/IEC 14496-12, 4.2.
+
+    Args:
+        file: the file.
+        start, end: the range that they lie in; the last one's own end may lie behind it.
+    """
+    while start + 8 <= end:
+        size, kind = struct.unpack(">I4s", file.read_at(start, 8))
+        body = start + 8
         if size == 1:
-            size = int.from_bytes(file.read_at(offset + 8, 8), "big")
-        if size == 0:  # up to the end of the file
-            size = file.size - offset
-        if size < 8:
+            size, body = int.from_bytes(file.read_at(start + 8, 8), "big"), start + 16
+        if size == 0:  # up to the end
+            size = end - start
+        if size < body - start:
             return
-        yield kind, offset, offset + size
-        offset += size
+        yield kind, body, start + size
+        start += size
 
 
 def _matroska_cut(file: VideoFile) -> str | None:

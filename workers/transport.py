@@ -14,6 +14,7 @@ from workers.video_file import VideoFile
 LAYOUTS = ((188, 0), (192, 4), (204, 0))
 SYNC_BYTE = 0x47
 _CHUNK_PACKETS = 1 << 15
+_LAST_TABLE_PID, _NULL_PID = 31, 0x1FFF
 _TABLE_PIDS = {0, 17}  # the program association and the service description table; a program's own map comes on top
 
 
@@ -67,6 +68,18 @@ def find_losses(file: VideoFile, pid: int, size_bytes: int) -> Losses:
             lost.append(place)
     lost = sorted(lost + own.damaged)
     return Losses(len(lost), lost[0] * layout[0] if lost else None, joined)
+
+
+def scrambled_share(file: VideoFile, size_bytes: int) -> float:
+    """The share of scrambled packets among those with contents, 0 where there are none; reads so much of the file."""
+    layout = packet_layout(file)
+    payload_count = scrambled_count = 0
+    for _, packets in _packets(file, *layout, size_bytes) if layout else ():
+        pids = _pids(packets)
+        has_payload = (packets[:, 3] & 0x10 != 0) & (pids > _LAST_TABLE_PID) & (pids != _NULL_PID)
+        payload_count += int(has_payload.sum())
+        scrambled_count += int((packets[has_payload, 3] & 0xC0 != 0).sum())
+    return scrambled_count / payload_count if payload_count else 0.0
 
 
 class _Counter:
