@@ -60,11 +60,10 @@ def index(
     """
     from pipeline.api_job import IndexJob, run_job
     from pipeline.config import load_config
-    from pipeline.index import sampling_of
+    from pipeline.index import check_machine, sampling_of
     from pipeline.scan import scan
     from storage.archive import create_archive
     from workers.bundle import find_bundle
-    from workers.decode import check_confined
 
     paths = [sources] if isinstance(sources, str | PathLike) else list(sources)
     check("sources", sources, bool(paths), "name at least one video, folder, glob or manifest")
@@ -87,8 +86,8 @@ def index(
         "strict_sandbox": strict_sandbox or None,
     }
     settings = load_config(config, given)
-    if settings.strict_sandbox and settings.address is None:
-        check_confined()
+    if settings.address is None:
+        check_machine(settings)
     found = scan([os.path.expanduser(fspath(path)) for path in paths])
     bundle = find_bundle(settings.model, settings.tower)
     sampling = sampling_of(settings, bundle)

@@ -105,3 +105,22 @@ def test_the_libraries_are_imported_where_they_are_needed(samples_archive):
     """Or the test above could not fail."""
     question = ("ask", "What is there?", "--video", "nano_scenes_1.mp4@1-5", "--fuse", "tokens")
     assert run_here(*question, "--archive", str(samples_archive[0]))[:2] == (0, ["torch", "transformers"])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("index('/nowhere/a.mp4', place)", "no such file"),
+        (f"index({CLIP!r}, place, workers=1000)", "there are"),
+        (f"index({CLIP!r}, place, model='nonesuch')", "nonesuch"),
+        pytest.param(f"index({CLIP!r}, place, device='cuda')", "there is no GPU", marks=no_gpu),
+    ],
+)
+def test_wrong_calls_in_python_are_refused_before_anything_is_started(tmp_path, call, says):
+    place = tmp_path / "archive"
+    script = f"import sys, vidx; place = {str(place)!r}\ntry:\n    vidx.{call}\nexcept vidx.UsageError as error:\n"
+    script += "    print(*sorted({'ray', 'torch'} & set(sys.modules)), '#', error)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    imported, said = done.stdout.split("#", 1)
+    assert (imported.strip(), place.exists()) == ("", False)
+    assert says in said
