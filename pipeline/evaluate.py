@@ -14,7 +14,7 @@ from pathlib import Path
 
 from storage.archive import Archive
 from storage.errors import UsageError
-from storage.files import source_text
+from storage.files import one_spelling, source_text
 from storage.records import Moment, Status, VideoRow
 
 RANKS = (1, 5, 10)
@@ -230,10 +230,10 @@ class _Names:
         self._by_stem: dict[str, list[VideoRow]] = {}
         for row in archive.videos():
             if row.frame_count and row.status is not Status.DELETED:
-                self._by_stem.setdefault(Path(source_text(row.uri)).stem, []).append(row)
+                self._by_stem.setdefault(one_spelling(Path(source_text(row.uri)).stem), []).append(row)
 
     def find(self, name: str, number: int) -> VideoRow:
-        alike = self._by_stem.get(name, [])
+        alike = self._by_stem.get(one_spelling(name), [])
         if len(alike) == 1:
             return alike[0]
         try:

@@ -47,6 +47,13 @@ def test_a_name_is_found_in_either_spelling(vidx, cafe, tmp_path, command, name)
     assert "nothing" not in run.out or command[0] == "index"
 
 
+def test_known_answers_name_a_video_in_either_spelling(vidx, cafe, tmp_path):
+    for name in (COMPOSED, DECOMPOSED, f"{COMPOSED}.mp4"):
+        (tmp_path / "known.csv").write_text(f"file,start_seconds,end_seconds,text\n{name},9,16,two apples\n")
+        run = vidx("evaluate", "retrieval", str(tmp_path / "known.csv"), "--archive", cafe[1])
+        assert run.code == 0, run.err
+
+
 def test_a_chat_finds_a_name_in_either_spelling(cafe):
     for name in (COMPOSED, DECOMPOSED):
         run = subprocess.run(
