@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -37,6 +38,7 @@ def start_ray(address: str | None) -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would keep one in a home that may not be there
     else:
         options |= {"address": address}
+        warnings.filterwarnings("ignore", message="Ray Client connection timed out")  # which is told as an error
     _hear_threads()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -44,10 +46,16 @@ def start_ray(address: str | None) -> None:
             ray.init(**options)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the job without a last commit
     except Exception as error:  # a node that does not come up in time raises no narrower kind
-        first = str(error).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[-1]}"
         if address is None:
             raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error
+
+
+def address_of_joined(address: str) -> str:
+    """HOST:PORT at which the cluster that was joined there answers: its server for clients, or else its head."""
+    return address.removeprefix("ray://") if address.startswith("ray://") else ray.get_runtime_context().gcs_address
 
 
 def _folder_for_ray() -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from pipeline.cluster import start_ray
-from pipeline.ray_watch import RAY_DIED, RayWatch
+from pipeline.cluster import address_of_joined, start_ray
+from pipeline.ray_watch import RayWatch, watch_joined_ray, watch_own_ray
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.processes import kill_children
 from storage.records import Content, Problem, Reason, SegmentTask
@@ -37,6 +37,7 @@ class _Task:
     key: Any
     arguments: tuple
     worker: int
+    handle: Any = None  # the worker's, where it has been given out
     attempts: int = 0
 
     @property
@@ -61,22 +62,22 @@ class Executor:
         self._asked: dict[Any, int] = {}  # workers that have not answered how far they are, by the call
         self._last_asked = -REACHED_SECONDS
         self._suspects: list[_Task] = []  # whose worker died; each is tried again with no other beside it
-        self._watch: RayWatch | None = None  # of a cluster that is started here
+        self._watch: RayWatch | None = None
 
     def __enter__(self) -> "Executor":
-        self._watch = RayWatch() if self._address is None else None
         try:
             self._start()
         except BaseException as error:
-            died = self._ray_died()
-            self.__exit__()
-            if died and isinstance(error, Exception):
-                raise ClusterError(f"{RAY_DIED}: {error}") from error
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def _start(self) -> None:
+        if self._address is None:
+            self._watch = watch_own_ray()
         start_ray(self._address)
+        if self._address is not None:
+            self._watch = watch_joined_ray(self._address, address_of_joined(self._address))
         self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
         cores = int(ray.cluster_resources().get("CPU", 1))
         self._settings = replace(self._settings, threads=max(1, cores // self._counts["encode"]))
@@ -87,19 +88,23 @@ class Executor:
         for worker in range(self._counts["encode"]):
             self._submit(_Task("load", None, (), worker))
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        """Releases what is left of the cluster.
+
+        Raises:
+            ClusterError: an error of Ray comes from its death.
+        """
         if self._watch is not None:
             self._watch.stop()
-        if self._ray_died():
-            kill_children()
+        if self._watch is not None and self._watch.is_dead():  # every call into Ray would wait for it
+            if self._address is None:
+                kill_children()
+            if isinstance(error, Exception) and not isinstance(error, VidxError):
+                raise ClusterError(f"{self._watch.word}: {error}") from error
             return
         for handle in self._workers.values():
             ray.kill(handle)
         ray.shutdown()
-
-    def _ray_died(self) -> bool:
-        """Whether a process of a cluster that was started here has died."""
-        return self._watch is not None and self._watch.is_dead()
 
     @property
     def running(self) -> int:
@@ -132,7 +137,7 @@ class Executor:
             busy = {task.worker for task in self._running.values() if task.kind == "encode"} - {*self._asked.values()}
             for worker in busy:
                 handle = self._workers["encode", worker]
-                self._asked[handle.reached.options(concurrency_group="reached").remote()] = worker
+                self._asked[handle.reached.remote()] = worker
         return found
 
     def free(self, kind: Literal["examine", "encode"]) -> int:
@@ -163,7 +168,7 @@ class Executor:
         if not self._running:
             return []
         if self._watch is not None and self._watch.has_died:
-            raise ClusterError(RAY_DIED)
+            raise ClusterError(self._watch.word)
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         if not done:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
@@ -195,7 +200,10 @@ class Executor:
                 f"workers on {where} die while they load the model: {reason} Check their memory and that every node "
                 "has this version of vidx and Ray; a cluster without authentication needs RAY_AUTH_MODE=disabled"
             )
-        if _is_dead(self._workers[task.role, task.worker]):  # the first of its tasks to notice replaces it
+        if self._watch is not None and self._watch.is_dead():
+            raise ClusterError(self._watch.word)
+        if self._workers[task.role, task.worker] is task.handle:  # the first of its tasks to notice replaces it
+            ray.kill(task.handle)
             self._workers[task.role, task.worker] = self._new_worker(task.role)
         if task.kind == "load":
             self._submit(task)
@@ -208,8 +216,8 @@ class Executor:
 
     def _submit(self, task: _Task) -> None:
         task.attempts += 1
-        method = getattr(self._workers[task.role, task.worker], task.kind)
-        self._running[method.remote(*task.arguments)] = task
+        task.handle = self._workers[task.role, task.worker]
+        self._running[getattr(task.handle, task.kind).remote(*task.arguments)] = task
 
     def _least_busy(self, kind: str) -> int:
         load = Counter(task.worker for task in self._running.values() if task.kind == kind)
@@ -220,20 +228,11 @@ class Executor:
             return ray.remote(num_cpus=0)(Examiner).remote(self._settings)
         on_gpu = self._settings.device == "cuda"
         options = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": 1}
+        ray.method(concurrency_group="reached")(Encoder.reached)  # here: workers do not import Ray
         # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
         threads = {"max_concurrency": SEGMENTS_AT_ONCE, "concurrency_groups": {"reached": 1}}
         remote = ray.remote(max_restarts=0, max_task_retries=0, **threads, **options)
         return remote(Encoder).remote(self._settings)
-
-
-def _is_dead(handle: Any) -> bool:
-    try:
-        ray.get(handle.__ray_ready__.remote(), timeout=60)
-    except RayActorError:
-        return True
-    except GetTimeoutError:
-        return False  # busy
-    return False
 
 
 def _worker_count(device: str, wanted: int | None) -> int:

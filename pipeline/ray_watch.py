@@ -1,8 +1,11 @@
-"""Watches Ray's own processes: calls into Ray block, or end this process without a word, once they are gone."""
+"""Watches the cluster of a job: calls into Ray block, or end this process without a word, once it is gone."""
 
 import os
+import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from storage.errors import ClusterError
@@ -10,44 +13,84 @@ from storage.processes import children, kill_children, start_of
 
 RAY_NAMES = ("raylet", "gcs_server")
 LOOK_SECONDS = 0.5
+ANSWER_SECONDS = 2.0  # that a cluster elsewhere has to accept a connection
+SILENT_SECONDS = 15.0  # for which it may accept none, as while its head is started again
 GRACE_SECONDS = 30.0  # for whoever waits to notice by himself, or to end a commit; Ray ends the process after 60
 
-RAY_DIED = "Ray's own processes died (out of memory?); what was committed stays, run the same command again to go on"
+GO_ON = "what was committed stays, run the same command again to go on"
+RAY_DIED = f"Ray's own processes died (out of memory?); {GO_ON}"
 
 
 class RayWatch:
-    """Notices when a cluster that this process starts dies, and ends this one where it hangs on that.
+    """Notices when a cluster dies, and ends this process where it hangs on that.
 
-    It watches from before the start of the cluster until `stop`. Where a process of the cluster dies and this one is
-    still at work GRACE_SECONDS later, it waits inside Ray for what will not come: then it ends, with the message and
-    the exit code of a ClusterError of RAY_DIED.
+    Where the cluster is dead and this process is still at work GRACE_SECONDS later, it waits inside Ray for what will
+    not come: then it ends, with the watch's word and the exit code of a ClusterError.
 
     Attributes:
+        word: what to say of the death.
         has_died: whether that was seen at the last look, LOOK_SECONDS ago at most; `is_dead` looks now.
     """
 
-    def __init__(self) -> None:
-        self._others = set(children(*RAY_NAMES))  # of a cluster before this one
-        self._seen: dict[int, str | None] = {}  # start by process number
-        self._over = threading.Event()
-        self.has_died = False
-        threading.Thread(target=self._watch, daemon=True).start()
+    def __init__(self, is_dead: Callable[[], bool], word: str, silent_seconds: float = 0.0) -> None:
+        """Begins to watch.
 
-    def is_dead(self) -> bool:
-        """Whether one of the processes has died."""
-        for pid in set(children(*RAY_NAMES)) - self._others:
-            self._seen.setdefault(pid, start_of(pid))
-        return any(start is None or start_of(pid) != start for pid, start in [*self._seen.items()])
+        Args:
+            is_dead: looks whether the cluster is.
+            word: what to say then.
+            silent_seconds: for how long it has to look dead before it is taken to be.
+        """
+        self.is_dead = is_dead
+        self.word = word
+        self.has_died = False
+        self._silent_seconds = silent_seconds
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self) -> None:
         """Watches no more."""
         self._over.set()
 
     def _watch(self) -> None:
+        alive = time.monotonic()
         while not self._over.wait(LOOK_SECONDS):
-            self.has_died = self.is_dead()
+            if not self.is_dead():
+                alive = time.monotonic()
+            self.has_died = time.monotonic() - alive > self._silent_seconds
             if self.has_died and not self._over.wait(GRACE_SECONDS):
-                end_at_once(RAY_DIED)
+                end_at_once(self.word)
+
+
+def watch_own_ray() -> RayWatch:
+    """A watch over the processes of the cluster that this process is about to start."""
+    others = set(children(*RAY_NAMES))  # of a cluster before this one
+    seen: dict[int, str | None] = {}  # start by process number
+
+    def is_dead() -> bool:
+        for pid in set(children(*RAY_NAMES)) - others:
+            seen.setdefault(pid, start_of(pid))
+        return any(start is None or start_of(pid) != start for pid, start in [*seen.items()])
+
+    return RayWatch(is_dead, RAY_DIED)
+
+
+def watch_joined_ray(name: str, address: str) -> RayWatch:
+    """A watch over a cluster that others started.
+
+    Args:
+        name: the cluster's, as the user gave it.
+        address: HOST:PORT of its head, or of its server for clients.
+    """
+    host, _, port = address.rpartition(":")
+
+    def is_dead() -> bool:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        except OSError:
+            return True
+        return False
+
+    return RayWatch(is_dead, f"the cluster at {name} does not answer any more; {GO_ON}", SILENT_SECONDS)
 
 
 def end_at_once(word: str) -> NoReturn:

@@ -6,6 +6,7 @@ What is said on the way comes back piece by piece through plain calls of an acto
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -119,8 +120,13 @@ class RemoteAsker:
                         return self._get(result)
                     hear[kind](text)
         except KeyboardInterrupt:
-            self._worker.stop.remote(number)
+            with contextlib.suppress(RayError, ConnectionError):
+                self._worker.stop.remote(number)
             raise
+        except RayTaskError:
+            raise
+        except (RayError, ConnectionError) as error:
+            raise self._lost(error) from error
 
     def _get(self, reference: Any) -> Any:
         try:
@@ -130,11 +136,15 @@ class RemoteAsker:
                 raise error.cause from None
             raise
         except (RayError, ConnectionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ClusterError(
-                f"the worker that answers on the cluster at {self._address} died: {reason} Check its memory and that "
-                "every node has this version of vidx and Ray, and ask again"
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> ClusterError:
+        """What a call is told whose worker, or its cluster, has died."""
+        reason = str(error).strip().splitlines()[0]
+        return ClusterError(
+            f"the worker that answers on the cluster at {self._address} died: {reason} Check its memory and that "
+            "every node has this version of vidx and Ray, and ask again"
+        )
 
 
 class _Answerer:

@@ -23,7 +23,7 @@ BLOCKED = """
 import subprocess, sys, threading
 from pipeline import ray_watch
 ray_watch.GRACE_SECONDS = 0.1
-watch = ray_watch.RayWatch()
+watch = ray_watch.watch_own_ray()
 server = subprocess.Popen([sys.argv[1], "600"])
 other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 while not ray_watch.children("gcs_server"):

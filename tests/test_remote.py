@@ -1,5 +1,6 @@
 """A real Ray cluster of one node: jobs and questions that run there."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -17,18 +18,19 @@ from conftest import SAMPLES, VIDX
 from pipeline import remote
 
 RAY = Path(sys.executable).parent / "ray"
-TOKEN = {"RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef"}
+ENVIRONMENT = {"RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef"}
+ENVIRONMENT |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # all of Ray listens at, and looks for, 127.0.0.1
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """The addresses, from inside and from outside, of a cluster that is started here and ends with the tests."""
+@contextlib.contextmanager
+def ray_cluster():
+    """The process, and the addresses from inside and from outside, of a cluster that is started here."""
     ports, folder = free_ports(), tempfile.mkdtemp(prefix="ray")  # the paths of its sockets must be short
     command = [RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "2"]
     command += ["--port", str(ports[0]), "--ray-client-server-port", str(ports[1])]
     command += ["--min-worker-port", "0", "--max-worker-port", "0", "--include-dashboard", "false"]
     command += ["--object-store-memory", str(128 << 20), "--temp-dir", folder]
-    environment = os.environ | {"RAY_AUTH_MODE": "token", **TOKEN}
+    environment = os.environ | {"RAY_AUTH_MODE": "token", **ENVIRONMENT}
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **together)
     try:
@@ -36,7 +38,7 @@ def cluster():
         while not any("--block" in line for line in heard[-1:]):
             heard.append(process.stdout.readline())
             assert heard[-1], heard
-        yield f"127.0.0.1:{ports[0]}", f"ray://127.0.0.1:{ports[1]}"
+        yield process, f"127.0.0.1:{ports[0]}", f"ray://127.0.0.1:{ports[1]}"
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -44,6 +46,13 @@ def cluster():
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The addresses of a cluster, which ends with the tests."""
+    with ray_cluster() as (_, *addresses):
+        yield addresses
 
 
 def free_ports():
@@ -54,7 +63,9 @@ def free_ports():
 @pytest.fixture(scope="module")
 def archive(vidx, cluster, tmp_path_factory):
     place = str(tmp_path_factory.mktemp("cluster") / "archive")
-    done = vidx("index", str(SAMPLES / "nano_scenes_1.mp4"), "--archive", place, "--address", cluster[0], env=TOKEN)
+    done = vidx(
+        "index", str(SAMPLES / "nano_scenes_1.mp4"), "--archive", place, "--address", cluster[0], env=ENVIRONMENT
+    )
     assert done.code == 0, done.err
     return place
 
@@ -62,7 +73,7 @@ def archive(vidx, cluster, tmp_path_factory):
 def test_questions_are_answered_on_a_cluster_as_here(vidx, cluster, archive):
     chosen = ("--archive", archive, "--video", "nano_scenes_1.mp4@1-5")
     here = vidx("ask", "What is there?", *chosen, "--json").json
-    there = vidx("ask", "What is there?", *chosen, "--json", "--address", cluster[1], env=TOKEN)
+    there = vidx("ask", "What is there?", *chosen, "--json", "--address", cluster[1], env=ENVIRONMENT)
     assert there.code == 0, there.err
     assert there.json == here
     assert here["fuse"] == "exact"
@@ -74,7 +85,7 @@ def test_a_conversation_is_held_on_a_cluster_and_what_is_wrong_there_is_said_her
     talk = subprocess.run(
         [VIDX, "chat", *chosen],
         input="What is there?\nWhere is the tent?\n",
-        env=os.environ | TOKEN,
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -84,7 +95,7 @@ def test_a_conversation_is_held_on_a_cluster_and_what_is_wrong_there_is_said_her
         "a cow, a leaf and a tent",
         "bottom left",
     ]
-    away = vidx("ask", "What is there?", *chosen, "--model", str(tmp_path / "away"), env=TOKEN)
+    away = vidx("ask", "What is there?", *chosen, "--model", str(tmp_path / "away"), env=ENVIRONMENT)
     assert away.code == 2
     assert str(tmp_path / "away") in away.err
     assert "Traceback" not in away.err
@@ -126,5 +137,47 @@ def test_what_a_worker_says_is_fetched_piece_by_piece_and_can_be_stopped():
 
 def test_a_gpu_that_no_node_has_is_not_waited_for(vidx, cluster, archive):
     command = ("ask", "What is there?", "--archive", archive, "--device", "cuda", "--address", cluster[0])
-    refused = vidx(*command, env=TOKEN)
+    refused = vidx(*command, env=ENVIRONMENT)
     assert (refused.code, "no GPU on this cluster" in refused.err) == (2, True), refused.err
+
+
+def test_a_job_outside_the_cluster_indexes_there(vidx, cluster, tmp_path):
+    place = str(tmp_path / "archive")
+    done = vidx(
+        "index", str(SAMPLES / "nano_scenes_1.mp4"), "--archive", place, "--address", cluster[1], env=ENVIRONMENT
+    )
+    assert (done.code, "1 indexed" in done.out) == (0, True), done.err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("how", ["waits", "ctrl-c"])
+def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, tmp_path):
+    place, sources = str(tmp_path / "archive"), [tmp_path / f"{number}.mp4" for number in range(60)]
+    for number, source in enumerate(sources):
+        source.write_bytes((SAMPLES / "nano_scenes_1.mp4").read_bytes() + b"\0" * 8 * (number + 1))
+    with ray_cluster() as (process, inside, outside):
+        command = [VIDX, "index", *sources, "--archive", place, "--fps", "10"]
+        command += ["--address", inside if where == "inside" else outside]
+        with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=-1, stderr=-1, text=True) as job:
+            heard = []
+            while not any("frames/s; " in line for line in heard):  # it indexes
+                heard.append(job.stderr.readline())
+                assert heard[-1], heard
+            for pid in [*descendants(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if how == "ctrl-c":
+                job.send_signal(signal.SIGINT)
+            _, err = job.communicate(timeout=120)
+    assert job.returncode == (130 if how == "ctrl-c" else 6), err
+    assert "Traceback" not in err
+    told = "interrupted; what was finished is committed" if how == "ctrl-c" else "does not answer any more"
+    assert told in err
+    assert vidx("verify", "--archive", place).code == 0
+
+
+def descendants(pid):
+    """The processes that one has started, and those that they have."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [found for child in map(int, children) for found in [child, *descendants(child)]]
