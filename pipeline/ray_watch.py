@@ -54,9 +54,9 @@ class RayWatch:
     def _watch(self) -> None:
         alive = time.monotonic()
         while not self._over.wait(LOOK_SECONDS):
-            if not self.is_dead():
+            if not (is_silent := self.is_dead()):
                 alive = time.monotonic()
-            self.has_died = time.monotonic() - alive > self._silent_seconds
+            self.has_died = is_silent and time.monotonic() - alive >= self._silent_seconds
             if self.has_died and not self._over.wait(GRACE_SECONDS):
                 end_at_once(self.word)
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, SAMPLES, VIDX
 from ray.exceptions import RpcError
 
-from pipeline import cluster
+from pipeline import cluster, ray_watch
 from storage.processes import start_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
@@ -72,6 +72,32 @@ def test_nothing_is_watched_once_the_job_is_over(blocked):
     while start_of(server) is not None:
         time.sleep(0.01)
     assert process.poll() is None
+
+
+def test_what_lives_is_not_taken_for_dead_and_silence_has_to_last(monkeypatch):
+    monkeypatch.setattr(ray_watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ray_watch, "GRACE_SECONDS", 600.0)
+    looks, is_dead = threading.Semaphore(0), threading.Event()
+
+    def look():
+        looks.release()
+        return is_dead.is_set()
+
+    for silent_seconds in (0.0, 600.0):
+        watch = ray_watch.RayWatch(look, "dead", silent_seconds)
+        for _ in range(5):
+            looks.acquire()
+        assert not watch.has_died
+        is_dead.set()
+        if silent_seconds:
+            for _ in range(5):
+                looks.acquire()
+            assert not watch.has_died
+        else:
+            while not watch.has_died:
+                time.sleep(0.01)
+        watch.stop()
+        is_dead.clear()
 
 
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
