@@ -1,4 +1,4 @@
-"""Short runs of ops/chaos, ops/fuzz and ops/fuzz_archive; the long ones are in the README."""
+"""Short runs of ops/chaos, ops/fuzz and ops/fuzz_archive; the long ones are in ops/docs/benchmarks.md."""
 
 import json
 import shutil

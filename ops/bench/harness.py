@@ -1,4 +1,4 @@
-"""What every benchmark shares: repeated timings in turn with the yardstick, and the JSON that the README reads."""
+"""What every benchmark shares: repeated timings in turn with the yardstick, and the JSON that ops/readme.py reads."""
 
 import importlib.metadata
 import json
@@ -55,7 +55,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def figure(what: str, yardstick: str, value: str, reach: str, **raw: Any) -> dict[str, Any]:
-    """One row of the README's table, with the raw numbers behind it."""
+    """One row of the table in ops/docs/benchmarks.md, with the raw numbers behind it."""
     return {"what": what, "yardstick": yardstick, "value": value, "reach": reach, **raw}
 
 

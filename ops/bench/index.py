@@ -252,7 +252,7 @@ def whole_process(folder: Path, frames: int) -> dict[str, Any]:
 
 
 def figures(records: list[dict[str, Any]], added: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]:
-    """The README's rows."""
+    """The rows of ops/docs/benchmarks.md."""
     rows = []
     for record in records:
         size = f"{record['frames']:,} x {WIDTH} keys"

@@ -1,4 +1,4 @@
-"""An evaluation of nano as Markdown, for the card and the README."""
+"""An evaluation of nano as Markdown, for the card and ops/docs/nano.md."""
 
 SOURCES = ("exact", "patches", "tokens")  # of pre-fusion
 
