@@ -7,7 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
+_ROOT = str(Path(__file__).resolve().parent.parent)
 _PR_SET_CHILD_SUBREAPER = 36
+
+
+def python_path() -> str:
+    """PYTHONPATH with which `python -P -m` finds this program's modules from any folder, and no folder's own av.py."""
+    return os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def start_of(pid: int) -> str | None:

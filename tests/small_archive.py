@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.archive import Archive
+from storage.archive.archive import Archive
+from storage.care.clean import SWEEP_AGE_SECONDS
 from storage.files import local_path
-from storage.parts import FrameColumns, PartWriter
+from storage.parts.write import FrameColumns, PartWriter
 from storage.records import (
     Part,
     PatchRows,
@@ -25,7 +26,6 @@ from storage.records import (
     TokenBatch,
     VideoRow,
 )
-from storage.sweep import SWEEP_AGE_SECONDS
 
 MODEL_ID = "a1" * 32
 SAMPLING = Sampling(Fraction(1), 0)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from workers.bundle import find_bundle
+from workers.models.bundle import find_bundle
 
 
 def write_bundle(

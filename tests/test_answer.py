@@ -7,14 +7,14 @@ from collections import Counter
 
 import pytest
 
-from pipeline.answer import Asked, Asker, Over
-from pipeline.filter import Filter
-from storage.archive import open_archive
+from pipeline.ask.answer import Asked, Asker, Over
+from pipeline.ask.filter import Filter
+from storage.archive.archive import open_archive
 from storage.errors import UsageError
-from workers.bundle import find_bundle
-from workers.engine import ModelOptions, SamplingParams
-from workers.memory import MASK_BYTES, PREFILL_ROWS, answer_bytes, rows_at_once
-from workers.prompt import frames_that_fit, load_tokenizer, prompt_ids
+from workers.llm.engine import ModelOptions, SamplingParams
+from workers.llm.memory import MASK_BYTES, PREFILL_ROWS, answer_bytes, rows_at_once
+from workers.llm.prompt import frames_that_fit, load_tokenizer, prompt_ids
+from workers.models.bundle import find_bundle
 
 CLIP = "nano_scenes_1.mp4"
 CONTEXT = 96  # tokens, of a model that is nano otherwise
@@ -112,7 +112,7 @@ def test_windows_are_asked_one_by_one_and_then_their_answers(narrow_asker, narro
 
 
 def test_the_answers_of_windows_come_with_their_times(asker, archive, clip, monkeypatch):
-    monkeypatch.setattr("pipeline.answer.frames_that_fit", lambda bundle, ids, most: 12)
+    monkeypatch.setattr("pipeline.ask.answer.frames_that_fit", lambda bundle, ids, most: 12)
     frames = clip.frames(archive)
     answer = asker.ask("Is there an apple?", clip, asked(over=Over.WINDOWS))
     ends = [(window.start_seconds, window.end_seconds) for window in answer.windows]
@@ -146,7 +146,7 @@ def test_of_a_range_that_is_longer_than_what_the_model_was_trained_on_frames_are
 
 
 def test_memory_is_announced_and_grows_with_the_frames_alone(asker, clip, monkeypatch):
-    monkeypatch.setattr("pipeline.answer.MANY_FRAMES", 4)
+    monkeypatch.setattr("pipeline.ask.answer.MANY_FRAMES", 4)
     lines, announce = told()
     answer = asker.ask("Is there an apple?", Filter(clip.video, 8.0, 13.5), asked(), announce=announce)
     assert answer.frame_count == 6

@@ -15,17 +15,17 @@ from PIL import Image
 from small_archive import MODEL_ID, add_video, random_rows, receipt_for, row_for
 
 from pipeline import vidx as package
-from pipeline.api import Archive
-from pipeline.cli_index import index as index_command
-from pipeline.parameters import in_parameters
-from pipeline.query import Term
-from storage.archive import create_archive
+from pipeline.api.open_archive import OpenArchive
+from pipeline.api.parameters import in_parameters
+from pipeline.ask.query import Term
+from pipeline.cli.index import index as index_command
+from storage.archive.archive import create_archive
 from storage.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def archive(samples_archive):
-    return Archive.open(samples_archive[0])
+    return OpenArchive.open(samples_archive[0])
 
 
 def test_a_search_gives_the_moments_of_the_command(vidx, archive, samples_archive):
@@ -75,7 +75,7 @@ def test_pictures_and_moments_are_searched_as_by_the_command(vidx, archive, samp
 
 def test_what_is_wrong_is_said_as_by_the_command(archive, tmp_path):
     with pytest.raises(UsageError, match="no archive"):
-        Archive.open(tmp_path)
+        OpenArchive.open(tmp_path)
     with pytest.raises(UsageError, match="no such video"):
         archive.search("x", video="no-such-file.mp4")
     with pytest.raises(UsageError, match="SQL"):
@@ -137,7 +137,14 @@ def test_messages_of_the_commands_are_told_in_parameters(message, wanted):
 
 def test_every_option_that_an_error_may_name_is_a_parameter_here():
     """Errors are raised below the commands, with the names of options; these have to be parameters by another name."""
-    functions = (package.index, Archive.open, Archive.search, Archive.ask, Archive.videos, Archive.frames)
+    functions = (
+        package.index,
+        OpenArchive.open,
+        OpenArchive.search,
+        OpenArchive.ask,
+        OpenArchive.videos,
+        OpenArchive.frames,
+    )
     known = {name for function in functions for name in inspect.signature(function).parameters}
     # Of what Python does by calls of their own, and of a command that messages tell to run (`models --fetch`).
     of_commands = {"show", "contact_sheet", "format", "force", "fetch"}

@@ -37,13 +37,13 @@ from small_archive import (
     video_id_of,
 )
 
-from storage import tables
-from storage.archive import archive_exists, create_archive, open_archive
-from storage.cells import read_tokens
+from storage.archive import delta as tables
+from storage.archive.archive import archive_exists, create_archive, open_archive
+from storage.archive.settings import FORMAT_VERSION
 from storage.errors import ArchiveError, UsageError
 from storage.files import join, local_path, source_text, to_uri
+from storage.parts.read import read_tokens
 from storage.records import Hit, Problem, Reason, Sampling, Segment, Status
-from storage.settings import FORMAT_VERSION
 
 SPAWN = multiprocessing.get_context("spawn")  # deltalake does not survive a fork
 
@@ -576,7 +576,7 @@ def test_many_publications_keep_the_table_in_few_files(archive):
         archive.publish([row_for(archive, name, 0, video_number=number, tags={"round": "1"})])
     folder = Path(os.fsdecode(local_path(join(archive.uri, "videos"))))
     live = again(archive)
-    from storage.tables import live_files, open_table
+    from storage.archive.delta import live_files, open_table
 
     files = live_files(open_table(join(archive.uri, "videos"))).column("path").to_pylist()
     assert len(files) <= 7
@@ -740,7 +740,7 @@ def test_a_missing_part_is_named(archive, tmp_path):
 AS_NOBODY = """
 import os
 import sys
-from storage.archive import create_archive, open_archive
+from storage.archive.archive import create_archive, open_archive
 from storage.errors import VidxError
 open_archive(sys.argv[3]).frames()  # what is imported late lies where nobody else may look
 os.setgroups([])

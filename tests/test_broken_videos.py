@@ -18,8 +18,8 @@ from conftest import SAMPLES
 
 from storage.errors import VideoProblem
 from storage.records import Reason, Segment
-from workers.content import check_unchanged, identify
-from workers.decode import Decoder
+from workers.decode.client import Decoder
+from workers.sources.identity import check_unchanged, identify
 
 VIDEOS = Path(__file__).parent / "videos"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "videos"

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline.config import IndexConfig
+from pipeline.index.config import IndexConfig
 from storage.errors import UsageError
-from workers.bundle import find_bundle, list_bundles, read_bundle
-from workers.engine import ModelOptions
-from workers.llava_mini import load_model, load_vision
+from workers.llm.engine import ModelOptions
+from workers.llm.model import load_model
+from workers.models.bundle import find_bundle, list_bundles, read_bundle
+from workers.vision.llava_mini import load_vision
 
 REFERENCE = Path(__file__).parent / "reference"
 TINY = REFERENCE / "llava-mini-tiny" / "checkpoint"
@@ -116,7 +117,8 @@ def test_an_answer_that_says_that_the_model_does_not_know_has_its_reason(checkpo
 
 def test_finding_a_model_does_not_load_torch():
     code = (
-        "import sys; from workers.bundle import find_bundle; import workers.prompt, workers.clip_text;"
+        "import sys; from workers.models.bundle import find_bundle;"
+        "import workers.llm.prompt, workers.vision.clip_text;"
         "find_bundle('nano').model_id; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -267,7 +269,7 @@ def test_a_hub_repository_in_the_local_cache_needs_no_network(tmp_path):
     change_config(snapshot, mm_vision_tower="someone/clip@main")
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", encoding="utf-8")
     code = (
-        "from workers.bundle import find_bundle, list_bundles\n"
+        "from workers.models.bundle import find_bundle, list_bundles\n"
         "bundle = find_bundle('someone/mini')\n"
         "print(bundle.model_id, bundle.card.licence, [b.name for b in list_bundles()])\n"
     )
@@ -276,7 +278,7 @@ def test_a_hub_repository_in_the_local_cache_needs_no_network(tmp_path):
     expected = f"{find_bundle(str(TINY)).model_id} apache-2.0 "
     assert result.stdout.startswith(expected)
     assert f"someone/mini@{revision}" in result.stdout
-    missing = "from workers.bundle import find_bundle\nfind_bundle('someone/else')"
+    missing = "from workers.models.bundle import find_bundle\nfind_bundle('someone/else')"
     result = subprocess.run([sys.executable, "-c", missing], env=environment, capture_output=True, text=True)
     assert "UsageError: no model named someone/else: not in the local hub cache" in result.stderr
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import SAMPLES
 from small_bundle import change_json
 
-from workers.bundle import find_bundle
+from workers.models.bundle import find_bundle
 
 CARD = {
     "licence": "MIT",

@@ -6,11 +6,11 @@ from datetime import datetime
 import pytest
 from small_archive import MODEL_ID, add_video, failed_row, random_rows, receipt_for, reserve, row_for, video_id_of
 
-from storage.archive import create_archive
-from storage.catalog import run_sql
+from storage.archive.archive import create_archive
 from storage.errors import ArchiveError, UsageError
 from storage.files import local_path
 from storage.records import Problem, Reason, Status
+from storage.sql import run_sql
 
 
 @pytest.fixture

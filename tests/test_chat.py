@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from conftest import VIDX
 
-from pipeline.answer import Asked, Asker
-from pipeline.chat import Conversation
-from pipeline.filter import Filter
-from storage.archive import open_archive
-from storage.cells import read_tokens
-from workers.bundle import find_bundle
-from workers.engine import ModelOptions
-from workers.prompt import build_prompt, load_tokenizer, prompt_ids
+from pipeline.ask.answer import Asked, Asker
+from pipeline.ask.chat import Conversation
+from pipeline.ask.filter import Filter
+from storage.archive.archive import open_archive
+from storage.parts.read import read_tokens
+from workers.llm.engine import ModelOptions
+from workers.llm.prompt import build_prompt, load_tokenizer, prompt_ids
+from workers.models.bundle import find_bundle
 
 TINY = Path(__file__).parent / "reference" / "llava-mini-tiny" / "checkpoint"
 CLIP = "nano_scenes_1.mp4"

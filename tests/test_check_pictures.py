@@ -7,9 +7,9 @@ import pytest
 from conftest import run_vidx
 from test_decode import COLOURS, FFMPEG
 
-from storage.archive import open_archive
-from storage.cells import cell_shape, read_cells, read_patches, read_thumbnails
-from storage.parts import FrameColumns, PartWriter
+from storage.archive.archive import open_archive
+from storage.parts.read import cell_shape, read_cells, read_patches, read_thumbnails
+from storage.parts.write import FrameColumns, PartWriter
 from storage.records import TokenBatch
 
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="ffmpeg makes the videos")

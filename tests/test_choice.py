@@ -11,7 +11,7 @@ from test_decode import decode_all, ffprobe_ticks, make, needs_ffmpeg
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Sampling, Segment
-from workers.decode import Decoder
+from workers.decode.client import Decoder
 
 ALL = Fraction(1000)
 WHOLE = Segment("a" * 64, None, None, 0)

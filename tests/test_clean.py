@@ -21,13 +21,13 @@ from small_archive import (
     write_part,
 )
 
-from storage import sweep as sweeping
-from storage.archive import create_archive, open_archive
-from storage.jobs import GONE_SECONDS, Job
+from storage.archive.archive import create_archive, open_archive
+from storage.archive.claims import GONE_SECONDS, Job
+from storage.care import clean as sweeping
+from storage.care.clean import SWEEP_AGE_SECONDS, Cleaned, clean, sweep
+from storage.care.verify import verify
 from storage.records import Reason, Status
-from storage.sweep import SWEEP_AGE_SECONDS, Cleaned, clean, sweep
-from storage.vectors import open_index, update_index
-from storage.verify import verify
+from storage.vectors.vector_index import open_index, update_index
 
 
 @pytest.fixture

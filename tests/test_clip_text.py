@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import CLIPConfig, CLIPTextModelWithProjection
 
 from storage.errors import UsageError
-from workers.bundle import find_bundle, read_bundle, sub_config
-from workers.clip_text import TextEncoder, TextTower, load_clip_tokenizer
+from workers.models.bundle import find_bundle, read_bundle, sub_config
+from workers.vision.clip_text import TextEncoder, TextTower, load_clip_tokenizer
 
 HIGH_RESOLUTION = Path(__file__).parent / "reference" / "llava-mini-tiny-c2-hd" / "checkpoint"
 TEXTS = ["When does the white VAN leave?", "", "été — 猫 😀 it's 42", "a dog and " * 60]

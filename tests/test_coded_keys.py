@@ -11,14 +11,16 @@ import small_archive
 from small_archive import MODEL_ID, add_video, make_old, random_rows, receipt_for, reserve, row_for
 from test_vectors import assert_same, brute_force, index_folder, unit
 
-from storage import coarse, coded_keys, vectors
-from storage.archive import create_archive, open_archive
-from storage.cells import read_keys
+from storage.archive.archive import create_archive, open_archive
+from storage.archive.frames import rows_of
+from storage.care.clean import sweep
 from storage.errors import ArchiveError
 from storage.files import local_path
-from storage.frames import rows_of
-from storage.sweep import sweep
-from storage.vectors import improve_index, index_faults, open_index, update_index
+from storage.parts.read import read_keys
+from storage.vectors import centroids as coarse
+from storage.vectors import codes as coded_keys
+from storage.vectors import vector_index as vectors
+from storage.vectors.vector_index import improve_index, index_faults, open_index, update_index
 
 SPAWN = multiprocessing.get_context("spawn")
 

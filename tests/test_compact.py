@@ -20,16 +20,16 @@ from small_archive import (
     row_for,
 )
 
-from pipeline.cli import vidx
-from storage.archive import create_archive, open_archive
-from storage.cells import read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
-from storage.compact import compact
+from pipeline.cli.main import vidx
+from storage.archive.archive import create_archive, open_archive
+from storage.care.clean import clean
+from storage.care.compact import compact
+from storage.care.verify import verify
 from storage.errors import ArchiveError
 from storage.files import local_path
+from storage.parts.read import read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
 from storage.records import Reason, Status
-from storage.sweep import clean
-from storage.vectors import open_index, update_index
-from storage.verify import verify
+from storage.vectors.vector_index import open_index, update_index
 
 
 @pytest.fixture

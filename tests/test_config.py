@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from pipeline.config import IndexConfig, load_config, preset_names
+from pipeline.index.config import IndexConfig, load_config, preset_names
 from storage.errors import UsageError
 
 

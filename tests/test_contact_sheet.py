@@ -15,10 +15,10 @@ from conftest import SAMPLES, VIDX
 from PIL import Image
 from small_archive import MODEL_ID, add_video
 
-from pipeline.contact_sheet import write_contact_sheet
-from storage.archive import create_archive, open_archive
-from storage.catalog import run_sql
+from pipeline.results.contact_sheet import write_contact_sheet
+from storage.archive.archive import create_archive, open_archive
 from storage.records import Moment
+from storage.sql import run_sql
 
 
 class Page(html.parser.HTMLParser):
@@ -49,7 +49,9 @@ def sheet_of(tmp_path, monkeypatch):
     """Writes a sheet of one moment of a video with an ugly name; gives its file."""
     archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
     add_video(archive, 1, uri="file:///clips/%3Cscript%3E%0Aalert%281%29.mp4")
-    monkeypatch.setattr("pipeline.contact_sheet.read_thumbnails", lambda uri, frames: [jpeg("red") for _ in frames])
+    monkeypatch.setattr(
+        "pipeline.results.contact_sheet.read_thumbnails", lambda uri, frames: [jpeg("red") for _ in frames]
+    )
     row = archive.videos()[0]
     moment = Moment(row.video_id, row.video_number, row.uri, 1.0, 4.0, 2.0, 0.4321)
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from workers.created import creation_time
-from workers.decode import Decoder
+from workers.decode.client import Decoder
+from workers.decode.creation_time import creation_time
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 MAY = datetime(2024, 5, 1, 12, 34, 56, tzinfo=UTC)

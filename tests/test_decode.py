@@ -23,10 +23,10 @@ from PIL import Image, ImageColor
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
-from workers.clock import TimedFrame
-from workers.decode import FRAMES_AHEAD, Decoder
-from workers.preprocess import nearest_index
-from workers.sample import Grid, Tally, sample
+from workers.decode.client import FRAMES_AHEAD, Decoder
+from workers.decode.clock import TimedFrame
+from workers.decode.sample import Grid, Tally, sample
+from workers.models.preprocess import nearest_index
 
 VIDEOS = Path(__file__).parent / "videos"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "videos"
@@ -401,7 +401,7 @@ def child_pid():
                 command = (entry / "cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if parent == os.getpid() and b"workers.decode_child" in command:
+            if parent == os.getpid() and b"workers.decode.child" in command:
                 found.append(int(entry.name))
     return found
 
@@ -502,7 +502,7 @@ def cpu_time_at_rest(pid):
 def test_the_process_dies_with_its_owner(tmp_path):
     script = f"""
 import os, signal, sys, time
-from workers.decode import Decoder
+from workers.decode.client import Decoder
 decoder = Decoder()
 decoder.probe({os.fspath(SAMPLES / "tractor.webm")!r})
 print(decoder._child.pid, flush=True)
@@ -522,10 +522,10 @@ time.sleep(60)
 
 
 def test_the_process_is_light():
-    script = "import sys, workers.decode_child; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    script = "import sys, workers.decode.child; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "transformers", "duckdb", "pyarrow", "faiss"} & set(loaded)
-    script = "import sys, workers.decode; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    script = "import sys, workers.decode.client; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"av", "decord", "torch", "PIL"} & set(loaded)
 

@@ -20,15 +20,15 @@ from small_archive import (
     video_id_of,
 )
 
-from storage.archive import create_archive, open_archive
-from storage.catalog import run_sql
+from storage.archive.archive import create_archive, open_archive
+from storage.care.clean import clean
+from storage.care.repair import repair
+from storage.care.verify import verify
 from storage.errors import UsageError
 from storage.files import local_path
 from storage.records import CapturedFrom, Status
-from storage.repair import repair
-from storage.sweep import clean
-from storage.vectors import open_index, update_index
-from storage.verify import verify
+from storage.sql import run_sql
+from storage.vectors.vector_index import open_index, update_index
 
 
 @pytest.fixture

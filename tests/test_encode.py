@@ -16,12 +16,12 @@ from transformers.models.clip.configuration_clip import CLIPConfig
 
 from storage.errors import UsageError
 from storage.records import FrameBatch
-from workers import visionzip
-from workers.bundle import find_bundle, read_bundle
-from workers.clip import pixel_values, tower_features
-from workers.encode import encode_frames, encode_pixels, frame_features, frame_pixels, vision_tokens
-from workers.llava_mini import arrange_patches, load_vision
-from workers.preprocess import resize_nearest
+from workers.models.bundle import find_bundle, read_bundle
+from workers.models.preprocess import resize_nearest
+from workers.vision import visionzip
+from workers.vision.clip_vision import pixel_values, tower_features
+from workers.vision.encode import encode_frames, encode_pixels, frame_features, frame_pixels, vision_tokens
+from workers.vision.llava_mini import arrange_patches, load_vision
 
 REFERENCE = Path(__file__).parent / "reference"
 HALF = 2.0**-11  # relative rounding of float16

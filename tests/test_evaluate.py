@@ -5,8 +5,8 @@ import json
 import pytest
 from small_archive import MODEL_ID, add_video, failed_row, video_id_of
 
-from pipeline.evaluate import Annotated, Truth, judge, overlap, read_annotations, score
-from storage.archive import create_archive
+from pipeline.evaluate.retrieval import Annotated, Truth, judge, overlap, read_annotations, score
+from storage.archive.archive import create_archive
 from storage.errors import UsageError
 from storage.records import Moment
 

@@ -15,9 +15,9 @@ import pytest
 
 from storage.errors import VideoProblem
 from storage.records import Segment, Status, VideoRow
-from workers.content import check_still_there, identify
-from workers.decode import Decoder
-from workers.preprocess import nearest_index
+from workers.decode.client import Decoder
+from workers.models.preprocess import nearest_index
+from workers.sources.identity import check_still_there, identify
 
 FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="ffmpeg makes these videos")

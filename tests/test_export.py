@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from small_archive import MODEL_ID, add_video, random_rows, receipt_for, row_for
 
-from pipeline.edl import edl, timebase_of
-from pipeline.export import check_place, export
-from storage.archive import create_archive
+from pipeline.results.edl import edl, timebase_of
+from pipeline.results.export import check_place, export
+from storage.archive.archive import create_archive
 from storage.errors import UsageError
 from storage.files import to_uri
 from storage.records import Moment

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_bundle import change_json, write_tower
 from small_hub import COMMIT, serving
 
-from workers.bundle import find_bundle
+from workers.models.bundle import find_bundle
 
 TINY = Path(__file__).parent / "reference" / "llava-mini-tiny" / "checkpoint"
 CLIP = str(SAMPLES / "nano_scenes_1.mp4")

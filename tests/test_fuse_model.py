@@ -12,22 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from storage.errors import UsageError
-from workers.bundle import find_bundle
-from workers.encode import encode_pixels, exact_inputs
-from workers.engine import ModelOptions
-from workers.llava_mini import (
-    FusionInputs,
-    answer_embeds,
-    embed_text,
-    fuse_frames,
-    fuse_question,
-    generate,
-    greedy_logits,
-    load_model,
-    patches_inputs,
-    tokens_inputs,
-)
-from workers.prompt import (
+from workers.llm.engine import ModelOptions
+from workers.llm.model import answer_embeds, embed_text, fuse_frames, fuse_question, generate, greedy_logits, load_model
+from workers.llm.prompt import (
     PLACEHOLDER_ID,
     PromptTokenizer,
     build_prompt,
@@ -38,6 +25,9 @@ from workers.prompt import (
     prompt_ids,
     stream_text,
 )
+from workers.models.bundle import find_bundle
+from workers.vision.encode import encode_pixels, exact_inputs
+from workers.vision.llava_mini import FusionInputs, patches_inputs, tokens_inputs
 
 
 @pytest.fixture(scope="module", params=MODELS)

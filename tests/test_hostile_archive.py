@@ -23,15 +23,15 @@ from test_vectors import unit
 
 from ops.damage import hostile_names
 from ops.sealed import SealedArchive
-from pipeline.cli import vidx
-from pipeline.contact_sheet import write_contact_sheet
-from storage import vectors
-from storage.archive import create_archive, open_archive
+from pipeline.cli.main import vidx
+from pipeline.results.contact_sheet import write_contact_sheet
+from storage.archive.archive import create_archive, open_archive
+from storage.archive.claims import Job, oldest_start
 from storage.errors import ArchiveError, VidxError
-from storage.jobs import Job, oldest_start
 from storage.records import Moment
-from storage.vectors import improve_index, open_index, update_index
-from workers.hash_cache import HashCache
+from storage.vectors import vector_index as vectors
+from storage.vectors.vector_index import improve_index, open_index, update_index
+from workers.sources.hash_cache import HashCache
 
 NUMBERS = (-1, 2**31, 2**62, 2**64, 0.5, float("nan"), True, None, "7", [])
 TEXTS = (7, None, [], "", "../../outside/victim.txt", "x\0", "9" * 5000)

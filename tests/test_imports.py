@@ -1,19 +1,28 @@
 """The layers: pipeline -> workers -> storage, and who may import which heavy library."""
 
 import ast
+import re
+import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for package in ("pipeline", "workers", "storage") for path in (ROOT / package).rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
+    if path.parent != ROOT / "pipeline" / "vidx"
+}
+SAME_STEP = {"search", "chat"}  # a step and its command
 MAY_IMPORT = {
-    "ray": ("pipeline/cluster.py", "pipeline/executor.py", "pipeline/remote.py"),
-    "av": ("workers/decode", "workers/probe.py"),
-    "decord": ("workers/decode", "workers/probe.py"),
-    "scenedetect": ("workers/decode_scenes.py",),
+    "ray": ("pipeline/cluster/",),
+    "av": ("workers/decode", "workers/decode/probe.py"),
+    "decord": ("workers/decode", "workers/decode/probe.py"),
+    "scenedetect": ("workers/decode/scenes.py",),
     "click": ("pipeline/cli",),
-    "torch": ("workers/", "pipeline/answer.py", "pipeline/fuse.py"),
+    "torch": ("workers/", "pipeline/ask/answer.py", "pipeline/ask/fuse.py"),
     "transformers": ("workers/",),
     "duckdb": ("storage/",),
     "deltalake": ("storage/",),
@@ -32,10 +41,75 @@ def imports(path, top_level_only=False):
             yield node.module.split(".")[0]
 
 
+def modules_imported(path):
+    """The dotted names of the project's own modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
+
+
+def room_of(module):
+    """The room of a module: package.room; None for the modules beside the rooms."""
+    return ".".join(module.split(".")[:2]) if module.count(".") == 2 else None
+
+
+def arrows():
+    """From which room others are imported, by room."""
+    found = {}
+    for name, path in MODULES.items():
+        if (room := room_of(name)) is not None:
+            wanted = {room_of(module) for module in modules_imported(path) if module in MODULES}
+            found.setdefault(room, set()).update(wanted - {None, room})
+    return found
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
     above = {"storage": {"workers", "pipeline", "torch"}, "workers": {"pipeline"}, "pipeline": set()}
     assert not above[path.relative_to(ROOT).parts[0]] & set(imports(path))
+
+
+def test_rooms_import_what_their_doors_say():
+    told = {}
+    for room in arrows():
+        door = (ROOT / room.replace(".", "/") / "__init__.py").read_text(encoding="utf-8")
+        names = set(re.findall(r"(?:storage|workers|pipeline)\.\w+", door.partition("Imports:")[2]))
+        told[room] = {name for name in names if name.split(".")[0] == room.split(".")[0]}
+    inside = {
+        room: {name for name in wanted if name.split(".")[0] == room.split(".")[0]} for room, wanted in arrows().items()
+    }
+    assert told == inside
+
+
+def test_rooms_do_not_import_one_another():
+    above = {room: set(wanted) for room, wanted in arrows().items()}
+    while lowest := [room for room, wanted in above.items() if not wanted]:
+        for room in lowest:
+            del above[room]
+        above = {room: wanted - set(lowest) for room, wanted in above.items()}
+    assert not above  # of a circle, direct or through others, all stay
+
+
+def test_modules_beside_the_rooms_import_no_room():
+    allowed = {"storage.sql", "workers.actors", "workers.segment"}  # which stand above them
+    for name, path in MODULES.items():
+        if name.count(".") == 1 and name not in allowed and path.name != "__init__.py":
+            assert not {module for module in modules_imported(path) if room_of(module)}, name
+
+
+def test_every_room_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    rooms = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert sorted(settings["packages"]) == sorted({"configs", "vidx"} | rooms)
+
+
+def test_no_two_modules_have_one_name():
+    pairs = Counter(name.rpartition(".")[2] for name, path in MODULES.items() if path.name != "__init__.py")
+    assert {name for name, count in pairs.items() if count > 1} <= SAME_STEP
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -62,8 +136,8 @@ def test_commands_import_heavy_modules_inside_their_bodies():
         "math",
     }
     light |= {"collections", "contextlib", "dataclasses", "typing", "pathlib", "datetime", "decimal"}
-    for path in [ROOT / "pipeline" / "cli.py", *sorted((ROOT / "pipeline").glob("cli_*.py"))]:
-        if path.name != "cli_print.py":
+    for path in sorted((ROOT / "pipeline" / "cli").glob("*.py")):
+        if path.name != "print.py":
             assert set(imports(path, top_level_only=True)) <= light, path.name
 
 

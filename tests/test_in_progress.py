@@ -9,10 +9,10 @@ from fractions import Fraction
 import pytest
 from small_archive import MODEL_ID, add_video, random_rows, receipt_for, reserve, row_for
 
-from storage.archive import create_archive, open_archive
-from storage.jobs import Job
+from storage.archive.archive import create_archive, open_archive
+from storage.archive.claims import Job
+from storage.care.clean import clean, drop_claims, sweep
 from storage.records import Sampling
-from storage.sweep import clean, drop_claims, sweep
 
 SPAWN = multiprocessing.get_context("spawn")  # deltalake does not survive a fork
 

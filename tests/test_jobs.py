@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLES, VIDX
 
-from storage import jobs
+from storage.archive import claims as jobs
+from storage.archive.claims import Job, oldest_start
 from storage.files import to_uri
-from storage.jobs import Job, oldest_start
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
-from storage.jobs import Job
+from storage.archive.claims import Job
 with Job(sys.argv[1]) as job:
     print(job.take(7), flush=True)
     time.sleep(600)

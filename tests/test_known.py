@@ -15,14 +15,14 @@ import pytest
 from conftest import SAMPLES, VIDX
 from small_archive import PROBE
 
-from pipeline.known import TRIES, Plan, Wanted, plan_sources
+from pipeline.index.plan import TRIES, Decision, WantedRows, plan_sources
 from storage.files import to_uri
 from storage.records import Problem, Reason, Sampling, Status, VideoAsset, VideoRow
-from workers.content import identify
-from workers.hash_cache import HashCache
+from workers.sources.hash_cache import HashCache
+from workers.sources.identity import identify
 
 SAMPLING = Sampling(Fraction(1), 7)
-WANTED = Wanted("m" * 64, SAMPLING, max_pixels=1000)
+WANTED = WantedRows("m" * 64, SAMPLING, max_pixels=1000)
 BROKEN = Path(__file__).parent / "videos" / "broken"
 TRACTOR = SAMPLES / "tractor.webm"
 
@@ -37,7 +37,7 @@ def old_file(path, data=b"some bytes"):
 @pytest.fixture
 def settled(monkeypatch):
     """Files that were made just now count as old: nothing but time makes a change time old."""
-    monkeypatch.setattr("workers.hash_cache.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("workers.sources.hash_cache.SETTLED_SECONDS", -1.0)
 
 
 # The cache of hashes
@@ -147,26 +147,26 @@ def plan(path, rows, wanted=WANTED):
 def test_a_source_is_new_changed_known_or_moved(tmp_path):
     path = old_file(tmp_path / "a.mp4")
     content = identify(path)
-    assert plan(path, []) is Plan.NEW
-    assert plan(path, [row(path, content)]) is Plan.KNOWN
-    assert plan(path, [row(path, replace(content, video_id="a" * 64))]) is Plan.CHANGED
+    assert plan(path, []) is Decision.NEW
+    assert plan(path, [row(path, content)]) is Decision.KNOWN
+    assert plan(path, [row(path, replace(content, video_id="a" * 64))]) is Decision.CHANGED
     gone = tmp_path / "gone.mp4"
     known = plan_sources([asset(path)], [row(gone, content)], WANTED, HashCache(tmp_path / "hashes"))
-    assert [found for _, found in known.plans] == [Plan.MOVED]
+    assert [found for _, found in known.plans] == [Decision.MOVED]
     assert [renewed.uri for renewed in known.renewed] == [to_uri(path)]
 
 
 def test_a_missing_or_unreadable_source_is_told_from_a_new_one(tmp_path):
     path, gone, fifo = old_file(tmp_path / "a.mp4"), tmp_path / "gone.mp4", tmp_path / "pipe.mp4"
     os.mkfifo(fifo)
-    assert plan(path, []) is Plan.NEW
-    assert plan(gone, []) is Plan.MISSING
-    assert plan(fifo, []) is Plan.UNREADABLE
+    assert plan(path, []) is Decision.NEW
+    assert plan(gone, []) is Decision.MISSING
+    assert plan(fifo, []) is Decision.UNREADABLE
     content = identify(path)
     path.unlink()
-    assert plan(path, [row(path, content)]) is Plan.MISSING  # not changed: nothing is known to be different
+    assert plan(path, [row(path, content)]) is Decision.MISSING  # not changed: nothing is known to be different
     path.symlink_to(gone)
-    assert plan(path, []) is Plan.MISSING
+    assert plan(path, []) is Decision.MISSING
 
 
 NORTH, SOUTH = {"camera": "north"}, {"camera": "south"}
@@ -196,7 +196,7 @@ def test_what_a_manifest_says_anew_of_a_known_video_is_taken_up(tmp_path, said, 
     is_new = (tags, captured_at) != (NORTH, MAY)
     assert list(known.updates) == ([to_uri(path)] if is_new else [])
     ((_, found),) = known.plans
-    assert found is (Plan.MISSING if not is_there else Plan.UPDATED if is_new else Plan.KNOWN)
+    assert found is (Decision.MISSING if not is_there else Decision.UPDATED if is_new else Decision.KNOWN)
 
 
 def test_of_a_video_and_its_copy_the_place_that_the_archive_knows_has_the_say(tmp_path):
@@ -212,42 +212,42 @@ def test_of_a_video_and_its_copy_the_place_that_the_archive_knows_has_the_say(tm
 def test_other_settings_or_another_model_are_work(tmp_path):
     path = old_file(tmp_path / "a.mp4")
     content = identify(path)
-    assert plan(path, [row(path, content, sampling="fps=2,patches=7")]) is Plan.SETTINGS
-    assert plan(path, [row(path, content, model_id="other")]) is Plan.SETTINGS
+    assert plan(path, [row(path, content, sampling="fps=2,patches=7")]) is Decision.SETTINGS
+    assert plan(path, [row(path, content, model_id="other")]) is Decision.SETTINGS
 
 
 @pytest.mark.parametrize("reason", [Reason.CORRUPT, Reason.TIMEOUT, Reason.CRASHED, Reason.NOT_A_VIDEO])
 def test_what_failed_by_its_bytes_is_tried_again_when_asked_alone(tmp_path, reason):
     path = old_file(tmp_path / "a.mp4")
     rows = [row(path, identify(path), reason)]
-    assert plan(path, rows) is Plan.FAILED
-    assert plan(path, rows, replace(WANTED, retry_failed=True)) is Plan.RETRY
+    assert plan(path, rows) is Decision.FAILED
+    assert plan(path, rows, replace(WANTED, retry_failed=True)) is Decision.RETRY
 
 
 def test_what_lay_with_the_machine_is_tried_a_few_times(tmp_path):
     path = old_file(tmp_path / "a.mp4")
     for attempts in (1, TRIES - 1):
-        assert plan(path, [row(path, identify(path), Reason.WORKER_LOST, attempts=attempts)]) is Plan.RETRY
-    assert plan(path, [row(path, identify(path), Reason.WORKER_LOST, attempts=TRIES)]) is Plan.FAILED
+        assert plan(path, [row(path, identify(path), Reason.WORKER_LOST, attempts=attempts)]) is Decision.RETRY
+    assert plan(path, [row(path, identify(path), Reason.WORKER_LOST, attempts=TRIES)]) is Decision.FAILED
 
 
 def test_a_larger_limit_tries_what_was_too_large(tmp_path):
     path = old_file(tmp_path / "a.mp4")
     rows = [row(path, identify(path), Reason.TOO_LARGE)]
-    assert plan(path, rows) is Plan.FAILED
-    assert plan(path, rows, replace(WANTED, max_pixels=2000)) is Plan.RETRY
+    assert plan(path, rows) is Decision.FAILED
+    assert plan(path, rows, replace(WANTED, max_pixels=2000)) is Decision.RETRY
 
 
 def test_what_cannot_be_opened_is_tried_when_that_changes(tmp_path):
     path = tmp_path / "a.mp4"
     rows = [row(path, None, Reason.VANISHED)]
-    assert plan(path, rows) is Plan.FAILED
-    assert plan(path, rows, replace(WANTED, retry_failed=True)) is Plan.RETRY
+    assert plan(path, rows) is Decision.FAILED
+    assert plan(path, rows, replace(WANTED, retry_failed=True)) is Decision.RETRY
     old_file(path)
-    assert plan(path, rows) is Plan.RETRY
+    assert plan(path, rows) is Decision.RETRY
     path.unlink()
     os.mkfifo(path)
-    assert plan(path, rows) is Plan.RETRY  # it fails for another reason now
+    assert plan(path, rows) is Decision.RETRY  # it fails for another reason now
 
 
 def test_attempts_count_runs_with_the_same_content_and_settings(tmp_path):

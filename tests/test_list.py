@@ -13,7 +13,7 @@ import pytest
 from conftest import VIDX
 from small_archive import MODEL_ID, add_video, failed_row, folder_of
 
-from storage.archive import create_archive, open_archive
+from storage.archive.archive import create_archive, open_archive
 from storage.records import Problem, Reason, Status
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)

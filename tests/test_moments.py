@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small_archive import MODEL_ID, Rows, random_rows, receipt_for, reserve, row_for
 
-from pipeline.floors import Floor
-from pipeline.moments import CHANGE, FALL, LEAST_SECONDS, MomentFinder
-from pipeline.query import QueryKeys
-from storage.archive import create_archive, open_archive
-from storage.parts import FrameColumns
-from storage.vectors import open_index, update_index
+from pipeline.ask.moments import CHANGE, FALL, LEAST_SECONDS, MomentFinder
+from pipeline.ask.query import QueryKeys
+from pipeline.ask.thresholds import Floor
+from storage.archive.archive import create_archive, open_archive
+from storage.parts.write import FrameColumns
+from storage.vectors.vector_index import open_index, update_index
 
 WIDTH = 16
 QUERY = np.eye(WIDTH, dtype=np.float32)[0]

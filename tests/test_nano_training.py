@@ -22,11 +22,12 @@ from ops.nano.learn import EXACT, PATCHES, TOKENS, Learner, PlainAttention
 from ops.nano.muon import orthogonal
 from ops.nano.pictograms import FONT, THINGS
 from ops.nano.questions import CELLS, NOTHING, OUTSIDE_ANSWER, SIDES
-from workers.bundle import find_bundle
-from workers.engine import ModelOptions
-from workers.llava_mini import FusionInputs, answer_embeds, fuse_question, load_model
-from workers.prompt import prompt_ids
-from workers.visionzip import keep_patches
+from workers.llm.engine import ModelOptions
+from workers.llm.model import answer_embeds, fuse_question, load_model
+from workers.llm.prompt import prompt_ids
+from workers.models.bundle import find_bundle
+from workers.vision.llava_mini import FusionInputs
+from workers.vision.visionzip import keep_patches
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not FONT.is_file(), reason="the pictograms' font is not installed")
@@ -103,7 +104,7 @@ def test_packed_questions_give_the_logits_of_the_product(shards, learner, source
 
 
 def vision_tokens_of(model, features, part):
-    from workers.llava_mini import prefuse_vision
+    from workers.vision.llava_mini import prefuse_vision
 
     vision = model.vision
     patches, compressed = vision.projector(features.patches[part]), vision.projector(features.compressed[part])

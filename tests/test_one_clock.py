@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from storage.errors import VideoProblem
 from storage.records import Reason, Segment
-from workers.clock import OneClock, TimedFrame
-from workers.decode import Decoder
+from workers.decode.client import Decoder
+from workers.decode.clock import OneClock, TimedFrame
 
 FFMPEG = shutil.which("ffmpeg")
 needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="ffmpeg makes these")

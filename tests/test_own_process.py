@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a com
 
 START = """
 import os, signal, sys, time
-from pipeline.own_process import continue_in_own_process
+from pipeline.cluster.supervise import continue_in_own_process
 continue_in_own_process()
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))

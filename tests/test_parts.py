@@ -14,12 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_archive import new_writer, random_rows, video_id_of, write_part
 
-from storage import cells
-from storage.cells import keeps, read_cells, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
 from storage.errors import ArchiveError
 from storage.files import to_uri
-from storage.layout import BINARY
-from storage.parts import PartWriter
+from storage.parts import read as cells
+from storage.parts.layout import BINARY
+from storage.parts.read import (
+    keeps,
+    read_cells,
+    read_compressor_out,
+    read_keys,
+    read_patches,
+    read_thumbnails,
+    read_tokens,
+)
+from storage.parts.write import PartWriter
 from storage.records import FrameRef
 
 VIDEO = video_id_of(7)
@@ -50,7 +58,7 @@ def test_what_is_written_is_read_by_every_reader(
     folder = tmp_path_factory.mktemp("frames")
     rows = random_rows(count, 1, token_shape, width, key_width, patches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("storage.layout.ROW_GROUP_ROWS", group_rows)
+        patch.setattr("storage.parts.layout.ROW_GROUP_ROWS", group_rows)
         part = write(folder, rows, batch=batch)
     chosen = picks.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=20))
     refs, uri = refs_to(part, chosen), to_uri(str(folder))

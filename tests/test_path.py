@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SAMPLES, VIDX
 
-from storage.archive import open_archive
+from storage.archive.archive import open_archive
 
 SAMPLE_NAMES = sorted(path.name for path in SAMPLES.iterdir() if path.suffix not in (".md", ".png"))
 
@@ -93,8 +93,8 @@ def test_search_cites_moments_and_scores_them_by_the_cosine_of_the_keys(vidx, sa
 
     import numpy as np
 
-    from workers.bundle import find_bundle
-    from workers.clip_text import TextEncoder
+    from workers.models.bundle import find_bundle
+    from workers.vision.clip_text import TextEncoder
 
     query = TextEncoder(find_bundle("nano")).embed("a car on a road")
     rows = sql(
@@ -362,7 +362,9 @@ def test_a_killed_job_leaves_no_process_and_resumes_without_duplicates(vidx, tmp
 
 
 def test_videos_that_are_examined_together_get_their_numbers_in_one_commit(tmp_path):
-    script = "import pipeline.index, pipeline.cli; pipeline.index.ADMIT_SECONDS = 1e6; pipeline.cli.main()"
+    script = (
+        "import pipeline.index.job, pipeline.cli.main; pipeline.index.job.ADMIT_SECONDS = 1e6; pipeline.cli.main.main()"
+    )
     command = [sys.executable, "-c", script, "index", str(SAMPLES), "--archive", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     commits = list((tmp_path / "numbers" / "_delta_log").glob("*.json"))

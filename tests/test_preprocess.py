@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from storage.errors import UsageError
-from workers.preprocess import (
+from workers.models.preprocess import (
     frame_parts,
     nearest_index,
     picture_parts,
@@ -100,5 +100,5 @@ def test_processor_settings_that_cannot_be_followed_are_refused(tmp_path):
 
 
 def test_preprocessing_does_not_load_torch():
-    code = "import sys, workers.preprocess; sys.exit('torch' in sys.modules)"
+    code = "import sys, workers.models.preprocess; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

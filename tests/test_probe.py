@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLES
 
-from workers.decode import Decoder
-from workers.messages import probe_from_json, probe_to_json
-from workers.picture import Orientation
+from workers.decode.client import Decoder
+from workers.decode.picture import Orientation
+from workers.protocol import probe_from_json, probe_to_json
 
 VIDEOS = Path(__file__).parent / "videos"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "videos"

@@ -16,7 +16,7 @@ import pytest
 from conftest import SAMPLES, VIDX
 from small_archive import PROBE
 
-from pipeline.progress import Meter
+from pipeline.index.progress import Meter
 
 SIX_MINUTES = Path(__file__).parent / "videos" / "blank_six_minutes.mp4"  # 363 s, cut once, at 300 s
 
@@ -141,15 +141,15 @@ def test_lines_name_the_files_and_resumed_frames_are_told_apart(vidx, tmp_path):
     shutil.copy(SIX_MINUTES, videos / "cam1.mp4")
     shutil.copy(SAMPLES / "highway.avi", videos / "cam2.avi")
     script = (
-        "import os, signal, pipeline.cli, pipeline.index; from storage.archive import Archive\n"
-        "pipeline.index.COMMIT_SECONDS, commit, stopped = 0.0, Archive.commit_frames, []\n"
+        "import os, signal, pipeline.cli.main, pipeline.index.job; from storage.archive.archive import Archive\n"
+        "pipeline.index.job.COMMIT_SECONDS, commit, stopped = 0.0, Archive.commit_frames, []\n"
         "def stop(self, receipts):\n"
         "    landed = commit(self, receipts)\n"
         "    if any(receipt.segment.start_ticks for receipt in receipts) and not stopped:\n"  # the last 63 s of cam1
         "        stopped.append(1)\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return landed\n"
-        "Archive.commit_frames = stop; pipeline.cli.main()"
+        "Archive.commit_frames = stop; pipeline.cli.main.main()"
     )
     command = [VIDX.parent / "python", "-c", script, "index", str(videos), "--archive", archive, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -8,11 +8,11 @@ from fractions import Fraction
 import pytest
 from conftest import ROOT, SAMPLES
 
-from pipeline.api_job import IndexJob, run_job
-from pipeline.config import IndexConfig
-from storage.archive import create_archive, open_archive
+from pipeline.api.job_process import IndexJob, run_job
+from pipeline.index.config import IndexConfig
+from storage.archive.archive import create_archive, open_archive
 from storage.records import Sampling
-from workers.bundle import find_bundle
+from workers.models.bundle import find_bundle
 
 FRAMES = 1200  # 10 minutes, two a second
 

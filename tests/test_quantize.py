@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from storage.errors import UsageError
-from workers.bundle import find_bundle
-from workers.engine import ModelOptions
-from workers.llava_mini import load_model
-from workers.quantize import Quantize, quantize_matrices
+from workers.llm.engine import ModelOptions
+from workers.llm.model import load_model
+from workers.llm.quantize import Quantize, quantize_matrices
+from workers.models.bundle import find_bundle
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="the extra `quantize` is not installed"

@@ -10,16 +10,16 @@ from conftest import SAMPLES
 from PIL import Image
 from small_archive import MODEL_ID, add_video, failed_row, random_rows, receipt_for
 
-from pipeline.filter import Filter
-from pipeline.floors import Floor, Floors, picture_floor, text_floor
-from pipeline.query import Kind, Query, Term, parse_term
-from pipeline.search import Searcher, Wanted, search
-from storage.archive import create_archive, open_archive
-from storage.cells import read_keys
+from pipeline.ask.filter import Filter
+from pipeline.ask.query import Kind, Query, Term, parse_term
+from pipeline.ask.search import Searcher, SearchLimits, search
+from pipeline.ask.thresholds import Floor, Floors, picture_floor, text_floor
+from storage.archive.archive import create_archive, open_archive
 from storage.errors import UsageError
-from storage.vectors import index_faults, open_index
-from workers.bundle import find_bundle
-from workers.clip_text import TextEncoder
+from storage.parts.read import read_keys
+from storage.vectors.vector_index import index_faults, open_index
+from workers.models.bundle import find_bundle
+from workers.vision.clip_text import TextEncoder
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 
@@ -148,7 +148,7 @@ def test_the_score_of_several_texts_is_their_weighted_mean(clips):
     encoder = TextEncoder(bundle)
     query = Query((Term("a snake", 3.0), Term("a strawberry")))
     scores = keys @ (0.75 * encoder.embed("a snake") + 0.25 * encoder.embed("a strawberry"))
-    result = search(archive, bundle, query, Filter(), Wanted(3, -1.0))
+    result = search(archive, bundle, query, Filter(), SearchLimits(3, -1.0))
     best = frames[int(np.argmax(scores))]
     assert result.moments[0].score == pytest.approx(scores.max(), abs=1e-3)
     assert (result.moments[0].video_id, result.moments[0].best_seconds) == (best.video_id, best.time_seconds)
@@ -169,7 +169,7 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
         if score >= floor and (others < bundle.card.search_floor).all()
     ]
     assert 0 < len(hits) < (shows >= floor).sum()
-    result = search(archive, bundle, query, Filter(), Wanted(1000, floor))
+    result = search(archive, bundle, query, Filter(), SearchLimits(1000, floor))
     moments = result.moments
     assert result.frames_left_out == (shows >= floor).sum() - len(hits)
     found = [
@@ -184,15 +184,15 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
 def test_what_is_not_wanted_goes_by_the_floor_of_the_model(clips):
     archive, frames, _ = clips
     query = Query((Term("an apple"),), without=("a cow",))
-    low = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, -1.0))
+    low = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1000, -1.0))
     assert low.moments
     assert 0 < low.frames_left_out < len(frames)
 
 
 def test_a_search_goes_on_until_it_has_the_moments_or_there_are_no_more(clips, monkeypatch):
     archive, _, _ = clips
-    monkeypatch.setattr("pipeline.search.HITS_PER_MOMENT", 1)
-    found = search(archive, find_bundle("nano"), Query((Term("a bus"),)), Filter(), Wanted(7, -1.0, per_video=1))
+    monkeypatch.setattr("pipeline.ask.search.HITS_PER_MOMENT", 1)
+    found = search(archive, find_bundle("nano"), Query((Term("a bus"),)), Filter(), SearchLimits(7, -1.0, per_video=1))
     assert len({moment.video_id for moment in found.moments}) == 7
 
 
@@ -202,8 +202,8 @@ def test_a_search_goes_on_until_it_has_the_moments_or_there_are_no_more(clips, m
         lambda: Query(()),
         lambda: Term("x", 0),
         lambda: Term("x", float("inf")),
-        lambda: Wanted(0, 0.1),
-        lambda: Wanted(1, 0.1, per_video=0),
+        lambda: SearchLimits(0, 0.1),
+        lambda: SearchLimits(1, 0.1, per_video=0),
         lambda: Filter(after=datetime(2024, 5, 1)),
         lambda: Filter(start_seconds=2, end_seconds=1),
     ],
@@ -216,8 +216,8 @@ def test_what_cannot_be_meant_is_refused(wrong):
 def test_no_more_moments_of_a_video_than_asked_for(clips):
     archive, _, _ = clips
     query = Query((Term("a bus"),))
-    many = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, -1.0)).moments
-    some = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, -1.0, per_video=1)).moments
+    many = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1000, -1.0)).moments
+    some = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1000, -1.0, per_video=1)).moments
     first = {moment.video_id: moment for moment in reversed(many)}
     assert sorted(some, key=str) == sorted(first.values(), key=str)
     assert len(some) < len(many)
@@ -263,7 +263,7 @@ def test_moments_like_one_of_the_archive_are_found_elsewhere(clips):
     archive, frames, keys = clips
     own, example = key_at(archive, "nano_scenes_1.mp4", 9.0)
     query = Query((Term("nano_scenes_1.mp4@9", kind=Kind.MOMENT),))
-    result = search(archive, find_bundle("nano"), query, Filter(), Wanted(1000, 0.2))
+    result = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1000, 0.2))
     assert result.moments
     cosines = {(frame.video_id, frame.time_seconds): key @ example for frame, key in zip(frames, keys, strict=True)}
     for moment in result.moments:
@@ -284,7 +284,7 @@ def test_a_picture_is_found_where_it_was_taken_from(clips, tmp_path):
     pixels = decoded(SAMPLES / "nano_scenes_1.mp4", 9.0)
     Image.fromarray(pixels).save(tmp_path / "scene^1.png")
     query = Query((Term(str(tmp_path / "scene^1.png"), kind=Kind.IMAGE),))
-    (moment,) = search(archive, find_bundle("nano"), query, Filter(), Wanted(1, -1.0)).moments
+    (moment,) = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1, -1.0)).moments
     assert moment.start_seconds <= 9.0 < moment.end_seconds
     assert "nano_scenes_1" in moment.uri
     assert moment.score > 0.999
@@ -293,7 +293,7 @@ def test_a_picture_is_found_where_it_was_taken_from(clips, tmp_path):
     exif[0x0112] = 6  # to be turned a quarter clockwise
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
     query = Query((Term(str(tmp_path / "turned.jpg"), kind=Kind.IMAGE),))
-    (again,) = search(archive, find_bundle("nano"), query, Filter(), Wanted(1, -1.0)).moments
+    (again,) = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1, -1.0)).moments
     assert again.best_seconds == moment.best_seconds
     assert again.score > 0.99
 
@@ -309,10 +309,10 @@ def test_texts_and_pictures_count_by_their_floors(clips):
     archive, _, keys = clips
     bundle = find_bundle("nano")
     terms = (Term("two apples", 3.0), Term("nano_scenes_1.mp4@1", kind=Kind.MOMENT))
-    result = search(archive, bundle, Query(terms), Filter(), Wanted(1, -1.0))
+    result = search(archive, bundle, Query(terms), Filter(), SearchLimits(1, -1.0))
     searcher = Searcher(archive, bundle)
-    alone = [searcher.search(Query((term,)), Filter(), Wanted(1)).floor.score for term in terms]
-    both = searcher.search(Query(terms), Filter(), Wanted(1)).floor
+    alone = [searcher.search(Query((term,)), Filter(), SearchLimits(1)).floor.score for term in terms]
+    both = searcher.search(Query(terms), Filter(), SearchLimits(1)).floor
     assert both.score == pytest.approx(0.75 * alone[0] + 0.25 * alone[1])
     _, example = key_at(archive, "nano_scenes_1.mp4", 1.0)
     text = TextEncoder(bundle).embed("two apples")

@@ -14,19 +14,20 @@ import pytest
 from conftest import ROOT, SAMPLES, VIDX
 from ray.exceptions import RpcError
 
-from pipeline import cluster, ray_watch
+from pipeline.cluster import connect as cluster
+from pipeline.cluster import supervise
 from storage.processes import start_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
 
 BLOCKED = """
 import subprocess, sys, threading
-from pipeline import ray_watch
-ray_watch.GRACE_SECONDS = 0.1
-watch = ray_watch.watch_own_ray()
+from pipeline.cluster import supervise
+supervise.GRACE_SECONDS = 0.1
+watch = supervise.watch_own_ray()
 server = subprocess.Popen([sys.argv[1], "600"])
 other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-while not ray_watch.children("gcs_server"):
+while not supervise.children("gcs_server"):
     pass
 assert not watch.is_dead()
 print(server.pid, other.pid, flush=True)
@@ -75,8 +76,8 @@ def test_nothing_is_watched_once_the_job_is_over(blocked):
 
 
 def test_what_lives_is_not_taken_for_dead_and_silence_has_to_last(monkeypatch):
-    monkeypatch.setattr(ray_watch, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(ray_watch, "GRACE_SECONDS", 600.0)
+    monkeypatch.setattr(supervise, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 600.0)
     looks, is_dead = threading.Semaphore(0), threading.Event()
 
     def look():
@@ -84,7 +85,7 @@ def test_what_lives_is_not_taken_for_dead_and_silence_has_to_last(monkeypatch):
         return is_dead.is_set()
 
     for silent_seconds in (0.0, 600.0):
-        watch = ray_watch.RayWatch(look, "dead", silent_seconds)
+        watch = supervise.RayWatch(look, "dead", silent_seconds)
         for _ in range(5):
             looks.acquire()
         assert not watch.has_died

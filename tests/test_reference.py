@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from pipeline.api import Archive
-from workers import visionzip
+from pipeline.api.open_archive import OpenArchive
+from workers.vision import visionzip
 
 REFERENCE = Path(__file__).parent / "reference"
 CHECK = Path(__file__).parents[1] / "ops" / "check_reference"
@@ -47,7 +47,7 @@ def test_index_and_ask_give_the_published_answers(name, vidx, tmp_path):
         write_lossless(videos / f"{video}.mkv", golden[f"video.{video}.frames_u8"])
     made = vidx("index", str(videos), "--archive", place, "--model", str(REFERENCE / name / "checkpoint"), "--fps", "1")
     assert made.code == 0, made.err
-    archive = Archive.open(place)
+    archive = OpenArchive.open(place)
     for case in cases:
         limits = {"frames": None, "max_tokens": len(case["generated_ids"])}
         answer = archive.ask(case["question"], video=f"{case['name']}.mkv", fuse="exact", dtype="float32", **limits)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLES, VIDX
 
-from pipeline import remote
+from pipeline.cluster import remote
 
 RAY = Path(sys.executable).parent / "ray"
 ENVIRONMENT = {"RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef"}

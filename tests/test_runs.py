@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.runs import ALIKE, LONGEST, run_means, run_starts
+from storage.vectors.near_duplicates import ALIKE, LONGEST, run_means, run_starts
 
 
 def turned(*degrees):

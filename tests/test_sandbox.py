@@ -11,9 +11,9 @@ import torch
 from conftest import SAMPLES, VIDX
 
 from storage.processes import children
-from workers.decode import Decoder
+from workers.decode.client import Decoder
+from workers.models.unpickle import convert
 from workers.sandbox import STEPS, missing_here
-from workers.unpickle import convert
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's, and so is the way around it")
 LAUNCHER = Path(__file__).parent / "without_sandbox.py"
@@ -72,7 +72,7 @@ def test_a_strict_sandbox_refuses_in_one_line_before_anything_is_made(tmp_path, 
 def test_a_strict_decoder_reads_nothing_where_it_is_not_confined():
     script = f"""
 from storage.errors import UsageError
-from workers.decode import Decoder
+from workers.decode.client import Decoder
 with Decoder(is_strict=True) as decoder:
     try:
         decoder.probe({str(CLIP)!r})

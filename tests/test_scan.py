@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from pipeline.scan import scan
+from pipeline.index.scan import scan
 from storage.errors import UsageError
 from storage.files import local_path, source_text
 

@@ -8,12 +8,12 @@ from golden import MODELS, load_golden
 
 from storage.errors import VideoProblem
 from storage.records import Reason
-from workers.bundle import find_bundle
-from workers.encode import encode_pixels, exact_inputs
-from workers.engine import ModelOptions, SamplingParams
-from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
-from workers.prompt import PLACEHOLDER_ID
-from workers.shown_frames import ShownFrames, prefusion_row_bytes
+from workers.llm.engine import ModelOptions, SamplingParams
+from workers.llm.frame_cache import ShownFrames, prefusion_row_bytes
+from workers.llm.model import answer_embeds, fuse_question, greedy_logits, load_model
+from workers.llm.prompt import PLACEHOLDER_ID
+from workers.models.bundle import find_bundle
+from workers.vision.encode import encode_pixels, exact_inputs
 
 PLENTY = 1 << 40
 CLOSE = 2e-5  # float32 sums in another order; the published logits are met to 5e-5
@@ -158,7 +158,7 @@ def test_a_video_that_fails_on_the_way_leaves_nothing_half_done(reference):
 def test_a_long_prompt_goes_in_in_pieces(reference, monkeypatch):
     shown = Shown(reference)
     ids = shown.cases[0]["input_ids"]
-    monkeypatch.setattr("workers.memory.PREFILL_ROWS", 5)
+    monkeypatch.setattr("workers.llm.memory.PREFILL_ROWS", 5)
     np.testing.assert_allclose(shown.frames.read(ids).logits, shown.whole(ids), atol=CLOSE)
 
 

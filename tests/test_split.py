@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from pipeline.split import split
+from pipeline.index.split import split
 from storage.records import Probe
 
 VIDEO = "a" * 64

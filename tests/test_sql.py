@@ -12,7 +12,7 @@ from small_archive import MODEL_ID, add_video, folder_of
 
 import vidx
 from pipeline.sizes import parse_size
-from storage.archive import create_archive
+from storage.archive.archive import create_archive
 from storage.errors import UsageError
 
 ENDLESS = "SELECT * FROM range(1000000000000)"  # rows

@@ -75,8 +75,8 @@ def test_sql_is_utc(dated, vidx, machine):
 
 def test_sql_from_python_is_utc(dated, machine):
     code = (
-        "import sys; from pipeline.api import Archive; "
-        '(row,) = Archive.open(sys.argv[1]).sql("SELECT captured_at AS a, captured_at::TIMESTAMPTZ AS b FROM videos '
+        "import sys, vidx; "
+        '(row,) = vidx.open(sys.argv[1]).sql("SELECT captured_at AS a, captured_at::TIMESTAMPTZ AS b FROM videos '
         "WHERE tags['camera'] = 'north'\"); print(row['a'].isoformat(), row['b'].isoformat())"
     )
     done = subprocess.run(

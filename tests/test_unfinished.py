@@ -24,14 +24,14 @@ from small_archive import (
     video_id_of,
 )
 
-from pipeline.filter import Filter
-from pipeline.known import Plan, Wanted, plan_known
-from storage.archive import create_archive, open_archive
-from storage.compact import compact
+from pipeline.ask.filter import Filter
+from pipeline.index.plan import Decision, WantedRows, decide_known
+from storage.archive.archive import create_archive, open_archive
+from storage.care.clean import clean
+from storage.care.compact import compact
+from storage.care.verify import verify
 from storage.records import Problem, Reason, Sampling, Status
-from storage.sweep import clean
-from storage.vectors import open_index, update_index
-from storage.verify import verify
+from storage.vectors.vector_index import open_index, update_index
 
 KILLED = 6  # as the process says that waits for the job's
 UNFINISHED = Problem(Reason.UNFINISHED, "it is being indexed")
@@ -242,16 +242,16 @@ def test_a_part_that_loses_frames_is_told_and_tried_again(archive):
     assert [fault.table for fault in verify(archive.uri).faults] == ["videos"]
     (row,) = archive.recount()
     assert (row.status, row.problem.reason, row.frame_count) == (Status.FAILED, Reason.DAMAGED, 0)
-    assert plan_known(row, Wanted(MODEL_ID, Sampling.from_text(row.sampling), 10**9)) is Plan.RETRY
+    assert decide_known(row, WantedRows(MODEL_ID, Sampling.from_text(row.sampling), 10**9)) is Decision.RETRY
 
 
 def test_the_next_run_goes_on_with_a_part(archive):
     begin_video(archive, 1)
     (row,) = again(archive).videos()
-    wanted = Wanted(MODEL_ID, Sampling.from_text(row.sampling), 10**9)
-    assert plan_known(row, wanted) is Plan.UNFINISHED
-    assert Plan.UNFINISHED.is_work
-    assert plan_known(row, replace(wanted, sampling=TWICE)) is Plan.SETTINGS
+    wanted = WantedRows(MODEL_ID, Sampling.from_text(row.sampling), 10**9)
+    assert decide_known(row, wanted) is Decision.UNFINISHED
+    assert Decision.UNFINISHED.is_work
+    assert decide_known(row, replace(wanted, sampling=TWICE)) is Decision.SETTINGS
     assert archive.committed(row.video_number, ["..50", "50.."]) == {"..50"}
 
 
@@ -259,14 +259,14 @@ def test_the_next_run_goes_on_with_a_part(archive):
 
 
 JOB = """
-import os, signal, sys, pipeline.cli, pipeline.index
+import os, signal, sys, pipeline.cli.main, pipeline.index.job
 from functools import partial
-from storage import tables
-from storage.archive import open_archive
+from storage.archive import delta as tables
+from storage.archive.archive import open_archive
 last = int(sys.argv.pop(1))  # the step at which it happens: odd ones lie before a commit, even ones behind
 what = sys.argv.pop(1)
-pipeline.index.split = partial(pipeline.index.split, segment_seconds=5)
-pipeline.index.COMMIT_SECONDS = pipeline.index.SHOW_PART_SECONDS = 0.0
+pipeline.index.job.split = partial(pipeline.index.job.split, segment_seconds=5)
+pipeline.index.job.COMMIT_SECONDS = pipeline.index.job.SHOW_PART_SECONDS = 0.0
 commit, steps = tables.commit, 0
 def step():
     global steps
@@ -281,7 +281,7 @@ def commit_and_count(*arguments):
     commit(*arguments)
     step()
 tables.commit = commit_and_count
-pipeline.cli.main()
+pipeline.cli.main.main()
 """
 
 

@@ -18,7 +18,7 @@ no_scenes = pytest.mark.skipif(find_spec("scenedetect") is not None, reason="the
 SCRIPT = """
 import sys
 import click
-from pipeline.cli import vidx
+from pipeline.cli.main import vidx
 from storage.errors import VidxError
 code, said = 0, ""
 try:

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_archive import MODEL_ID, add_video, partial_receipt, random_rows, receipt_for, reserve, row_for
 
-from storage import cells
-from storage.archive import create_archive, open_archive
-from storage.cells import read_keys
+from storage.archive.archive import create_archive, open_archive
+from storage.archive.frames import rows_of
 from storage.errors import ArchiveError
 from storage.files import local_path
-from storage.frames import rows_of
+from storage.parts import read as cells
+from storage.parts.read import read_keys
 from storage.records import Status
-from storage.vectors import named_files, open_index, update_index
+from storage.vectors.vector_index import named_files, open_index, update_index
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -237,7 +237,7 @@ def test_a_read_only_archive_without_index_is_searched_all_the_same(tmp_path):
 
 
 def test_large_archives_are_indexed_in_several_files_of_bounded_size(archive, monkeypatch):
-    monkeypatch.setattr("storage.vectors.MAX_EXACT", 50)
+    monkeypatch.setattr("storage.vectors.vector_index.MAX_EXACT", 50)
     for name in range(1, 12):
         add_video(archive, name, 20)
     update_index(archive)

@@ -9,16 +9,16 @@ import pytest
 from conftest import SAMPLES
 from small_archive import MODEL_ID, SAMPLING, add_video, random_rows, receipt_for, row_for, video_id_of
 
-from storage.archive import create_archive, open_archive
-from storage.cells import read_tokens
+from storage.archive.archive import create_archive, open_archive
+from storage.archive.delta import drop_file, live_files, open_table
+from storage.archive.settings import TABLES
+from storage.care.repair import repair
+from storage.care.verify import verify
 from storage.errors import ArchiveError
 from storage.files import join, local_path
+from storage.parts.read import read_tokens
 from storage.records import Problem, Reason, Status
-from storage.repair import repair
-from storage.settings import TABLES
-from storage.tables import drop_file, live_files, open_table
-from storage.vectors import open_index, update_index
-from storage.verify import verify
+from storage.vectors.vector_index import open_index, update_index
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.clip import TowerFeatures
-from workers.encode import grid_places
-from workers.visionzip import keep_patches, select
+from workers.vision.clip_vision import TowerFeatures
+from workers.vision.encode import grid_places
+from workers.vision.visionzip import keep_patches, select
 
 
 def brute_force(hidden, attention, metric, dominant, contextual):

@@ -11,15 +11,16 @@ import torch
 from conftest import SAMPLES
 from small_bundle import change_json, write_bundle
 
-from pipeline.answer import Asked, Asker, Over
-from pipeline.filter import Filter
-from storage.archive import open_archive
+from pipeline.ask.answer import Asked, Asker, Over
+from pipeline.ask.filter import Filter
+from storage.archive.archive import open_archive
 from storage.errors import ClusterError, UsageError
-from workers.bundle import find_bundle
-from workers.engine import EngineName, ModelOptions, SamplingParams
-from workers.llava_mini import load_model, tokens_inputs
-from workers.prompt import load_tokenizer, prompt_ids
-from workers.shown_frames import ShownFrames
+from workers.llm.engine import EngineName, ModelOptions, SamplingParams
+from workers.llm.frame_cache import ShownFrames
+from workers.llm.model import load_model
+from workers.llm.prompt import load_tokenizer, prompt_ids
+from workers.models.bundle import find_bundle
+from workers.vision.llava_mini import tokens_inputs
 
 QUESTIONS = ("What is there?", "What comes after the cow?", "What is there?", "Is there ever a tent in it?")
 # Attention on a CPU wants heads of at least 32, and nano's are of 40; grouped keys and scaled positions, as published.
@@ -216,7 +217,7 @@ def test_rows_that_are_no_numbers_have_no_answer(models, name):
 
 @installed
 def test_too_little_memory_is_said(bundle, monkeypatch):
-    from workers import vllm_engine
+    from workers.llm import vllm_engine
 
     monkeypatch.setattr(vllm_engine, "_memory", lambda device: (1 << 30, 24 << 30))
     with pytest.raises(UsageError, match=r"--engine vllm: the weights of .* leave no memory on cpu for keys"):

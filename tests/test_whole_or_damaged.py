@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, features
 
 from storage.errors import VideoProblem
 from storage.records import Reason, Segment
-from workers.decode import Decoder
+from workers.decode.client import Decoder
 
 FFMPEG = shutil.which("ffmpeg")
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="ffmpeg makes these")

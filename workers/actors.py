@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from storage.errors import ClusterError, VideoProblem
 from storage.files import local_path
 from storage.records import Choice, Content, Probe, Problem, Receipt, SegmentTask
-from workers.content import identify
-from workers.decode import RETRIED, Decoder, check_choice
-from workers.hash_cache import HashCache
+from workers.decode.client import RETRIED, Decoder, check_choice
+from workers.sources.hash_cache import HashCache
+from workers.sources.identity import identify
 
 PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 SEGMENTS_AT_ONCE = 2  # per encoder: one decodes while the other encodes
@@ -173,8 +173,8 @@ def _die_with_parent() -> None:
 def _load_vision(settings: WorkerSettings):
     import torch  # here, so that examiners and the driver stay light
 
-    from workers.bundle import find_bundle
-    from workers.llava_mini import load_vision
+    from workers.models.bundle import find_bundle
+    from workers.vision.llava_mini import load_vision
 
     if settings.device == "cpu":
         torch.set_num_threads(settings.threads)

@@ -15,12 +15,12 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+from storage.processes import python_path
 
 # What the process is kept from, as people read it, by the names of the steps.
 STEPS = {"memory": "taking memory without end", "network": "the network", "files": "opening files"}
 TRIAL_BYTES = 2 << 30  # what a trial of the sandbox is limited to
-_ROOT = Path(__file__).resolve().parent.parent
 # The same numbers on every architecture.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_PATH, _LANDLOCK_READ_FILE = 1, 1 << 2  # a rule about a file, and the right to read it
@@ -50,10 +50,8 @@ def confine(limit_bytes: int) -> list[str]:
 def missing_here() -> list[str]:
     """The steps that could not be taken on this machine, found out by a process that tries."""
     command = [sys.executable, "-P", "-m", "workers.sandbox"]
-    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    tried = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False, timeout=60
-    )
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    tried = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
     return tried.stdout.split() if tried.returncode == 0 else list(STEPS)
 
 

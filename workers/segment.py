@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 
 from storage.errors import VideoProblem
 from storage.files import local_path
-from storage.parts import FrameColumns, PartWriter
+from storage.parts.write import FrameColumns, PartWriter
 from storage.records import FrameBatch, Probe, Problem, Reason, Receipt, SegmentTask
-from workers.content import check_unchanged
-from workers.decode import RETRIED, Decoder
-from workers.encode import encode_frames
+from workers.decode.client import RETRIED, Decoder
+from workers.sources.identity import check_unchanged
+from workers.vision.encode import encode_frames
 
 
 def index_segment(
@@ -28,7 +28,7 @@ def index_segment(
     Args:
         task: what to index.
         decoder: this task's own until the function returns.
-        model: a workers.llava_mini.VisionPart, shared with other tasks.
+        model: a workers.vision.llava_mini.VisionPart, shared with other tasks.
         model_turn: a lock held while the model computes, so that decoding of one segment overlaps encoding of another.
         frames_uri: the archive's frames table.
         batch: frames per forward pass; fixed, so that the same segment gives the same rows again.

@@ -29,20 +29,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from small_bundle import change_json, write_bundle
 
-from pipeline.answer import Asked, Asker
-from pipeline.filter import Filter
-from pipeline.fuse import stored_inputs
-from pipeline.search import bundle_of
-from storage.archive import Archive, create_archive, open_archive
-from storage.cells import read_tokens
+from pipeline.ask.answer import Asked, Asker
+from pipeline.ask.filter import Filter
+from pipeline.ask.fuse import stored_inputs
+from pipeline.ask.search import bundle_of
+from storage.archive.archive import Archive, create_archive, open_archive
 from storage.files import local_path
+from storage.parts.read import read_tokens
 from storage.records import PatchRows, TokenBatch
-from workers.bundle import Bundle, find_bundle
-from workers.decode import Decoder, allowed_pixels
-from workers.encode import encode_pixels, exact_inputs
-from workers.engine import ModelOptions
-from workers.llava_mini import answer_embeds, fuse_question, greedy_logits, load_model
-from workers.prompt import prompt_ids
+from workers.decode.client import Decoder, allowed_pixels
+from workers.llm.engine import ModelOptions
+from workers.llm.model import answer_embeds, fuse_question, greedy_logits, load_model
+from workers.llm.prompt import prompt_ids
+from workers.models.bundle import Bundle, find_bundle
+from workers.vision.encode import encode_pixels, exact_inputs
 
 REFERENCE = ROOT / "tests" / "reference" / "llava-mini-tiny" / "checkpoint"
 PIXELS = 336  # of a published frame's side: 576 patches

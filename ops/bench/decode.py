@@ -13,7 +13,7 @@ from pathlib import Path
 from harness import figure, in_turn, save
 
 from storage.records import Probe, Segment
-from workers.decode import Decoder
+from workers.decode.client import Decoder
 
 SECONDS = 60
 

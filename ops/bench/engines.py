@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from small_bundle import write_bundle
 
-from workers.bundle import find_bundle
-from workers.engine import Context, EngineName, ModelOptions, SamplingParams
-from workers.llava_mini import load_model
+from workers.llm.engine import Context, EngineName, ModelOptions, SamplingParams
+from workers.llm.model import load_model
+from workers.models.bundle import find_bundle
 
 SIZES = {
     "hidden_size": 1024,

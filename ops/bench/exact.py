@@ -14,13 +14,13 @@ from pathlib import Path
 
 from harness import figure, save
 
-from workers.content import open_source
-from workers.decode_damage import Damage
-from workers.decode_exact import frames_at
-from workers.decode_open import OpenVideo
-from workers.decode_pyav import read_frames
-from workers.probe import probe
-from workers.video_file import VideoFile
+from workers.decode.damage import Damage
+from workers.decode.frames_at import frames_at
+from workers.decode.open_video import OpenVideo
+from workers.decode.probe import probe
+from workers.decode.pyav import read_frames
+from workers.sources.identity import open_source
+from workers.sources.video_file import VideoFile
 
 PIECE_SECONDS, PIECES = 60, 60
 BEFORE_END_SECONDS = 10

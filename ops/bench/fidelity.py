@@ -25,25 +25,18 @@ from harness import ROOT, figure, render_world, run_vidx, save, seconds
 sys.path.insert(0, str(ROOT))
 
 from ops.nano.questions import MOMENT_KINDS
-from pipeline.filter import Filter
-from storage.archive import Archive, open_archive
+from pipeline.ask.filter import Filter
+from storage.archive.archive import Archive, open_archive
 from storage.files import local_path
 from storage.records import VideoRow
-from workers.bundle import find_bundle
-from workers.decode import Decoder, allowed_pixels
-from workers.encode import FrameFeatures, all_patches, frame_features, frame_pixels, to_int8, vision_tokens
-from workers.engine import ModelOptions
-from workers.llava_mini import (
-    FusionInputs,
-    LlavaMini,
-    answer_embeds,
-    fuse_question,
-    generate,
-    greedy_logits,
-    load_model,
-)
-from workers.prompt import decode_ids, prompt_ids
-from workers.visionzip import keep_rows
+from workers.decode.client import Decoder, allowed_pixels
+from workers.llm.engine import ModelOptions
+from workers.llm.model import LlavaMini, answer_embeds, fuse_question, generate, greedy_logits, load_model
+from workers.llm.prompt import decode_ids, prompt_ids
+from workers.models.bundle import find_bundle
+from workers.vision.encode import FrameFeatures, all_patches, frame_features, frame_pixels, to_int8, vision_tokens
+from workers.vision.llava_mini import FusionInputs
+from workers.vision.visionzip import keep_rows
 
 VIDEOS, MINUTES = 12, 3.0
 TIERS = ((28, 4), (14, 2), (11, 1), (6, 1), (5, 2), (4, 3), (7, 0), (3, 1), (1, 0))  # dominant and contextual rows

@@ -19,7 +19,7 @@ import made_video
 import numpy as np
 from made_video import MadeVideo
 
-from storage.archive import Archive
+from storage.archive.archive import Archive
 from storage.records import TokenBatch
 
 MODEL_ID = "f0" * 32

@@ -26,15 +26,15 @@ import footage
 import numpy as np
 from harness import figure, run_vidx, save, seconds
 
-from pipeline.filter import Filter
-from storage.archive import Archive, create_archive, open_archive
-from storage.cells import part_keys
-from storage.exact_keys import part_row_ids
+from pipeline.ask.filter import Filter
+from storage.archive.archive import Archive, create_archive, open_archive
+from storage.archive.frames import Rows
 from storage.files import tree_size
-from storage.frames import Rows
-from storage.vectors import Index, drop_index, improve_index, open_index, update_index
-from workers.bundle import find_bundle
-from workers.clip_text import TextEncoder
+from storage.parts.read import part_keys
+from storage.vectors.exact_keys import part_row_ids
+from storage.vectors.vector_index import Index, drop_index, improve_index, open_index, update_index
+from workers.models.bundle import find_bundle
+from workers.vision.clip_text import TextEncoder
 
 SIZES = (10_800, 108_000, 1_000_800, 10_000_800)
 BATCH_VIDEOS = 8
@@ -134,7 +134,8 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
 def memory_bytes(uri: str) -> int:
     """Of a process that has opened the index and searched, besides the pages of files that it has mapped."""
     code = (
-        "import numpy as np; from storage.archive import open_archive; from storage.vectors import open_index;"
+        "import numpy as np; from storage.archive.archive import open_archive;"
+        "from storage.vectors.vector_index import open_index;"
         f"index = open_index(open_archive({uri!r})); queries = np.random.default_rng(0).standard_normal((20, {WIDTH}));"
         "[index.search(query.astype(np.float32), 10) for query in queries];"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')))"

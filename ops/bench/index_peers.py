@@ -21,9 +21,9 @@ import numpy as np
 from harness import figure, save
 from index import WIDTH, K, blocks, exact, queries, recall
 
-from storage.archive import open_archive
+from storage.archive.archive import open_archive
 from storage.files import tree_size
-from storage.vectors import drop_index, improve_index, open_index, update_index
+from storage.vectors.vector_index import drop_index, improve_index, open_index, update_index
 
 Search = Callable[[np.ndarray], list[int]]  # a query (E,) -> places of the best K keys
 

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from storage.archive import Archive
-from storage.parts import FrameColumns, PartWriter
+from storage.archive.archive import Archive
+from storage.parts.write import FrameColumns, PartWriter
 from storage.records import Part, Receipt, Sampling, Segment, Status, TokenBatch, VideoRow
 
 

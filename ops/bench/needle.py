@@ -24,15 +24,15 @@ from made_video import MadeVideo, add_videos
 sys.path.insert(0, str(ROOT))
 
 from ops.nano.pictograms import THINGS, with_article
-from pipeline.answer import Asked, Asker, Over
-from pipeline.filter import Filter
-from pipeline.search import bundle_of
-from storage.archive import Archive, create_archive, open_archive
-from storage.cells import read_compressor_out, read_keys, read_patches, read_tokens
+from pipeline.ask.answer import Asked, Asker, Over
+from pipeline.ask.filter import Filter
+from pipeline.ask.search import bundle_of
+from storage.archive.archive import Archive, create_archive, open_archive
 from storage.files import source_text
+from storage.parts.read import read_compressor_out, read_keys, read_patches, read_tokens
 from storage.records import FrameRef, TokenBatch
-from storage.vectors import update_index
-from workers.engine import ModelOptions
+from storage.vectors.vector_index import update_index
+from workers.llm.engine import ModelOptions
 
 SIZES = (1_000, 3_000, 10_000)
 VIDEOS, MINUTES, FPS = 16, 5.0, 6

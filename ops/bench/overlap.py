@@ -17,15 +17,15 @@ from pathlib import Path
 from decode import make_video
 from harness import figure, save, seconds
 
-from pipeline.split import split
+from pipeline.index.split import split
 from storage.files import local_path, make_folder, to_uri
 from storage.records import Sampling, SegmentTask
-from workers.bundle import find_bundle
-from workers.content import identify
-from workers.decode import Decoder
-from workers.encode import encode_frames
-from workers.llava_mini import load_vision
+from workers.decode.client import Decoder
+from workers.models.bundle import find_bundle
 from workers.segment import index_segment
+from workers.sources.identity import identify
+from workers.vision.encode import encode_frames
+from workers.vision.llava_mini import load_vision
 
 COPIES = 2  # of the minute; each is one segment
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 from ops.nano.pictograms import THINGS, with_article
 from ops.nano.unknown import unknown_caption
-from pipeline.evaluate import Annotated, Judged, judge, read_annotations, score
-from pipeline.filter import Filter
-from pipeline.query import Kind, Query, Term
-from pipeline.search import Searcher, Wanted, bundle_of
-from storage.archive import Archive, open_archive
+from pipeline.ask.filter import Filter
+from pipeline.ask.query import Kind, Query, Term
+from pipeline.ask.search import Searcher, SearchLimits, bundle_of
+from pipeline.evaluate.retrieval import Annotated, Judged, judge, read_annotations, score
+from storage.archive.archive import Archive, open_archive
 from storage.records import Status, VideoRow
 
 VIDEOS, MINUTES, FPS = 10, 5.0, 4
@@ -57,7 +57,8 @@ class Bench:
     def judged(self, wanted: Sequence[tuple[Annotated, Term]]) -> list[Judged]:
         """What each search gives against its truth."""
         return [
-            judge(one, self._searcher.search(Query((term,)), Filter(), Wanted(DEPTH)).moments) for one, term in wanted
+            judge(one, self._searcher.search(Query((term,)), Filter(), SearchLimits(DEPTH)).moments)
+            for one, term in wanted
         ]
 
     def texts(self, annotated: Sequence[Annotated]) -> list[Judged]:

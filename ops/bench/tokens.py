@@ -10,9 +10,9 @@ from fractions import Fraction
 import numpy as np
 from harness import figure, in_turn, save
 
-from storage.cells import read_tokens
 from storage.files import make_folder, to_uri
-from storage.parts import FrameColumns, PartWriter
+from storage.parts.read import read_tokens
+from storage.parts.write import FrameColumns, PartWriter
 from storage.records import FrameRef, TokenBatch
 
 WIDTH = 4096  # of Llama-3.1-8B

@@ -15,7 +15,7 @@ import numpy as np
 from ops.nano.films import ENCODINGS, encode_script, read_frames
 from ops.nano.render import outside_kinds
 from ops.nano.scenes import Sight, sight, write_script, write_slides
-from workers.preprocess import PictureSettings
+from workers.models.preprocess import PictureSettings
 
 TRAINING_SEEDS = 1_000_000  # seeds below it are for training alone
 VALIDATION = TRAINING_SEEDS // 64  # the first shard whose seeds are not for training

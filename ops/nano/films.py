@@ -9,7 +9,7 @@ import numpy as np
 
 from ops.nano.render import frame
 from ops.nano.scenes import Script
-from workers.preprocess import PictureSettings, frame_parts, resize_nearest
+from workers.models.preprocess import PictureSettings, frame_parts, resize_nearest
 
 
 @dataclass(frozen=True)

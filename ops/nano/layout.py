@@ -20,7 +20,7 @@ from ops.nano.questions import (
 )
 from ops.nano.scenes import Sight
 from ops.nano.unknown import word_unknown
-from workers import clip_text
+from workers.vision import clip_text
 
 IMAGE_SIDE, PATCH_SIDE = 96, 12
 VISION_WIDTH, VISION_LAYERS, VISION_INNER = 160, 6, 480

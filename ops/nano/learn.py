@@ -18,13 +18,14 @@ from ops.nano.pictograms import THINGS
 from ops.nano.questions import NOTHING, SIDES
 from ops.nano.scenes import COLOURS
 from ops.nano.tables import SOURCES
-from workers.bundle import find_bundle
-from workers.clip import pixel_values
-from workers.encode import FrameFeatures, frame_features
-from workers.engine import ModelOptions
-from workers.llava_mini import LlavaMini, block_rows, fold, load_model, prefuse_vision
-from workers.visionzip import keep_patches
-from workers.weights import read_json
+from workers.llm.engine import ModelOptions
+from workers.llm.model import LlavaMini, load_model
+from workers.models.bundle import find_bundle
+from workers.models.checkpoint import read_json
+from workers.vision.clip_vision import pixel_values
+from workers.vision.encode import FrameFeatures, frame_features
+from workers.vision.llava_mini import block_rows, fold, prefuse_vision
+from workers.vision.visionzip import keep_patches
 
 EXACT, PATCHES, TOKENS = SOURCES
 _PLACES = (("top", "middle", "bottom"), ("left", "middle", "right"))

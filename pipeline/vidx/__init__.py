@@ -7,17 +7,18 @@ archive = vidx.open("./vidx-archive")
 for moment in archive.search("a red bus"):
     print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
 
-This package holds nothing itself: what is here is made in pipeline.api and the modules that it names.
+This package holds nothing itself: pipeline.api makes what is here.
 """
 
-from pipeline.api import Archive
-from pipeline.api_index import index
-from pipeline.api_results import Moments, Videos
-from pipeline.query import Term
-from pipeline.stored_frames import Frames
+from pipeline.api.index_videos import index
+from pipeline.api.open_archive import OpenArchive
+from pipeline.api.sequences import Moments, Videos
+from pipeline.ask.query import Term
+from pipeline.results.stored_frames import Frames
 from storage.errors import ArchiveError, ClusterError, UsageError, VidxError
 
-open = Archive.open
+Archive = OpenArchive
+open = OpenArchive.open
 
 __all__ = [
     "Archive",

@@ -1,0 +1,104 @@
+"""Indexing from Python: `vidx index` as a function."""
+
+import os
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.api.parameters import check, naming_parameters, place_of
+
+if TYPE_CHECKING:
+    from pipeline.index.job import IndexResult
+    from pipeline.index.progress import Progress
+
+Path = str | PathLike[str]
+
+
+@naming_parameters
+def index(
+    sources: Path | Sequence[Path],
+    archive: Path = "./vidx-archive",
+    *,
+    model: str | None = None,
+    tower: str | None = None,
+    sample: Literal["rate", "keyframes", "scenes"] | None = None,
+    fps: float | str | None = None,
+    patches: int | None = None,
+    thumbnails: bool | None = None,
+    config: str | None = None,
+    retry_failed: bool = False,
+    restore_deleted: bool = False,
+    address: str | None = None,
+    workers: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    batch: int | None = None,
+    max_pixels: int | None = None,
+    decoder: Literal["pyav", "decord"] | None = None,
+    strict_sandbox: bool = False,
+    progress: "Callable[[Progress], None] | None" = None,
+) -> "IndexResult":
+    """Indexes videos into an archive, as `vidx index` does, and leaves it committed and searchable.
+
+    The job runs in a process of its own, with Ray, which is shut down at its end; it may be called from any thread, and
+    from a script without `if __name__ == "__main__"`.
+
+    Args:
+        sources: videos, folders (recursive), globs and manifests, one or several.
+        archive: the folder; it is made where there is none.
+        model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device,
+            dtype, batch, max_pixels, decoder, strict_sandbox: as the options of `vidx index`; None for what that does
+            without them.
+        progress: is told where the job stands, a few times a second.
+    Returns:
+        Counts, and the videos that are partial or failed: a bad video is no error.
+    Raises:
+        UsageError: no such source, a wrong value, or another model than the archive's.
+        ArchiveError: the archive cannot be written.
+        ClusterError: Ray's processes died; the same call goes on.
+        KeyboardInterrupt: what was finished is committed.
+    """
+    from pipeline.api.job_process import IndexJob, run_job
+    from pipeline.index.config import load_config
+    from pipeline.index.job import check_machine, sampling_of
+    from pipeline.index.scan import scan
+    from storage.archive.archive import create_archive
+    from workers.models.bundle import find_bundle
+
+    paths = [sources] if isinstance(sources, str | PathLike) else list(sources)
+    check("sources", sources, bool(paths), "name at least one video, folder, glob or manifest")
+    given = {
+        "model": model,
+        "tower": tower,
+        "sample": sample,
+        "fps": fps,
+        "patches": patches,
+        "thumbnails": thumbnails,
+        "retry_failed": retry_failed or None,
+        "restore_deleted": restore_deleted or None,
+        "address": address,
+        "workers": workers,
+        "device": device,
+        "dtype": dtype,
+        "batch": batch,
+        "max_pixels": max_pixels,
+        "decoder": decoder,
+        "strict_sandbox": strict_sandbox or None,
+    }
+    settings = load_config(config, given)
+    if settings.address is None:
+        check_machine(settings)
+    found = scan([os.path.expanduser(fspath(path)) for path in paths])
+    bundle = find_bundle(settings.model, settings.tower)
+    sampling = sampling_of(settings, bundle)
+    if settings.address is not None and found.assets:
+        from pipeline.cluster.address import check_address
+
+        check_address(settings.address)
+    names = {"model_name": bundle.name, "model_tower": bundle.tower_name}
+    stored = create_archive(place_of(archive), model_id=bundle.model_id, **names)
+    job = IndexJob(found.assets, stored.uri, sampling, settings)
+    result = run_job(job, progress or (lambda state: None))
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result

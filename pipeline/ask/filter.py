@@ -1,0 +1,169 @@
+"""filter: the part of an archive that a query is narrowed to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+import numpy as np
+
+from storage.archive.archive import Archive
+from storage.archive.frames import PartBounds, Rows
+from storage.errors import UsageError
+from storage.files import one_spelling
+from storage.records import FrameRef, VideoRow
+
+Span = tuple[float | None, float | None]  # positions in seconds, half-open; None leaves a side open
+_Range = tuple[list[int] | None, float | None, float | None, np.ndarray | None]  # videos, span, frame indexes
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What frames have to be; None and empty values leave that side open.
+
+    Attributes:
+        video: this one alone.
+        start_seconds, end_seconds: positions that a player shows, half-open; a frame counts where its span meets them.
+        after, before: when it was recorded, half-open: the capture time of the video plus the frame's position. A video
+            without a capture time is in no such range.
+        tags: by key, the values of which the video has one.
+        where: an SQL condition on columns of the views `videos` and `frames`.
+    """
+
+    video: VideoRow | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    after: datetime | None = None
+    before: datetime | None = None
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    where: str = ""
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("position", self.start_seconds, self.end_seconds),
+            ("time of recording", self.after, self.before),
+        ):
+            if low is not None and high is not None and high <= low:
+                raise UsageError(f"a range of {name} from {low} to {high} must end after it starts")
+        for instant in (self.after, self.before):
+            if instant is not None and instant.tzinfo is None:
+                raise UsageError(f"{instant}: a time of recording needs a time zone")
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing is left out."""
+        return self == Filter()
+
+    def frames(self, archive: Archive) -> list[FrameRef]:
+        """The stored frames that pass, in order of video and time; a failed video has none.
+
+        Raises:
+            UsageError: the SQL condition is wrong.
+            ArchiveError: a part is missing or damaged.
+        """
+        frames = [frame for chosen in self._ranges(archive) for frame in archive.frames(*chosen)]
+        return sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
+
+    def rows(self, archive: Archive) -> Rows:
+        """Where the same frames lie; parts of which all frames pass are not opened."""
+        found: dict[str, np.ndarray | None] = {}
+        for chosen in self._ranges(archive):
+            found |= archive.rows(*chosen)
+        return found
+
+    def videos(self, archive: Archive) -> list[VideoRow]:
+        """The videos that pass, by uri, with frames or without; of an SQL condition on frames, those with such a frame.
+
+        Deleted ones are among them, unless an SQL condition is asked for. Positions are not looked at.
+
+        Raises:
+            UsageError: the SQL condition is wrong.
+            ArchiveError: a part is missing or damaged.
+        """
+        chosen = None
+        if self.where:
+            from storage.sql import select_videos  # with DuckDB
+
+            chosen = select_videos(archive, self.where)
+        extents = _extents(archive.part_bounds())
+        recorded = replace(self, start_seconds=None, end_seconds=None)
+        found = []
+        for row in archive.videos() if self.video is None else [self.video]:
+            length = row.probe.duration_seconds if row.probe else None
+            extent = extents.get(row.video_number, (0.0, max(length or 0.0, 1e-6)))
+            is_chosen = chosen is None or row.uri in chosen
+            if is_chosen and self._passes(row) and recorded._span(row, *extent) is not None:
+                found.append(row)
+        return found
+
+    def unfinished(self, archive: Archive) -> list[VideoRow]:
+        """The videos that pass and are not whole yet, so that what is to come of them is missed."""
+        rows = archive.unfinished_videos()
+        passing = [numbers for numbers, *_ in self._ranges(archive)] if rows else []
+        return [row for row in rows if any(numbers is None or row.video_number in numbers for numbers in passing)]
+
+    def _ranges(self, archive: Archive) -> Iterator[_Range]:
+        """What passes, as ranges of videos that share one span, each video in one of them."""
+        if self.is_everything:
+            yield None, None, None, None
+            return
+        selected = None
+        if self.where:
+            from storage.sql import select_frames  # with DuckDB, which few filters need
+
+            selected = select_frames(archive, self.where)
+        extents = _extents(archive.part_bounds())
+        by_span: dict[Span, list[int]] = {}
+        for row in archive.videos() if self.video is None else [self.video]:
+            number = row.video_number
+            if number in extents and self._passes(row) and (selected is None or number in selected):
+                span = self._span(row, *extents[number])
+                if span is None:
+                    continue
+                if selected is None or selected[number] is None:
+                    by_span.setdefault(span, []).append(number)
+                else:
+                    yield [number], *span, selected[number]
+        for span, numbers in by_span.items():
+            yield numbers, *span, None
+
+    def _passes(self, row: VideoRow) -> bool:
+        """Whether any frame of a video can pass, but for the times."""
+        is_dated = row.captured_at is not None or (self.after is None and self.before is None)
+        return is_dated and has_tags(row, self.tags)
+
+    def _span(self, row: VideoRow, first_seconds: float, end_seconds: float) -> Span | None:
+        """The part of a video that passes, whose frames lie within those times; None for no part.
+
+        A side that takes nothing away is left open, so that many videos share one span.
+        """
+        start, end = self.start_seconds, self.end_seconds
+        if self.after is not None:
+            begins = (self.after - row.captured_at).total_seconds()
+            if begins >= end_seconds:
+                return None
+            if begins > first_seconds:
+                start = begins if start is None else max(start, begins)
+        if self.before is not None:
+            ends = (self.before - row.captured_at).total_seconds()
+            if ends <= first_seconds:
+                return None
+            if ends < end_seconds:
+                end = ends if end is None else min(end, ends)
+        return None if start is not None and end is not None and end <= start else (start, end)
+
+
+def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a video has one of the values of each key; texts that look the same are the same."""
+    if not tags:
+        return True
+    own = {one_spelling(key): one_spelling(value) for key, value in row.tags.items()}
+    return all(own.get(one_spelling(key)) in map(one_spelling, values) for key, values in tags.items())
+
+
+def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:
+    """When the first frame of each video begins and the last one ends, at the latest, by video number."""
+    numbers, places = np.unique(bounds.video_number, return_inverse=True)
+    first, end = np.full(len(numbers), np.inf), np.full(len(numbers), -np.inf)
+    np.minimum.at(first, places, bounds.first_seconds)
+    np.maximum.at(end, places, bounds.last_seconds + bounds.longest_seconds)
+    return dict(zip(numbers.tolist(), zip(first.tolist(), end.tolist(), strict=True), strict=True))

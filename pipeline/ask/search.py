@@ -1,0 +1,181 @@
+"""search: a query -> its keys -> FAISS -> hits -> moments. Nothing here loads torch."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from pipeline.ask.filter import Filter
+from pipeline.ask.moments import MomentFinder
+from pipeline.ask.query import Query, QueryEncoder, QueryKeys
+from pipeline.ask.thresholds import Floor, Floors
+from storage.archive.archive import Archive
+from storage.archive.frames import Rows
+from storage.errors import UsageError
+from storage.files import source_text
+from storage.parts.read import read_keys
+from storage.records import FrameRef, Moment
+from storage.vectors.vector_index import Index, open_index
+from workers.models.bundle import Bundle, find_bundle
+
+HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
+MOST_HITS = 8192  # once there are moments enough
+FRAMES_SHOWN = 32  # to the model for an answer at most, where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class SearchLimits:
+    """How many moments, and how good.
+
+    Attributes:
+        limit: at most so many.
+        floor: the score below which a frame is no hit; None for what the model or the archive says (floors.py).
+        leniency: how far below that, as a share of it, a frame is a hit all the same.
+        per_video: at most so many of one video; None for any number.
+        near_misses: of what is below the floor, at most so many moments.
+    """
+
+    limit: int
+    floor: float | None = None
+    per_video: int | None = None
+    near_misses: int = 0
+    leniency: float = 0.0
+
+    def __post_init__(self):
+        if self.limit < 1 or (self.per_video is not None and self.per_video < 1):
+            raise UsageError(f"{self.limit} moments, {self.per_video} of a video: ask for at least one")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Moments, best first, and how much was looked at to find them.
+
+    Attributes:
+        moments: what was found.
+        floor: the least score of a hit, and where it comes from.
+        frames_searched, frames_pending: of the part that was searched, and of the archive.
+        frames_left_out: would be hits and show what is not wanted.
+        near_misses: the best moments below the floor, where they were asked for.
+        method: how the frames were compared, for people.
+    """
+
+    moments: tuple[Moment, ...]
+    floor: Floor
+    frames_searched: int
+    frames_pending: int
+    frames_left_out: int = 0
+    near_misses: tuple[Moment, ...] = ()
+    method: str = ""
+
+
+def bundle_of(archive: Archive, model: str | None, tower: str | None = None) -> Bundle:
+    """The model that an archive was made with.
+
+    Args:
+        archive: whose.
+        model: where it lies now; None for where it lay.
+        tower: where its vision tower lies now; None for where it lay.
+    Raises:
+        UsageError: no such model, or another one than the archive's.
+    """
+    bundle = find_bundle(model or archive.model_name, (archive.model_tower or None) if tower is None else tower)
+    if bundle.model_id != archive.model_id:
+        raise UsageError(
+            f"model {bundle.name} ({bundle.model_id}) is not the one that made {source_text(archive.uri)} "
+            f"({archive.model_text}, {archive.model_id}); name that one with --model, and its CLIP with --tower"
+        )
+    return bundle
+
+
+def search(archive: Archive, bundle: Bundle, query: Query, within: Filter, wanted: SearchLimits) -> SearchResult:
+    """The moments within a part of an archive that fit a query best; `Searcher` is for several queries.
+
+    Args:
+        archive: what to search.
+        bundle: the archive's model; its text tower embeds the texts.
+        query: what to look for.
+        within: the part of the archive to search.
+        wanted: how many moments.
+    Raises:
+        UsageError: an empty text, a model that cannot search so, no such picture or moment, or a wrong filter.
+    """
+    return Searcher(archive, bundle).search(query, within, wanted)
+
+
+class Searcher:
+    """An archive at one version with its index and the text tower, opened for any number of searches."""
+
+    def __init__(self, archive: Archive, bundle: Bundle):
+        self._archive = archive
+        self._bundle = bundle
+
+    @cached_property
+    def _index(self) -> Index:
+        return open_index(self._archive)
+
+    @cached_property
+    def _encoder(self) -> QueryEncoder:
+        return QueryEncoder(self._archive, self._bundle, Floors(self._archive, self._bundle, self._index))
+
+    def search(self, query: Query, within: Filter, wanted: SearchLimits) -> SearchResult:
+        """As the function `search`."""
+        index = self._index
+        keys = self._encoder.embed(query, None if wanted.floor is None else Floor(wanted.floor, "as asked for"))
+        floor = replace(keys.floor, score=keys.floor.score - wanted.leniency * abs(keys.floor.score))
+        rows = None if within.is_everything else within.rows(self._archive)
+        searched = index.frame_count if rows is None else index.count(rows)
+        if not searched:
+            return SearchResult((), floor, searched, index.pending_count)
+        moments, left_out = _find(self._archive, index, keys, rows, wanted, (floor.score, math.inf))
+        near: Sequence[Moment] = ()
+        if wanted.near_misses:
+            more = replace(wanted, limit=wanted.near_misses)
+            near, _ = _find(self._archive, index, keys, rows, more, (-math.inf, floor.score))
+        counts = (searched, index.pending_count, left_out)
+        return SearchResult(tuple(moments), floor, *counts, tuple(near), index.method(rows))
+
+    def best_score(self, query: Query, frames: Sequence[FrameRef]) -> tuple[float, Floor]:
+        """The best score that a query has among some frames, and the least one of a hit.
+
+        Raises:
+            UsageError: as `search`; also where the frames have no search keys.
+        """
+        keys = self._encoder.embed(query, None)
+        return float((read_keys(self._archive.frames_uri, frames).astype(np.float32) @ keys.wanted).max()), keys.floor
+
+
+def _find(
+    archive: Archive,
+    index: Index,
+    keys: QueryKeys,
+    rows: Rows | None,
+    wanted: SearchLimits,
+    scores: tuple[float, float],
+) -> tuple[Sequence[Moment], int]:
+    """The best moments with scores in a half-open range, and how many hits were left out for what they show.
+
+    More hits are asked for until there are moments enough, and none that is left can be among them: its mean is not
+    above its best frame's score.
+    """
+    finder, count = MomentFinder(archive, keys, rows), wanted.limit * HITS_PER_MOMENT
+    while True:
+        found = index.search(keys.wanted, count, rows)
+        hits = [hit for hit in found if scores[0] <= hit.score < scores[1]]
+        moments, left_out = finder.find(hits, *scores)
+        moments = [*_spread(moments, wanted.per_video)][: wanted.limit]
+        are_all = len(found) < count or found[-1].score < scores[0] or count >= index.frame_count
+        if are_all or (len(moments) == wanted.limit and (count >= MOST_HITS or found[-1].score <= moments[-1].score)):
+            return moments, left_out
+        count *= 4
+
+
+def _spread(moments: Sequence[Moment], per_video: int | None) -> Iterator[Moment]:
+    """The best moments of each video, best first."""
+    counts: Counter[int] = Counter()
+    for moment in moments:
+        counts[moment.video_number] += 1
+        if per_video is None or counts[moment.video_number] <= per_video:
+            yield moment

@@ -1,0 +1,292 @@
+"""`vidx verify`, `vidx repair`, `vidx clean` and `vidx compact`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import archive_option, archive_uri, json_option
+
+if TYPE_CHECKING:
+    from pipeline.care.check_pictures import PictureCheck
+    from storage.care.verify import Fault
+    from storage.records import VideoRow
+
+
+PICTURES = "Also compare the pictures of videos that decord decoded with what PyAV shows at their times."
+
+
+@click.command()
+@archive_option
+@click.option("--pictures", is_flag=True, help=PICTURES)
+@json_option
+def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
+    """Read a whole archive and check that it holds what was written.
+
+    Checks every byte of frames, rows and index against the checksum of its file, the tables against each other and the
+    index against the stored keys, and names each file that is damaged, with the videos whose frames it holds. The logs
+    of the tables have no checksums: they are read, and compared with the files that they name.
+
+    --pictures opens the videos again. Of archives made before PyAV became the decoder, some videos hold wrong pictures:
+    `vidx sql "SELECT source FROM videos WHERE decoder = 'decord'"` lists those that may.
+
+    \b
+    vidx verify
+    vidx verify --pictures
+    vidx verify --archive /data/archive --json
+
+    Exit codes: 0 nothing is wrong, 5 something is, 3 the pictures of some videos cannot be compared.
+    """
+    from pipeline.cli.print import note, print_json
+    from pipeline.results.text import counted, size
+    from storage.archive.archive import open_archive
+    from storage.care.verify import BEYOND_REPAIR
+    from storage.care.verify import verify as verify_archive
+    from storage.files import source_text
+
+    found = verify_archive(archive_uri(archive_dir), _report)
+    checks: list[PictureCheck] = []
+    if pictures and not found.faults:
+        from pipeline.care.check_pictures import check_pictures
+
+        checks = check_pictures(open_archive(archive_uri(archive_dir)), _report)
+    unchecked = [check for check in checks if check.problem is not None]
+    if pictures and found.faults:
+        note("pictures were not compared: mend what is damaged first")
+    if as_json:
+        counts = {"files": found.files, "size_bytes": found.size_bytes, "frames": found.frames}
+        faults = [_fault_json(fault) for fault in found.faults]
+        wrong = [_pictures_json(check) for check in checks]
+        print_json(
+            {
+                "ok": not found.faults and not any(check.wrong or check.problem for check in checks),
+                **counts,
+                "faults": faults,
+                **({"pictures": wrong} if pictures else {}),
+            }
+        )
+    elif found.faults:
+        _print_faults(found.faults)
+        mendable = all(fault.is_mendable for fault in found.faults)
+        advice = "`vidx repair` takes out what is damaged and indexes it again" if mendable else BEYOND_REPAIR
+        click.echo(f"{counted(len(found.faults), 'fault')}; {advice}")
+    else:
+        files, frames = counted(found.files, "file"), counted(found.frames, "frame")
+        click.echo(f"{files}, {size(found.size_bytes)}, {frames}: nothing is wrong")
+    if pictures and not as_json and not found.faults:
+        _print_pictures(checks)
+        if any(check.wrong for check in checks):
+            click.echo("`vidx repair --pictures` indexes these videos again")
+    for check in unchecked:
+        note(f"{source_text(check.row.uri)}: its pictures cannot be compared: {check.problem.detail}")
+    sys.exit(5 if found.faults or any(check.wrong for check in checks) else 3 if unchecked else 0)
+
+
+@click.command()
+@archive_option
+@click.option("--no-index", is_flag=True, help="Take out what is damaged, and do not index it again.")
+@click.option("--pictures", is_flag=True, help=PICTURES + " Videos with wrong ones are indexed again.")
+@json_option
+def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> None:
+    """Take damaged frames out of an archive and index their videos again.
+
+    What is whole stays as it is; the index is built anew. Where a video cannot be indexed again, as its file is out of
+    reach, damaged files of it stay as long as the rest in them can be read: repair again once it is back. Where they
+    cannot, it stays partial, or failed where nothing of it is left, and the next `vidx index` of it completes it.
+
+    \b
+    vidx repair
+    vidx repair --no-index --json
+
+    Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
+    """
+    from pipeline.cli.print import note, print_json
+    from pipeline.index.job import index_again, why_not_again
+    from pipeline.results.text import counted
+    from storage.archive.archive import open_archive
+    from storage.care.repair import repair as repair_archive
+    from storage.files import source_text
+
+    uri = archive_uri(archive_dir)
+    done = repair_archive(uri) if no_index else repair_archive(uri, why_not_again)
+    for line in done.notes:
+        note(line)
+    if not as_json:
+        _print_faults(done.found.faults)
+    checks: list[PictureCheck] = []
+    to_index = [*done.to_index]
+    if pictures and not done.left:
+        from pipeline.care.check_pictures import check_pictures, drop_wrong_videos
+
+        checks = check_pictures(open_archive(uri), _report)
+        to_index += drop_wrong_videos(open_archive(uri, write=True), checks)
+        if not as_json:
+            _print_pictures(checks)
+    incomplete: Sequence[VideoRow] = to_index
+    if to_index and not no_index:
+        incomplete = index_again(open_archive(uri), to_index, lambda progress: None)
+    if as_json:
+        print_json(
+            {
+                "faults": [_fault_json(fault) for fault in done.found.faults],
+                "notes": list(done.notes),
+                "videos_damaged": len(to_index) + len(done.spared),
+                "videos_incomplete": [row.uri for row in (*incomplete, *done.spared)],
+                "problems": [_problem_json(row) for row in (*incomplete, *done.spared)],
+                "rows_lost": done.rows_lost,
+                "faults_left": [_fault_json(fault) for fault in done.left],
+                **({"pictures": [_pictures_json(check) for check in checks]} if pictures else {}),
+            }
+        )
+    else:
+        _print_faults(done.left)
+        whole = len(to_index) - len(incomplete)
+        not_whole = len(incomplete) + len(done.spared) + done.rows_lost
+        if not no_index:
+            for row in incomplete:
+                mend = "; once that is mended, `vidx index` on it completes it" if row.problem.reason.may_pass else ""
+                note(f"{source_text(row.uri)}: not whole: {row.problem.reason}: {row.problem.detail}{mend}")
+        for row in done.spared:
+            note(
+                f"{source_text(row.uri)}: damaged files of it stay, as it cannot be indexed again: "
+                f"{row.problem.reason}: {row.problem.detail}; once that is mended, `vidx repair` completes it"
+            )
+        ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
+        click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
+        if done.left:
+            click.echo(f"{counted(len(done.left), 'fault')}, listed last, cannot be repaired")
+    sys.exit(5 if done.left else 3 if incomplete or done.spared or done.rows_lost else 0)
+
+
+@click.command()
+@archive_option
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=168.0,
+    show_default=True,
+    metavar="HOURS",
+    help="Leave alone what is younger; a job that was killed goes on from it.",
+)
+@json_option
+def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
+    """Remove what an archive shows no more: files that killed jobs left, and frames that were replaced.
+
+    Frames that a killed job has committed are shown by the job that goes on from them; clean with an age that leaves
+    them for it.
+
+    \b
+    vidx clean
+    vidx clean --older-than 24
+    """
+    from pipeline.cli.print import print_json
+    from pipeline.results.text import counted
+    from storage.archive.archive import open_archive
+    from storage.care.clean import clean as clean_archive
+
+    cleaned = clean_archive(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
+    if as_json:
+        print_json({"files_removed": cleaned.files, "frames_removed": cleaned.frames})
+    else:
+        files, frames = counted(cleaned.files, "file"), counted(cleaned.frames, "frame")
+        click.echo(f"{files} removed, {frames} that no video shows")
+
+
+@click.command()
+@archive_option
+@click.option(
+    "--target-mib",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="MIB",
+    help="How large files of frames may become; larger ones are left as they are.",
+)
+@json_option
+def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
+    """Join the small files of each video into larger ones, while the archive is searched and added to.
+
+    Frames stay the same; where a moment begins or ends may shift by a frame. The old files stay for those who read them
+    at this moment; `vidx clean` removes them when they are a week old. It may be stopped at any time, and goes on where
+    it was.
+
+    \b
+    vidx compact
+    vidx compact --target-mib 512 --json
+
+    Exit code 5: some files are damaged, and their videos were left as they are; `vidx repair` mends them.
+    """
+    from pipeline.cli.print import note, print_json
+    from pipeline.results.text import counted
+    from storage.archive.archive import open_archive
+    from storage.care.compact import compact as compact_archive
+
+    done = compact_archive(open_archive(archive_uri(archive_dir), write=True), target_mib << 20, _report)
+    if as_json:
+        counts = {"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written}
+        print_json({**counts, "problems": list(done.problems)})
+    elif done.parts_joined:
+        click.echo(f"{done.parts_joined} files of {counted(done.videos, 'video')} joined into {done.parts_written}")
+    else:
+        click.echo("nothing to join")
+    for problem in done.problems:
+        note(problem)
+    sys.exit(5 if done.problems else 0)
+
+
+def _report(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r{done}/{total} files", err=True, nl=done == total)
+
+
+def _problem_json(row: VideoRow) -> dict:
+    from storage.files import source_text
+
+    return {"source": source_text(row.uri), "reason": str(row.problem.reason), "detail": row.problem.detail}
+
+
+def _fault_json(fault: Fault) -> dict:
+    return {"path": fault.path, "detail": fault.detail, "sources": list(fault.sources)}
+
+
+def _pictures_json(check: PictureCheck) -> dict:
+    from storage.files import source_text
+
+    return {
+        "source": source_text(check.row.uri),
+        "checked": check.checked,
+        "wrong": check.wrong,
+        "first_wrong_seconds": check.first_wrong_seconds,
+        "problem": None if check.problem is None else check.problem.detail,
+    }
+
+
+def _print_pictures(checks: Sequence[PictureCheck]) -> None:
+    from pipeline.cli.print import print_table
+    from pipeline.results.text import counted
+    from pipeline.times import clock
+    from storage.files import source_text
+
+    wrong = [check for check in checks if check.wrong]
+    if wrong:
+        rows = [
+            (source_text(check.row.uri), f"{check.wrong} of {check.checked}", clock(check.first_wrong_seconds))
+            for check in wrong
+        ]
+        print_table(("video", "wrong pictures", "from"), rows, right=("wrong pictures", "from"))
+    elif checks:
+        frames = counted(sum(check.checked for check in checks), "picture")
+        click.echo(f"{frames} of {counted(len(checks), 'video')} that decord decoded: none is wrong")
+    else:
+        click.echo("no video was decoded by decord, so no picture was compared")
+
+
+def _print_faults(faults: Sequence[Fault]) -> None:
+    from pipeline.cli.print import print_table
+
+    if faults:
+        rows = [(fault.path, fault.detail, ", ".join(fault.sources)) for fault in faults]
+        print_table(("file", "fault", "frames of"), rows)

@@ -1,0 +1,199 @@
+"""`vidx status` and `vidx sql`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from pipeline.cli.options import archive_option, archive_uri, json_option
+from storage.errors import UsageError
+
+if TYPE_CHECKING:
+    from storage.archive.archive import ArchiveStatus
+    from storage.records import VideoRow
+
+_BESIDES_BYTES, _THREAD_BYTES = 1 << 30, 32 << 20  # what a statement may take besides what DuckDB reckons
+
+
+@click.command()
+@archive_option
+@click.option("--failed", is_flag=True, help="List the videos that failed or are partial, and why.")
+@click.option("--deleted", is_flag=True, help="List the videos that were deleted; --restore-deleted brings them back.")
+@json_option
+def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None:
+    """Show what an archive holds, and what of it can be searched.
+
+    \b
+    vidx status
+    vidx status --failed
+    vidx status --archive /data/archive --json
+    """
+    from pipeline.cli.print import print_json, print_table
+    from pipeline.results.text import size
+    from storage.archive.archive import open_archive
+    from storage.records import Status
+    from storage.vectors.vector_index import open_index
+
+    archive = open_archive(archive_uri(archive_dir))
+    if failed:
+        listed = (Status.PARTIAL, Status.FAILED)
+        _print_failed([row for row in archive.videos() if row.status in listed], as_json)
+        return
+    if deleted:
+        _print_deleted([row for row in archive.videos() if row.status is Status.DELETED], as_json)
+        return
+    found = archive.status()
+    pending = open_index(archive).pending_count
+    if as_json:
+        print_json(
+            {
+                "videos": {
+                    "indexed": found.videos_indexed,
+                    "partial": found.videos_partial,
+                    "failed": found.videos_failed,
+                    "deleted": found.videos_deleted,
+                },
+                "frames": found.frames,
+                "frames_searchable": found.frames - pending,
+                "frames_pending": pending,
+                "videos_in_progress": found.videos_in_progress,
+                "frames_in_progress": found.frames_in_progress,
+                "frames_in_progress_searchable": found.frames_in_progress_shown,
+                "model_ids": list(found.model_ids),
+                "size_bytes": found.size_bytes,
+                "version": found.version,
+                "format_version": found.format_version,
+                "videos_unconfined": found.videos_unconfined,
+                "sandbox_missing": list(found.sandbox_missing),
+            }
+        )
+        return
+    counts = f"{found.videos_indexed} indexed, {found.videos_partial} partial, {found.videos_failed} failed"
+    deleted = f", {found.videos_deleted} deleted" if found.videos_deleted else ""
+    rows = (
+        ("archive", archive_dir),
+        ("videos", counts + deleted),
+        ("frames", f"{found.frames}, of which {found.frames - pending} can be searched"),
+        *_in_progress(found),
+        ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
+        ("size", size(found.size_bytes)),
+        ("version", f"{found.version}, format {found.format_version}"),
+        *_unconfined(found),
+    )
+    print_table(("", ""), rows)
+
+
+def _in_progress(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
+    """What is committed of videos that are not whole."""
+    from pipeline.results.text import counted
+
+    if found.videos_in_progress:
+        begun = f"{found.frames_in_progress:,} frames of {counted(found.videos_in_progress, 'video')}"
+        yield "in progress", f"{begun}, of which {found.frames_in_progress_shown:,} can be searched"
+
+
+def _unconfined(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
+    """What the processes that decoded the videos were not kept from."""
+    from pipeline.results.text import counted
+
+    if found.videos_unconfined:
+        from workers.sandbox import told
+
+        yield (
+            "sandbox",
+            f"{counted(found.videos_unconfined, 'video')} decoded without being kept from "
+            + told(found.sandbox_missing),
+        )
+
+
+def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:
+    from pipeline.cli.print import print_json, print_table
+    from storage.files import source_text
+
+    columns = ("status", "reason", "source", "detail", "attempts")
+    cells = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail, row.attempts) for row in rows]
+    if as_json:
+        listed = [dict(zip(columns, row, strict=True)) for row in cells]
+        print_json([{**entry, "source_uri": row.uri} for entry, row in zip(listed, rows, strict=True)])
+    elif cells:
+        print_table(columns, cells, right=("attempts",))
+    else:
+        click.echo("no video failed or is partial")
+
+
+def _print_deleted(rows: Sequence[VideoRow], as_json: bool) -> None:
+    from pipeline.cli.print import print_json, print_table
+    from storage.files import source_text
+
+    if as_json:
+        print_json([{"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri} for row in rows])
+    elif rows:
+        print_table(("video", "source"), [(row.video_id[:8], source_text(row.uri)) for row in rows])
+    else:
+        click.echo("no video was deleted")
+
+
+@click.command()
+@click.argument("statement")
+@archive_option
+@click.option(
+    "--timeout",
+    "timeout_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a statement that is not done by then.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    default=None,
+    help="Stop one that takes more, as 512MB; half of the machine's, and 4GB at most.",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table.")
+@json_option
+def sql(
+    statement: str, archive_dir: str, timeout_seconds: float, memory: str | None, as_csv: bool, as_json: bool
+) -> None:
+    """Query the archive's metadata with SQL (DuckDB).
+
+    Views: `videos` and `frames`. Columns that hold tokens or pictures appear only when they are named. Statements
+    cannot reach files, the network or the settings. Rows are printed as they are found.
+
+    \b
+    vidx sql "SELECT source, status, duration_seconds FROM videos"
+    vidx sql "SELECT count(*) AS n FROM frames WHERE time_seconds < 60" --json
+    vidx sql "SELECT * FROM frames" --csv --timeout 3600 > frames.csv
+    """
+    from pipeline.cli.print import print_csv, print_json_list, print_long_table
+    from pipeline.sizes import parse_size
+
+    if as_csv and as_json:
+        raise UsageError("--csv --json: choose one of them")
+    memory_bytes = None if memory is None else parse_size("--memory", memory)
+    from storage.archive.archive import open_archive
+    from storage.processes import limit_memory
+    from storage.sql import SqlLimits, stream_sql
+
+    limits = SqlLimits(timeout_seconds, memory_bytes or SqlLimits().memory_bytes)
+    archive = open_archive(archive_uri(archive_dir))
+    limit_memory(limits.memory_bytes + _BESIDES_BYTES + _THREAD_BYTES * (os.cpu_count() or 1))
+    with stream_sql(archive, statement, limits, _give_up) as result:
+        if as_json:
+            print_json_list(dict(zip(result.columns, row, strict=True)) for row in result.rows())
+        elif as_csv:
+            print_csv(result.columns, (dict(zip(result.columns, row, strict=True)) for row in result.rows()))
+        else:
+            print_long_table(result.columns, result.rows())
+
+
+def _give_up(word: str) -> NoReturn:
+    """Ends this process at once, whatever DuckDB is doing."""
+    from pipeline.cli.print import note
+
+    note(f"vidx: {word}")
+    os._exit(UsageError.exit_code)

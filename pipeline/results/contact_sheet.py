@@ -1,0 +1,161 @@
+"""contact sheet: moments as one page of thumbnails, HTML or PNG, from what is stored alone."""
+
+import base64
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from jinja2 import Environment
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from pipeline.results.output import write_output
+from pipeline.results.text import printable
+from pipeline.times import clock
+from storage.archive.archive import Archive
+from storage.errors import DamagedError, UsageError
+from storage.files import source_text
+from storage.parts.read import read_thumbnails
+from storage.records import FrameRef, Moment
+
+SUFFIXES = (".html", ".png")
+_CARD_CELLS = 30  # width of a card in a terminal
+_LARGEST = 1024  # pixels, of a thumbnail
+_COLUMNS, _SIDE, _GAP, _LINES, _FONT_SIZE = 5, 240, 12, 2, 15  # of the PNG, in pixels but for the first
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A moment as people read it; thumbnail is a JPEG file, or empty where none is kept."""
+
+    start: str
+    end: str
+    best: str
+    score: str
+    name: str
+    source: str
+    thumbnail: bytes
+
+    @property
+    def picture(self) -> str:
+        """The thumbnail as text."""
+        return base64.b64encode(self.thumbnail).decode()
+
+
+def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
+    """One card for each moment, in their order, with the thumbnail of its best frame; no video is opened.
+
+    Raises:
+        UsageError: the file cannot be written.
+        ArchiveError: a part is missing or damaged.
+    """
+    cards = _cards(archive, moments)
+    if Path(path).suffix.lower() == ".html":
+        data = _html(title, cards)
+    else:
+        file = io.BytesIO()
+        _sheet(cards, _COLUMNS).save(file, "PNG")
+        data = file.getvalue()
+    write_output(path, data)
+
+
+def check_show() -> None:
+    """Refuses to show pictures where that cannot work.
+
+    Raises:
+        UsageError: standard output is no terminal, or the library is missing.
+    """
+    if not sys.stdout.isatty():
+        raise UsageError("--show draws in a terminal, and standard output is none; use --contact-sheet FILE")
+    if not os.get_terminal_size(sys.stdout.fileno()).columns:
+        raise UsageError("--show: this terminal does not say its size; use --contact-sheet FILE")
+    if find_spec("textual_image") is None:
+        raise UsageError("--show needs textual-image; install it with pip install 'vidx[show]'")
+
+
+def show_moments(archive: Archive, moments: Sequence[Moment]) -> None:
+    """Draws the moments' thumbnails in the terminal: by its own protocol for pictures, else in half blocks."""
+    from rich.console import Console
+    from textual_image.renderable import Image as Shown  # asks the terminal what it can do
+
+    console = Console()
+    columns = max(1, min(_COLUMNS, console.width // _CARD_CELLS))
+    console.print(Shown(_sheet(_cards(archive, moments), columns), width=min(console.width, columns * _CARD_CELLS)))
+
+
+def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
+    best = [_best_frame(archive, moment) for moment in moments]
+    thumbnails = read_thumbnails(archive.frames_uri, best)
+    return [
+        _Card(
+            start=clock(moment.start_seconds),
+            end=clock(moment.end_seconds),
+            best=clock(moment.best_seconds),
+            score="" if moment.score is None else f"{moment.score:.3f}",
+            name=printable(source_text(moment.uri).rsplit("/", 1)[-1]),
+            source=printable(source_text(moment.uri)),
+            thumbnail=thumbnail,
+        )
+        for moment, thumbnail in zip(moments, thumbnails, strict=True)
+    ]
+
+
+def _best_frame(archive: Archive, moment: Moment) -> FrameRef:
+    shown = archive.frame_at(moment.video_number, moment.best_seconds)
+    if shown is None:
+        raise UsageError(f"{source_text(moment.uri)}: was taken out of the archive meanwhile; search again")
+    return shown
+
+
+def _html(title: str, cards: Sequence[_Card]) -> bytes:
+    template = (files("pipeline.results") / "contact_sheet.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True).from_string(template).render(title=printable(title), cards=cards).encode()
+
+
+def _sheet(cards: Sequence[_Card], most_columns: int) -> Image.Image:
+    """A grid; the title is left to the file's name, since the built-in font has few scripts."""
+    font = ImageFont.load_default(_FONT_SIZE)
+    columns = min(most_columns, max(1, len(cards)))
+    rows = -(-len(cards) // columns)
+    width, height = _SIDE + _GAP, _SIDE * 9 // 16 + _LINES * (_FONT_SIZE + 4) + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, max(1, rows) * height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, card in enumerate(cards):
+        left, top = _GAP + place % columns * width, _GAP + place // columns * height
+        size = (_SIDE, _SIDE * 9 // 16)
+        none = Image.new("RGB", size, "lightgray")
+        picture = ImageOps.contain(_picture(card), size) if card.thumbnail else none
+        sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top))
+        below = top + _SIDE * 9 // 16 + 3
+        for line in (f"{card.start} - {card.end}   {card.score}", card.name):
+            draw.text((left, below), _fitting(draw, line, font), fill="black", font=font)
+            below += _FONT_SIZE + 4
+    return sheet
+
+
+def _picture(card: _Card) -> Image.Image:
+    """The thumbnail, which may come from a stranger: a JPEG, and a small one.
+
+    Raises:
+        ArchiveError: it is none.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of large pictures
+            picture = Image.open(io.BytesIO(card.thumbnail), formats=("JPEG",))
+        if max(picture.size) > _LARGEST:
+            raise ValueError(f"{picture.width} x {picture.height} pixels")
+        picture.load()
+        return picture
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DamagedError(f"{card.source}: damaged archive: the thumbnail at {card.best} is no small JPEG") from error
+
+
+def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont) -> str:
+    while draw.textlength(line, font) > _SIDE:
+        line = f"{line[:-4]}..."
+    return line

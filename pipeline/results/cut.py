@@ -1,0 +1,103 @@
+"""clip: a moment of a video as a file of its own."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.results.output import check_output
+from pipeline.times import clock
+from storage.errors import UsageError, VideoProblem
+from storage.files import NO_LINKS, local_path, source_text
+from storage.records import Reason, VideoRow
+from workers.decode.client import Decoder, allowed_pixels
+from workers.sources.identity import check_still_there, in_video
+
+FORMATS = {  # FFmpeg's names, by suffix
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "webm",
+    ".avi": "avi",
+    ".ts": "mpegts",
+    ".mts": "mpegts",
+    ".m2ts": "mpegts",
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file that was cut out; positions in the source, in seconds, as a player of the new file shows it."""
+
+    file: str
+    start_seconds: float
+    end_seconds: float
+    streams: int
+
+
+def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | None, *, overwrite: bool = False) -> Clip:
+    """Copies a moment and its sound into a file, from the keyframe before it on; nothing is encoded again.
+
+    Args:
+        row: the video.
+        start_seconds, end_seconds: positions that a player shows, half-open.
+        file: its suffix names the format; None for VIDEO_START-END in the current folder.
+        overwrite: write over a file that is there.
+    Raises:
+        UsageError: the video is gone or changed, has no picture there, or does not fit into the format; or the file
+            is there already or cannot be written.
+    """
+    source = Path(os.fsdecode(local_path(row.uri)))  # its very bytes, in any locale
+    if row.probe is None:
+        raise UsageError(
+            f"{source_text(row.uri)}: could not be read when it was indexed, so nothing can be cut out of it"
+        )
+    times = f"{clock(start_seconds)}-{clock(end_seconds)}".replace(":", ".")
+    suffix = source.suffix if source.suffix.lower() in FORMATS else ".mkv"
+    out = file or f"{source.stem}_{times}{suffix}"
+    check_output(out, FORMATS)
+    partial = f"{out}.{os.getpid()}.part"
+    try:
+        check_still_there(row)
+        if os.path.exists(out) and os.path.samefile(out, local_path(row.uri)):
+            raise UsageError(f"{out}: is the video itself; name another file")
+        if os.path.lexists(out) and not overwrite:
+            raise UsageError(f"{out}: is there already; name another file, or write over it with --force")
+        done = _write(row, start_seconds, end_seconds, partial, FORMATS[Path(out).suffix.lower()])
+        _put(partial, out, overwrite)
+    except FileExistsError as error:
+        raise UsageError(f"{out}: came to be there meanwhile; name another file, or use --force") from error
+    except VideoProblem as problem:
+        may_fit = problem.reason is Reason.UNSUPPORTED_CODEC and not out.endswith(".mkv")
+        raise UsageError(problem.detail + ("; an .mkv file holds most codecs" if may_fit else "")) from problem
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+    return Clip(out, done["start_seconds"], done["end_seconds"], int(done["stream_count"]))
+
+
+def _put(partial: str, out: str, overwrite: bool) -> None:
+    """Gives a written file its name; of a name that was taken meanwhile FileExistsError, unless it is overwritten."""
+    if not overwrite:
+        try:
+            os.link(partial, out)
+            return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+    os.replace(partial, out)
+
+
+def _write(row: VideoRow, start_seconds: float, end_seconds: float, path: str, container: str) -> dict[str, float]:
+    with open(path, "wb", buffering=0) as new, Decoder(max_pixels=allowed_pixels(row.probe)) as decoder:
+
+        def write(offset: int, data: bytes) -> None:
+            new.seek(offset)
+            new.write(data)
+
+        try:
+            return decoder.cut(local_path(row.uri), row.probe, start_seconds, end_seconds, container, write)
+        except VideoProblem as problem:
+            raise in_video(row, problem) from problem

@@ -1,0 +1,44 @@
+"""Values and moments as JSON holds them."""
+
+import math
+from collections.abc import Mapping
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+from pipeline.results.text import encodable
+from storage.files import source_text
+from storage.records import Moment
+
+
+def json_value(value: Any) -> Any:
+    """What JSON can hold of a value: binary values in hex, times in ISO 8601, null for what is no finite number."""
+    match value:
+        case None | bool() | int():
+            return value
+        case str():
+            return encodable(value)
+        case float() | Decimal():
+            return float(value) if math.isfinite(value) else None
+        case bytes() | bytearray() | memoryview():
+            return bytes(value).hex()
+        case date():
+            return value.isoformat()
+        case Mapping():
+            return {str(key): json_value(item) for key, item in value.items()}
+        case list() | tuple():
+            return [json_value(item) for item in value]
+        case _:
+            return str(value)
+
+
+def moment_json(moment: Moment) -> dict[str, Any]:
+    """A moment as `search --json` and `ask --json` give it."""
+    return {
+        "video_id": moment.video_id,
+        "source": source_text(moment.uri),
+        "start_seconds": round(moment.start_seconds, 6),
+        "end_seconds": round(moment.end_seconds, 6),
+        "best_seconds": round(moment.best_seconds, 6),
+        "score": None if moment.score is None else round(moment.score, 6),
+    }

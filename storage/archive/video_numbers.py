@@ -1,0 +1,84 @@
+"""The table of numbers: the number of each (video, model, sampling), given once and never again."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from storage.archive.delta import RowTable
+from storage.checked import INT32, VIDEO_ID, fits, in_range
+from storage.errors import ArchiveError
+from storage.records import Sampling
+
+NUMBERS = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("video_number", pa.int32(), nullable=False),
+    ]
+)
+
+
+def check(rows: pa.Table) -> None:
+    """Raises Wrong where a row is none that vidx writes."""
+    fits("video_id", rows.column("video_id"), VIDEO_ID)
+    in_range("video_number", rows.column("video_number"), 1, INT32)
+    for sampling in rows.column("sampling").unique().to_pylist():
+        Sampling.from_text(sampling)
+
+
+class NumberTable:
+    """The numbers of one model's videos, by (video id, sampling)."""
+
+    def __init__(self, uri: str, model_id: str):
+        self._table = RowTable(uri, NUMBERS, check)
+        self._model_id = model_id
+
+    def known(self) -> dict[tuple[str, str], int]:
+        """Every number that was given to a video of this model."""
+        return self._known(self._table.rows())
+
+    def all_given(self) -> set[int]:
+        """Every number that was given."""
+        return set(self._table.rows().column("video_number").to_pylist())
+
+    def reserve(self, keys: Sequence[tuple[str, str]], in_use: set[int]) -> dict[tuple[str, str], int]:
+        """The number of each key; those in use elsewhere are not given anew."""
+        wanted = list(dict.fromkeys(keys))
+        given: dict[tuple[str, str], int] = {}
+
+        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            given.clear()
+            given.update(self._known(rows))
+            first = max([0, *rows.column("video_number").to_pylist(), *in_use]) + 1
+            new = [key for key in wanted if key not in given]
+            if first + len(new) > INT32:
+                raise ArchiveError("the archive has given all its numbers; index into a new --archive")
+            given.update(zip(new, range(first, first + len(new))))
+            added = [
+                {"video_id": key[0], "model_id": self._model_id, "sampling": key[1], "video_number": given[key]}
+                for key in new
+            ]
+            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(added, NUMBERS)
+
+        self._table.change(plan)
+        return {key: given[key] for key in wanted}
+
+    def restore(self, lost: Sequence[Mapping[str, str | int]]) -> None:
+        """Adds rows, with the columns of NUMBERS, whose numbers the table does not have."""
+
+        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
+            known = set(rows.column("video_number").to_pylist())
+            missing = [row for row in lost if row["video_number"] not in known]
+            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(missing, NUMBERS)
+
+        self._table.change(plan)
+
+    def _known(self, rows: pa.Table) -> dict[tuple[str, str], int]:
+        columns = (rows.column(name).to_pylist() for name in NUMBERS.names)
+        return {
+            (video_id, sampling): number
+            for video_id, model_id, sampling, number in zip(*columns, strict=True)
+            if model_id == self._model_id
+        }

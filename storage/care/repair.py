@@ -1,0 +1,148 @@
+"""repair: takes out of an archive what is damaged, so that the rest is whole and the gaps can be indexed again."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from storage.archive.archive import Archive, archive_exists, open_archive
+from storage.archive.delta import LOG, cut_short_commit, damaged_checkpoints, drop_file
+from storage.archive.frames import read_times
+from storage.archive.settings import TABLES, archive_uri
+from storage.care.verify import BEYOND_REPAIR, Fault, Verification, verify
+from storage.errors import ArchiveError
+from storage.files import join, local_path, source_text
+from storage.parts.read import part_identity, part_keys
+from storage.records import Problem, Reason, VideoRow
+from storage.vectors.vector_index import drop_index, improve_index, update_index
+
+WhyNot = Callable[[Archive, Sequence[VideoRow]], Mapping[str, Problem]]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done.
+
+    Attributes:
+        found: what was wrong before.
+        to_index: rows of videos that lost frames; they are partial until they are indexed again.
+        notes: what else was lost or set aside, one line each.
+        rows_lost: how many videos have frames and no row any more.
+        spared: rows of videos that keep damaged parts, since they cannot be indexed again and the rest can be read;
+            their problem is why they cannot.
+        left: what is still wrong otherwise.
+    """
+
+    found: Verification
+    to_index: tuple[VideoRow, ...]
+    notes: tuple[str, ...]
+    rows_lost: int = 0
+    spared: tuple[VideoRow, ...] = ()
+    left: tuple[Fault, ...] = ()
+
+
+def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
+    """Makes an archive whole again, as far as what it still holds allows.
+
+    Args:
+        uri: the archive's.
+        why_not: tells of videos, by video_id, why they cannot be indexed again; of those, what can still be read stays.
+    Raises:
+        UsageError: there is no archive.
+        ArchiveError: it cannot be written, or its log is damaged beyond its newest commit.
+    """
+    if not archive_exists(uri):
+        open_archive(uri)  # which says so
+    uri = archive_uri(uri)
+    notes = [*_roll_back(uri)]
+    found = verify(uri)
+    for fault in found.faults:
+        if fault.table is None:
+            raise ArchiveError(f"{fault.path}: {fault.detail}; {BEYOND_REPAIR}")
+    dropped = [*_drop_row_files(uri, found)]
+    notes += dropped
+    archive = open_archive(uri, write=True)
+    spared = _drop_frames(archive, found, why_not)
+    archive.restore_numbers()
+    if dropped:  # damage to the tables of rows hides other kinds
+        spared = _drop_frames(archive, verify(uri), why_not)
+    rows = archive.recount()
+    again = {row.video_id for row in rows}
+    rows += [row for row in archive.videos() if _was_damaged(row) and row.video_id not in again]
+    lost = len(archive.hidden_numbers() - archive.deleted_numbers()) if notes else 0
+    if lost:
+        notes.append(
+            f"the rows of {lost} videos are lost, with their sources, tags and capture times, and whether they were "
+            "deleted. Their frames are not: `vidx index` on their sources, with the manifest that gave the tags, shows "
+            "them again without decoding them, unless `vidx clean` has removed them before. Do not give it what was "
+            "deleted, or delete it again"
+        )
+    if not found.faults:
+        return Repair(found, tuple(rows), tuple(notes), lost)
+    drop_index(archive)
+    update_index(archive)
+    improve_index(archive)
+    left = tuple(fault for fault in verify(uri).faults if fault.table != "frames" or fault.file not in spared)
+    kept = {row.video_id: row for row in spared.values()}
+    return Repair(found, tuple(rows), tuple(notes), lost, tuple(kept.values()), left)
+
+
+def _was_damaged(row: VideoRow) -> bool:
+    """An earlier repair took frames out, and nothing has indexed it since."""
+    return row.problem is not None and row.problem.reason is Reason.DAMAGED
+
+
+def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict[str, VideoRow]:
+    """Takes out damaged parts, and all parts of a video that has frames twice: nobody can say which are right.
+
+    Returns:
+        The damaged parts that stay, with their videos.
+    """
+    bounds = archive.part_bounds()
+    damaged = {fault.file for fault in found.faults if fault.table == "frames" and fault.file}
+    doubled = {fault.video_number for fault in found.faults if fault.video_number is not None}
+    twice = {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()}
+    owners = dict(zip(bounds.path.tolist(), bounds.video_number.tolist(), strict=True))
+    numbers = {owners.get(path) for path in damaged - twice}
+    rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers} if numbers else {}
+    why = why_not(archive, [*rows.values()]) if rows else {}
+    spared = {
+        path: replace(row, problem=why[row.video_id])
+        for path in damaged - twice
+        if (row := rows.get(owners.get(path))) and row.video_id in why and _can_be_read(archive, path, row)
+    }
+    archive.drop_parts((damaged | twice) - set(spared))
+    return spared
+
+
+def _can_be_read(archive: Archive, path: str, row: VideoRow) -> bool:
+    """Whether a damaged part still says when its frames are and that they are this video's, and has all search keys."""
+    try:
+        read_times(archive.frames_uri, path)
+        part_keys(archive.frames_uri, path)
+        return part_identity(archive.frames_uri, path)["video_number"] == row.video_number
+    except ArchiveError:
+        return False
+
+
+def _roll_back(uri: str) -> Iterator[str]:
+    """Sets aside what a power cut left empty or cut short: the newest commit of a table, and summaries of its log."""
+    for name in TABLES:
+        table_uri = join(uri, name)
+        for summary in damaged_checkpoints(table_uri):
+            yield _set_aside(join(table_uri, LOG, summary), "this summary of the log is damaged")
+        commit = cut_short_commit(table_uri)
+        if commit is not None:
+            yield _set_aside(join(table_uri, LOG, commit), "this commit was cut short")
+
+
+def _set_aside(uri: str, what: str) -> str:
+    place = local_path(uri)
+    os.replace(place, place + b".damaged")
+    return f"{source_text(uri)}: {what} and is set aside"
+
+
+def _drop_row_files(uri: str, found: Verification) -> Iterator[str]:
+    for fault in found.faults:
+        if fault.table in ("videos", "numbers") and fault.file:
+            drop_file(join(uri, fault.table), fault.file)
+            yield f"{fault.path}: damaged, taken out of the archive"

@@ -1,0 +1,177 @@
+"""verify: whether every byte of an archive is what was written, and whether its tables agree with one another."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.archive.archive import Archive, archive_exists, open_archive
+from storage.archive.delta import cut_short_commit, damaged_checkpoints, file_sizes, open_table
+from storage.archive.frames import PartBounds, read_times
+from storage.archive.settings import TABLES, archive_uri
+from storage.checked import Wrong, refuse_other_kinds
+from storage.errors import DamagedError
+from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
+from storage.parts.read import part_identity
+from storage.vectors.vector_index import index_faults
+
+BEYOND_REPAIR = (
+    "this cannot be repaired: restore the archive from a copy, or index the videos again into a new --archive"
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is not as it was written.
+
+    Attributes:
+        path: of the file or folder, as people read it.
+        detail: what is wrong with it.
+        table: the table that it belongs to, "index", or None for a log.
+        file: its name there, where one file is at fault.
+        sources: the videos whose frames it holds, as people read them.
+        video_number: of the video that has frames twice.
+        is_mendable: whether `repair` can do something about it.
+    """
+
+    path: str
+    detail: str
+    table: str | None
+    file: str | None = None
+    sources: tuple[str, ...] = ()
+    video_number: int | None = None
+    is_mendable: bool = True
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and what is wrong."""
+
+    files: int
+    size_bytes: int
+    frames: int
+    faults: tuple[Fault, ...]
+
+
+def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Reads the whole archive and checks it.
+
+    Every file against its checksum; every part against what the log says of it and against the videos table; every
+    frame against being stored twice; the index against the keys of the parts.
+
+    Args:
+        uri: the archive's.
+        report: is told after each file how many of how many have been read.
+    Raises:
+        UsageError: there is no archive.
+    """
+    if not archive_exists(uri):
+        open_archive(uri)  # which says so
+    uri = archive_uri(uri)
+    files, faults = [], []
+    for name in TABLES:
+        try:
+            files += [(name, path, size) for path, size in file_sizes(open_table(join(uri, name))).items()]
+        except DamagedError as error:
+            path, _, detail = str(error).partition(": ")
+            mendable = bool(cut_short_commit(join(uri, name)) or damaged_checkpoints(join(uri, name)))
+            faults.append(Fault(path, detail, None, is_mendable=mendable))
+    if faults:
+        return Verification(0, 0, 0, tuple(faults))  # without its logs nobody can say which files it has
+    damaged = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and checksums release the interpreter lock
+        found = pool.map(lambda file: _file_fault(join(uri, file[0], file[1]), file[2]), files)
+        for done, ((name, path, _), detail) in enumerate(zip(files, found, strict=True), 1):
+            report(done, len(files))
+            if detail:
+                damaged[name, path] = detail
+    size_bytes = sum(size for _, _, size in files)
+    if any(name != "frames" for name, _ in damaged):
+        faults = [
+            Fault(source_text(join(uri, name, path)), detail, name, path) for (name, path), detail in damaged.items()
+        ]
+        return Verification(len(files), size_bytes, 0, tuple(faults))  # whose frames they are cannot be told
+    archive = open_archive(uri)
+    bounds = archive.part_bounds()
+    faults = [*_part_faults(archive, bounds, {path: detail for (_, path), detail in damaged.items()})]
+    faults += _row_faults(archive, bounds)
+    if not faults:
+        faults += [Fault(source_text(place), detail, "index") for place, detail in index_faults(archive)]
+    return Verification(len(files), size_bytes, int(bounds.row_count.sum()), tuple(faults))
+
+
+def _file_fault(uri: str, size: int) -> str:
+    """What is wrong with the bytes of a file; nothing where they are right."""
+    try:
+        refuse_other_kinds(uri)
+        if (found := file_size(uri)) != size:
+            return f"damaged: it has {found} bytes, and {size} were written"
+        wanted = checksum_in_name(uri.rsplit("/", 1)[-1])
+        if wanted is None:
+            return "its name carries no checksum, so another program wrote it"
+        found = checksum_of(uri)
+        return "" if found == wanted else f"damaged: its checksum is {found:08x}, and {wanted:08x} was written"
+    except Wrong as error:
+        return f"damaged: {error}"
+    except FileNotFoundError:
+        return "missing, though the archive names it"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str]) -> Iterator[Fault]:
+    """Damaged parts, those that are not what the log says of them, and frames that are stored twice."""
+    sources = archive.sources()
+    ticks: dict[int, list[np.ndarray]] = defaultdict(list)
+    for place, path in enumerate(bounds.path.tolist()):
+        number = int(bounds.video_number[place])
+        shown = (sources[number],) if number in sources else ()
+        uri = join(archive.frames_uri, path)
+        detail = damaged.get(path, "")
+        if not detail:
+            try:
+                times = read_times(archive.frames_uri, path)
+                owner = part_identity(archive.frames_uri, path)["video_number"]
+            except DamagedError as error:  # written so, by another program
+                yield Fault(source_text(uri), str(error).partition(": ")[2], "frames", path, shown)
+                continue
+            held = (len(times.ticks), *_ends(times.frame_index), *_ends(times.time_seconds))
+            said = (bounds.row_count, bounds.first_index, bounds.last_index, bounds.first_seconds, bounds.last_seconds)
+            if (owner, held) == (number, tuple(column[place] for column in said)):
+                ticks[number].append(times.ticks)
+                continue
+            detail = f"the log says another video, rows or times of it than the {len(times.ticks)} rows that it holds"
+        yield Fault(source_text(uri), detail, "frames", path, shown)
+    for number, pieces in ticks.items():
+        joined = np.concatenate(pieces)
+        twice = len(joined) - len(np.unique(joined))
+        if twice:
+            shown = (sources[number],) if number in sources else ()
+            detail = f"{twice} frames are stored twice"
+            yield Fault(source_text(archive.frames_uri), detail, "frames", None, shown, number)
+
+
+def _ends(values: np.ndarray) -> tuple:
+    return values.min(), values.max()
+
+
+def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
+    """Videos whose rows say more frames than are stored, or a number that is another's.
+
+    Fewer they may say: a job commits frames first, and publishes the row when it has all of them.
+    """
+    stored = bounds.frame_counts()
+    given, place = archive.numbers(), source_text(join(archive.uri, "videos"))
+    for row in archive.videos():
+        source = source_text(row.uri)
+        if row.video_number is None:
+            continue
+        if row.frame_count > stored[row.video_number]:
+            detail = f"{source} has {row.frame_count} frames by its row, and {stored[row.video_number]} are stored"
+            yield Fault(place, detail, "videos", None, (source,))
+        if given.get((row.video_id, row.sampling)) != row.video_number:
+            detail = f"{source} has the number {row.video_number}, which is not its own"
+            yield Fault(place, detail, "videos", None, (source,))

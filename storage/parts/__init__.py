@@ -1,0 +1,5 @@
+"""Parts: the Parquet files that hold the frames of one segment each, tokens, patches, search keys and thumbnails.
+
+In: TokenBatch. Out: Receipt; later single cells, mapped and checked row by row.
+Imports: nothing.
+"""

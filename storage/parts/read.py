@@ -1,0 +1,395 @@
+"""Reads single cells of parts in place: offsets from the footer, bytes from the mapped file, checked row by row."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow.parquet as pq
+
+from storage.checked import Wrong, member, parse_json, place_of, text
+from storage.errors import ArchiveError, DamagedError
+from storage.files import file_size, join, local_path, map_file, read_ranges, source_text
+from storage.parts.layout import (
+    CELLS_KEY,
+    PROBLEM_KEY,
+    SHAPES_KEY,
+    cell_widths,
+    damage,
+    open_parquet,
+    read_part_columns,
+    shapes_of,
+    unpack_patches,
+)
+from storage.records import FrameRef, PatchRows, Problem, Reason
+
+CHECKSUM_BYTES = 4  # of one cell of a row
+NEAR_BYTES = 256  # the checksums of rows that follow one another are no further apart
+LENGTH_BYTES = 4  # Parquet's plain BYTE_ARRAY puts each value's length before it
+MAX_PAGE_HEADER_BYTES = 1024
+PARTS_KEPT_OPEN = 256  # each holds a file descriptor
+
+
+@dataclass(frozen=True, repr=False)
+class _PartFile:
+    """An open part: where its row groups begin, and where the cells of its columns lie.
+
+    Attributes:
+        content: (bytes,) uint8, the file mapped, or None where it has to be fetched.
+        group_starts: (G + 1,) int64, first row of each row group; the last entry is the row count.
+        widths: bytes of each cell, None where they differ, by binary column in file order.
+        bases: (G,) int64 for each column that can be read in place, where its first value's length stands.
+        problem: why it does not hold the whole of its segment, or None.
+    """
+
+    uri: str
+    content: np.ndarray | None
+    group_starts: np.ndarray
+    widths: dict[str, int | None]
+    shapes: dict[str, list[int]]
+    bases: dict[str, np.ndarray]
+    problem: Problem | None
+
+
+def read_cells(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> np.ndarray:
+    """(T, width) uint8: one binary column of the given frames, a copy, each cell checked against its CRC32C.
+
+    Raises:
+        ArchiveError: a part is missing or damaged (the message names file and row), or keeps no such column.
+        ValueError: the frames' cells are not equally long.
+    """
+    cells = None
+    for part_name, places, rows in _by_part(refs):
+        part = _open_part(frames_uri, part_name)
+        found = _checked_rows(part, column, rows)
+        width = part.widths[column]
+        if width is None:
+            raise ValueError(f"{column}: cells of any length; use read_thumbnails")
+        if len(rows) == len(refs):  # all from one part, so in the order asked for
+            return np.ascontiguousarray(found)
+        if cells is None:
+            cells = np.empty((len(refs), width), np.uint8)
+        if width != cells.shape[1]:
+            raise ValueError(f"{column}: cells of {width} and of {cells.shape[1]} bytes in one read")
+        cells[places] = found
+    return np.empty((0, 0), np.uint8) if cells is None else cells
+
+
+def read_tokens(frames_uri: str, refs: Sequence[FrameRef], token_shape: tuple[int, int] | None = None) -> np.ndarray:
+    """(T, C*C, H) float16: the vision tokens after pre-fusion.
+
+    Args:
+        frames_uri: the archive's frames table.
+        refs: the frames, in the order wanted.
+        token_shape: (C*C, H) that the model expects, or None for what the parts say.
+    Raises:
+        ArchiveError: a part is missing or damaged, or holds tokens of another shape.
+    """
+    return _read_floats(frames_uri, "token", refs, token_shape)
+
+
+def read_compressor_out(
+    frames_uri: str, refs: Sequence[FrameRef], token_shape: tuple[int, int] | None = None
+) -> np.ndarray:
+    """(T, C*C, D) float16: the compressor's output before the projector; arguments and errors as read_tokens."""
+    return _read_floats(frames_uri, "compressor_out", refs, token_shape)
+
+
+def read_keys(frames_uri: str, refs: Sequence[FrameRef]) -> np.ndarray:
+    """(T, E) float16: the search keys."""
+    return _read_floats(frames_uri, "search_key", refs, None)
+
+
+def read_patches(frames_uri: str, refs: Sequence[FrameRef], width: int | None = None) -> PatchRows:
+    """The patch tier of the frames.
+
+    Args:
+        frames_uri: the archive's frames table.
+        refs: the frames, in the order wanted.
+        width: D that the model expects, or None for what the parts say.
+    Raises:
+        ArchiveError: a part is missing, damaged, keeps no patches (`keeps` tells), or patches of another width.
+        ValueError: the frames do not all keep the same number of rows (`cell_shape` tells).
+    """
+    if not refs:
+        raise ValueError("no frames to read patches of")
+    cells = read_cells(frames_uri, "patches", refs)
+    part = _open_part(frames_uri, refs[0].part)
+    rows, stored = part.shapes["patches"]
+    if width not in (None, stored):
+        raise ArchiveError(f"{source_text(part.uri)}: patches of width {stored}, where the model has {width}")
+    return unpack_patches(cells, rows, stored)
+
+
+def read_thumbnails(frames_uri: str, refs: Sequence[FrameRef]) -> list[bytes]:
+    """Small JPEG files of the frames."""
+    found = [b""] * len(refs)
+    for part_name, places, rows in _by_part(refs):
+        part = _open_part(frames_uri, part_name)
+        for place, cell in zip(places, _checked_rows(part, "thumbnail", rows), strict=True):
+            found[place] = cell
+    return found
+
+
+def keeps(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> bool:
+    """Whether every one of the frames has a cell in this column; opens each part's footer once."""
+    names = {ref.part for ref in refs}
+    return all(column in _open_part(frames_uri, name).widths for name in names)
+
+
+def cell_shape(frames_uri: str, column: str, ref: FrameRef) -> tuple[int, ...] | None:
+    """The shape behind a frame's cell, (K, D) for patches; None where its part keeps no such column."""
+    shape = _open_part(frames_uri, ref.part).shapes.get(column)
+    return None if shape is None else tuple(shape)
+
+
+def part_problem(frames_uri: str, part_name: str) -> Problem | None:
+    """Why a part does not hold the whole of its segment; None where it does."""
+    return _open_part(frames_uri, part_name).problem
+
+
+def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
+    """Whose frames a part holds: video_id, model_id, sampling and video_number."""
+    names = ("video_id", "model_id", "sampling", "video_number")
+    return read_part_columns(frames_uri, part_name, names).slice(0, 1).to_pylist()[0]
+
+
+def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -> np.ndarray | None:
+    """Search keys of a part, (T, E) float16; None where it keeps none.
+
+    Args:
+        frames_uri: the archive's frames table.
+        part_name: the part.
+        rows: (T,) int64, which; None for all.
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
+    part = _open_part(frames_uri, part_name)
+    if "search_key" not in part.widths:
+        return None
+    rows = np.arange(int(part.group_starts[-1])) if rows is None else rows
+    return np.ascontiguousarray(_checked_rows(part, "search_key", rows)).view("<f2")
+
+
+def key_offsets(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each search key of a part, and its CRC32C, stands in the file, (T,) int64 each; -1 where not in place."""
+    part = _open_part(frames_uri, part_name)
+    rows = np.arange(int(part.group_starts[-1]))
+    if not {"search_key", "checksums"} <= part.bases.keys():
+        return np.full(len(rows), -1), np.full(len(rows), -1)
+    place = 4 * list(part.widths).index("search_key")
+    keys, checksums = (_offsets(part, name, rows) + LENGTH_BYTES for name in ("search_key", "checksums"))
+    return keys, checksums + place
+
+
+def read_keys_at(
+    frames_uri: str, part_name: str, rows: np.ndarray, keys: np.ndarray, checksums: np.ndarray, width: int
+) -> np.ndarray:
+    """(T, E) float16: search keys of a part by offsets that were worked out before; its footer is not read.
+
+    Args:
+        frames_uri: the archive's frames table.
+        part_name: the part.
+        rows: (T,) int64, which.
+        keys, checksums: (T,) int64, as key_offsets gives them.
+        width: E.
+    Raises:
+        ArchiveError: the part is missing or damaged.
+    """
+    uri = join(frames_uri, part_name)
+    path = local_path(uri)
+    if path is None or (keys < 0).any():
+        return part_keys(frames_uri, part_name, rows)
+    found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
+    with damage(uri):
+        place_of(frames_uri, part_name)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(file).st_size
+            if keys.max() > size - 2 * width or not 0 <= checksums.min() <= checksums.max() <= size - CHECKSUM_BYTES:
+                raise DamagedError(f"{source_text(uri)}: damaged, or its index is: a search key lies beyond its end")
+            for start, end in _spans(keys, checksums, stride):
+                first, last = int(checksums[start]), int(checksums[end - 1])
+                cells = os.pread(file, (end - start) * stride, int(keys[start]))  # and four bytes of what comes next
+                sums = os.pread(file, last + CHECKSUM_BYTES - first, first)
+                for row, at in enumerate((checksums[start:end] - first).tolist()):
+                    cell = cells[row * stride : row * stride + 2 * width]
+                    if google_crc32c.value(cell) != int.from_bytes(sums[at : at + CHECKSUM_BYTES], "little"):
+                        raise DamagedError(
+                            f"{source_text(uri)}: damaged: search_key of row {rows[start + row]} does not match its "
+                            "checksum"
+                        )
+                found[start:end] = np.frombuffer(cells, np.uint8).reshape(-1, stride)[:, : 2 * width]
+        finally:
+            os.close(file)
+    return found.view("<f2")
+
+
+def _spans(keys: np.ndarray, checksums: np.ndarray, stride: int) -> Iterable[tuple[int, int]]:
+    """Stretches of keys that stand one after another in the file, and whose checksums stand near each other."""
+    steps = np.diff(checksums)
+    cuts = (np.diff(keys) != stride) | (steps <= 0) | (steps > NEAR_BYTES)
+    return pairwise([0, *(np.flatnonzero(cuts) + 1).tolist(), len(keys)])
+
+
+def _read_floats(frames_uri: str, column: str, refs: Sequence[FrameRef], wanted: tuple[int, ...] | None) -> np.ndarray:
+    cells = read_cells(frames_uri, column, refs)
+    if not len(refs):
+        return np.empty((0, *(wanted or (0, 0))), np.float16)
+    part = _open_part(frames_uri, refs[0].part)
+    shape = tuple(part.shapes.get(column) or wanted or ())
+    if (wanted is not None and shape != tuple(wanted)) or 2 * math.prod(shape) != cells.shape[1]:
+        raise ArchiveError(
+            f"{source_text(part.uri)}: {column} of shape {shape}, {cells.shape[1]} bytes, where the model has {wanted}"
+        )
+    return cells.view("<f2").astype(np.float16, copy=False).reshape(len(refs), *shape)
+
+
+def _by_part(refs: Sequence[FrameRef]) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+    """(part, places in refs, rows in the part) for each part that the frames lie in."""
+    names = [ref.part for ref in refs]
+    rows = np.fromiter((ref.row for ref in refs), np.int64, len(refs))
+    if len(set(names)) == 1:
+        yield names[0], np.arange(len(refs)), rows
+        return
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    for name, found in places.items():
+        yield name, np.array(found), rows[found]
+
+
+@lru_cache(maxsize=PARTS_KEPT_OPEN)
+def _open_part(frames_uri: str, name: str) -> _PartFile:
+    """Parts never change once committed, so an open one stays good."""
+    uri = join(frames_uri, name)
+    with damage(uri):
+        mapping = map_file(place_of(frames_uri, name))
+        with open_parquet(uri) as file:
+            footer = file.metadata
+        metadata = footer.metadata or {}
+        if CELLS_KEY not in metadata:
+            raise Wrong(f"not written by vidx (no {CELLS_KEY.decode()} in its metadata)")
+        shapes = shapes_of(parse_json(metadata.get(SHAPES_KEY, b"")))
+        widths = cell_widths(shapes)
+        if parse_json(metadata[CELLS_KEY]) != widths or list(parse_json(metadata[CELLS_KEY])) != list(widths):
+            raise Wrong("its cells are not as wide as their shapes")
+        problem = _problem(parse_json(metadata.get(PROBLEM_KEY, b"null")))
+    group_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
+    content = None if mapping is None else np.frombuffer(mapping, np.uint8)
+    return _PartFile(uri, content, starts, widths, shapes, _bases(footer, widths, file_size(uri)), problem)
+
+
+def _problem(document: Any) -> Problem | None:
+    if document is None:
+        return None
+    detail = text("detail", member(document, "detail"), ".*")
+    return Problem(Reason(text("reason", member(document, "reason"))), detail)
+
+
+def _bases(footer: pq.FileMetaData, widths: dict[str, int | None], size: int) -> dict[str, np.ndarray]:
+    """Where the values of each column begin in each row group, for the columns laid out to be read in place."""
+    bases = {}
+    for number in range(footer.num_columns):
+        column = footer.schema.column(number)
+        width = widths.get(column.path)
+        if width is None or column.max_definition_level or column.physical_type != "BYTE_ARRAY":
+            continue
+        starts = [_chunk_base(footer.row_group(group), number, width) for group in range(footer.num_row_groups)]
+        if all(start is not None and 0 <= start <= size for start in starts):
+            bases[column.path] = np.array(starts, np.int64)
+    return bases
+
+
+def _chunk_base(group: pq.RowGroupMetaData, number: int, width: int) -> int | None:
+    chunk = group.column(number)
+    values = group.num_rows * (width + LENGTH_BYTES)
+    header = chunk.total_compressed_size - values
+    plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page and "PLAIN" in chunk.encodings
+    if not plain or not 0 < header <= MAX_PAGE_HEADER_BYTES:
+        return None
+    return chunk.data_page_offset + header
+
+
+def _checked_rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[bytes]:
+    """Cells of one column, (T, width) uint8 or a list where lengths differ; every one equals its checksum."""
+    if column not in part.widths:
+        raise ArchiveError(f"{source_text(part.uri)}: keeps no {column}")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < part.group_starts[-1]:
+        raise DamagedError(
+            f"{source_text(part.uri)}: damaged: row {rows.max()} of {part.group_starts[-1]} is asked for"
+        )
+    cells = _rows(part, column, rows)
+    if column == "checksums":
+        return cells
+    place = list(part.widths).index(column)
+    wanted = np.ascontiguousarray(_rows(part, "checksums", rows)).view("<u4")[:, place].tolist()
+    for row, cell, checksum in zip(rows, cells, wanted, strict=True):
+        if google_crc32c.value(cell) != checksum:
+            raise DamagedError(f"{source_text(part.uri)}: damaged: {column} of row {row} does not match its checksum")
+    return cells
+
+
+def _rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[bytes]:
+    with damage(part.uri):
+        if column in part.bases:
+            cells = _rows_in_place(part, column, rows)
+            if cells is not None:
+                return cells
+        return _rows_through_pyarrow(part, column, rows)
+
+
+def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | None:
+    """(T, width) uint8, or None where the lengths before the values show that they lie elsewhere."""
+    width = part.widths[column]
+    stride = width + LENGTH_BYTES
+    offsets = _offsets(part, column, rows)
+    if part.content is None:
+        joined = np.frombuffer(b"".join(read_ranges(part.uri, offsets.tolist(), stride)), np.uint8)
+        content, offsets = joined, np.arange(len(rows)) * stride
+    else:
+        content = part.content
+    if len(rows) and (offsets.min() < 0 or offsets.max() > len(content) - stride):
+        return None
+    lengths = _gather(content, offsets, LENGTH_BYTES).view("<u4")
+    if (lengths != width).any():
+        return None
+    return _gather(content, offsets + LENGTH_BYTES, width)
+
+
+def _offsets(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray:
+    """(T,) int64: where the lengths before the values stand."""
+    stride = part.widths[column] + LENGTH_BYTES
+    groups = np.searchsorted(part.group_starts, rows, "right") - 1
+    return part.bases[column][groups] + (rows - part.group_starts[groups]) * stride
+
+
+def _gather(content: np.ndarray, offsets: np.ndarray, width: int) -> np.ndarray:
+    """(T, width) uint8: a copy of width bytes from each offset, one memcpy each."""
+    windows = np.ndarray((len(content) - width + 1,), f"V{width}", content, 0, (1,))
+    return windows[offsets].view(np.uint8).reshape(len(offsets), width)
+
+
+def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[bytes]:
+    """The same for a file laid out otherwise, and for cells of any length: whole row groups are read."""
+    groups = np.searchsorted(part.group_starts, rows, "right") - 1
+    cells: list[bytes] = [b""] * len(rows)
+    with open_parquet(part.uri) as file:
+        for group in np.unique(groups).tolist():
+            values = file.read_row_group(group, columns=[column]).column(column)
+            if values.null_count or len(values) != part.group_starts[group + 1] - part.group_starts[group]:
+                raise Wrong(f"a {column} is missing")
+            for place in np.flatnonzero(groups == group).tolist():
+                cells[place] = values[int(rows[place] - part.group_starts[group])].as_py()
+    width = part.widths[column]
+    if width is None:
+        return cells
+    if any(len(cell) != width for cell in cells):
+        raise DamagedError(f"{source_text(part.uri)}: damaged: a {column} is not {width} bytes long")
+    return np.frombuffer(b"".join(cells), np.uint8).reshape(len(rows), width)

@@ -1,0 +1,378 @@
+"""SQL over the archive: DuckDB views `videos` and `frames` of what is published, and nothing else to be reached."""
+
+import contextlib
+import decimal
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyarrow import fs
+
+from storage.archive.archive import Archive
+from storage.archive.delta import refuse_links
+from storage.errors import ArchiveError, DamagedError, UsageError
+from storage.files import is_text, local_path, source_text
+from storage.parts.layout import BINARY, COLUMNS
+from storage.processes import anonymous_bytes, physical_memory
+from storage.records import Status
+
+# Times come as plain TIMESTAMPs in UTC (_offer_views): a cast here would take the session's time zone.
+_VIDEOS_VIEW = """
+CREATE VIEW videos AS SELECT
+    video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
+    rotation_degrees, duration_seconds, clock_offset_seconds, frame_count AS frames, size_bytes,
+    captured_at, CASE WHEN captured_at IS NOT NULL THEN coalesce(captured_from, 'manifest') END AS captured_from, tags,
+    model_id, sampling, attempts, indexed_at, sandbox_missing
+FROM stored_videos
+"""
+_FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
+_JOINED = "frames JOIN videos USING (video_number, video_id, model_id, sampling)"
+BATCH_ROWS = 1024
+LOOK_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # for a statement beyond its limits to hear of it
+# What stands in an error that comes from reading parts.
+_OF_PARTS = ("registered as 'stored_frames' failed", "get_next failed", "arrow_scan")
+_READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing
+
+
+@dataclass(frozen=True)
+class SqlLimits:
+    """What a statement may take.
+
+    Attributes:
+        seconds: from its beginning until its last row is asked for.
+        memory_bytes: besides what the process had before.
+    """
+
+    seconds: float = 300.0
+    memory_bytes: int = min(4_000_000_000, physical_memory() // 2)
+
+
+class SqlResult:
+    """The rows of a statement, computed as they are asked for.
+
+    Attributes:
+        columns: names, unique: repeated ones are numbered, as DuckDB does in a subquery.
+    """
+
+    def __init__(self, relation: duckdb.DuckDBPyRelation | None, calls: Callable[[], AbstractContextManager]):
+        self.columns = [] if relation is None else _unique(relation.columns)
+        self._relation = relation
+        self._calls = calls
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, BATCH_ROWS at a time, as Arrow has them.
+
+        Raises:
+            UsageError: a cell cannot be computed, or a limit is reached.
+            ArchiveError: a part is missing or damaged.
+        """
+        if self._relation is None:
+            return
+        with self._calls():
+            reader = self._relation.to_arrow_reader(BATCH_ROWS)
+        while True:
+            with self._calls():
+                batch = next(reader, None)
+            if batch is None:
+                return
+            yield batch
+
+    def rows(self) -> Iterator[tuple]:
+        """The rows as Python values, as run_sql gives them."""
+        for batch in self.batches():
+            yield from _rows(batch, self._relation.types)
+
+
+def run_sql(archive: Archive, statement: str, limits: SqlLimits | None = None) -> tuple[list[str], list[tuple]]:
+    """Column names and rows of one SELECT over the views `videos` and `frames`.
+
+    Cells are Python values: times are UTC without a zone, tags and other maps dicts, binary cells bytes. The binary
+    columns of `frames` (token, compressor_out, search_key, patches, thumbnail, checksums) are there only when the
+    statement names them.
+
+    Column names are unique: repeated ones are numbered, as DuckDB does in a subquery.
+
+    Args:
+        archive: which.
+        statement: in DuckDB's SQL.
+        limits: None for the usual ones.
+    Raises:
+        UsageError: the statement is wrong, is not one reading statement, reaches for files or settings, or takes more
+            than it may.
+        ArchiveError: a part is missing or damaged.
+    """
+    with stream_sql(archive, statement, limits) as result:
+        return result.columns, list(result.rows())
+
+
+@contextlib.contextmanager
+def stream_sql(
+    archive: Archive,
+    statement: str,
+    limits: SqlLimits | None = None,
+    give_up: Callable[[str], NoReturn] | None = None,
+) -> Iterator[SqlResult]:
+    """The same, row by row: never more of the result in memory than a batch.
+
+    Args:
+        archive, statement, limits: as run_sql has them.
+        give_up: ends the process with a message where a statement beyond its limits does not hear that it has to stop,
+            as in a single call of a function that takes minutes; without it, such a one goes on to the end of that.
+    """
+    if not is_text(statement):
+        raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
+    limits = limits or SqlLimits()
+    connection = duckdb.connect(":memory:")
+    watch = _Watch(connection, limits, give_up)
+    calls = partial(_in_plain_words, archive, watch)
+    try:
+        with calls():
+            connection.execute("SET TimeZone = 'UTC'")  # else the machine's, for now(), casts and dates in a statement
+            connection.execute(f"SET memory_limit = '{limits.memory_bytes}B'")
+            connection.execute("SET temp_directory = ''")  # what does not fit is refused, and goes to no disk
+            _offer_views(connection, archive, statement)
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+            _refuse_other_statements(connection, statement)
+            relation = connection.sql(statement)
+        yield SqlResult(relation, calls)
+    finally:
+        watch.end()
+        connection.close()
+
+
+class _Watch:
+    """Stops what a connection does when it takes longer, or more memory, than it may.
+
+    Attributes:
+        why: the limit that was reached, as people read it; empty before.
+        limits: of the statement.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, limits: SqlLimits, give_up: Callable | None):
+        self.why = ""
+        self._connection = connection
+        self.limits = limits
+        self._give_up = give_up
+        self._before = anonymous_bytes()
+        self._begun, self._over_since = time.monotonic(), 0.0
+        self._is_working = False
+        self._changing = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While the connection is at work.
+
+        Raises:
+            UsageError: a limit was reached before.
+        """
+        with self._changing:
+            if self.why:
+                raise UsageError(self.why)
+            self._is_working = True
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._is_working = False
+
+    def end(self) -> None:
+        """Looks no more."""
+        self._ended.set()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            with self._changing:
+                self.why = self.why or self._reached()
+                if not self.why or not self._is_working:
+                    self._over_since = 0.0
+                    continue
+                self._over_since = self._over_since or time.monotonic()
+                self._connection.interrupt()  # again and again: one before a call has begun is lost
+            if self._give_up is not None and time.monotonic() - self._over_since > GRACE_SECONDS:
+                self._give_up(self.why)
+
+    def _reached(self) -> str:
+        if time.monotonic() - self._begun > self.limits.seconds:
+            return f"SQL: not done after {self.limits.seconds:g} s; allow more with --timeout, or ask for less"
+        if anonymous_bytes() - self._before > self.limits.memory_bytes:
+            return too_much_memory(self.limits)
+        return ""
+
+
+def too_much_memory(limits: SqlLimits) -> str:
+    """The line that says so."""
+    allowed = f"{limits.memory_bytes / 1e6:,.0f} MB"
+    return f"SQL: takes more than {allowed} of memory; allow more with --memory, or ask for less"
+
+
+@contextlib.contextmanager
+def _in_plain_words(archive: Archive, watch: _Watch) -> Iterator[None]:
+    """A call to DuckDB; what goes wrong in it is told in one line."""
+    try:
+        with watch.working():
+            yield
+    except (duckdb.Error, OSError, MemoryError) as error:  # Arrow's reader turns DuckDB's errors into OSErrors
+        raise _plain_error(archive, watch, error) from error
+
+
+def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | None]:
+    """The frames that an SQL condition on columns of `videos` and `frames` is true of.
+
+    A column that both views have is the video's, unless the condition names columns of frames alone too: then it has to
+    be written `videos.name` or `frames.name`.
+
+    Returns:
+        By video number: the frames' indexes, ascending, or None for all frames of the video.
+    Raises:
+        UsageError: the condition is wrong, or reaches for files or settings.
+        ArchiveError: a part is missing or damaged.
+    """
+    try:
+        _, rows = run_sql(archive, f"SELECT DISTINCT video_number FROM videos WHERE (\n{condition}\n)")
+        return {number: None for (number,) in rows if number is not None}
+    except UsageError as error:
+        if not isinstance(error.__cause__, duckdb.BinderException):
+            raise
+    statement = f"SELECT video_number, frame_index FROM {_JOINED} WHERE (\n{condition}\n) ORDER BY ALL"
+    with stream_sql(archive, statement) as result:
+        pieces = [(batch.column(0).to_numpy(), batch.column(1).to_numpy()) for batch in result.batches()]
+        nothing = np.empty(0, np.int64)
+        numbers, indexes = (np.concatenate([nothing, *column]) for column in zip(*pieces)) if pieces else (nothing,) * 2
+        unique, starts = np.unique(numbers, return_index=True)
+        ends = [*starts[1:], len(indexes)]
+        return {number: indexes[start:end] for number, start, end in zip(unique.tolist(), starts, ends[: len(unique)])}
+
+
+def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -> set[str]:
+    """The URIs of the videos that an SQL condition is true of.
+
+    Args:
+        archive: whose videos; deleted ones are not looked at.
+        condition: on columns of `videos`. One that names columns of `frames` too is true of a video where it is true of
+            any of its frames.
+        of_frames: whether it may name columns of `frames`.
+    Raises:
+        UsageError: the condition is wrong, or reaches for files or settings.
+        ArchiveError: a part is missing or damaged.
+    """
+    try:
+        _, rows = run_sql(archive, f"SELECT source_uri FROM videos WHERE (\n{condition}\n)")
+    except UsageError as error:
+        if not (of_frames and isinstance(error.__cause__, duckdb.BinderException)):
+            raise
+        statement = f"SELECT DISTINCT source_uri FROM {_JOINED} WHERE (\n{condition}\n)"
+        _, rows = run_sql(archive, statement)
+    return {uri for (uri,) in rows}
+
+
+def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
+    rows = archive.videos_arrow()
+    rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
+    source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
+    for name in ("captured_at", "indexed_at"):
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, name, rows.column(place).cast(pa.timestamp("us")))  # UTC, without its zone
+    connection.register("stored_videos", rows.append_column("source", source))
+    connection.execute(_VIDEOS_VIEW)
+    words = set(re.findall(r"\w+", statement.lower()))
+    named = [field for field in COLUMNS if field.name not in BINARY or field.name in words]
+    connection.register("stored_frames", _frames_dataset(archive, pa.schema(named)))
+    connection.execute(_FRAMES_VIEW.format(columns=", ".join(field.name for field in named)))
+
+
+def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
+    """Parts of published videos, opened and read as the statement streams through them."""
+    refuse_links(archive.frames_uri)
+    schema = pa.schema([field.with_nullable(True) for field in schema])
+    file_system, place = _arrow_file_system(archive.frames_uri)
+    checked = ds.ParquetFileFormat(
+        default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    )
+    ids = archive.published()
+    number, video_id = ds.field("video_number"), ds.field("video_id")
+    fragments = [
+        checked.make_fragment(
+            f"{place}/{part.path}",
+            file_system,
+            # what all rows of the part have in common: a statement about one video opens no other's parts
+            (number == pa.scalar(part.video_number, pa.int32())) & (video_id == ids[part.video_number]),
+        )
+        for part in archive.parts()
+    ]
+    return ds.FileSystemDataset(fragments, schema, checked, file_system)
+
+
+def _arrow_file_system(uri: str) -> tuple[fs.FileSystem, str]:
+    path = local_path(uri)
+    if path is not None:
+        return fs.LocalFileSystem(), path.decode()
+    import fsspec
+
+    remote, place = fsspec.core.url_to_fs(uri)
+    return fs.PyFileSystem(fs.FSSpecHandler(remote)), place
+
+
+def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
+    statements = connection.extract_statements(statement)
+    if len(statements) != 1:
+        raise UsageError(f"one SQL statement at a time, not {len(statements)}")
+    kind = statements[0].type.name
+    if kind not in _READING:
+        raise UsageError(f"{kind} is not possible here: the archive is only read; write a SELECT on videos and frames")
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Numbers repeated names, whatever their case, as DuckDB does for the columns of a subquery."""
+    counts: dict[str, int] = {}
+    unique = []
+    for name in names:
+        new = name
+        while new.lower() in counts:
+            new = f"{name}_{counts[name.lower()]}"
+            counts[name.lower()] += 1
+        counts[new.lower()] = 1
+        unique.append(new)
+    return unique
+
+
+def _rows(batch: pa.RecordBatch, kinds: Sequence) -> Iterator[tuple]:
+    """Rows as Python values; duckdb's own fetchmany wants pytz for times with a zone."""
+    columns = []
+    for column, kind in zip(batch.columns, kinds, strict=True):
+        values = column.to_pylist(maps_as_pydicts="strict")
+        if str(kind) in ("HUGEINT", "UHUGEINT"):  # what sum() gives; Arrow knows it as a decimal
+            values = [int(value) if isinstance(value, (decimal.Decimal, float)) else value for value in values]
+        columns.append(values)
+    return zip(*columns, strict=True)
+
+
+def _plain_error(archive: Archive, watch: _Watch, error: Exception) -> UsageError | ArchiveError:
+    text = _one_line(error)
+    if watch.why:
+        return UsageError(watch.why)
+    if isinstance(error, (MemoryError, duckdb.OutOfMemoryException)) or text.startswith("Out of Memory Error"):
+        return UsageError(too_much_memory(watch.limits))
+    if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in text:
+        return UsageError(f"SQL reads the views videos and frames, and nothing else: {text}")
+    if isinstance(error, duckdb.IOException) or any(mark in text for mark in _OF_PARTS):
+        return DamagedError(f"{source_text(archive.uri)}: damaged archive: {text}")
+    return UsageError(f"SQL: {text}")
+
+
+def _one_line(error: Exception) -> str:
+    """DuckDB's message without the copy of the statement that it draws below."""
+    return " ".join(str(error).split("\n\nLINE ")[0].split())

@@ -1,0 +1,319 @@
+"""The frames at given times, each decoded from a key frame shortly before it.
+
+A picture must come out as it does where the file is decoded from its start. Decoding may begin at an entry, a key
+frame that needs nothing before it, as the decoding of segments does. Of other key frames nobody knows whether the
+pictures behind them need something from before, as in an open group of pictures, or whether the clock is right at
+once. So decoding begins a key frame earlier there. What is found is used where nothing on the way was damaged or
+missing, or where two such beginnings give the same; else the file is read from its start.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
+
+from storage.errors import VideoProblem
+from storage.records import Probe, Reason
+from workers.decode.clock import OneClock, TimedFrame
+from workers.decode.damage import Damage
+from workers.decode.open_video import OpenVideo
+from workers.decode.packets import can_cut, is_entry
+from workers.decode.picture import model_pixels
+from workers.decode.pyav import read_frames, to_rgb
+from workers.decode.time_search import find_cluster, find_tag, has_cues, place_before
+from workers.sources.video_file import VideoFile
+
+HELD_BYTES = 64 << 20  # of packets between a key frame and a wanted frame that wait to be decoded
+NEAR_SECONDS = 10  # an entry so near before a frame is used without looking for a nearer one
+JUMPS = 3  # to a frame, each to an earlier key frame, before the file is read from its start
+LATE_FRAMES = 32  # with later times, after which a frame is not waited for any more
+# In these a frame's time follows from the packet that it came out with, a few frames after its own.
+_DELAYED_CLOCKS = ("avi",)
+_FULLY_INDEXED = ("mov,", "avi")
+_INTRA = (PictureType.I, PictureType.NONE)  # some decoders do not say
+
+
+def frames_at(
+    file: VideoFile,
+    probe: Probe,
+    ticks: Iterable[int],
+    times_rise: bool,
+    threads: int,
+    max_pixels: int,
+    alive: Callable[[], None],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames at these presentation times, ascending, each once: (ticks, (336, 336, 3) uint8).
+
+    Args:
+        file, probe: the video.
+        ticks: the frames' times.
+        times_rise: that the file's clock never begins anew is known. It is found out otherwise: after a jump nobody
+            could say to which of the clock's runs a time belongs.
+        threads, max_pixels, alive: as DecodeTask has them.
+    Raises:
+        VideoProblem: no frame has one of these times, or what is read before it cannot be decoded on.
+    """
+    reformatter = VideoReformatter()
+    with _Reader(file, probe, times_rise, threads, max_pixels, alive) as reader:
+        for wanted in sorted(set(ticks)):
+            found = reader.frame_at(wanted)
+            if found is None:
+                at = float(wanted * probe.time_base)
+                detail = f"no frame comes out at {at:.3f} s of the file's clock"
+                raise reader.problem or VideoProblem(Reason.CORRUPT, detail)
+            yield wanted, model_pixels(to_rgb(found.picture, reformatter))
+
+
+@dataclass
+class _Landing:
+    """Packets from a key frame on, as they were read, and what was damaged among them.
+
+    Attributes:
+        ticks: the key frame's time.
+        is_entry: whether decoding can begin there.
+        damage_count: found before it.
+        packets: up to the next landing.
+        size_bytes: of these.
+    """
+
+    ticks: int
+    is_entry: bool
+    damage_count: int
+    packets: list[av.Packet] = field(default_factory=list)
+    size_bytes: int = 0
+
+
+class _Reader:
+    """A video that is read forward, and jumps; a context manager.
+
+    Attributes:
+        problem: what the last decoding ended with before the file's end.
+    """
+
+    def __init__(
+        self,
+        file: VideoFile,
+        probe: Probe,
+        times_rise: bool,
+        threads: int,
+        max_pixels: int,
+        alive: Callable[[], None],
+    ):
+        self.problem: VideoProblem | None = None
+        self._file, self._probe, self._times_rise = file, probe, times_rise or bool(probe.cuts)
+        self._threads, self._max_pixels, self._alive = threads, max_pixels, alive
+        self._second = max(1, int(1 / probe.time_base))
+        self._settle = 2 if probe.container in _DELAYED_CLOCKS else 1
+        self._video: OpenVideo | None = None
+        self._has_cues = has_cues(file)
+        self._frames: Iterator[TimedFrame] = iter(())
+        self._next: TimedFrame | None = None  # read, but not yet given
+        self._position: int | None = None  # of the last frame that was read
+        self._damage = Damage()
+        self._began: int | None = None  # the key frame that decoding began at; None: the file's start
+        self._settled = probe.first_ticks  # from this time on nothing may be damaged
+        self._to_settle = 0  # so many pictures that need no other one have still to come out
+        self._stays = False  # no more jumps
+        self._wasted = 0  # ticks that were decoded and not used
+        self._reach = 0  # how many ticks of decoding a jump has cost at most
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._close()
+
+    def frame_at(self, wanted: int) -> TimedFrame | None:
+        """The frame at a time after the last one's, or None where none comes out."""
+        if self._goes_on(wanted):
+            found = self._read_to(wanted)
+            if found is not None and self._is_right():
+                return found
+        unsure, before = None, wanted
+        for _ in range(JUMPS):
+            if self._wasted > wanted - self._probe.first_ticks:
+                self._stays = True  # reading all would have been shorter
+            if self._stays or not self._jump(wanted, before):
+                break
+            before = self._began - 1
+            found = self._read_to(wanted)
+            if found is not None and (self._is_right() or (unsure is not None and _are_same(found, unsure))):
+                return found
+            unsure = found
+            self._wasted += wanted - self._began
+        else:
+            self._stays = True  # each frame may be like this one, and nothing is decoded often
+        self._reach = max(self._reach, wanted - self._probe.first_ticks)
+        self._begin()
+        return self._read_to(wanted)
+
+    def _goes_on(self, wanted: int) -> bool:
+        """Whether decoding on is the shortest way to a frame, and gives it as it should be."""
+        if self._position is None or not self._is_right():
+            return False
+        if self._stays:
+            return True
+        return wanted - self._position <= self._reach
+
+    def _is_right(self) -> bool:
+        """Whether what comes out now is surely what decoding from the file's start gives."""
+        return self._began is None or (self._damage.count == 0 and self._to_settle <= 0)
+
+    def _read_to(self, wanted: int) -> TimedFrame | None:
+        """Decodes up to a frame; of several with one time it is the last, as the index has it."""
+        found, late = None, 0
+        while late < LATE_FRAMES:
+            frame, self._next = self._next or next(self._frames, None), None
+            if frame is None:
+                break
+            if found is not None and frame.ticks > wanted:
+                self._next = frame
+                break
+            self._position = frame.ticks
+            self._to_settle -= frame.picture.pict_type in _INTRA
+            if frame.picture.is_corrupt and frame.ticks >= self._settled:
+                self._damage.note(frame.ticks, "a picture is damaged")
+            if frame.ticks == wanted:
+                found = frame
+            late += frame.ticks > wanted
+        return found
+
+    # --- going somewhere
+
+    def _begin(self) -> None:
+        """Opens the file anew, at its start."""
+        self._open()
+        self._began, self._damage = None, Damage()
+        clock = OneClock(self._probe.time_base, self._probe.container)
+        self._frames = clock.place(self._before_problem(read_frames(self._video, self._damage, self._alive)))
+
+    def _jump(self, wanted: int, before: int) -> bool:
+        """Stands the file at a key frame, and begins to decode.
+
+        Args:
+            wanted: the frame's time.
+            before: the time of that key frame at most.
+        Returns:
+            False where it would have to begin at the file's start.
+        """
+        if self._video is None:
+            self._open()
+            # Without a start time the packets have no times at all.
+            self._times_rise = self._times_rise or _have_rising_times(self._video, self._alive)
+            self._stays = self._video.stream.start_time is None or not self._times_rise
+        if self._stays:
+            return False
+        back = 0
+        while before - back > self._probe.first_ticks:
+            landings = self._land(before - back, before)
+            if landings:
+                self._reach = max(self._reach, wanted - landings[0].ticks)
+                self._decode(landings)
+                return True
+            back = max(2 * back, self._second)
+        return False
+
+    def _land(self, aim: int, before: int) -> list[_Landing]:
+        """Seeks to a time, and reads on to the last key frames up to another; empty where these are too few."""
+        try:
+            if not self._seek(aim):
+                return []
+        except av.FFmpegError:
+            return []
+        video, damage = self._video, Damage()
+        landings: deque[_Landing] = deque(maxlen=self._settle + 1)
+        for packet in video.packets(damage, self._alive):
+            ticks = packet.dts if packet.pts is None else packet.pts
+            if packet.is_keyframe and ticks is not None and ticks <= before:
+                landing = _Landing(ticks, self._is_entry(packet), damage.count)
+                if landing.is_entry:
+                    landings.clear()
+                landings.append(landing)
+            if landings:
+                landings[-1].packets.append(packet)
+                landings[-1].size_bytes += packet.size
+            decoded = packet.pts if packet.dts is None else packet.dts
+            if decoded is None or decoded > before:
+                break  # no frame is shown before it is decoded
+            if landings and landings[0].is_entry and before - landings[0].ticks <= NEAR_SECONDS * self._second:
+                break
+            if sum(landing.size_bytes for landing in landings) > HELD_BYTES:
+                break
+        if not landings or not (landings[0].is_entry or len(landings) == landings.maxlen):
+            return []
+        self._damage = Damage(count=damage.count - landings[0].damage_count)
+        return list(landings)
+
+    def _seek(self, ticks: int) -> bool:
+        """Stands the file at or before a time; False where no such place is found."""
+        name = self._video.format_name
+        if name == "flv":
+            place = place_before(self._file, find_tag, ticks)
+            if place is not None:
+                self._video.container.seek(place, unsupported_byte_offset=True)
+            return place is not None
+        if name.startswith("matroska") and not self._has_cues:
+            place, first = place_before(self._file, find_cluster, ticks), find_cluster(self._file, 0, self._file.size)
+            if place is not None and first is not None:
+                self._open(range(first[0], place))
+            return place is not None
+        self._video.container.seek(ticks, stream=self._video.stream, backward=True)
+        return True
+
+    def _decode(self, landings: list[_Landing]) -> None:
+        """Begins with packets that were read, and goes on behind them."""
+        video, first = self._video, landings[0]
+        held = chain.from_iterable(landing.packets for landing in landings)
+        packets = chain(held, video.packets(self._damage, self._alive))
+        settled = first if first.is_entry else landings[1]
+        self._settled = settled.ticks
+        self._frames = self._before_problem(read_frames(video, self._damage, self._alive, self._settled, packets))
+        self._began, self._next, self._position = first.ticks, None, None
+        self._to_settle = 0 if first.is_entry else 2
+
+    def _before_problem(self, frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
+        self.problem = None
+        try:
+            yield from frames
+        except VideoProblem as problem:
+            self.problem = problem
+
+    def _is_entry(self, packet: av.Packet) -> bool:
+        probe = self._probe
+        if not can_cut(probe.container, probe.codec):
+            return False
+        return is_entry(probe.codec, self._video.stream.codec_context.extradata or b"", bytes(packet))
+
+    def _open(self, hidden: range = range(0)) -> None:
+        self._close()
+        file = VideoFile(self._file.descriptor, hidden) if hidden else self._file
+        self._video = OpenVideo(file, self._max_pixels, self._threads)
+
+    def _close(self) -> None:
+        self._frames, self._next, self._position = iter(()), None, None
+        if self._video is not None:
+            self._video.close()
+            if self._video.file is not self._file:
+                self._file.bytes_read += self._video.file.bytes_read
+            self._video = None
+
+
+def _have_rising_times(video: OpenVideo, alive: Callable[[], None]) -> bool:
+    """Whether a video's clock never begins anew, from its index or else by reading its packets, without decoding."""
+    if video.format_name.startswith(_FULLY_INDEXED):
+        times = (entry.timestamp for entry in video.stream.index_entries)
+        return all(earlier < later for earlier, later in pairwise(times))
+    clock = OneClock(video.stream.time_base, video.format_name)
+    packets = ((packet.pts if packet.dts is None else packet.dts, packet) for packet in video.packets(Damage(), alive))
+    times = (TimedFrame(ticks, packet.duration or 0, None) for ticks, packet in packets if ticks is not None)
+    return not any(clock.restarts for _ in clock.place(times))
+
+
+def _are_same(one: TimedFrame, other: TimedFrame) -> bool:
+    reformatter = VideoReformatter()
+    return np.array_equal(to_rgb(one.picture, reformatter), to_rgb(other.picture, reformatter))

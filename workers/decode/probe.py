@@ -1,0 +1,138 @@
+"""The first look at a video: its stream, its clock, and where it may be cut; runs in the decoder process."""
+
+import itertools
+from collections.abc import Callable
+from datetime import UTC, datetime
+from fractions import Fraction
+
+from storage.errors import VideoProblem
+from storage.records import Probe, Reason
+from workers.decode.clock import TimedFrame
+from workers.decode.creation_time import creation_time
+from workers.decode.damage import Damage
+from workers.decode.encryption import ENCRYPTED_DETAIL, looks_encrypted
+from workers.decode.open_video import OpenVideo
+from workers.decode.packets import CUT_FORMATS, PacketTable, can_cut, scan_packets
+from workers.decode.picture import Orientation
+from workers.decode.pyav import FrameStorer, orientation, read_frames
+from workers.decode.structure import cut_short, refuse_others
+from workers.sources.video_file import VideoFile
+
+HEAD_FRAMES = 24  # decoded to see whether packets and frames agree
+HEAD_PIXELS = 60_000_000  # or fewer of them: large frames take long
+CUT_SECONDS = 1  # cuts lie at least so far apart, or a file of keyframes alone would list every frame
+# Containers with clocks that start anywhere: what a player shows as 0 is the container's start.
+_FREE_CLOCKS = {"mpegts", "mpeg", "ogg"}
+
+
+def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], None], library: str = "pyav") -> Probe:
+    """What the file's video stream says about itself.
+
+    Args:
+        file: the file, and all that is read.
+        max_pixels: of one frame.
+        threads: of the decoder.
+        alive: called often while work goes on.
+        library: "decord" to decode with it where it reads the file right; of other files, and else, PyAV.
+    Raises:
+        VideoProblem: the file is no video, has none inside, or not one whole frame of it can be decoded.
+    """
+    refuse_others(file)
+    with OpenVideo(file, max_pixels, threads) as video:
+        head = _read_head(video, alive)
+        first = head[0].picture
+        turn = orientation(first)
+        offset = _clock_offset(video, head[0].ticks)
+        stream, context = video.stream, video.stream.codec_context
+        upright = (first.height, first.width) if turn.transpose else (first.width, first.height)
+        facts = {
+            "container": video.format_name,
+            "codec": context.codec.canonical_name,
+            "stream_index": stream.index,
+            "width": upright[0],
+            "height": upright[1],
+            "rotation_degrees": turn.rotation_degrees,
+            "time_base": stream.time_base,
+            "first_ticks": head[0].ticks,
+            "clock_offset_seconds": offset,
+            "duration_seconds": _duration(video, offset),
+            "created_at": creation_time((video.container.metadata, stream.metadata), datetime.now(UTC)),
+        }
+        head_ticks = [frame.ticks for frame in head]
+        for_decord = library == "decord" and turn == Orientation() and facts["container"].startswith(CUT_FORMATS)
+        pixel_format, picture = first.format.name, FrameStorer()(first).pixels if for_decord else None
+        head.clear()
+        del first
+    with OpenVideo(file, max_pixels, threads) as video:
+        table = scan_packets(video, alive)
+    whole = table.plain and table.ticks[: len(head_ticks)] == head_ticks and cut_short(file) is None
+    cuts = _space_out(table, facts["time_base"]) if whole and can_cut(facts["container"], facts["codec"]) else ()
+    decoder = "pyav"
+    if whole and picture is not None:
+        from workers.decode.decord import reads_right  # a library of its own, of which most jobs have no need
+
+        decoder = "decord" if reads_right(file, facts, pixel_format, table, picture, threads) else "pyav"
+    return Probe(decoder=decoder, cuts=cuts, **facts)
+
+
+def _read_head(video: OpenVideo, alive: Callable[[], None]) -> list[TimedFrame]:
+    """The first frames; where none of them is whole, the file is read on until one is.
+
+    Raises:
+        VideoProblem: there is none.
+    """
+    damage = Damage()
+    frames = read_frames(video, damage, alive)
+    first = next(frames, None)
+    if first is None:
+        raise _no_frames(video, damage)
+    pixels = max(1, first.picture.width * first.picture.height)
+    head = [first, *itertools.islice(frames, max(2, min(HEAD_FRAMES, HEAD_PIXELS // pixels)) - 1)]
+    if not damage.has_whole_picture and not any(damage.has_whole_picture for _ in frames):
+        raise _all_damaged(video, damage)
+    if damage.first_detail is not None and looks_encrypted(video.file):  # some noise decodes without a complaint
+        raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    return head
+
+
+def _no_frames(video: OpenVideo, damage: Damage) -> VideoProblem:
+    missing = cut_short(video.file)
+    if missing is not None:
+        return VideoProblem(Reason.TRUNCATED, f"the file is cut short before its first frame: {missing}")
+    if looks_encrypted(video.file):
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    if damage.first_detail is None:
+        return VideoProblem(Reason.NO_FRAMES, "its video stream holds no frame")
+    return VideoProblem(Reason.CORRUPT, f"not one frame can be decoded: {damage.first_detail}")
+
+
+def _all_damaged(video: OpenVideo, damage: Damage) -> VideoProblem:
+    if looks_encrypted(video.file):
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    return VideoProblem(Reason.CORRUPT, f"every picture in it is damaged, first: {damage.first_detail}")
+
+
+def _clock_offset(video: OpenVideo, first_ticks: int) -> float:
+    if video.format_name not in _FREE_CLOCKS:
+        return 0.0
+    start = video.container.start_time  # microseconds
+    return start / 1e6 if start is not None else float(first_ticks * video.stream.time_base)
+
+
+def _duration(video: OpenVideo, offset: float) -> float | None:
+    """Up to where a player's clock runs: FFmpeg 8 counts an MP4's from its first frame, which may lie after 0."""
+    container, stream = video.container, video.stream
+    if container.duration is not None:
+        return ((container.start_time or 0) + container.duration) / 1e6 - offset
+    return None if stream.duration is None else float(stream.duration * stream.time_base)
+
+
+def _space_out(table: PacketTable, time_base: Fraction) -> tuple[tuple[int, int], ...]:
+    """Entries at least CUT_SECONDS apart, each with its rank; never the first frame."""
+    ranks = {ticks: rank for rank, ticks in enumerate(table.ticks)}
+    cuts, last = [], table.ticks[0]
+    for ticks in sorted(table.entries):
+        if (ticks - last) * time_base >= CUT_SECONDS:
+            cuts.append((ticks, ranks[ticks]))
+            last = ticks
+    return tuple(cuts)

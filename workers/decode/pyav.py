@@ -1,0 +1,288 @@
+"""Decoding through PyAV: every format on the list, with exact timestamps, and no damage unnoticed."""
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from storage.errors import VideoProblem
+from storage.records import Choice, Probe, Reason
+from workers.decode.clock import RESTART_SECONDS, BestEffortClock, OneClock, TimedFrame
+from workers.decode.damage import Damage, DamageWatch, words_of_damage
+from workers.decode.encryption import ENCRYPTED_DETAIL, is_encrypted
+from workers.decode.open_video import DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
+from workers.decode.packets import PacketTable, can_cut, is_header, scan_packets
+from workers.decode.picture import Orientation, StoredPicture, store_form
+from workers.decode.sample import Grid, KeptFrame, Spaced, Tally, sample
+from workers.decode.structure import cut_short
+from workers.decode.transport import find_losses
+
+_PROBED_BYTES = 8 << 20  # more than FFmpeg's own 5 MB
+_MATRIX_BYTES = 9 * 4
+
+
+def read_frames(
+    video: OpenVideo,
+    damage: Damage,
+    alive: Callable[[], None],
+    start_ticks: int | None = None,
+    packets: Iterator[av.Packet] | None = None,
+) -> Iterator[TimedFrame]:
+    """All frames in the decoder's order, from start_ticks or a little earlier on.
+
+    A frame's picture is PyAV's VideoFrame. Errors in single packets end up in `damage`, and decoding goes on
+    behind them, as a player would.
+
+    Args:
+        video: at its beginning, or after `seek`.
+        damage: filled in on the way.
+        alive: called at every packet.
+        start_ticks: damage before this time is not noted: the frames that a seek drops may lack their references.
+        packets: what to decode, where it is not all that the file has from where it stands.
+    Raises:
+        VideoProblem: a frame is larger than max_pixels or than memory allows, or the video is encrypted.
+    """
+    clock = BestEffortClock()
+    has_pts = video.format_name != "avi"  # FFmpeg 8 makes some up there, in decoding order; 5 did not
+    watch = DamageWatch(damage, start_ticks, video.format_name == "mpegts")
+    end_ticks: int | None = None  # of the frame before
+    locked = None
+    for packet in itertools.chain(packets or video.packets(damage, alive), [None]):  # None drains the decoder
+        if packet is not None and is_encrypted(packet):
+            locked, packet = packet, None
+        ticks = _shown_ticks(packet)
+        frames, trouble = _decode(video, packet)
+        watch.packet(packet, ticks, trouble)
+        for frame in frames:
+            check_pixels(frame.width, frame.height, video.max_pixels)
+            shown_ticks = clock.ticks(frame.pts if has_pts else None, frame.dts)
+            if shown_ticks is None:  # the last frames of a file without presentation times
+                shown_ticks = (video.stream.start_time or 0) if end_ticks is None else end_ticks
+            duration = _duration(video, frame)
+            watch.frame(frame.pts, shown_ticks, frame.is_corrupt)
+            end_ticks = shown_ticks + duration
+            yield TimedFrame(shown_ticks, duration, frame)
+        if locked is not None:
+            raise _encrypted_from(video, _shown_ticks(locked), end_ticks)
+
+
+def _shown_ticks(packet: av.Packet | None) -> int | None:
+    if packet is None:
+        return None
+    return packet.dts if packet.pts is None else packet.pts
+
+
+def _decode(video: OpenVideo, packet: av.Packet | None) -> tuple[list[av.VideoFrame], str | None]:
+    """The frames that a packet completes, and what of it could not be decoded.
+
+    Raises:
+        VideoProblem: a frame is larger than max_pixels or than memory allows.
+    """
+    video.lines.clear()
+    context = video.stream.codec_context
+    try:
+        return context.decode(packet), words_of_damage(video.lines)
+    except EOFError:
+        return [], None
+    except av.error.MemoryError as error:
+        raise out_of_memory() from error
+    except av.FFmpegError as error:
+        check_refused_size(video.lines, video.max_pixels)
+        if packet is not None and is_header(context.codec.canonical_name, packet):
+            return [], None
+        words = [line[2].strip() for line in video.lines]
+        return [], words[0] if words else f"a packet cannot be decoded: {error.strerror}"
+
+
+def _encrypted_from(video: OpenVideo, ticks: int | None, end_ticks: int | None) -> VideoProblem:
+    if end_ticks is None:
+        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    at = float((end_ticks if ticks is None else ticks) * video.stream.time_base)
+    return VideoProblem(Reason.ENCRYPTED, f"from {at:.1f} s on it is encrypted, and vidx has no key for it")
+
+
+def _duration(video: OpenVideo, frame: av.VideoFrame) -> int:
+    """The frame's own duration, or one frame at the stream's rate."""
+    if frame.duration:
+        return frame.duration
+    rate = video.stream.average_rate or video.stream.guessed_rate
+    return int(1 / (rate * video.stream.time_base)) if rate else 1
+
+
+def seek(video: OpenVideo, ticks: int) -> None:
+    """Moves to a keyframe at or before ticks, in presentation time.
+
+    The format may look for decoding times, so the landing is checked on the first packet and the aim taken
+    earlier until it fits; with no luck the file is read from its beginning.
+    """
+    container, stream = video.container, video.stream
+    back = 0
+    while ticks - back > (stream.start_time or 0):
+        try:
+            container.seek(ticks - back, stream=stream, backward=True)
+            landed = next((packet for packet in container.demux(stream) if packet.size), None)
+        except av.FFmpegError:
+            landed = None
+        if landed is not None and landed.is_keyframe and landed.pts is not None and landed.pts <= ticks:
+            container.seek(ticks - back, stream=stream, backward=True)
+            return
+        back = max(2 * back, int(1 / stream.time_base))
+    container.seek(min(0, stream.start_time or 0), stream=stream, backward=True)
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """(height, width, 3) uint8 RGB in one copy, upright; a view."""
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1)
+    plane = rgb.planes[0]
+    shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)  # lines may be padded
+    pixels = np.ndarray(shape, np.uint8, plane, strides=strides)
+    return orientation(frame).apply(pixels)
+
+
+def orientation(frame: av.VideoFrame) -> Orientation:
+    """How the frame is turned to be shown."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) >= _MATRIX_BYTES:
+            return Orientation.of_display_matrix(tuple(np.frombuffer(data, np.int32).tolist()))
+    return Orientation()
+
+
+class FrameStorer:
+    """Makes the stored form of PyAV's frames; holds the colour converter between them."""
+
+    def __init__(self):
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> StoredPicture:
+        """Pixels for the model and a thumbnail."""
+        return store_form(to_rgb(frame, self._reformatter))
+
+
+def decode(task: DecodeTask) -> Iterator[KeptFrame]:
+    """The segment's kept frames, in order; pictures are StoredPicture.
+
+    Raises:
+        VideoProblem: after the last good frame, where the segment is not whole.
+    """
+    start, end = task.segment.start_ticks, task.segment.end_ticks
+    if task.choice is Choice.KEYFRAMES and can_cut(task.probe.container, task.probe.codec):
+        with OpenVideo(task.file, task.max_pixels, task.threads) as video:
+            if start is not None:
+                seek(video, start)
+            table = scan_packets(video, task.alive, start, end)
+        if table.plain and table.entries == table.keyframes and table.ticks[:1] == table.entries[:1]:
+            yield from _decode_keyframes(task, table)
+            return
+    damage, tally = Damage(), Tally()
+    clock = OneClock(task.probe.time_base, task.probe.container)
+    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
+        if start is not None:
+            seek(video, start)
+        frames = clock.place(_until_problem(read_frames(video, damage, task.alive, start), damage))
+        yield from sample(frames, _chooser(task), start, end, task.segment.first_index, FrameStorer(), tally)
+        if video.format_name == "mpegts" and not damage.marks:
+            _look_for_losses(video, damage)
+    problem = _judge(task, damage, tally, clock.restarts)
+    if problem is not None:
+        raise problem
+
+
+def _chooser(task: DecodeTask) -> Callable[[TimedFrame, int], bool]:
+    step, end = 1 / (task.fps * task.probe.time_base), task.segment.end_ticks
+    if task.choice is Choice.KEYFRAMES:
+        return Spaced(step, end, lambda frame: bool(frame.picture.key_frame)).takes
+    if task.choice is Choice.SCENES:
+        from workers.decode.scenes import SceneStarts  # of an extra
+
+        return Spaced(step, end, SceneStarts(), may_be_late=True).takes
+    return Grid.of(task.probe, task.fps).takes
+
+
+def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFrame]:
+    """The segment's keyframes with nothing decoded between them, so that damage there does not show.
+
+    Args:
+        task: the segment.
+        table: of the segment's packets.
+    """
+    start, end = task.segment.start_ticks, task.segment.end_ticks
+    spaced = Spaced(1 / (task.fps * task.probe.time_base), None, lambda frame: True)
+    wanted = [at for at in sorted(table.entries) if spaced.takes(TimedFrame(at, 0, None))]
+    ends = dict(zip(wanted, [*wanted[1:], table.end_ticks if end is None else end], strict=True))
+    damage, store = Damage(), FrameStorer()
+    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
+        video.stream.codec_context.skip_frame = "NONKEY"
+        if start is not None:
+            seek(video, start)
+        for frame in _until_problem(read_frames(video, damage, task.alive, start), damage):
+            if frame.ticks in ends:
+                rank = task.segment.first_index + bisect.bisect_left(table.ticks, frame.ticks)
+                yield KeptFrame(frame.ticks, ends.pop(frame.ticks), rank, store(frame.picture))
+            if not ends:
+                break
+    if damage.end is None and ends:
+        damage.note(None, f"{len(ends)} of {len(wanted)} keyframes do not come out")
+    problem = _judge(task, damage, None)
+    if problem is not None:
+        raise problem
+
+
+def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[TimedFrame]:
+    """The frames before a problem, which is kept for later: the last of them must still come out."""
+    try:
+        yield from frames
+    except VideoProblem as problem:
+        damage.end = problem
+
+
+def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequence[int] = ()) -> VideoProblem | None:
+    """What is to be said of a segment that was read; a tally of None: not every frame was."""
+    restarted = _restarted(task.probe, restarts)
+    problem = _damage_of(task, damage, tally)
+    if problem is None:
+        return VideoProblem(Reason.CLOCK_RESTARTED, restarted) if restarted else None
+    return VideoProblem(problem.reason, f"{problem.detail}; {restarted}") if restarted else problem
+
+
+def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
+    """Notes packets of a transport stream that are missing; not every packet that is called incomplete is."""
+    # Of packets that FFmpeg reads while it looks for the streams, some are not called incomplete.
+    losses = find_losses(video.file, video.stream.id, video.file.size if damage.suspects else _PROBED_BYTES)
+    if losses.count:
+        damage.note(None, f"packets are missing at byte {losses.first_byte}")
+    elif damage.suspects > losses.joins:
+        damage.note(None, "a packet is incomplete")
+
+
+def _restarted(probe: Probe, restarts: Sequence[int]) -> str:
+    if not restarts:
+        return ""
+    shown = ", ".join(f"{float(probe.time_seconds(ticks)):.1f} s" for ticks in restarts[:3])
+    more = f" and {len(restarts) - 3} more times" if len(restarts) > 3 else ""
+    return f"its clock begins anew at {shown}{more}; what follows is shown right behind what comes before"
+
+
+def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:
+    probe, segment = task.probe, task.segment
+    if damage.end is not None:
+        return damage.end
+    missing = cut_short(task.file) if segment.end_ticks is None else None
+    if missing is not None:
+        return VideoProblem(Reason.TRUNCATED, f"the file is cut short: {missing}")
+    details = damage.before(segment.end_ticks)
+    if details:
+        return VideoProblem(Reason.CORRUPT, f"damaged in {len(details)} places, first: {details[0]}")
+    if tally is None:
+        return None
+    if tally.jump_ticks * probe.time_base > RESTART_SECONDS:
+        back, at = float(tally.jump_ticks * probe.time_base), float(probe.time_seconds(tally.jump_at_ticks))
+        detail = f"a frame's time goes back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
+        return VideoProblem(Reason.CORRUPT, detail)
+    expected = dict(probe.cuts).get(segment.end_ticks)
+    if expected is not None and tally.frame_count != expected - segment.first_index:
+        wanted = expected - segment.first_index
+        return VideoProblem(Reason.CORRUPT, f"{tally.frame_count} frames come out of a stretch of {wanted}")
+    return None

@@ -1,0 +1,298 @@
+"""The LLM run by vLLM, which takes rows of embeddings too (arXiv 2309.06180): for a GPU that answers many questions.
+
+Keys and values lie in pages that all contexts share, and rows that a context begins with are found there again by
+their content. It runs in this process; the vision part and pre-fusion stay with us.
+"""
+
+import itertools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from storage.errors import ClusterError, UsageError
+from storage.files import to_uri, write_bytes
+from workers.llm.engine import MADE_BY_LLM, EngineName, SamplingParams, no_numbers
+from workers.models.bundle import Bundle
+from workers.models.checkpoint import TensorEntry
+from workers.models.load import tensor_values
+from workers.sources.hash_cache import cache_folder
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+    from vllm import SamplingParams as VllmSampling
+
+LOAD_FORMAT = "vidx"  # by which vLLM knows how to load a bundle's LLM
+LLM_KEYS = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+# Besides weights and pages: what one pass of pre-fusion may hold (llava_mini.py), which vLLM's own passes use again, as
+# they come after it, and a GiB for its compiled graphs and what it allocates anew.
+_WORKING_BYTES = {"cpu": 1 << 30, "cuda": 5 << 30}
+_SPARE_ROWS = 256  # of two pages of keys and values: a context's last one may be nearly empty, and one is never used
+_QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+
+
+class VllmEngine:
+    """vLLM with a bundle's LLM.
+
+    Its steps are made by a thread of its own, so that a Ctrl-C never comes into the midst of one: it keeps pages of
+    what it means to compute.
+
+    Attributes:
+        most_rows: there is memory for so many in a context, answer included.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tensors: Mapping[str, TensorEntry],
+        settings: LlamaConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept_bytes: int,
+    ):
+        """Loads the LLM.
+
+        Args:
+            bundle: where it lies.
+            tensors: all of its own, which were checked.
+            settings: of its blocks.
+            device, dtype: where and how it computes.
+            kept_bytes: of keys and values beyond those of one whole context, for further questions.
+        Raises:
+            UsageError: vLLM cannot run this model here, or there is not the memory for it.
+        """
+        self.eos_ids = bundle.config.eos_ids
+        self._dtype = dtype
+        self._numbers = itertools.count()
+        self._failed: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "vllm", torch.set_num_threads, (torch.get_num_threads(),))
+        self._thread.submit(int).result()  # it starts, before vLLM takes set_num_threads away
+        tensors = {name: entry for name, entry in tensors.items() if name.startswith(LLM_KEYS)}
+        weight_bytes = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
+        row_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim * dtype.itemsize
+        wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
+        with _starting(bundle.name, device):
+            free, total = _memory(device)
+            page_bytes = min(wanted, free - weight_bytes - _WORKING_BYTES[device.type])
+            self.most_rows = min(bundle.context_length, page_bytes // row_bytes - _SPARE_ROWS)
+            if self.most_rows < min(bundle.context_length, _SPARE_ROWS):
+                raise UsageError(
+                    f"--engine {EngineName.VLLM}: the weights of {bundle.name} and what is computed with them leave no "
+                    f"memory on {device} for keys and values; --engine {EngineName.TRANSFORMERS} takes --quantize"
+                )
+            _register_loader(tensors)
+            directory = _describe(bundle, settings)
+            share = (weight_bytes + page_bytes) / total
+            self._llm = _start(directory, device, dtype, self.most_rows, page_bytes, share)
+            trial = torch.zeros(1, settings.hidden_size, dtype=dtype)  # some sizes fail in the first step only
+            list(self.reply(trial, 1, SamplingParams()))
+
+    def context(self) -> "VllmContext":
+        """One without rows."""
+        return VllmContext(self)
+
+    def reply(self, rows: Tensor, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
+        """The answer to rows, (S, H), id by id, as Context.reply.
+
+        vLLM shows no logits; where they are no numbers, the likelihood of the chosen id is none either.
+        """
+        from vllm import SamplingParams as VllmSampling
+        from vllm.sampling_params import RequestOutputKind
+
+        params = VllmSampling(
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            max_tokens=most_tokens,
+            stop_token_ids=list(self.eos_ids),
+            logprobs=0,  # of the chosen id alone
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        number, ended, said = str(next(self._numbers)), False, 0
+        try:
+            self._do(self._ask, number, rows, params)
+            while not ended:
+                tokens, likelihood, ended = self._do(self._step, number)
+                if tokens and not said and not math.isfinite(likelihood):
+                    raise no_numbers(MADE_BY_LLM, self._dtype)
+                said += len(tokens)
+                for token in tokens:
+                    if token in self.eos_ids:
+                        return
+                    yield token
+        finally:
+            if self._failed is None:
+                self._do(self._llm.abort_request, [number])
+
+    def _do(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Has the thread make a call, after those before it.
+
+        What fails in the midst of a step leaves pages that are known and were never computed: no further one is made.
+
+        Raises:
+            ClusterError: this call failed, or one before it.
+        """
+        return self._thread.submit(self._guarded, call, *arguments).result()
+
+    def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        if self._failed is None:
+            try:
+                return call(*arguments)
+            except Exception as error:  # of whatever class: an allocation, a kernel, a driver
+                self._failed = error
+        raise ClusterError(
+            f"--engine {EngineName.VLLM}: vLLM broke off: {_in_a_line(self._failed)}; start again, with fewer frames "
+            f"if it had too little memory, or take --engine {EngineName.TRANSFORMERS}"
+        ) from self._failed
+
+    def _ask(self, number: str, rows: Tensor, params: "VllmSampling") -> None:
+        self._llm.add_request(number, self._llm.renderer.render_cmpl([{"prompt_embeds": rows}])[0], params)
+
+    def _step(self, number: str) -> tuple[list[int], float, bool]:
+        """What a request has said since the last step, how likely all of it is, as a logarithm, and whether it ends."""
+        outputs = [output for output in self._llm.step() if output.request_id == number]
+        said = [token for output in outputs for token in output.outputs[0].token_ids]
+        likelihood = outputs[-1].outputs[0].cumulative_logprob if said else 0.0
+        return said, likelihood, any(output.finished for output in outputs)
+
+
+class VllmContext:
+    """Rows as they are; their keys and values are vLLM's to keep."""
+
+    def __init__(self, engine: VllmEngine):
+        self._engine = engine
+        self._rows: Tensor | None = None  # (S, H), in the computer's memory
+
+    @property
+    def row_count(self) -> int:
+        """S."""
+        return 0 if self._rows is None else len(self._rows)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the rows."""
+        return 0 if self._rows is None else self._rows.nbytes
+
+    def add(self, embeds: Tensor) -> None:
+        """Some more rows, (1, S, H)."""
+        new = embeds[0].cpu()
+        self._rows = new if self._rows is None else torch.cat([self._rows, new])
+
+    def keep(self, row_count: int) -> None:
+        """Forgets all but the first so many rows."""
+        self._rows = self._rows[:row_count]
+
+    def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
+        """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
+        yield from self._engine.reply(self._rows, most_tokens, sampling)
+
+
+def _start(
+    directory: Path, device: torch.device, dtype: torch.dtype, most_rows: int, page_bytes: int, memory_share: float
+) -> "LLMEngine":
+    from vllm import EngineArgs, LLMEngine
+
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(directory),
+            load_format=LOAD_FORMAT,
+            skip_tokenizer_init=True,
+            enable_prompt_embeds=True,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=most_rows,
+            max_num_seqs=1,
+            kv_cache_memory_bytes=page_bytes,
+            gpu_memory_utilization=memory_share,
+            enforce_eager=device.type == "cpu",  # compiling takes minutes there
+            disable_log_stats=True,
+        )
+    )
+
+
+def _describe(bundle: Bundle, settings: LlamaConfig) -> Path:
+    """A directory that describes the LLM alone; always the same, as vLLM keeps what it compiles by its path."""
+    directory = cache_folder() / "vllm" / bundle.model_id
+    directory.mkdir(parents=True, exist_ok=True)
+    described = LlamaConfig(
+        **settings.to_dict() | {"architectures": ["LlamaForCausalLM"], "eos_token_id": list(bundle.config.eos_ids)}
+    )
+    write_bytes(to_uri(str(directory / "config.json")), described.to_json_string().encode())
+    return directory
+
+
+def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
+    """Has vLLM load these tensors: it knows neither the published layout nor what else lies in its files."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class Loader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """All is here."""
+
+        def load_weights(self, model: nn.Module, model_config: Any) -> None:
+            model.load_weights(tensor_values(tensors))
+
+    register_model_loader(LOAD_FORMAT)(Loader)
+
+
+@contextmanager
+def _starting(name: str, device: torch.device) -> Iterator[None]:
+    """vLLM, quiet, in this process and on this device; why it does not start, in one line."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader is known to this process alone
+    if device.type == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else it takes one thread
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until it has read the variables
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, on torch's older names
+        try:
+            from vllm.platforms import current_platform
+
+            if current_platform.device_type != device.type:
+                raise UsageError(
+                    f"--engine {EngineName.VLLM}: the installed vLLM computes on "
+                    f"{current_platform.device_type or 'another device'}, not on {device.type}; use --device, or "
+                    f"--engine {EngineName.TRANSFORMERS}"
+                )
+            if device.index:
+                raise UsageError(
+                    f"--engine {EngineName.VLLM}: vLLM takes the first GPU, not {device}; say which one that is with "
+                    f"CUDA_VISIBLE_DEVICES={device.index}"
+                )
+            yield
+        except UsageError:
+            raise
+        except Exception as error:  # of whatever class: it comes from a model's sizes, a kernel or a driver
+            reason = _in_a_line(error.__cause__ if isinstance(error, ClusterError) else error)
+            raise UsageError(
+                f"--engine {EngineName.VLLM}: vLLM cannot run {name} here: {reason}; --engine "
+                f"{EngineName.TRANSFORMERS} can"
+            ) from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, and all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    import psutil  # comes with vLLM
+
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total

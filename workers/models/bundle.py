@@ -1,0 +1,457 @@
+"""A model bundle: which directory a name means, what its files say, and the id that archives know it by.
+
+A bundle is a directory in the published LLaVA-Mini layout (config.json, safetensors, tokenizer) and the CLIP directory
+that its `mm_vision_tower` names. What it knows and does not know is a text in its own metadata: the object `vidx` in
+config.json. Imports no torch: finding a small bundle takes milliseconds.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from storage.errors import UsageError
+from workers.models.checkpoint import list_tensors, read_json, tensor_digests
+from workers.models.hub import cached_repositories, hub_directory, is_hub_id
+from workers.models.preprocess import PictureSettings, read_settings
+
+MODEL_TYPE = "llava_mini_llama"
+
+NOT_STATED = "not stated by its files"
+_TOWER_DEFAULTS = {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num_hidden_layers": 12}  # CLIPVisionConfig
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model says about itself: the object `vidx` in its config.json.
+
+    Attributes:
+        licence: of the weights.
+        knows, does_not_know: for people, one or two sentences each; a note in one line gives the first of them.
+        trained: for people, how and on what.
+        accuracy: source of pre-fusion ("exact", "patches", "tokens") -> kind of question -> per cent answered right.
+        unknown_answers: the answers that say that the model does not know -> why it gives them.
+        search_floor: the least cosine of a text and a frame that counts as found; None where the files do not say.
+        takes_history: it was trained on conversations; else each question is best put to it by itself.
+        most_frames: so many frames of one answer it was trained on; None where its context is the limit.
+    """
+
+    licence: str
+    knows: str = NOT_STATED
+    does_not_know: str = NOT_STATED
+    trained: str = NOT_STATED
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    unknown_answers: Mapping[str, str] = field(default_factory=dict)
+    search_floor: float | None = None
+    takes_history: bool = True
+    most_frames: int | None = None
+
+    @property
+    def states_limits(self) -> bool:
+        """Whether the files say what the model does not know, so that it is worth telling."""
+        return self.does_not_know != NOT_STATED
+
+    def why_unknown(self, answer: str) -> str | None:
+        """Why the model gives an answer that says that it does not know; None for any other answer.
+
+        Case, surrounding space and a full stop at the end do not count.
+        """
+        return next((why for text, why in self.unknown_answers.items() if _bare(text) == _bare(answer)), None)
+
+    def begins_unknown(self, answer: str) -> bool:
+        """Whether a text may be the beginning of an answer that says that the model does not know."""
+        return any(_bare(text).startswith(_bare(answer)) for text in self.unknown_answers)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The settings of config.json that the code reads by name.
+
+    Attributes:
+        compressor_size: C; a frame has C*C vision tokens.
+        resolution_ratio: r; with r > 1 the model sees r x r blocks of a frame besides the frame.
+        select_layer: which of the tower's hidden states holds the patches; negative, counted from the end.
+        prefusion_layer_count: Llama blocks before the LLM.
+        hidden_size: H, width of the LLM.
+        context_length: tokens that the LLM was made for.
+        eos_ids: tokens that end an answer.
+        pad_pictures: a still picture is padded to a square (frames are square already).
+        projector_type: for example mlp2x_gelu.
+        tower: a directory or a hub id.
+        llama: config.json itself, for the Llama blocks, with the rope settings as `rope_parameters`.
+    """
+
+    compressor_size: int
+    resolution_ratio: int
+    select_layer: int
+    prefusion_layer_count: int
+    hidden_size: int
+    context_length: int
+    eos_ids: tuple[int, ...]
+    pad_pictures: bool
+    projector_type: str
+    tower: str
+    llama: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model on disk, found but not loaded.
+
+    Attributes:
+        name: as the user names it.
+        directory, tower_directory: of LLaVA-Mini and of its CLIP.
+        tower_name: the hub id or directory that was asked for instead of the CLIP that config.json names, or nothing.
+        tower: CLIP's config.json; `vision` the part of it that describes the vision tower.
+        pictures: what the tower's image processor does.
+        has_search_key: CLIP's visual projection is there, so frames get a search key.
+        has_text_search: the text tower, its projection and its tokenizer are there too.
+    """
+
+    name: str
+    directory: Path
+    tower_directory: Path
+    config: ModelConfig
+    tower: Mapping[str, Any]
+    pictures: PictureSettings
+    card: Card
+    has_search_key: bool
+    has_text_search: bool
+    tower_name: str = ""
+
+    @property
+    def vision(self) -> Mapping[str, Any]:
+        """The settings of the vision tower, defaults filled in."""
+        return _TOWER_DEFAULTS | sub_config(self.tower, "vision_config")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Vision tokens of a frame, as the LLM counts them."""
+        return self.config.compressor_size**2
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(C*C, H): what is stored of a frame as the LLM receives it."""
+        return self.tokens_per_frame, self.config.hidden_size
+
+    @property
+    def compressed_shape(self) -> tuple[int, int]:
+        """(C*C, D): what is stored of a frame before the projector."""
+        return self.tokens_per_frame, self.vision["hidden_size"]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt, frames and answer may take together."""
+        return self.config.context_length
+
+    @property
+    def patches_per_picture(self) -> int:
+        """Patches of one picture that the tower sees."""
+        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+    @property
+    def pictures_per_frame(self) -> int:
+        """1, or the blocks of a frame and the frame itself."""
+        return 1 if self.config.resolution_ratio == 1 else self.config.resolution_ratio**2 + 1
+
+    @property
+    def patches_per_frame(self) -> int:
+        """Patches that pre-fusion reads before the compressed tokens."""
+        return self.patches_per_picture * self.pictures_per_frame
+
+    @property
+    def default_patch_rows(self) -> int:
+        """Rows per picture in the patch tier unless a user says otherwise: 1/9 of its patches (64 of 576)."""
+        return max(1, self.patches_per_picture // 9)
+
+    def check_patch_rows(self, patch_rows: int) -> None:
+        """Refuses a patch tier that the model cannot give.
+
+        Raises:
+            UsageError: names the number and the most allowed.
+        """
+        most = self.patches_per_picture
+        if not 0 <= patch_rows <= most:
+            raise UsageError(f"--patches {patch_rows}: {self.name} has {most} patches a picture; give 0 to {most}")
+
+    @cached_property
+    def model_id(self) -> str:
+        """16 hex digits of the hash of all weights and of every setting that changes a stored number.
+
+        The same for any sharding and for any place on disk. Hashing published weights (17 GB) takes a while once;
+        then it comes from the user's cache until path, size or time of a file changes.
+        """
+        config = self.config
+        blocks = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act")
+        settings = {
+            "compressor_size": config.compressor_size,
+            "resolution_ratio": config.resolution_ratio,
+            "select_layer": config.select_layer,
+            "prefusion_layer_count": config.prefusion_layer_count,
+            "projector_type": config.projector_type,
+            "rope_parameters": config.llama["rope_parameters"],
+            "blocks": {name: config.llama.get(name) for name in blocks},
+            "vision": {name: self.vision.get(name) for name in ("num_attention_heads", "hidden_act", "layer_norm_eps")},
+            "pictures": asdict(self.pictures),
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for role, directory in (("checkpoint", self.directory), ("tower", self.tower_directory)):
+            for name, value in sorted(tensor_digests(directory).items()):
+                digest.update(f"{role} {name} {value}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Bundle({self.name!r}, directory={os.fspath(self.directory)!r})"
+
+
+def find_bundle(name: str, tower: str | None = None) -> Bundle:
+    """The bundle that a built-in name, a directory or a hub id (ID or ID@REVISION) means.
+
+    A hub id is taken from the local cache, so that neither speed nor meaning of a search hangs on the network; fetch.py
+    puts it there.
+
+    Args:
+        name: of the model.
+        tower: a directory or hub id of the CLIP to take instead of the one that the model names.
+    Raises:
+        UsageError: nothing has that name, or what has it is no usable LLaVA-Mini.
+    """
+    if name in built_in_names():
+        return read_bundle(name, Path(str(files("configs") / name)), tower)
+    if os.path.isdir(name):
+        path = os.path.abspath(name)  # an archive remembers it, and workers run elsewhere
+        return read_bundle(path, Path(path), tower)
+    if is_hub_id(name) and not os.path.exists(name):
+        try:
+            directory = hub_directory(name)
+        except UsageError as error:
+            names = ", ".join(built_in_names())
+            raise UsageError(f"no model named {name}: {error}; built-in names: {names}") from error
+        return read_bundle(name, directory, tower)
+    known = ", ".join(built_in_names()) or "none"
+    kind = "not a directory" if os.path.exists(name) else "no such directory, and no hub id of the form OWNER/NAME"
+    raise UsageError(f"no model named {name}: {kind}; built-in names: {known}")
+
+
+def list_bundles(tower: str | None = None) -> list[Bundle]:
+    """What is at hand without a download: built-in bundles, then LLaVA-Mini repositories in the local hub cache.
+
+    A cached repository that cannot be read as a model (half a download, say), or whose tower is away, is not at hand.
+
+    Args:
+        tower: the one for those of the hub, as find_bundle takes it.
+    Raises:
+        UsageError: there is no such tower.
+    """
+    if tower is not None:
+        _other_tower(tower)
+    found = [find_bundle(name) for name in built_in_names()]
+    for name, directory in cached_repositories(MODEL_TYPE):
+        with contextlib.suppress(UsageError):
+            found.append(read_bundle(name, directory, tower))
+    return found
+
+
+def built_in_names() -> list[str]:
+    """Names of the bundles that are shipped with the program."""
+    return sorted(entry.name for entry in files("configs").iterdir() if (entry / "config.json").is_file())
+
+
+def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
+    """The bundle in a directory of the published layout; tower as find_bundle takes it.
+
+    Raises:
+        UsageError: a file is missing or says something that this program cannot do.
+    """
+    path = directory / "config.json"
+    values = read_json(path)
+    config = _model_config(path, values)
+    if tower is None:
+        tower_name, tower_directory = "", _tower_directory(directory, config.tower)
+    else:
+        tower_name, tower_directory = _other_tower(tower)
+    clip = read_json(tower_directory / "config.json")
+    if clip.get("model_type") not in ("clip", "clip_vision_model"):
+        raise UsageError(f"{tower_directory}: model_type is {clip.get('model_type')!r}; a vision tower must be CLIP")
+    tensors = list_tensors(tower_directory)
+    has_search_key = "visual_projection.weight" in tensors
+    has_text = "text_projection.weight" in tensors and any(key.startswith("text_model.") for key in tensors)
+    bundle = Bundle(
+        name=name,
+        directory=directory,
+        tower_directory=tower_directory,
+        config=config,
+        tower=clip,
+        pictures=read_settings(tower_directory),
+        card=_card(path, values, directory),
+        has_search_key=has_search_key,
+        has_text_search=has_search_key and has_text and has_tokenizer(tower_directory),
+        tower_name=tower_name,
+    )
+    if bundle.pictures.crop_side != bundle.vision["image_size"]:
+        raise UsageError(
+            f"{tower_directory}: the image processor gives {bundle.pictures.crop_side} pixels, "
+            f"the tower wants {bundle.vision['image_size']}; both files must agree"
+        )
+    return bundle
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """True where a directory holds a tokenizer in one of the two published forms."""
+    return (directory / "tokenizer.json").is_file() or all(
+        (directory / part).is_file() for part in ("vocab.json", "merges.txt")
+    )
+
+
+def sub_config(tower: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of CLIP's config.json: `vision_config` or `text_config`; a vision-only tower is all vision.
+
+    Older files repeat a part as `<name>_dict`, which wins, as in transformers.
+    """
+    if tower["model_type"] == "clip_vision_model":
+        return dict(tower)
+    return {**(tower.get(name) or {}), **(tower.get(f"{name}_dict") or {})}
+
+
+def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
+    if values.get("model_type") != MODEL_TYPE:
+        raise UsageError(f"{path}: model_type is {values.get('model_type')!r}; only {MODEL_TYPE} can be loaded")
+    for name, allowed in (("mm_vision_select_feature", "patch"), ("mm_use_im_start_end", False)):
+        if values.get(name, allowed) != allowed:
+            raise UsageError(f"{path}: {name} is {values[name]!r}; only {allowed!r} is supported")
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {"rope_type": "default"})
+    if "type" in rope:  # the oldest spelling
+        rope.setdefault("rope_type", rope.pop("type"))
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    try:
+        config = ModelConfig(
+            compressor_size=int(values["compressor_size"]),
+            resolution_ratio=int(values.get("resolution_ratio", 1)),  # the published code's default
+            select_layer=int(values["mm_vision_select_layer"]),
+            prefusion_layer_count=int(values["prefusion_layer_num"]),
+            hidden_size=int(values["hidden_size"]),
+            context_length=int(values["max_position_embeddings"]),
+            eos_ids=_eos_ids(path, values),
+            pad_pictures=values.get("image_aspect_ratio") == "pad",
+            projector_type=str(values["mm_projector_type"]),
+            tower=str(values["mm_vision_tower"]),
+            llama={k: v for k, v in values.items() if k not in ("rope_scaling", "rope_theta", "vidx")}
+            | {"rope_parameters": rope},
+        )
+    except KeyError as error:
+        raise UsageError(f"{path}: {error} is missing; is this a complete LLaVA-Mini checkpoint?") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: a setting has the wrong type: {error}") from error
+    for name in ("compressor_size", "resolution_ratio", "prefusion_layer_count", "hidden_size", "context_length"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"{path}: {name} is {getattr(config, name)}; it must be at least 1")
+    if config.select_layer >= 0:
+        raise UsageError(f"{path}: mm_vision_select_layer is {config.select_layer}; it must count from the end (-2)")
+    return config
+
+
+def _eos_ids(path: Path, values: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens that end an answer: generation_config.json's, else config.json's, as transformers does."""
+    generation = path.with_name("generation_config.json")
+    generated = read_json(generation) if generation.is_file() else {}
+    ids = generated.get("eos_token_id", values.get("eos_token_id"))
+    if ids is None:
+        raise UsageError(f"{path}: eos_token_id is missing here and in generation_config.json; an answer needs an end")
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _card(path: Path, values: dict[str, Any], directory: Path) -> Card:
+    given = values.get("vidx")
+    if given is None:
+        return Card(licence=_readme_licence(directory))
+    if not isinstance(given, dict):
+        raise UsageError(f"{path}: vidx is {given!r}; it must be an object")
+    known = {field.name: field.type for field in fields(Card)}
+    unknown = set(given) - set(known)
+    if unknown or "licence" not in given:
+        raise UsageError(f"{path}: vidx needs licence and knows only {', '.join(known)}; found {', '.join(given)}")
+    for name, value in given.items():
+        holds, wanted = _CARD_VALUES[known[name]]
+        if not holds(value):
+            raise UsageError(f"{path}: vidx.{name} is {value!r}; it must be {wanted}")
+    return Card(**given)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_object_of(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(holds(item) for item in value.values())
+
+
+# The type of a card's field -> whether a value of config.json is of it, and its name for people.
+_CARD_VALUES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (_is_text, "text"),
+    float | None: (_is_number, "a number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int | None: (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object that gives a text to each text"),
+    Mapping[str, Mapping[str, float]]: (
+        lambda value: _is_object_of(value, lambda kinds: _is_object_of(kinds, _is_number)),
+        "an object of source -> kind of question -> a number, per cent",
+    ),
+}
+
+
+def _bare(answer: str) -> str:
+    """An answer as it is compared with others."""
+    return answer.strip().removesuffix(".").rstrip().casefold()
+
+
+def _readme_licence(directory: Path) -> str:
+    """The licence in the front matter of a hub repository's README, or "unknown"."""
+    try:
+        text = (directory / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unknown"
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    licence = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
+    return licence[1].strip("\"'") if licence else "unknown"
+
+
+def _tower_directory(directory: Path, tower: str) -> Path:
+    """Where `mm_vision_tower` points: beside the checkpoint, an absolute path, or a hub id."""
+    for candidate in (directory / tower, Path(tower)):
+        if candidate.is_dir():
+            return candidate
+    if is_hub_id(tower):
+        try:
+            return hub_directory(tower)
+        except UsageError as error:
+            raise UsageError(
+                f"{directory}: its vision tower {tower} is {error}, and --tower names another one"
+            ) from error
+    raise UsageError(
+        f"{directory}: mm_vision_tower {tower!r} is no directory there and no hub id; place CLIP there, or name "
+        "one with --tower"
+    )
+
+
+def _other_tower(tower: str) -> tuple[str, Path]:
+    """A vision tower that a user names: as an archive remembers it, and where it lies."""
+    if os.path.isdir(tower):
+        path = os.path.abspath(tower)
+        return path, Path(path)
+    if is_hub_id(tower) and not os.path.exists(tower):
+        try:
+            return tower, hub_directory(tower)
+        except UsageError as error:
+            raise UsageError(f"--tower {tower}: {error}") from error
+    raise UsageError(f"--tower {tower}: no such directory, and no hub id of the form OWNER/NAME; name a CLIP")
