@@ -99,7 +99,8 @@ class Executor:
         if self._watch is not None and self._watch.is_dead():  # every call into Ray would wait for it
             if self._address is None:
                 kill_children()
-            if isinstance(error, Exception) and not isinstance(error, VidxError):
+            is_told = isinstance(error, VidxError) and not isinstance(error, UsageError)  # that it cannot be started
+            if isinstance(error, Exception) and not is_told:
                 raise ClusterError(f"{self._watch.word}: {error}") from error
             return
         for handle in self._workers.values():
