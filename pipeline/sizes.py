@@ -16,8 +16,7 @@ def parse_size(option: str, text: str) -> int:
         UsageError: none of them.
     """
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", text.strip())
-    unit = _UNITS.get((match[2] or "B").upper()) if match else None
-    size = round(float(match[1]) * unit) if unit else 0
+    size = round(float(match[1]) * _UNITS.get((match[2] or "B").upper(), 0)) if match else 0
     if not 1 <= size <= MOST_BYTES:
         raise UsageError(f"{option} {text}: no size; give a number above 0 with a unit, as 512MB or 4GiB")
     return size

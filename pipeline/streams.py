@@ -7,8 +7,12 @@ import errno
 import io
 import os
 import sys
+from typing import TYPE_CHECKING, TextIO
 
 from storage.errors import VidxError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class OutputError(VidxError):
@@ -48,7 +52,7 @@ class _Output(io.FileIO):
         super().__init__(number, "w", closefd=False)
         self._is_closed = is_closed
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         """As FileIO does it.
 
         Raises:
@@ -73,12 +77,12 @@ class _Notes(io.FileIO):
     def __init__(self, number: int):
         super().__init__(number, "w", closefd=False)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         """As FileIO does it; what cannot be written counts as written."""
         try:
             return super().write(data)
         except OSError:
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def _is_open(number: int) -> bool:
@@ -89,7 +93,7 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _text(stream: io.TextIOBase | None, raw: io.FileIO) -> io.TextIOWrapper:
+def _text(stream: TextIO | None, raw: io.FileIO) -> io.TextIOWrapper:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     buffered = io.BufferedWriter(raw)
     return io.TextIOWrapper(buffered, encoding, "backslashreplace", line_buffering=raw.isatty())

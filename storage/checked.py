@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.files import is_text, join, local_path
+from storage.files import file_path, is_text, join, local_path
 
 MOST_NAME = 200
 MOST_TEXT = 1 << 16
@@ -89,7 +89,7 @@ def read_small(uri: str, most_bytes: int) -> bytes:
         OSError: it is missing or cannot be read.
     """
     try:
-        descriptor = os.open(local_path(uri), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(file_path(uri), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             refuse_other_kinds(uri)

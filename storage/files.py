@@ -12,11 +12,14 @@ import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import google_crc32c
 
 from storage.errors import ArchiveError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # FUSE and some network mounts cannot sync a directory or a file; the data is as safe there as they make it.
@@ -46,6 +49,14 @@ def local_path(uri: str) -> bytes | None:
         if uri.lower().startswith(prefix):
             return urllib.parse.unquote_to_bytes(uri[len(prefix) - 1 :])
     return None
+
+
+def file_path(uri: str) -> bytes:
+    """The bytes of the path of a URI that is known to be a file:// one."""
+    path = local_path(uri)
+    if path is None:
+        raise ValueError(f"{uri}: is no file:// URI")
+    return path
 
 
 def is_text(text: str) -> bool:
@@ -185,7 +196,7 @@ class NewFile:
         self.file.flush()
         _sync(self.file.fileno())
         self.file.close()
-        os.replace(self._temporary, local_path(uri))
+        os.replace(self._temporary, file_path(uri))
         sync_folder(uri.rsplit("/", 1)[0])
 
     def discard(self) -> None:
@@ -213,7 +224,7 @@ class ChecksummedFile(io.BufferedIOBase):
         """It is."""
         return True
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         """Adds bytes at the end."""
         self.checksum = google_crc32c.extend(self.checksum, bytes(data))
         return self.raw.write(data)
@@ -257,7 +268,7 @@ def checksum_of(uri: str) -> int:
     return checksum
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: "ReadableBuffer") -> None:
     """Puts a file in place, whole, instead of what was there."""
     new = NewFile(uri)
     try:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 
+Ticks = TypeVar("Ticks", np.ndarray, float)
 FRAME_SIDE = 336  # every frame enters the model as 336 x 336 pixels (published code, load_video)
 
 
@@ -171,11 +173,11 @@ class Probe:
         if self.created_at is not None and self.created_at.tzinfo is None:
             raise ValueError("Probe.created_at has no time zone")
 
-    def pts_seconds(self, ticks: np.ndarray | int) -> np.ndarray | float:
+    def pts_seconds(self, ticks: Ticks) -> Ticks:
         """The file's own clock."""
         return ticks * self.time_base.numerator / self.time_base.denominator
 
-    def time_seconds(self, ticks: np.ndarray | int) -> np.ndarray | float:
+    def time_seconds(self, ticks: Ticks) -> Ticks:
         """The position a player shows."""
         return self.pts_seconds(ticks) - self.clock_offset_seconds
 
@@ -324,8 +326,8 @@ class FrameBatch:
     def take(self, places: np.ndarray) -> "FrameBatch":
         """Some of the frames."""
         thumbnails = tuple(self.thumbnails[place] for place in places.tolist())
-        columns = (self.pixels, self.ticks, self.end_ticks, self.frame_index)
-        return FrameBatch(*(column[places] for column in columns), thumbnails)
+        pixels, ticks, end_ticks = self.pixels[places], self.ticks[places], self.end_ticks[places]
+        return FrameBatch(pixels, ticks, end_ticks, self.frame_index[places], thumbnails)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -461,10 +463,11 @@ class Receipt:
 class VideoRow:
     """One row of the videos table; publishing it makes the video's frames visible.
 
-    Fields that only an opened file can tell are None where it could not be opened. attempts counts the runs that tried
-    this content with these settings; indexed_at is when the last of them ended, None where none has, or where an
-    older vidx did not say. captured_from means something where captured_at is known. sandbox_missing names what the
-    processes that decoded it were not kept from (workers/sandbox.py), None where that is not known.
+    Fields that only an opened file can tell are None where it could not be opened; known_* give them where they are
+    there. attempts counts the runs that tried this content with these settings; indexed_at is when the last of them
+    ended, None where none has, or where an older vidx did not say. captured_from means something where captured_at is
+    known. sandbox_missing names what the processes that decoded it were not kept from (workers/sandbox.py), None where
+    that is not known.
     """
 
     video_id: str | None
@@ -484,6 +487,30 @@ class VideoRow:
     indexed_at: datetime | None = None
     captured_from: CapturedFrom = CapturedFrom.MANIFEST
     sandbox_missing: tuple[str, ...] | None = None
+
+    @property
+    def known_id(self) -> str:
+        """video_id, of a video whose file could be opened."""
+        assert self.video_id is not None
+        return self.video_id
+
+    @property
+    def known_number(self) -> int:
+        """video_number, of a video with frames or of one that is being indexed."""
+        assert self.video_number is not None
+        return self.video_number
+
+    @property
+    def known_probe(self) -> Probe:
+        """probe, of a video with frames."""
+        assert self.probe is not None
+        return self.probe
+
+    @property
+    def known_problem(self) -> Problem:
+        """problem, of a video that is not whole."""
+        assert self.problem is not None
+        return self.problem
 
 
 @dataclass(frozen=True)
@@ -509,6 +536,12 @@ class Moment:
     end_seconds: float
     best_seconds: float
     score: float | None
+
+    @property
+    def known_score(self) -> float:
+        """score, of a moment that a search found."""
+        assert self.score is not None
+        return self.score
 
 
 @dataclass(frozen=True)

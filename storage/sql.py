@@ -90,8 +90,9 @@ class SqlResult:
 
     def rows(self) -> Iterator[tuple]:
         """The rows as Python values, as run_sql gives them."""
+        types = [] if self._relation is None else self._relation.types
         for batch in self.batches():
-            yield from _rows(batch, self._relation.types)
+            yield from _rows(batch, types)
 
 
 def run_sql(archive: Archive, statement: str, limits: SqlLimits | None = None) -> tuple[list[str], list[tuple]]:

@@ -171,6 +171,25 @@ def test_whatever_the_index_says_it_is_built_again_or_found_right(copy, outside,
         assert found_in(sealed) == wanted
 
 
+def test_an_index_that_names_codes_without_their_lists_is_built_again(copy):
+    sealed = copy("coded")
+    wanted, manifest = found_in(sealed), sealed.checked_json("index.json")
+    sealed.write_checked_json("index.json", {**manifest, "coarse": None})
+    assert found_in(sealed) == wanted
+
+
+def test_an_index_that_claims_keys_of_a_part_without_any_is_called_damaged(copy):
+    sealed = copy("coded")
+    archive = open_archive(str(sealed.folder), write=True)
+    archive.commit_frames([receipt_for(archive, 4, random_rows(6, key_width=None))])
+    archive.publish([row_for(archive, 4, 6)])
+    paths = {part.video_number: part.path for part in archive.parts()}
+    text = json.dumps(sealed.checked_json("index.json")).replace(paths[3], paths[4])
+    sealed.write_checked_json("index.json", text.encode())
+    with pytest.raises(ArchiveError, match=r"`vidx repair` makes the index anew .*keeps no search keys"):
+        open_index(open_archive(archive.uri)).search(unit(0), 5, {paths[4]: None})
+
+
 @pytest.mark.parametrize("kind", ["exact", "coded"])
 def test_whatever_stands_in_the_head_of_an_index_file_finds_what_is_right_or_says_so(copy, outside, kind):
     sealed = copy(kind)
@@ -300,6 +319,25 @@ def test_rows_that_vidx_does_not_write_are_refused_by_name(copy, outside, table)
             sealed = copy()
             sealed.rewrite(table, sealed.files(table)[0], lambda rows, column=column: rows.drop_columns([column]))
             assert ends(sealed, outside, [("verify",)])[0][0] == 5
+
+
+LACKING = [("failed", "reason"), ("partial", "reason"), ("partial", "detail"), ("deleted", "video_id")]
+
+
+@pytest.mark.parametrize(("status", "lacking"), [*LACKING, ("indexed", "decoder"), ("indexing", "video_number")])
+def test_a_row_that_lacks_what_videos_of_its_status_have_is_refused(copy, outside, status, lacking):
+    sealed = copy()
+
+    def change(rows):
+        for name, value in {"status": status, "reason": "corrupt", "detail": "x"}.items():
+            rows = with_column(name, value, rows)
+        number = rows.schema.get_field_index(lacking)
+        return with_values(number, rows.schema.field(number), [None] * rows.num_rows, rows)
+
+    for path in sealed.files("videos"):
+        sealed.rewrite("videos", path, change)
+    commands = [("status", "--failed"), ("status", "--deleted"), ("list",), ("compact",), ("verify",)]
+    assert {code for code, _ in ends(sealed, outside, commands)} == {5}
 
 
 def with_metadata(key, text, rows):

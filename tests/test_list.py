@@ -7,12 +7,14 @@ import os
 import pty
 import subprocess
 import threading
+import warnings
 from datetime import UTC, datetime
 
 import pytest
 from conftest import VIDX
 from small_archive import MODEL_ID, add_video, failed_row, folder_of
 
+from pipeline.cli.print import print_csv
 from storage.archive.archive import create_archive, open_archive
 from storage.records import Problem, Reason, Status
 
@@ -98,6 +100,12 @@ def test_csv_holds_the_same_values(vidx, archive):
         assert row == {name: "" if value is None else str(value) for name, value in entry.items()}
     assert vidx("list", *place, "--csv", "--status", "deleted", "--tag", "camera=x").out == text.splitlines()[0] + "\n"
     assert vidx("list", *place, "--csv", "--json").code == 2
+
+
+def test_csv_uses_nothing_that_click_is_about_to_take_away(capsys):
+    with warnings.catch_warnings(action="error"):
+        print_csv(["uri"], [{"uri": "caf\xe9"}])
+    assert capsys.readouterr().out == "uri\ncaf\xe9\n"
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,20 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from storage.errors import ClusterError, VideoProblem
-from storage.files import local_path
+from storage.files import file_path
 from storage.records import Choice, Content, Probe, Problem, Receipt, SegmentTask
 from workers.decode.client import RETRIED, Decoder, check_choice
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify
+
+if TYPE_CHECKING:
+    from workers.vision.llava_mini import VisionPart
 
 PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 SEGMENTS_AT_ONCE = 2  # per encoder: one decodes while the other encodes
@@ -66,7 +71,7 @@ class Examiner:
 
     def examine(self, uri: str, content: Content | None) -> Examined:
         """Identity and stream of one source; content is given where the caller has hashed it already."""
-        path = local_path(uri)
+        path = file_path(uri)
         try:
             content = content or identify(path, self._hashes)
             probe = self._probe(path)
@@ -89,15 +94,15 @@ class Encoder:
     def __init__(self, settings: WorkerSettings):
         _die_with_parent()
         self._settings = settings
-        self._vision = None
+        self._vision: VisionPart | None = None
         self._loading = threading.Lock()
         self._model_turn = threading.Lock()
         self._reached: dict[tuple[int, str], tuple[float, int]] = {}
-        self._decoders = queue.SimpleQueue()
+        self._decoders: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
         for _ in range(SEGMENTS_AT_ONCE):
             self._decoders.put(settings.new_decoder())
 
-    def load(self) -> None:
+    def load(self) -> "VisionPart":
         """Loads the model, once; not in the constructor, so that its errors reach the job as they are.
 
         Raises:
@@ -107,6 +112,7 @@ class Encoder:
         with self._loading:
             if self._vision is None:
                 self._vision = _load_vision(self._settings)
+            return self._vision
 
     def encode(self, task: SegmentTask) -> Receipt:
         """One segment: decode, encode, write its part.
@@ -115,7 +121,7 @@ class Encoder:
             UsageError: as `load`.
             ClusterError: there is not the memory for it.
         """
-        self.load()
+        vision = self.load()
         from workers.segment import index_segment  # after it: transformers' lazy imports do not bear two threads
 
         settings = self._settings
@@ -127,7 +133,7 @@ class Encoder:
 
         with self._borrowed_decoder() as decoder:
             try:
-                return index_segment(task, decoder, self._vision, self._model_turn, *stored, reached)
+                return index_segment(task, decoder, vision, self._model_turn, *stored, reached)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -143,7 +149,7 @@ class Encoder:
         return dict(self._reached)
 
     @contextmanager
-    def _borrowed_decoder(self):
+    def _borrowed_decoder(self) -> Iterator[Decoder]:
         decoder = self._decoders.get()
         try:
             yield decoder
@@ -170,7 +176,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _load_vision(settings: WorkerSettings):
+def _load_vision(settings: WorkerSettings) -> "VisionPart":
     import torch  # here, so that examiners and the driver stay light
 
     from workers.models.bundle import find_bundle

@@ -8,6 +8,7 @@ import socket
 import struct
 from datetime import datetime
 from fractions import Fraction
+from typing import Any
 
 from storage.records import Probe
 
@@ -74,11 +75,10 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytearray:
     return data
 
 
-def probe_to_json(probe: Probe) -> dict:
+def probe_to_json(probe: Probe) -> dict[str, Any]:
     """A Probe as plain values."""
-    base = probe.time_base
     created = None if probe.created_at is None else probe.created_at.isoformat()
-    base = [base.numerator, base.denominator]
+    base = [probe.time_base.numerator, probe.time_base.denominator]
     return vars(probe) | {"time_base": base, "cuts": list(probe.cuts), "created_at": created}
 
 

@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from storage.errors import VideoProblem
-from storage.files import local_path
+from storage.files import file_path
 from storage.parts.write import FrameColumns, PartWriter
 from storage.records import FrameBatch, Probe, Problem, Reason, Receipt, SegmentTask
 from workers.decode.client import RETRIED, Decoder
 from workers.sources.identity import check_unchanged
 from workers.vision.encode import encode_frames
+from workers.vision.llava_mini import VisionPart
 
 
 def index_segment(
     task: SegmentTask,
     decoder: Decoder,
-    model,
+    model: VisionPart,
     model_turn: AbstractContextManager,
     frames_uri: str,
     batch: int,
@@ -49,14 +50,14 @@ def index_segment(
 def _attempt(
     task: SegmentTask,
     decoder: Decoder,
-    model,
-    model_turn,
+    model: VisionPart,
+    model_turn: AbstractContextManager,
     frames_uri: str,
     batch: int,
     thumbnails: bool,
     reached: Callable[[float, int], None],
 ) -> Receipt:
-    path = local_path(task.uri)
+    path = file_path(task.uri)
     writer = PartWriter(
         frames_uri,
         video_id=task.content.video_id,

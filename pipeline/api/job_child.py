@@ -40,7 +40,7 @@ def _outcome(connection: Connection) -> IndexResult | VidxError | Broken:
         return Broken(traceback.format_exc())
 
 
-def _interrupt(*_) -> None:
+def _interrupt(*_: object) -> None:
     """A scheduler's SIGTERM stops a job as cleanly as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -90,14 +90,14 @@ def check_count(name: str, value: object, *, or_none: str = "") -> None:
     Raises:
         UsageError: it is none.
     """
-    is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
     allowed = "a whole number, at least 1" + (f", or None for {or_none}" if or_none else "")
     check(name, value, is_count or (value is None and bool(or_none)), allowed)
 
 
 def check_number(name: str, value: object, least: float, most: float, *, or_none: str = "") -> None:
     """Refuses what is no number from `least` to `most`; `or_none` as for check_count."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and not value < least and value <= most
     allowed = f"a number, {least} or more" if most > 1e9 else f"a number from {least} to {most}"
     allowed += f", or None for {or_none}" if or_none else ""
     check(name, value, is_number or (value is None and bool(or_none)), allowed)

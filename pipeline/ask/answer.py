@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -34,6 +34,7 @@ LENIENCY = 0.1  # below the floor of a search: the model that is shown the frame
 ANYTHING = -1.0  # a floor that every frame reaches
 MANY_FRAMES = 1000  # and the memory that they take is announced
 HEARD = "These are the answers for each stretch of time:"
+Say = Callable[[str], None]  # is told what the model says, or what is to be noted
 
 
 class Over(StrEnum):
@@ -141,7 +142,8 @@ class Asker:
         """The bundle, with the context that there is memory for where its engine reserves it."""
         if not self._options.reserves_memory:
             return self._bundle
-        rows = min(self._bundle.context_length, self._model.engine.most_rows)
+        most, rows = self._model.engine.most_rows, self._bundle.context_length
+        rows = rows if most is None else min(rows, most)
         return replace(self._bundle, config=replace(self._bundle.config, context_length=rows))
 
     @cached_property
@@ -149,13 +151,7 @@ class Asker:
         return load_tokenizer(self._bundle)
 
     def ask(
-        self,
-        question: str,
-        within: Filter,
-        asked: Asked,
-        *,
-        stream: Callable[[str], None] = silent,
-        announce: Callable[[str], None] = silent,
+        self, question: str, within: Filter, asked: Asked, *, stream: Say = silent, announce: Say = silent
     ) -> Answer | None:
         """The model's answer from the frames that fit the question best.
 
@@ -194,8 +190,8 @@ class Asker:
         asked: Asked,
         *,
         history: Turns = (),
-        stream: Callable[[str], None] = silent,
-        announce: Callable[[str], None] = silent,
+        stream: Say = silent,
+        announce: Say = silent,
     ) -> Answer:
         """The model's answer from some frames.
 
@@ -248,7 +244,8 @@ class Asker:
 
     def _of_moments(self, found: Sequence[Moment], frame_limit: int) -> Chosen:
         """The best moments until the frames are full, the last one thinned out evenly."""
-        moments, frames = [], []
+        moments: list[Moment] = []
+        frames: list[FrameRef] = []
         for moment in found:
             room = frame_limit - len(frames)
             if room == 0:
@@ -281,13 +278,7 @@ class Asker:
     # --- answering
 
     def _answer(
-        self,
-        question: str,
-        ids: Sequence[int],
-        chosen: Chosen,
-        asked: Asked,
-        stream: Callable[[str], None],
-        announce: Callable[[str], None],
+        self, question: str, ids: Sequence[int], chosen: Chosen, asked: Asked, stream: Say, announce: Say
     ) -> Answer:
         rows = context_needed(self._bundle, ids, len(chosen.frames), asked.most_tokens)
         needed = answer_bytes(self._bundle, rows, is_reserved=self._options.reserves_memory)
@@ -311,12 +302,13 @@ class Asker:
             unknown=unknown,
         )
 
-    def _tell(self, said: Iterable[str], most_words: int | None, stream: Callable[[str], None]) -> tuple[str, str]:
+    def _tell(self, said: Iterable[str], most_words: int | None, stream: Say) -> tuple[str, str]:
         """What is told of what the model says, and why it does not know, where it says so.
 
         Where the answer is cut, the model is heard out for as long as it may be saying that.
         """
-        card, heard, told = self._bundle.card, [], []
+        card, told = self._bundle.card, []
+        heard: list[str] = []
         with closing(_listened(said, heard)) as pieces:
             for piece in _words(pieces, most_words):
                 stream(piece)
@@ -326,13 +318,7 @@ class Asker:
         return "".join(told), card.why_unknown("".join(heard)) or ""
 
     def _answer_by_windows(
-        self,
-        question: str,
-        chosen: Chosen,
-        room: int,
-        asked: Asked,
-        stream: Callable[[str], None],
-        announce: Callable[[str], None],
+        self, question: str, chosen: Chosen, room: int, asked: Asked, stream: Say, announce: Say
     ) -> Answer:
         """An answer for each stretch of the frames, and one that the model gives when it has read those."""
         cuts, uris = _windows(chosen.frames, room), self._archive.uris({each.video_number for each in chosen.frames})
@@ -348,31 +334,25 @@ class Asker:
             lines += _told(windows[-1:], uris)
             announce(lines[-1])
         if self._bundle.card.takes_history:
-            last = self._answer_from_answers(question, lines, chosen, asked, stream, announce)
+            whole = self._answer_from_answers(question, lines, chosen, asked, stream, announce)
         else:  # it was trained on single questions, and would not read the answers
             text = "\n".join(_told(windows, uris))
             stream(text)
-            last = replace(answers[-1], text=text, moments=chosen.moments, over=str(Over.WINDOWS), unknown="")
-        answers.append(last)
+            whole = replace(answers[-1], text=text, moments=chosen.moments, over=str(Over.WINDOWS), unknown="")
+        answers.append(whole)
         return replace(
-            last,
+            whole,
             question=question,
             frame_count=len(chosen.frames),
             windows=tuple(windows),
             fuse_note=next((each.fuse_note for each in answers if each.fuse_note), ""),
             video_bytes_read=sum(each.video_bytes_read for each in answers),
             memory_bytes=max(each.memory_bytes for each in answers),
-            unknown=windows[0].unknown if all(each.unknown for each in windows) else last.unknown,
+            unknown=windows[0].unknown if all(each.unknown for each in windows) else whole.unknown,
         )
 
     def _answer_from_answers(
-        self,
-        question: str,
-        lines: Sequence[str],
-        chosen: Chosen,
-        asked: Asked,
-        stream: Callable[[str], None],
-        announce: Callable[[str], None],
+        self, question: str, lines: Sequence[str], chosen: Chosen, asked: Asked, stream: Say, announce: Say
     ) -> Answer:
         """What the model says when it has read the windows' answers, and sees a few frames of all of them."""
         heard = "\n".join(lines)
@@ -430,8 +410,8 @@ def _told(windows: Sequence[WindowAnswer], uris: Mapping[int, str]) -> list[str]
     joined: list[WindowAnswer] = []
     for window in windows:
         last = joined[-1] if joined else None
-        touches = last is not None and window.start_seconds <= last.end_seconds + EDGE_SECONDS
-        if touches and (last.uri, last.text) == (window.uri, window.text):
+        is_same = last is not None and (last.uri, last.text) == (window.uri, window.text)
+        if last is not None and is_same and window.start_seconds <= last.end_seconds + EDGE_SECONDS:
             joined[-1] = replace(last, end_seconds=window.end_seconds)
         else:
             joined.append(window)
@@ -447,7 +427,7 @@ def _evenly(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:
     return [frames[(2 * i + 1) * len(frames) // (2 * count)] for i in range(count)]
 
 
-def _listened(pieces: Iterable[str], heard: list[str]) -> Iterator[str]:
+def _listened(pieces: Iterable[str], heard: list[str]) -> Generator[str, None, None]:
     """The pieces, each added to what was heard."""
     for piece in pieces:
         heard.append(piece)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from pipeline.ask.answer import Asked, Chosen
+from pipeline.ask.answer import Asked, Chosen, Say, silent
 from pipeline.ask.filter import Filter
 from pipeline.ask.query import check_text
 from storage.records import Answer, FrameRef
@@ -22,7 +22,16 @@ class AnyAsker(Protocol):
     def choose(self, question: str, within: Filter, asked: Asked) -> Chosen:
         """As Asker.choose."""
 
-    def answer(self, question: str, chosen: Chosen, asked: Asked, *, history: Turns = (), **heard: Any) -> Answer:
+    def answer(
+        self,
+        question: str,
+        chosen: Chosen,
+        asked: Asked,
+        *,
+        history: Turns = (),
+        stream: Say = silent,
+        announce: Say = silent,
+    ) -> Answer:
         """As Asker.answer."""
 
     def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +39,8 @@ class Filter:
     where: str = ""
 
     def __post_init__(self):
-        for name, low, high in (
-            ("position", self.start_seconds, self.end_seconds),
-            ("time of recording", self.after, self.before),
-        ):
+        position: tuple[str, Any, Any] = ("position", self.start_seconds, self.end_seconds)
+        for name, low, high in (position, ("time of recording", self.after, self.before)):
             if low is not None and high is not None and high <= low:
                 raise UsageError(f"a range of {name} from {low} to {high} must end after it starts")
         for instant in (self.after, self.before):
@@ -89,7 +88,7 @@ class Filter:
         found = []
         for row in archive.videos() if self.video is None else [self.video]:
             length = row.probe.duration_seconds if row.probe else None
-            extent = extents.get(row.video_number, (0.0, max(length or 0.0, 1e-6)))
+            extent = extents.get(row.video_number or 0, (0.0, max(length or 0.0, 1e-6)))
             is_chosen = chosen is None or row.uri in chosen
             if is_chosen and self._passes(row) and recorded._span(row, *extent) is not None:
                 found.append(row)
@@ -137,13 +136,13 @@ class Filter:
         A side that takes nothing away is left open, so that many videos share one span.
         """
         start, end = self.start_seconds, self.end_seconds
-        if self.after is not None:
+        if self.after is not None and row.captured_at is not None:
             begins = (self.after - row.captured_at).total_seconds()
             if begins >= end_seconds:
                 return None
             if begins > first_seconds:
                 start = begins if start is None else max(start, begins)
-        if self.before is not None:
+        if self.before is not None and row.captured_at is not None:
             ends = (self.before - row.captured_at).total_seconds()
             if ends <= first_seconds:
                 return None
@@ -157,7 +156,8 @@ def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
     if not tags:
         return True
     own = {one_spelling(key): one_spelling(value) for key, value in row.tags.items()}
-    return all(own.get(one_spelling(key)) in map(one_spelling, values) for key, values in tags.items())
+    pairs = ((own.get(one_spelling(key)), values) for key, values in tags.items())
+    return all(any(value == one_spelling(wanted) for wanted in values) for value, values in pairs)
 
 
 def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from storage.archive.archive import Archive
 from storage.errors import VideoProblem
-from storage.files import local_path
+from storage.files import file_path
 from storage.parts.read import cell_shape, keeps, read_compressor_out, read_patches, read_tokens
 from storage.records import FrameRef, VideoRow
 from workers.decode.client import Decoder, allowed_pixels
@@ -95,7 +95,7 @@ class Showing:
 
 def _allowed_pixels(rows: Iterable[VideoRow]) -> int:
     """Room for the largest of these videos, all of which were allowed when they were indexed."""
-    return max(allowed_pixels(row.probe) for row in rows)
+    return max(allowed_pixels(row.known_probe) for row in rows)
 
 
 def stored_inputs(
@@ -128,7 +128,8 @@ def decoded_inputs(
         row, ticks = rows[number], [frame.ticks for frame in group]
         times_rise = row.problem is None  # or it says that the clock begins anew
         try:
-            for pixels in decoder.batches_at(local_path(row.uri), row.probe, ticks, DECODED_AT_ONCE, times_rise):
+            path, probe = file_path(row.uri), row.known_probe
+            for pixels in decoder.batches_at(path, probe, ticks, DECODED_AT_ONCE, times_rise):
                 yield from exact_inputs(model.vision, pixels)
         except VideoProblem as problem:
             raise in_video(row, problem) from problem

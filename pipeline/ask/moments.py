@@ -139,7 +139,7 @@ class MomentFinder:
             if not any(_holds(moment, example) for example in self._keys.examples):
                 is_short = moment.end_seconds - moment.start_seconds < LEAST_SECONDS
                 found.append((is_short, moment))
-        found.sort(key=lambda each: (each[0], -each[1].score, each[1].video_number, each[1].start_seconds))
+        found.sort(key=lambda each: (each[0], -each[1].known_score, each[1].video_number, each[1].start_seconds))
         return [moment for _, moment in found], left_out
 
     def _grow(

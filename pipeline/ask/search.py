@@ -167,7 +167,8 @@ def _find(
         moments, left_out = finder.find(hits, *scores)
         moments = [*_spread(moments, wanted.per_video)][: wanted.limit]
         are_all = len(found) < count or found[-1].score < scores[0] or count >= index.frame_count
-        if are_all or (len(moments) == wanted.limit and (count >= MOST_HITS or found[-1].score <= moments[-1].score)):
+        are_enough = len(moments) == wanted.limit
+        if are_all or (are_enough and (count >= MOST_HITS or found[-1].score <= moments[-1].known_score)):
             return moments, left_out
         count *= 4
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from storage.archive.archive import Archive
 from storage.errors import VideoProblem
-from storage.files import local_path
+from storage.files import file_path
 from storage.parts.read import read_thumbnails
 from storage.records import Problem, Reason, Sampling, Segment, VideoRow
 from storage.vectors.vector_index import drop_index
@@ -105,10 +105,10 @@ def _thumbnails_shown(row: VideoRow) -> Iterator[dict[int, bytes]]:
     """
     check_still_there(row)
     sampling = Sampling.from_text(row.sampling)
-    path = local_path(row.uri)
-    with Decoder(max_pixels=allowed_pixels(row.probe), choice=sampling.choice) as decoder:
+    path = file_path(row.uri)
+    with Decoder(max_pixels=allowed_pixels(row.known_probe), choice=sampling.choice) as decoder:
         probe = decoder.probe(path)
-        whole = Segment(row.video_id, None, None, 0)
+        whole = Segment(row.known_id, None, None, 0)
         try:
             for frames in decoder.decode(path, probe, whole, sampling.fps, BATCH, sampling.choice):
                 yield dict(zip(frames.ticks.tolist(), frames.thumbnails, strict=True))

@@ -208,14 +208,13 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
             click.echo(text, nl=False)
 
     answer = asker.ask(question, where, asked_of(options), stream=stream, announce=note)
-    found = answer is not None
     if as_json:
         print_json({**answer_json(question, answer, bundle), "videos_unfinished": unfinished_json(unfinished)})
-    elif found:
+    elif answer is not None:
         click.echo()
         print_moments(answer.moments)
         click.echo(f"from {counted(answer.frame_count, 'frame')}, fused with {answer.fuse}")
-    if not found:
+    if answer is None:
         note(
             "not found in this archive: no frame fits the question; --anyway answers from the best ones, --all from "
             "every frame of --video, --from/--to and the other filters"

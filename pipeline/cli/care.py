@@ -53,7 +53,7 @@ def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
         from pipeline.care.check_pictures import check_pictures
 
         checks = check_pictures(open_archive(archive_uri(archive_dir)), _report)
-    unchecked = [check for check in checks if check.problem is not None]
+    unchecked = [(check.row, check.problem) for check in checks if check.problem is not None]
     if pictures and found.faults:
         note("pictures were not compared: mend what is damaged first")
     if as_json:
@@ -80,8 +80,8 @@ def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
         _print_pictures(checks)
         if any(check.wrong for check in checks):
             click.echo("`vidx repair --pictures` indexes these videos again")
-    for check in unchecked:
-        note(f"{source_text(check.row.uri)}: its pictures cannot be compared: {check.problem.detail}")
+    for row, problem in unchecked:
+        note(f"{source_text(row.uri)}: its pictures cannot be compared: {problem.detail}")
     sys.exit(5 if found.faults or any(check.wrong for check in checks) else 3 if unchecked else 0)
 
 
@@ -147,12 +147,14 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
         not_whole = len(incomplete) + len(done.spared) + done.rows_lost
         if not no_index:
             for row in incomplete:
-                mend = "; once that is mended, `vidx index` on it completes it" if row.problem.reason.may_pass else ""
-                note(f"{source_text(row.uri)}: not whole: {row.problem.reason}: {row.problem.detail}{mend}")
+                why = row.known_problem
+                mend = "; once that is mended, `vidx index` on it completes it" if why.reason.may_pass else ""
+                note(f"{source_text(row.uri)}: not whole: {why.reason}: {why.detail}{mend}")
         for row in done.spared:
+            why = row.known_problem
             note(
-                f"{source_text(row.uri)}: damaged files of it stay, as it cannot be indexed again: "
-                f"{row.problem.reason}: {row.problem.detail}; once that is mended, `vidx repair` completes it"
+                f"{source_text(row.uri)}: damaged files of it stay, as it cannot be indexed again: {why.reason}: "
+                f"{why.detail}; once that is mended, `vidx repair` completes it"
             )
         ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
         click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
@@ -245,7 +247,8 @@ def _report(done: int, total: int) -> None:
 def _problem_json(row: VideoRow) -> dict:
     from storage.files import source_text
 
-    return {"source": source_text(row.uri), "reason": str(row.problem.reason), "detail": row.problem.detail}
+    problem = row.known_problem
+    return {"source": source_text(row.uri), "reason": str(problem.reason), "detail": problem.detail}
 
 
 def _fault_json(fault: Fault) -> dict:
@@ -270,12 +273,12 @@ def _print_pictures(checks: Sequence[PictureCheck]) -> None:
     from pipeline.times import clock
     from storage.files import source_text
 
-    wrong = [check for check in checks if check.wrong]
-    if wrong:
-        rows = [
-            (source_text(check.row.uri), f"{check.wrong} of {check.checked}", clock(check.first_wrong_seconds))
-            for check in wrong
-        ]
+    rows = [
+        (source_text(check.row.uri), f"{check.wrong} of {check.checked}", clock(check.first_wrong_seconds))
+        for check in checks
+        if check.first_wrong_seconds is not None
+    ]
+    if rows:
         print_table(("video", "wrong pictures", "from"), rows, right=("wrong pictures", "from"))
     elif checks:
         frames = counted(sum(check.checked for check in checks), "picture")

@@ -57,13 +57,16 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     vidx chat --video bottles.mp4 --from 12 --to 30
     vidx chat --json < questions.txt
     """
+    from io import TextIOWrapper
+
     from pipeline.cli.print import note
     from pipeline.results.text import counted
     from storage.archive.archive import open_archive
     from storage.errors import DamagedError, UsageError
 
     signal.signal(signal.SIGTERM, _end)
-    sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
     archive = open_archive(archive_uri(archive_dir))
     within = filter_of(archive, options)
     tell_unfinished(archive, within)
@@ -95,7 +98,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
         sys.exit(code)
 
 
-def _end(*_) -> None:
+def _end(*_: object) -> None:
     """A SIGTERM ends a conversation, where Ctrl-C stops an answer alone."""
     sys.exit(128 + signal.SIGTERM)
 

@@ -17,5 +17,6 @@ def completion(shell: str) -> None:
 
     from pipeline.cli.main import vidx
 
-    script = get_completion_class(shell)(vidx, {}, "vidx", "_VIDX_COMPLETE").source()
-    click.echo(script)
+    completion = get_completion_class(shell)
+    assert completion is not None  # click has all the choices
+    click.echo(completion(vidx, {}, "vidx", "_VIDX_COMPLETE").source())

@@ -254,10 +254,11 @@ def _print_result(result: Any, archive_dir: str) -> None:
     frames = f"{counted(result.frame_count, 'frame')}{there}"
     click.echo(f"{counts}; {frames} in {result.seconds:.1f} s; archive: {archive_dir}")
     if result.failures:
-        rows = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail) for row in result.failures]
-        print_table(("status", "reason", "source", "detail"), rows)
+        failures = [(row, row.known_problem) for row in result.failures]
+        cells = [(row.status, why.reason, source_text(row.uri), why.detail) for row, why in failures]
+        print_table(("status", "reason", "source", "detail"), cells)
     for row in result.notes:
-        note(f"{source_text(row.uri)}: {row.problem.detail}")
+        note(f"{source_text(row.uri)}: {row.known_problem.detail}")
 
 
 def _changes(update: Any) -> str:

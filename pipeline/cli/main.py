@@ -114,7 +114,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _terminate(*_) -> None:
+def _terminate(*_: object) -> None:
     """A scheduler's SIGTERM stops a job as cleanly as Ctrl-C does; some send it twice, to a process and its parent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -136,11 +136,12 @@ def _fetch_progress() -> Iterator[Callable[[Any], None]]:
     from pipeline.results.text import size
 
     if not sys.stderr.isatty():
-        last = [("", ""), 0.0]
+        told, told_at = ("", ""), 0.0
 
         def tell(now: Any) -> None:
-            if (now.step, now.name) != last[0] or time.monotonic() - last[1] >= LINE_SECONDS:
-                last[:] = (now.step, now.name), time.monotonic()
+            nonlocal told, told_at
+            if (now.step, now.name) != told or time.monotonic() - told_at >= LINE_SECONDS:
+                told, told_at = (now.step, now.name), time.monotonic()
                 done = f"{size(now.done_bytes)} of {size(now.total_bytes)}"
                 note(f"{now.name}: {now.step} {now.file}, {done}")
 

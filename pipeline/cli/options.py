@@ -197,7 +197,7 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
         raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
     row = archive.find_video(name) if name is not None else None
     if row is not None and not is_whole(row.problem) and row.status is not Status.INDEXING:
-        note(f"{source_text(row.uri)} is {row.status}: {row.problem.reason}: {row.problem.detail}")
+        note(f"{source_text(row.uri)} is {row.status}: {row.known_problem.reason}: {row.known_problem.detail}")
     if start is not None and end is None and video and from_text is None:
         end = start + 1e-6  # a moment of one instant: the frame shown then
     after, before = (
@@ -216,7 +216,7 @@ def tell_unfinished(archive: Archive, within: Filter) -> list[VideoRow]:
 
     rows = within.unfinished(archive)
     for row in rows[:UNFINISHED_NAMED]:
-        note(f"not whole yet: {printable(source_text(row.uri))}: {row.problem.detail}")
+        note(f"not whole yet: {printable(source_text(row.uri))}: {row.known_problem.detail}")
     if len(rows) > UNFINISHED_NAMED:
         others = counted(len(rows) - UNFINISHED_NAMED, "more video")
         note(f"not whole yet: {others}; `vidx list --status indexing` lists them")
@@ -227,7 +227,7 @@ def unfinished_json(rows: Sequence[VideoRow]) -> list[dict[str, str]]:
     """The same, as `search --json` and `ask --json` give it."""
     from storage.files import source_text
 
-    return [{"source": source_text(row.uri), "source_uri": row.uri, "detail": row.problem.detail} for row in rows]
+    return [{"source": source_text(row.uri), "source_uri": row.uri, "detail": row.known_problem.detail} for row in rows]
 
 
 def check_sheet(options: Mapping[str, Any]) -> None:

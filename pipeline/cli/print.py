@@ -8,7 +8,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -128,8 +128,8 @@ def _table_text(
     table = Table(box=below_head, pad_edge=False, show_edge=False, show_header=has_head)
     for name, least in itertools.zip_longest(columns, least_widths):
         numeric = name in right
-        justify = "right" if numeric else "left"
-        table.add_column(name, justify=justify, no_wrap=numeric, overflow="fold", min_width=least)
+        side: Literal["right", "left"] = "right" if numeric else "left"
+        table.add_column(name, justify=side, no_wrap=numeric, overflow="fold", min_width=least)
     for row in cells:
         table.add_row(*map(Text, row))
     with console.capture() as captured:
@@ -139,15 +139,14 @@ def _table_text(
 
 def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows by the names of columns as CSV on standard output, with a header; maps and lists in cells are JSON."""
-    stream = click.get_text_stream("stdout")
-    writer = csv.writer(stream, lineterminator="\n")
+    writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         cells = (json_value(row[name]) for name in columns)
         writer.writerow(
             [json.dumps(cell, ensure_ascii=False) if isinstance(cell, dict | list) else cell for cell in cells]
         )
-    stream.flush()
+    sys.stdout.flush()
 
 
 def note(message: str) -> None:

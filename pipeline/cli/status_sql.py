@@ -72,10 +72,10 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
         )
         return
     counts = f"{found.videos_indexed} indexed, {found.videos_partial} partial, {found.videos_failed} failed"
-    deleted = f", {found.videos_deleted} deleted" if found.videos_deleted else ""
+    counts += f", {found.videos_deleted} deleted" if found.videos_deleted else ""
     rows = (
         ("archive", archive_dir),
-        ("videos", counts + deleted),
+        ("videos", counts),
         ("frames", f"{found.frames}, of which {found.frames - pending} can be searched"),
         *_in_progress(found),
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
@@ -114,7 +114,8 @@ def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:
     from storage.files import source_text
 
     columns = ("status", "reason", "source", "detail", "attempts")
-    cells = [(row.status, row.problem.reason, source_text(row.uri), row.problem.detail, row.attempts) for row in rows]
+    failed = [(row, row.known_problem) for row in rows]
+    cells = [(row.status, why.reason, source_text(row.uri), why.detail, row.attempts) for row, why in failed]
     if as_json:
         listed = [dict(zip(columns, row, strict=True)) for row in cells]
         print_json([{**entry, "source_uri": row.uri} for entry, row in zip(listed, rows, strict=True)])
@@ -131,7 +132,7 @@ def _print_deleted(rows: Sequence[VideoRow], as_json: bool) -> None:
     if as_json:
         print_json([{"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri} for row in rows])
     elif rows:
-        print_table(("video", "source"), [(row.video_id[:8], source_text(row.uri)) for row in rows])
+        print_table(("video", "source"), [(row.known_id[:8], source_text(row.uri)) for row in rows])
     else:
         click.echo("no video was deleted")
 

@@ -55,7 +55,8 @@ class Executor:
     def __init__(self, settings: WorkerSettings, address: str | None, workers: int | None):
         self._settings = settings
         self._address = address
-        self._counts = {"examine": 1, "encode": workers}
+        self._wanted = workers
+        self._counts: dict[str, int] = {}  # of workers, by kind
         self._slots = {"examine": 2, "encode": SEGMENTS_AT_ONCE}
         self._workers: dict[tuple[str, int], Any] = {}
         self._running: dict[Any, _Task] = {}
@@ -78,14 +79,14 @@ class Executor:
         start_ray(self._address)
         if self._address is not None:
             self._watch = watch_joined_ray(self._address, address_of_joined(self._address))
-        self._counts["encode"] = _worker_count(self._settings.device, self._counts["encode"])
+        encoders = _worker_count(self._settings.device, self._wanted)
         cores = int(ray.cluster_resources().get("CPU", 1))
-        self._settings = replace(self._settings, threads=max(1, cores // self._counts["encode"]))
-        self._counts["examine"] = max(1, self._counts["encode"] // 2)
+        self._settings = replace(self._settings, threads=max(1, cores // encoders))
+        self._counts = {"examine": max(1, encoders // 2), "encode": encoders}
         for kind, count in self._counts.items():
             for worker in range(count):
                 self._workers[kind, worker] = self._new_worker(kind)
-        for worker in range(self._counts["encode"]):
+        for worker in range(encoders):
             self._submit(_Task("load", None, (), worker))
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
@@ -228,12 +229,11 @@ class Executor:
         if kind == "examine":
             return ray.remote(num_cpus=0)(Examiner).remote(self._settings)
         on_gpu = self._settings.device == "cuda"
-        options = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": 1}
+        options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": 1}
         ray.method(concurrency_group="reached")(Encoder.reached)  # here: workers do not import Ray
         # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
-        threads = {"max_concurrency": SEGMENTS_AT_ONCE, "concurrency_groups": {"reached": 1}}
-        remote = ray.remote(max_restarts=0, max_task_retries=0, **threads, **options)
-        return remote(Encoder).remote(self._settings)
+        options |= {"max_concurrency": SEGMENTS_AT_ONCE, "concurrency_groups": {"reached": 1}}
+        return ray.remote(max_restarts=0, max_task_retries=0, **options)(Encoder).remote(self._settings)
 
 
 def _worker_count(device: str, wanted: int | None) -> int:

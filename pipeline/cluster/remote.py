@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.ask.answer import Asked, Asker, Chosen, silent
+from pipeline.ask.answer import Asked, Asker, Chosen, Say, silent
 from pipeline.ask.filter import Filter
 from pipeline.ask.search import bundle_of
 from pipeline.cluster.connect import start_ray
@@ -68,16 +68,17 @@ class RemoteAsker:
         if options.device == "cuda" and not gpus:
             raise UsageError("--device cuda: Ray finds no GPU on this cluster; use --device cpu")
         cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
-        place = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
+        place: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
         settings = (cores, archive.uri, model, tower, options, cache_bytes)
-        self._worker = ray.remote(**place)(_Answerer).remote(*settings)
+        remote: Any = ray.remote(**place)
+        self._worker = remote(_Answerer).remote(*settings)
         found = self._worker.bundle.remote()
         if not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
             needs = "a GPU" if gpus else f"{cores} free cores"
             announce(f"waiting for {needs} on the cluster at {address}; Ctrl-C gives up")
         self.bundle: Bundle = self._get(found)
 
-    def ask(self, question: str, within: Filter, asked: Asked, **heard: Callable[[str], None]) -> Answer | None:
+    def ask(self, question: str, within: Filter, asked: Asked, **heard: Say) -> Answer | None:
         """As Asker.ask."""
         return self._call("ask", (question, within, asked), **heard)
 
@@ -86,10 +87,17 @@ class RemoteAsker:
         return self._call("choose", (question, within, asked))
 
     def answer(
-        self, question: str, chosen: Chosen, asked: Asked, *, history: Turns = (), **heard: Callable[[str], None]
+        self,
+        question: str,
+        chosen: Chosen,
+        asked: Asked,
+        *,
+        history: Turns = (),
+        stream: Say = silent,
+        announce: Say = silent,
     ) -> Answer:
         """As Asker.answer."""
-        return self._call("answer", (question, chosen, asked), history=history, **heard)
+        return self._call("answer", (question, chosen, asked), stream, announce, history=history)
 
     def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
         """As Asker.fits."""
@@ -103,8 +111,8 @@ class RemoteAsker:
         self,
         name: str,
         arguments: tuple,
-        stream: Callable[[str], None] = silent,
-        announce: Callable[[str], None] = silent,
+        stream: Say = silent,
+        announce: Say = silent,
         **others: Any,
     ) -> Any:
         hear = {"stream": stream, "announce": announce}

@@ -173,7 +173,7 @@ def read_annotations(path: str, archive: Archive, by_video: bool = False) -> lis
             raise UsageError(f"{path}: query {number}: {stretch[0]:g} to {stretch[1]:g} is no range of time")
         if by_video or stretch is not None:  # what one video does not show another may
             found = truths.setdefault((query, row.video_id if by_video else None), [])
-            found += [] if stretch is None else [Truth(row.video_id, *stretch)]
+            found += [] if stretch is None else [Truth(row.known_id, *stretch)]
     if not truths:
         raise UsageError(f"{path}: no queries in it")
     return [Annotated(query, tuple(found), videos.get(video_id)) for (query, video_id), found in truths.items()]
@@ -207,7 +207,8 @@ def _json_lines(text: str) -> list[Row]:
     for line in filter(str.strip, text.split("\n")):
         entry = json.loads(line)
         windows = [(float(start), float(end)) for start, end in entry["relevant_windows"]]
-        rows += [(entry["query"], entry["vid"], stretch) for stretch in windows or [None]]
+        rows += [(entry["query"], entry["vid"], stretch) for stretch in windows]
+        rows += [] if windows else [(entry["query"], entry["vid"], None)]
     return rows
 
 

@@ -18,7 +18,7 @@ from storage.archive.archive import Archive
 from storage.archive.claims import Job
 from storage.care.clean import drop_claims, sweep
 from storage.errors import UsageError, VideoProblem, VidxError
-from storage.files import local_path
+from storage.files import file_path
 from storage.records import (
     CapturedFrom,
     Choice,
@@ -249,7 +249,7 @@ def why_not_again(archive: Archive, rows: Sequence[VideoRow]) -> dict[str, Probl
     try:
         _own_bundle(archive)
     except UsageError as error:
-        return {row.video_id: Problem(Reason.UNKNOWN, str(error)) for row in rows}
+        return {row.known_id: Problem(Reason.UNKNOWN, str(error)) for row in rows}
     return _away(rows)
 
 
@@ -262,12 +262,12 @@ def _own_bundle(archive: Archive) -> Bundle:
 def _away(rows: Sequence[VideoRow]) -> dict[str, Problem]:
     """Why videos cannot be read where they were, by video_id; those that can are not in it."""
     hashes = HashCache()
-    return {row.video_id: problem for row in rows if (problem := _why_away(row, hashes)) is not None}
+    return {row.known_id: problem for row in rows if (problem := _why_away(row, hashes)) is not None}
 
 
 def _why_away(row: VideoRow, hashes: HashCache) -> Problem | None:
     try:
-        if identify(local_path(row.uri), hashes).video_id == row.video_id:
+        if identify(file_path(row.uri), hashes).video_id == row.video_id:
             return None
     except VideoProblem as problem:
         return Problem(problem.reason, problem.detail)
@@ -424,7 +424,10 @@ class _Run:
 
     def _take_in(self, outcome: "Outcome") -> None:
         if outcome.kind == "encode":
-            receipt = outcome.result or _lost(outcome.key, outcome.problem)
+            receipt: Receipt | None = outcome.result
+            if receipt is None:
+                assert outcome.problem is not None  # where there is no result
+                receipt = _lost(outcome.key, outcome.problem)
             self._videos[receipt.segment.video_id].meter.finish(receipt.segment.key, receipt.end_seconds)
             self._receipts.append(receipt)
             return
@@ -433,13 +436,13 @@ class _Run:
 
     def _take_examined(self, asset: VideoAsset, examined: Examined) -> None:
         content = examined.content
-        self._note_sandbox(content and content.video_id, examined.sandbox_missing)
+        self._note_sandbox(content.video_id if content else None, examined.sandbox_missing)
         if content is not None:
             if content.video_id in self._seen:  # the same bytes under a second name in this very job
                 self._skip(asset)
                 return
             self._seen[content.video_id] = asset.uri
-        if examined.probe is None:
+        if content is None or examined.probe is None:
             self._meter.leave_out(asset.uri)
             self._finished.append(self._row(asset, content, None, None, 0, examined.problem))
             return
@@ -479,9 +482,9 @@ class _Run:
             waiting = [segment for segment in segments if segment.key not in done]
             self._result.frames_resumed += self._archive.committed_frame_count(number, done)
             meter = self._meter.begin(asset.uri, probe, done)
-            keys = {segment.key for segment in waiting}
+            left = {segment.key for segment in waiting}
             since = time.monotonic() if done else None
-            video = _Video(asset, content, probe, number, keys, set(done), bool(done), meter, since)
+            video = _Video(asset, content, probe, number, left, set(done), bool(done), meter, since)
             video.is_settled = number in self._archive.published()
             self._videos[content.video_id] = video
             tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
@@ -579,7 +582,7 @@ class _Run:
             probe=probe,
             captured_at=asset.captured_at,
             captured_from=asset.captured_from,
-            tags=asset.tags,
+            tags=asset.tags or {},
             attempts=attempts,
             indexed_at=datetime.now(UTC),
             sandbox_missing=self._sandbox_missing_of(content, number),
@@ -588,7 +591,7 @@ class _Run:
     def _sandbox_missing_of(self, content: Content | None, number: int | None) -> tuple[str, ...] | None:
         """What was missing when this run read the video, or an earlier one whose frames stay."""
         missing = self._sandbox_missing.get(content.video_id) if content else None
-        if missing is None:
+        if content is None or missing is None:
             return None
         before = self._known.by_id.get(content.video_id)
         if before is not None and before.video_number == number:
@@ -638,7 +641,7 @@ def _size(asset: VideoAsset, content: Content | None) -> int:
     if content is not None:
         return content.size_bytes
     with contextlib.suppress(OSError, ValueError):
-        return os.stat(local_path(asset.uri)).st_size
+        return os.stat(file_path(asset.uri)).st_size
     return 0
 
 

@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from storage.errors import VideoProblem
-from storage.files import local_path
-from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow, is_whole
+from storage.files import file_path
+from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify, open_source
 
@@ -168,15 +169,15 @@ def plan_sources(
             row = place  # what it holds cannot be looked at, and it is the video of this place as far as is known
         if row is None or row.status is Status.DELETED:
             continue
-        changed = _renewed(renewed.get(row.video_id, row), asset, content, contents, named)
+        changed = _renewed(renewed.get(row.known_id, row), asset, content, contents, named)
         if changed is not None:
-            renewed[row.video_id] = changed
+            renewed[row.known_id] = changed
             if plans[asset.uri] is Decision.KNOWN and changed.uri != row.uri:
                 plans[asset.uri] = Decision.MOVED
-    updates = {row.uri: Update(by_id[row.video_id], row) for row in renewed.values()}
+    updates = {row.uri: Update(by_id[video_id], row) for video_id, row in renewed.items()}
     updates = {uri: update for uri, update in updates.items() if update.changes}
     plans |= {uri: Decision.UPDATED for uri in updates if plans.get(uri) is Decision.KNOWN}
-    rows = [renewed.get(row.video_id, row) for row in rows]
+    rows = [row if row.video_id is None else renewed.get(row.video_id, row) for row in rows]
     by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
     planned = tuple((asset, plans[asset.uri]) for asset in assets)
     rows_to_publish = tuple(renewed.values())
@@ -186,7 +187,7 @@ def plan_sources(
 
 
 def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) -> Content | None:
-    path = local_path(asset.uri)
+    path = file_path(asset.uri)
     try:
         stat = os.stat(path)
         worth = os.path.isfile(path) and (stat.st_size in sizes or hashes.get(stat) is not None)
@@ -202,14 +203,15 @@ def _plan_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows) -
         if problem is None:
             return (Decision.NEW if row is None else Decision.CHANGED), None
         return (Decision.MISSING if problem.reason is Reason.VANISHED else Decision.UNREADABLE), problem
-    is_the_same = problem is not None and problem.reason is row.problem.reason
-    again = row.attempts < TRIES if row.problem.reason is Reason.UNKNOWN else not is_the_same
+    before = row.known_problem.reason
+    is_the_same = problem is not None and problem.reason is before
+    again = row.attempts < TRIES if before is Reason.UNKNOWN else not is_the_same
     return (Decision.RETRY if wanted.retry_failed or again else Decision.FAILED), problem or row.problem
 
 
 def _why_unreadable(asset: VideoAsset) -> Problem | None:
     try:
-        os.close(open_source(local_path(asset.uri)))
+        os.close(open_source(file_path(asset.uri)))
     except VideoProblem as problem:
         return Problem(problem.reason, problem.detail)
     return None
@@ -223,11 +225,12 @@ def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:
         return Decision.SETTINGS
     if row.status is Status.INDEXING:
         return Decision.UNFINISHED
-    if is_whole(row.problem):
+    problem = row.problem
+    if problem is None or problem.reason.is_note:
         return Decision.KNOWN
-    again = wanted.retry_failed or (row.problem.reason.may_pass and row.attempts < TRIES)
-    if row.problem.reason is Reason.TOO_LARGE:
-        again |= f" {wanted.max_pixels} " not in row.problem.detail  # which names the limit that it was above
+    again = wanted.retry_failed or (problem.reason.may_pass and row.attempts < TRIES)
+    if problem.reason is Reason.TOO_LARGE:
+        again |= f" {wanted.max_pixels} " not in problem.detail  # which names the limit that it was above
     return Decision.RETRY if again else Decision.FAILED
 
 
@@ -238,11 +241,11 @@ def _renewed(
 
     A copy says nothing of tags and times where the place that the row names is a source too.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     if asset.uri == row.uri:
         if content is not None and content.mtime_ns != row.mtime_ns:
             changes["mtime_ns"] = content.mtime_ns
-    elif not _still_there(row, contents):
+    elif content is not None and not _still_there(row, contents):
         changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns}
     if asset.uri == changes.get("uri", row.uri) or row.uri not in named:
         captured = {"captured_at": asset.captured_at, "captured_from": asset.captured_from}
@@ -257,7 +260,7 @@ def _still_there(row: VideoRow, contents: Mapping[str, Content]) -> bool:
     """Whether the place that a row names still holds its content; another file may have taken the name."""
     if row.uri in contents:
         return contents[row.uri].video_id == row.video_id
-    path = local_path(row.uri)
+    path = file_path(row.uri)
     try:
         stat = os.stat(path)
         if stat.st_size != row.size_bytes:

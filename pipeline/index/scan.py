@@ -15,7 +15,7 @@ from pipeline.index.folders import EntryKind, FolderWalk, Place
 from pipeline.index.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from pipeline.index.manifest import read_manifest
 from storage.errors import UsageError, VideoProblem
-from storage.files import local_path, one_spelling, to_uri
+from storage.files import file_path, local_path, one_spelling, to_uri
 from storage.records import VideoAsset
 from workers.decode.structure import HEAD_BYTES, foreign_content
 from workers.sources.identity import open_source
@@ -91,7 +91,7 @@ class _FoundFiles:
 
     def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
         """One video; a manifest's row says more than a path."""
-        real = real or os.path.realpath(local_path(asset.uri))
+        real = real or os.path.realpath(file_path(asset.uri))
         if real not in self._assets or asset.tags is not None or asset.captured_at is not None:
             self._assets[real] = asset
 

@@ -155,7 +155,7 @@ def _picture(card: _Card) -> Image.Image:
         raise DamagedError(f"{card.source}: damaged archive: the thumbnail at {card.best} is no small JPEG") from error
 
 
-def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont) -> str:
+def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     while draw.textlength(line, font) > _SIDE:
         line = f"{line[:-4]}..."
     return line

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.results.output import check_output
 from pipeline.times import clock
 from storage.errors import UsageError, VideoProblem
-from storage.files import NO_LINKS, local_path, source_text
+from storage.files import NO_LINKS, file_path, source_text
 from storage.records import Reason, VideoRow
 from workers.decode.client import Decoder, allowed_pixels
 from workers.sources.identity import check_still_there, in_video
@@ -47,7 +47,7 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
         UsageError: the video is gone or changed, has no picture there, or does not fit into the format; or the file
             is there already or cannot be written.
     """
-    source = Path(os.fsdecode(local_path(row.uri)))  # its very bytes, in any locale
+    source = Path(os.fsdecode(file_path(row.uri)))  # its very bytes, in any locale
     if row.probe is None:
         raise UsageError(
             f"{source_text(row.uri)}: could not be read when it was indexed, so nothing can be cut out of it"
@@ -59,7 +59,7 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
     partial = f"{out}.{os.getpid()}.part"
     try:
         check_still_there(row)
-        if os.path.exists(out) and os.path.samefile(out, local_path(row.uri)):
+        if os.path.exists(out) and os.path.samefile(out, file_path(row.uri)):
             raise UsageError(f"{out}: is the video itself; name another file")
         if os.path.lexists(out) and not overwrite:
             raise UsageError(f"{out}: is there already; name another file, or write over it with --force")
@@ -91,13 +91,13 @@ def _put(partial: str, out: str, overwrite: bool) -> None:
 
 
 def _write(row: VideoRow, start_seconds: float, end_seconds: float, path: str, container: str) -> dict[str, float]:
-    with open(path, "wb", buffering=0) as new, Decoder(max_pixels=allowed_pixels(row.probe)) as decoder:
+    with open(path, "wb", buffering=0) as new, Decoder(max_pixels=allowed_pixels(row.known_probe)) as decoder:
 
         def write(offset: int, data: bytes) -> None:
             new.seek(offset)
             new.write(data)
 
         try:
-            return decoder.cut(local_path(row.uri), row.probe, start_seconds, end_seconds, container, write)
+            return decoder.cut(file_path(row.uri), row.known_probe, start_seconds, end_seconds, container, write)
         except VideoProblem as problem:
             raise in_video(row, problem) from problem

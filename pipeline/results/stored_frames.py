@@ -1,7 +1,8 @@
 """stored_frames: what an archive keeps of frames, batch after batch, as numpy arrays or Arrow."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from storage.archive.frames import Rows
 from storage.parts.read import keeps, read_compressor_out, read_keys, read_thumbnails, read_tokens
 from storage.records import FrameRef
 
-_READERS = {
+_READERS: dict[str, Callable[[str, Sequence[FrameRef]], Any]] = {
     "token": read_tokens,
     "compressor_out": read_compressor_out,
     "search_key": read_keys,
@@ -65,7 +66,7 @@ class Frames:
 def _as_arrow(name: str, value: np.ndarray | tuple[bytes, ...]) -> pa.Array:
     if name == "video_id":
         return pa.array(value, pa.string())
-    if name == "thumbnail":
+    if isinstance(value, tuple):
         return pa.array(value, pa.binary())
     return pa.array(value) if value.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(value)
 
@@ -98,11 +99,11 @@ def _batches(groups: Iterable[list[FrameRef]], count: int) -> Iterator[list[Fram
 
 def _read(archive: Archive, refs: Sequence[FrameRef], cells: Sequence[str]) -> Frames:
     uri = archive.frames_uri
-    found = {name: _READERS[name](uri, refs) for name in cells if keeps(uri, name, refs)}
+    found: dict[str, Any] = {name: _READERS[name](uri, refs) for name in cells if keeps(uri, name, refs)}
     if "thumbnail" in found:
         found["thumbnail"] = tuple(found["thumbnail"])
-    columns = [np.array([getattr(ref, name) for ref in refs], kind) for name, kind in _KINDS.items()]
-    return Frames(*columns, **found)
+    found |= {name: np.array([getattr(ref, name) for ref in refs], kind) for name, kind in _KINDS.items()}
+    return Frames(**found)
 
 
 _KINDS = {

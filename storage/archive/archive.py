@@ -62,7 +62,6 @@ from storage.records import (
     Sampling,
     Status,
     VideoRow,
-    is_whole,
     lies_within,
 )
 
@@ -279,7 +278,7 @@ class Archive:
         for_good = [
             key
             for key, problem in self._frames.problems(video_number).items()
-            if is_whole(problem) or not (whole_only or problem.reason.may_pass)
+            if problem is None or problem.reason.is_note or not (whole_only or problem.reason.may_pass)
         ]
         return _pieces(segment_keys, for_good)
 
@@ -330,7 +329,7 @@ class Archive:
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        changed = []
+        changed: list[VideoRow] = []
 
         def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
             self._frames.refresh()  # after the rows: what they show was in before they came
@@ -345,7 +344,7 @@ class Archive:
         return changed
 
     def _without_damage(self, row: VideoRow) -> VideoRow:
-        count = self.committed_frame_count(row.video_number)
+        count = self.committed_frame_count(row.known_number)
         problem = Problem(Reason.DAMAGED, f"{row.frame_count - count} of its frames were damaged and taken out")
         status = Status.PARTIAL if count else Status.FAILED
         return replace(row, status=status, problem=problem, frame_count=count, attempts=0)

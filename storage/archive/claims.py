@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.checked import INT32, JOB_ID, finite, member, parse_json, read_small, text, whole
-from storage.files import NO_LINKS, join, local_path, make_folder, to_uri, writing
+from storage.files import NO_LINKS, file_path, join, make_folder, to_uri, writing
 from storage.processes import start_of
 
 BEAT_SECONDS = 5.0
@@ -59,7 +59,7 @@ class Job:
         self._beating.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._beating.join()
         for number in self._taken - self._begun:
@@ -240,7 +240,7 @@ def _now(folder: Path) -> float:
 
 
 def _folder(archive_uri: str) -> Path:
-    return Path(os.fsdecode(local_path(join(archive_uri, "jobs"))))
+    return Path(os.fsdecode(file_path(join(archive_uri, "jobs"))))
 
 
 def _works(file: Path, now: float, lease_seconds: float) -> bool:

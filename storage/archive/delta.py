@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -44,6 +44,7 @@ _PATH = r"^[0-9A-Za-z][0-9A-Za-z_.-]*$"  # storage.checked.NAME, in RE2; its len
 _COMMIT = re.compile(r"([0-9]{20})\.json")
 _OF_VERSION = re.compile(r"([0-9]{20})\.")
 _LAST_CHECKPOINT = "_last_checkpoint"
+_Mode = Literal["append", "overwrite"]
 ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
 _GUARD = "rows"  # the application id under which every change of a RowTable is numbered
 
@@ -158,7 +159,9 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _commit(table: DeltaTable, actions: Sequence, mode: str, schema: Any, guards: dict[str, int]) -> None:
+def _commit(
+    table: DeltaTable, actions: list[AddAction | RemoveAction], mode: _Mode, schema: Any, guards: dict[str, int]
+) -> None:
     properties = CommitProperties(app_transactions=[Transaction(*guard, _now()) for guard in guards.items()])
     version = table.version()
     with _plain_errors(table.table_uri):

@@ -68,7 +68,7 @@ class FrameTable:
             guards = {_segment_id(receipt.video_number, receipt.segment.key): 1 for receipt in waiting}
             for guard in guards.keys() & replaced.keys():
                 guards[guard] = (self._table.transaction_version(guard) or 0) + 1
-            parts = [receipt.part for receipt in waiting]
+            parts = [receipt.part for receipt in waiting if receipt.part is not None]
             self._check_written(parts)
             try:
                 tables.commit(self._table, parts, list(replaced.values()), guards)
@@ -158,15 +158,15 @@ class FrameTable:
         }
         waiting, replaced, seen = [], {}, set()
         for receipt in receipts:
-            key = (receipt.video_number, receipt.segment.key)
-            if receipt.part is None or key in seen:
+            part, key = receipt.part, (receipt.video_number, receipt.segment.key)
+            if part is None or key in seen:
                 continue
             place = places.get(key)
             if place is None and self._is_joined(receipt):
                 continue
             if place is not None:
                 path, row_count = bounds.path[place], int(bounds.row_count[place])
-                if path == receipt.part.path or not self._is_better(receipt, path, row_count):
+                if path == part.path or not self._is_better(part.row_count, receipt.problem, path, row_count):
                     continue
                 replaced[_segment_id(receipt.video_number, receipt.segment.key)] = (path, int(bounds.size_bytes[place]))
             seen.add(key)
@@ -180,14 +180,14 @@ class FrameTable:
         around = (place for place in places if lies_within(receipt.segment.key, bounds.segment[place]))
         return any(is_whole(part_problem(self.uri, bounds.path[place])) for place in around)
 
-    def _is_better(self, receipt: Receipt, path: str, row_count: int) -> bool:
+    def _is_better(self, new_count: int, problem: Problem | None, path: str, row_count: int) -> bool:
         """Whether a segment's rows are to take the place of those that are in."""
         there = part_problem(self.uri, path)
-        if is_whole(there):
+        if there is None or there.reason.is_note:
             return False
-        if is_whole(receipt.problem) or receipt.part.row_count > row_count:
+        if problem is None or problem.reason.is_note or new_count > row_count:
             return True
-        return there.reason.may_pass and not receipt.problem.reason.may_pass
+        return there.reason.may_pass and not problem.reason.may_pass
 
 
 def _segment_id(video_number: int, segment_key: str) -> str:

@@ -73,8 +73,8 @@ def read_settings(uri: str) -> Settings:
         if version > FORMAT_VERSION:
             known = f"this vidx reads up to {FORMAT_VERSION}"
             raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
-        names = [text(name, member(values, name)) for name in ("model_id", "model_name")]
-        return Settings(version, *names, text("model_tower", values.get("model_tower", "")))
+        model_id, model_name = (text(name, member(values, name)) for name in ("model_id", "model_name"))
+        return Settings(version, model_id, model_name, text("model_tower", values.get("model_tower", "")))
     except Wrong as error:
         raise ArchiveError(
             f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: that of another archive "

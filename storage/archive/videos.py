@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, timedelta
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +67,11 @@ _RANGES = {
     "duration_seconds": (-MOST_SECONDS, MOST_SECONDS),
     "attempts": (0, INT32),
 }
+_NEEDED = {  # by column, in videos of which status
+    "video_number": ["indexing", "indexed", "partial"],
+    "reason": ["partial", "failed"],
+    "video_id": ["deleted"],
+}
 _PROBED = (
     "decoder",
     "container",
@@ -102,9 +108,14 @@ def check(rows: pa.Table) -> None:
     for name in (*_PROBED, "time_base_num", "time_base_den"):
         if name != "duration_seconds" and probed.column(name).null_count:
             raise Wrong(f"a video that was read has no {name}")
-    lacks = pc.or_(pc.is_null(column("video_number")), pc.is_null(column("video_id")))
-    if rows.filter(pc.and_(pc.greater(column("frame_count"), 0), lacks)).num_rows:
-        raise Wrong("a video with frames has no number or no id")
+    for name, statuses in _NEEDED.items():
+        if rows.filter(pc.is_in(column("status"), pa.array(statuses))).column(name).null_count:
+            raise Wrong(f"a video that is {' or '.join(statuses)} has no {name}")
+    numbered = rows.filter(pc.or_(pc.greater(column("frame_count"), 0), pc.is_valid(column("video_number"))))
+    if any(numbered.column(name).null_count for name in ("video_number", "video_id", "decoder")):
+        raise Wrong("a video with frames or a number has no number, no id or no stream")
+    if rows.filter(pc.is_valid(column("reason"))).column("detail").null_count:
+        raise Wrong("a reason has no detail")
 
 
 def to_arrow(rows: Sequence[VideoRow]) -> pa.Table:
@@ -136,7 +147,7 @@ def with_stored_frames(table: pa.Table, bounds: PartBounds) -> pa.Table:
     if growing.num_rows == 0:
         return table
     rows = to_rows(growing)
-    stored = [int(bounds.row_count[bounds.of(row.video_number)].sum()) for row in rows]
+    stored = [int(bounds.row_count[bounds.of(row.known_number)].sum()) for row in rows]
     values = {
         "frame_count": [max(row.frame_count, count) for row, count in zip(rows, stored)],  # fewer, where some are lost
         "reason": [str(Reason.UNFINISHED)] * len(rows),
@@ -152,7 +163,7 @@ def _so_far(row: VideoRow, bounds: PartBounds) -> str:
     """How much of a video is committed."""
     if row.probe is None:
         return "a part of it is indexed"
-    places = bounds.of(row.video_number)
+    places = bounds.of(row.known_number)
     end_seconds = float((bounds.last_seconds + bounds.longest_seconds)[places].max(initial=0.0))
     ranges = [row.probe.range_seconds(key) for key in set(bounds.segment[places])]
     done = sum(min(end, end_seconds) - start for start, end in ranges)
@@ -170,8 +181,8 @@ def plan_delete(table: pa.Table, wanted: np.ndarray) -> tuple[np.ndarray, pa.Tab
     A row of known content leaves one that says so; of a file that could not be read nothing is left.
     """
     rows = to_rows(table.filter(pa.array(wanted)))
-    nothing = {"status": Status.DELETED, "video_number": None, "problem": None, "frame_count": 0, "attempts": 0}
-    return ~wanted, to_arrow([replace(row, **nothing) for row in rows if row.video_id is not None])
+    nothing: dict[str, Any] = {"video_number": None, "problem": None, "frame_count": 0, "attempts": 0}
+    return ~wanted, to_arrow([replace(row, status=Status.DELETED, **nothing) for row in rows if row.video_id])
 
 
 def plan_publish(

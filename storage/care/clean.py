@@ -12,7 +12,7 @@ from storage.archive.archive import Archive
 from storage.archive.claims import Job, oldest_start
 from storage.archive.delta import unnamed_files
 from storage.archive.settings import TABLES
-from storage.files import join, list_names, local_path, remove
+from storage.files import file_path, join, list_names, remove
 from storage.vectors.contents import TRAINING, locked
 from storage.vectors.vector_index import improve_index, named_files, update_index
 
@@ -119,6 +119,6 @@ def _oldest_start(archive: Archive) -> float | None:
 
 def _modified(uri: str) -> float:
     try:
-        return os.lstat(local_path(uri)).st_mtime
+        return os.lstat(file_path(uri)).st_mtime
     except FileNotFoundError:  # a running job tidies up
         return math.inf

@@ -85,14 +85,14 @@ def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]
     whole = {
         row.video_number
         for row in archive.videos()
-        if row.status is Status.INDEXED and row.frame_count == counts[row.video_number]
+        if row.status is Status.INDEXED and row.frame_count == counts[row.known_number]
     }
     places: dict[int, list[int]] = {}
     for place, number in enumerate(bounds.video_number.tolist()):
         if number in whole:
             places.setdefault(number, []).append(place)
     for number, own in sorted(places.items()):
-        own.sort(key=lambda place: segment_range(bounds.segment[place])[0])
+        own.sort(key=lambda place: segment_range(str(bounds.segment[place]))[0])
         for run in _by_size(bounds, own, target_bytes):
             if len(run) < 2:
                 continue
@@ -162,7 +162,9 @@ def _join(archive: Archive, paths: Sequence[str]) -> Part:
                 columns = FrameColumns(*(getattr(times, name)[rows] for name in _OF_FRAME))
                 refs = [_ref(first, columns, place, path, row) for place, row in enumerate(rows.tolist())]
                 writer.append(columns, _tokens(archive, refs), read_thumbnails(archive.frames_uri, refs))
-        return writer.close()
+        part = writer.close()
+        assert part is not None  # the parts had rows
+        return part
     except BaseException:
         writer.abort()
         raise

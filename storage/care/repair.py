@@ -10,7 +10,7 @@ from storage.archive.frames import read_times
 from storage.archive.settings import TABLES, archive_uri
 from storage.care.verify import BEYOND_REPAIR, Fault, Verification, verify
 from storage.errors import ArchiveError
-from storage.files import join, local_path, source_text
+from storage.files import file_path, join, source_text
 from storage.parts.read import part_identity, part_keys
 from storage.records import Problem, Reason, VideoRow
 from storage.vectors.vector_index import drop_index, improve_index, update_index
@@ -106,7 +106,7 @@ def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict
     rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers} if numbers else {}
     why = why_not(archive, [*rows.values()]) if rows else {}
     spared = {
-        path: replace(row, problem=why[row.video_id])
+        path: replace(row, problem=why[row.known_id])
         for path in damaged - twice
         if (row := rows.get(owners.get(path))) and row.video_id in why and _can_be_read(archive, path, row)
     }
@@ -136,7 +136,7 @@ def _roll_back(uri: str) -> Iterator[str]:
 
 
 def _set_aside(uri: str, what: str) -> str:
-    place = local_path(uri)
+    place = file_path(uri)
     os.replace(place, place + b".damaged")
     return f"{source_text(uri)}: {what} and is set aside"
 

@@ -172,6 +172,6 @@ def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
         if row.frame_count > stored[row.video_number]:
             detail = f"{source} has {row.frame_count} frames by its row, and {stored[row.video_number]} are stored"
             yield Fault(place, detail, "videos", None, (source,))
-        if given.get((row.video_id, row.sampling)) != row.video_number:
+        if given.get((row.known_id, row.sampling)) != row.video_number:
             detail = f"{source} has the number {row.video_number}, which is not its own"
             yield Fault(place, detail, "videos", None, (source,))

@@ -208,7 +208,7 @@ def shapes_of(document: Any) -> dict[str, list[int]]:
 
 def cell_widths(shapes: dict[str, list[int]]) -> dict[str, int | None]:
     """Bytes of each binary cell, in file order; None where they differ from row to row."""
-    widths = {name: 2 * math.prod(shape) for name, shape in shapes.items() if name != "patches"}
+    widths: dict[str, int | None] = {name: 2 * math.prod(shape) for name, shape in shapes.items() if name != "patches"}
     if "patches" in shapes:
         rows, width = shapes["patches"]
         widths["patches"] = rows * (4 + 2 + width)

@@ -204,7 +204,10 @@ def read_keys_at(
     uri = join(frames_uri, part_name)
     path = local_path(uri)
     if path is None or (keys < 0).any():
-        return part_keys(frames_uri, part_name, rows)
+        stored = part_keys(frames_uri, part_name, rows)
+        if stored is None:
+            raise DamagedError(f"{source_text(uri)}: damaged: it keeps no search keys, and the index has some of it")
+        return stored
     found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
     with damage(uri):
         place_of(frames_uri, part_name)
@@ -348,6 +351,7 @@ def _rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[b
 def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | None:
     """(T, width) uint8, or None where the lengths before the values show that they lie elsewhere."""
     width = part.widths[column]
+    assert width is not None  # as of all that are read in place
     stride = width + LENGTH_BYTES
     offsets = _offsets(part, column, rows)
     if part.content is None:
@@ -365,9 +369,10 @@ def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray
 
 def _offsets(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray:
     """(T,) int64: where the lengths before the values stand."""
-    stride = part.widths[column] + LENGTH_BYTES
+    width = part.widths[column]
+    assert width is not None  # as of all that are read in place
     groups = np.searchsorted(part.group_starts, rows, "right") - 1
-    return part.bases[column][groups] + (rows - part.group_starts[groups]) * stride
+    return part.bases[column][groups] + (rows - part.group_starts[groups]) * (width + LENGTH_BYTES)
 
 
 def _gather(content: np.ndarray, offsets: np.ndarray, width: int) -> np.ndarray:

@@ -77,13 +77,13 @@ class PartWriter:
             "sampling": sampling,
             "dtype": dtype,
         }
-        self._shapes: dict[str, list[int]] | None = None
+        self._shapes: dict[str, list[int]] = {}  # of the first frames
         self._pending: list[dict[str, np.ndarray | list[bytes]]] = []
         self._pending_count = 0
         self._row_count = 0
         self._bounds = _Bounds(self._constants)
         self._new: NewFile | None = None
-        self._writer: pq.ParquetWriter | None = None
+        self._writer: pq.ParquetWriter  # of `_new`
 
     def append(self, columns: FrameColumns, tokens: TokenBatch, thumbnails: Sequence[bytes]) -> None:
         """Adds T frames; the arrays may be reused by the caller afterwards.
@@ -97,7 +97,7 @@ class PartWriter:
         if len(columns) == 0:
             return
         shapes = cell_shapes(tokens)
-        if self._shapes is None:
+        if not self._shapes:
             self._shapes = shapes
             self._group_rows = row_group_rows(shapes)
         if shapes != self._shapes:
@@ -115,17 +115,19 @@ class PartWriter:
         Raises:
             ArchiveError: the file cannot be written.
         """
-        if self._shapes is None:
+        if not self._shapes:
             return None
         if self._pending_count:
             self._write_group(self._pending_count)
+        new = self._new
+        assert new is not None  # since the first group was written
         with writing(self._uri):
             if problem is not None:
                 self._writer.add_key_value_metadata({PROBLEM_KEY: json.dumps(asdict(problem))})
             self._writer.close()
-            size_bytes = self._new.file.tell()
-            path = name_with_checksum(self._stem, self._new.file.checksum, ".parquet")
-            self._new.keep(join(self._frames_uri, path))
+            size_bytes = new.file.tell()
+            path = name_with_checksum(self._stem, new.file.checksum, ".parquet")
+            new.keep(join(self._frames_uri, path))
         self._new = None
         return Part(path, self._row_count, size_bytes, self._bounds.as_json(self._row_count))
 
@@ -135,7 +137,7 @@ class PartWriter:
             self._writer.is_open = False  # or it writes its footer into the closed file when it is collected
             self._new.discard()
             self._new = None
-        self._pending, self._shapes = [], None
+        self._pending, self._shapes = [], {}
 
     @staticmethod
     def discard(frames_uri: str, part: Part) -> None:

@@ -56,8 +56,8 @@ class Coarse:
         centroids = np.ascontiguousarray(centroids, np.float16)
         made = cls(rotation, centroids, np.zeros(len(centroids), np.float32))
         distances, lists = made._router.search(rotated, 1)
-        sums, counts = (np.bincount(lists[:, 0], weights, len(centroids)) for weights in (distances[:, 0], None))
-        made.reaches += (REACH * np.sqrt(np.maximum(sums, 0) / np.maximum(counts, 1))).astype(np.float32)
+        sums, held = (np.bincount(lists[:, 0], weights, len(centroids)) for weights in (distances[:, 0], None))
+        made.reaches += (REACH * np.sqrt(np.maximum(sums, 0) / np.maximum(held, 1))).astype(np.float32)
         return made
 
     @property
@@ -104,7 +104,7 @@ def _cluster(keys: np.ndarray, count: int, begun: np.ndarray | None = None) -> f
     return means
 
 
-def list_count_for(key_count: int) -> int:
+def list_count_for(key_count: float) -> int:
     """How many lists: the power of two next to four times the root of the keys."""
     return 1 << round(np.log2(4 * np.sqrt(key_count)))
 

@@ -238,7 +238,8 @@ def build_codes(archive: Archive, coarse: Coarse, parts: Sequence[tuple[str, int
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    index, covered, rows, starts, waiting = _empty(coarse), [], [], [], []
+    index, covered, rows, starts = _empty(coarse), [], [], []
+    waiting: list[np.ndarray] = []
     key_count = run_count = 0
 
     def add() -> None:
@@ -281,6 +282,7 @@ def _rows_of(archive: Archive, path: str, number: int) -> np.ndarray:
 
 def _crc(rows: np.ndarray) -> np.ndarray:
     """(T,) uint32: the checksum of each row before its own."""
+    assert _ROW.fields is not None
     data, width, end = rows.tobytes(), _ROW.itemsize, _ROW.fields["crc"][1]
     return np.array([google_crc32c.value(data[at : at + end]) for at in range(0, len(data), width)], np.uint32)
 
@@ -380,7 +382,8 @@ def _check_layout(data: np.ndarray, coarse: Coarse, run_count: int, name: str) -
     numbers = rest[8:end].view("<u8") if end <= len(rest) else np.empty(0, "<u8")
     if kind == b"sprs":  # list and length, of those that are not empty
         lists, lengths = numbers[::2], numbers[1::2]
-        is_right = number_count % 2 == 0 and len(np.unique(lists)) == len(lists) and (lists < coarse.list_count).all()
+        are_lists = len(np.unique(lists)) == len(lists) and bool((lists < coarse.list_count).all())
+        is_right = number_count % 2 == 0 and are_lists
     else:
         lengths, is_right = numbers, kind == b"full" and number_count == coarse.list_count
     held = len(rest) - end == run_count * (empty.code_size + 8) and lengths.sum(dtype=float) == run_count

@@ -37,6 +37,7 @@ from storage.checked import (
 )
 from storage.files import (
     NewFile,
+    file_path,
     file_size,
     join,
     local_path,
@@ -168,6 +169,8 @@ def read_manifest(archive: Archive) -> Manifest:
         if (member(content, "format"), member(content, "model_id")) != (INDEX_FORMAT, archive.model_id):
             raise Damaged("another format or model")
         coarse = member(content, "coarse")
+        if coarse is None and members(content, "coded"):
+            raise Damaged("codes without their centroids")
         return Manifest(
             tuple(_key_file(values, ("faiss",)) for values in members(content, "exact")),
             tuple(_key_file(values, ("codes", "runs", "rows")) for values in members(content, "coded")),
@@ -190,7 +193,7 @@ def write_manifest(archive: Archive, after: Manifest) -> None:
     try:
         known = read_manifest(archive).names()
     except Damaged:
-        known: set[str] = set()  # what it named cannot be told from what others are writing: `vidx clean` sees to it
+        known = set()  # what it named cannot be told from what others are writing: `vidx clean` sees to it
     content = {
         "format": INDEX_FORMAT,
         "model_id": archive.model_id,
@@ -335,7 +338,7 @@ def check_whole(archive: Archive, file: Written) -> None:
 
 def path_of(archive: Archive, file: Written) -> str:
     """Where a file of a local archive lies, for libraries that open files by themselves."""
-    return os.fsdecode(local_path(_place(archive, file)))
+    return os.fsdecode(file_path(_place(archive, file)))
 
 
 def _place(archive: Archive, file: Written) -> str:

@@ -40,7 +40,8 @@ def sample_runs(archive: Archive, parts: Sequence[tuple[str, int, int]], frame_c
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    found, frames = [], 0
+    found: list[np.ndarray] = []
+    frames = 0
     for path, _, row_count in _evenly(parts, frame_count):
         stored = keys_of(archive, path, row_count, found[0].shape[1] if found else None)
         if stored is not None and len(stored):

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 
@@ -108,6 +109,7 @@ class Index:
         held = self._held((*exact, *coded))
         new = [part for path, part in self._live.items() if path not in held and path not in empty]
         self._exact = [*exact, *_build_all(archive, new)]
+        self._files: list[ExactKeys | CodedKeys] = [*self._exact, *coded]
         self.rebuilt = rebuilt
 
     def _held(self, files: Iterable[ExactKeys | CodedKeys]) -> set[str]:
@@ -127,7 +129,7 @@ class Index:
     @cached_property
     def _counts(self) -> dict[str, int]:
         """Keys of each published part."""
-        every = (part for keys in (*self._exact, *self._coded) for part in keys.covered.parts())
+        every = (part for keys in self._files for part in keys.covered.parts())
         return {path: count for path, _, count in every if count and path in self._live}
 
     def covers(self, part: str) -> bool:
@@ -165,7 +167,7 @@ class Index:
             ArchiveError: a part is missing or damaged, or the keys are not as wide as the query.
         """
         query = np.ascontiguousarray(query, np.float32)
-        for keys in (*self._exact, *self._coded):
+        for keys in self._files:
             self._check_width(query, keys.width)
         try:
             found = self._find(query, k, rows)
@@ -182,43 +184,48 @@ class Index:
 
     def _find(self, query: np.ndarray, k: int, rows: Rows | None) -> list[tuple[float, int]]:
         """(score, row id) of the best keys of each file, and perhaps more."""
-        if self._coded and self._is_narrow(rows):
+        if self._coarse is not None and rows is not None and self._is_narrow(rows):
             return self._compare(query, rows)
         found = []
         for keys in self._exact:
             found += keys.search(query, k, self._passing(keys, rows))
-        if self._coded:
-            passing = [self._passing(keys, rows) for keys in self._coded]
+        if self._coarse is not None:
+            passing = [self._passing(coded, rows) for coded in self._coded]
             found += best_keys(self._archive, self._coarse, self._coded, query, k, passing)
         return found
 
     def method(self, rows: Rows | None = None) -> str:
         """How `search` compares frames, for people."""
-        if not self._coded:
+        if self._coarse is None:
             return "each frame was compared"
-        if self._is_narrow(rows):
+        if rows is not None and self._is_narrow(rows):
             return "each frame of the filter was compared"
         return f"through codes in {self._coarse.list_count} lists"
 
-    def _is_narrow(self, rows: Rows | None) -> bool:
-        return rows is not None and self.count(rows) <= NARROW_ROWS
+    def _is_narrow(self, rows: Rows) -> bool:
+        return self.count(rows) <= NARROW_ROWS
 
     def recall(self) -> float:
         """Share of the ten that all lists and many more runs give; each query lies between the keys of two frames."""
         random, paths = np.random.default_rng(0), sorted(self._counts)
         first = np.zeros(1, np.int64)
         passing = [self._passing(keys, None) for keys in self._coded]
-        shares = []
+        shares, coarse = [], self._coarse
+        assert coarse is not None  # there are codes
         for _ in range(RECALL_QUERIES):
-            pair = [paths[place] for place in random.integers(len(paths), size=2)]
-            query = sum(part_keys(self._archive.frames_uri, path, first)[0].astype(np.float32) for path in pair)
+            one, other = (self._keys_of(paths[place], first)[0] for place in random.integers(len(paths), size=2))
+            query = one.astype(np.float32) + other.astype(np.float32)
             found, true = (
-                best_keys(self._archive, self._coarse, self._coded, query, 10, passing, probes, candidates)
-                for probes, candidates in ((None, CANDIDATES), (self._coarse.list_count, 10 * CANDIDATES))
+                best_keys(self._archive, coarse, self._coded, query, 10, passing, probes, candidates)
+                for probes, candidates in ((None, CANDIDATES), (coarse.list_count, 10 * CANDIDATES))
             )
             shares.append(len(set(found) & set(true)) / len(true))
         return float(np.mean(shares))
 
+    @overload
+    def _passing(self, keys: ExactKeys, rows: Rows | None) -> np.ndarray | None: ...
+    @overload
+    def _passing(self, keys: CodedKeys, rows: Rows | None) -> Passing | None: ...
     def _passing(self, keys: ExactKeys | CodedKeys, rows: Rows | None) -> np.ndarray | Passing | None:
         """Which keys of a file may be found, as it takes them; None for all."""
         return self._live_keys[id(keys)] if rows is None else keys.passing(self._chosen(keys.covered, rows))
@@ -230,7 +237,7 @@ class Index:
             id(keys): None
             if all(path in self._live for path in keys.covered.paths)
             else keys.passing(self._chosen(keys.covered, None))
-            for keys in (*self._exact, *self._coded)
+            for keys in self._files
         }
 
     def _chosen(self, covered: Covered, rows: Rows | None) -> Iterator[tuple[int, np.ndarray | None]]:
@@ -241,16 +248,23 @@ class Index:
 
     def _compare(self, query: np.ndarray, rows: Rows) -> list[tuple[float, int]]:
         """(score, row id) of some frames, by the keys that the parts store."""
-        found = []
+        found: list[tuple[float, int]] = []
         for path, chosen in rows.items():
             if path in self._counts:
-                keys = part_keys(self._archive.frames_uri, path, chosen)
+                keys = self._keys_of(path, chosen)
                 self._check_width(query, keys.shape[1])
                 scores = multiply(keys.astype(np.float32), query)
                 row_ids = part_row_ids(self._archive, path, self._live[path][1])
                 row_ids = row_ids if chosen is None else row_ids[chosen]
                 found += zip(scores.tolist(), row_ids.tolist(), strict=True)
         return found
+
+    def _keys_of(self, path: str, rows: np.ndarray | None) -> np.ndarray:
+        """The keys that a part stores, of one that the index has keys of."""
+        keys = part_keys(self._archive.frames_uri, path, rows)
+        if keys is None:
+            raise Damaged(f"{path}: keeps no search keys")
+        return keys
 
 
 def update_index(archive: Archive, max_retired: float = MAX_RETIRED) -> int:
@@ -304,8 +318,8 @@ def open_index(archive: Archive) -> Index:
 def _open(archive: Archive, manifest: Manifest, rebuilt: bool) -> Index:
     exact = [open_exact(archive, file) for file in manifest.exact if file.files]
     coded_files = [file for file in manifest.coded if file.files]
-    coarse = open_coarse(archive, manifest.coarse) if coded_files else None
-    coded = [open_codes(archive, coarse, file) for file in coded_files]
+    coarse = open_coarse(archive, manifest.coarse) if coded_files and manifest.coarse else None
+    coded = [] if coarse is None else [open_codes(archive, coarse, file) for file in coded_files]
     empty = [path for file in manifest.key_files if not file.files for path in file.covered.paths]
     return Index(archive, exact, coarse, coded, empty, rebuilt)
 
@@ -445,7 +459,8 @@ def _write_codes(
         except Damaged:
             parts += [live[path] for path in file.covered.paths if path in live]
     built = (build_codes(archive, coarse, group) for group in in_groups(parts, MAX_KEYS))
-    files, waiting = [], []
+    files: list[KeyFile] = []
+    waiting: list[CodedKeys] = []
     for codes in itertools.chain(opened, built):
         if waiting and sum(len(file.rows) for file in (*waiting, codes)) > MAX_KEYS:
             files.append(_write_joined(archive, coarse, waiting, live))
@@ -466,7 +481,8 @@ def _choose_files(
 ) -> tuple[list[KeyFile], list[KeyFile]]:
     """Files that stay, and files that are written again together with the new keys."""
     is_coded = manifest.coarse is not None
-    kept, folded = [], []
+    kept: list[KeyFile] = []
+    folded: list[KeyFile] = []
     for file in manifest.coded if is_coded else manifest.exact:
         retired = sum(count for path, _, count in file.covered.parts() if path not in live)
         (folded if retired > max_retired * file.covered.key_count else kept).append(file)

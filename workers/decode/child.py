@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> None:
     answer.send("ready", {"sandbox_missing": missing})
     while not (missing and arguments[6] == "strict"):
         request, _, source = receive(connection, with_descriptor=True)
+        assert source is not None  # it comes with every request
         try:
             _handle(request, VideoFile(source), max_pixels, threads, answer)
         finally:
@@ -127,8 +128,8 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
     except VideoProblem as problem:
         answer.send("problem", {"reason": problem.reason, "detail": problem.detail})
     except MemoryError:
-        problem = out_of_memory()
-        answer.send("problem", {"reason": problem.reason, "detail": problem.detail})
+        too_large = out_of_memory()
+        answer.send("problem", {"reason": too_large.reason, "detail": too_large.detail})
     except Closed:
         raise
     except Exception:

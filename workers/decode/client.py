@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class Decoder:
     def __enter__(self) -> "Decoder":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -127,7 +128,7 @@ class Decoder:
         fps = Fraction(fps)
         if fps <= 0 or batch < 1:
             raise ValueError(f"decode(fps={fps}, batch={batch}): both must be positive")
-        request = {
+        request: dict[str, Any] = {
             "kind": "decode",
             "probe": probe_to_json(probe),
             "start_ticks": segment.start_ticks,
@@ -203,9 +204,9 @@ class Decoder:
 
     def _pictures_at(
         self, path: str | bytes, probe: Probe, wanted: list[int], times_rise: bool
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """The frames at these times, ascending, each once."""
-        request = {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}
+        request: dict[str, Any] = {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}
         request["times_rise"] = times_rise
         with self._ask(path, request, partial(self._busy_seconds, probe, Segment("", None, None, 0))) as call:
             for header, body in call:
@@ -234,7 +235,7 @@ class Decoder:
         Raises:
             VideoProblem: the source cannot be read, has no picture there, or cannot be copied into this format.
         """
-        request = {"kind": "cut", "probe": probe_to_json(probe), "format": container}
+        request: dict[str, Any] = {"kind": "cut", "probe": probe_to_json(probe), "format": container}
         request |= {"start_seconds": start_seconds, "end_seconds": end_seconds}
         done: dict[str, float] = {}
         with self._ask(path, request, lambda size_bytes: size_bytes / LEAST_BYTES_PER_SECOND) as call:
@@ -440,7 +441,7 @@ class _Call:
     def __enter__(self) -> "_Call":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self.finished:
             self.abandon()
 

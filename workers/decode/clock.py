@@ -81,7 +81,7 @@ class OneClock:
         doubtful: TimedFrame | None = None  # the clock began anew here, or its time alone is wrong
 
         for frame in frames:
-            if doubtful is not None:
+            if doubtful is not None and last is not None:
                 if _goes_on_from(doubtful, last, frame):
                     offset += self._begin_anew(last, doubtful, offset)
                     yield _later(doubtful, offset)
@@ -96,7 +96,7 @@ class OneClock:
             if last is None or frame.ticks > last.ticks:
                 before = last
             last = frame
-        if doubtful is not None:
+        if doubtful is not None and last is not None:
             offset += self._begin_anew(last, doubtful, offset)
             yield _later(doubtful, offset)
 

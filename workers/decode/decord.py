@@ -13,6 +13,7 @@ It takes no options and no file object; it is given the open file as descriptor 
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import decord
 import numpy as np
@@ -63,7 +64,7 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -99,7 +100,7 @@ class Reader:
             raise
         raise Unsure("there are more frames than its table has")
 
-    def _guarded(self, call: Callable, *arguments):
+    def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
             result = call(*arguments)
         except (

@@ -125,8 +125,13 @@ class _Reader:
     def __enter__(self) -> "_Reader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
+
+    @property
+    def _opened(self) -> OpenVideo:
+        assert self._video is not None
+        return self._video
 
     def frame_at(self, wanted: int) -> TimedFrame | None:
         """The frame at a time after the last one's, or None where none comes out."""
@@ -140,6 +145,7 @@ class _Reader:
                 self._stays = True  # reading all would have been shorter
             if self._stays or not self._jump(wanted, before):
                 break
+            assert self._began is not None  # it jumped
             before = self._began - 1
             found = self._read_to(wanted)
             if found is not None and (self._is_right() or (unsure is not None and _are_same(found, unsure))):
@@ -190,7 +196,7 @@ class _Reader:
         self._open()
         self._began, self._damage = None, Damage()
         clock = OneClock(self._probe.time_base, self._probe.container)
-        self._frames = clock.place(self._before_problem(read_frames(self._video, self._damage, self._alive)))
+        self._frames = clock.place(self._before_problem(read_frames(self._opened, self._damage, self._alive)))
 
     def _jump(self, wanted: int, before: int) -> bool:
         """Stands the file at a key frame, and begins to decode.
@@ -204,8 +210,8 @@ class _Reader:
         if self._video is None:
             self._open()
             # Without a start time the packets have no times at all.
-            self._times_rise = self._times_rise or _have_rising_times(self._video, self._alive)
-            self._stays = self._video.stream.start_time is None or not self._times_rise
+            self._times_rise = self._times_rise or _have_rising_times(self._opened, self._alive)
+            self._stays = self._opened.stream.start_time is None or not self._times_rise
         if self._stays:
             return False
         back = 0
@@ -225,7 +231,7 @@ class _Reader:
                 return []
         except av.FFmpegError:
             return []
-        video, damage = self._video, Damage()
+        video, damage = self._opened, Damage()
         landings: deque[_Landing] = deque(maxlen=self._settle + 1)
         for packet in video.packets(damage, self._alive):
             ticks = packet.dts if packet.pts is None else packet.pts
@@ -251,23 +257,23 @@ class _Reader:
 
     def _seek(self, ticks: int) -> bool:
         """Stands the file at or before a time; False where no such place is found."""
-        name = self._video.format_name
+        name = self._opened.format_name
         if name == "flv":
             place = place_before(self._file, find_tag, ticks)
             if place is not None:
-                self._video.container.seek(place, unsupported_byte_offset=True)
+                self._opened.container.seek(place, unsupported_byte_offset=True)
             return place is not None
         if name.startswith("matroska") and not self._has_cues:
             place, first = place_before(self._file, find_cluster, ticks), find_cluster(self._file, 0, self._file.size)
             if place is not None and first is not None:
                 self._open(range(first[0], place))
             return place is not None
-        self._video.container.seek(ticks, stream=self._video.stream, backward=True)
+        self._opened.container.seek(ticks, stream=self._opened.stream, backward=True)
         return True
 
     def _decode(self, landings: list[_Landing]) -> None:
         """Begins with packets that were read, and goes on behind them."""
-        video, first = self._video, landings[0]
+        video, first = self._opened, landings[0]
         held = chain.from_iterable(landing.packets for landing in landings)
         packets = chain(held, video.packets(self._damage, self._alive))
         settled = first if first.is_entry else landings[1]
@@ -287,7 +293,7 @@ class _Reader:
         probe = self._probe
         if not can_cut(probe.container, probe.codec):
             return False
-        return is_entry(probe.codec, self._video.stream.codec_context.extradata or b"", bytes(packet))
+        return is_entry(probe.codec, self._opened.stream.codec_context.extradata or b"", bytes(packet))
 
     def _open(self, hidden: range = range(0)) -> None:
         self._close()
@@ -308,10 +314,10 @@ def _have_rising_times(video: OpenVideo, alive: Callable[[], None]) -> bool:
     if video.format_name.startswith(_FULLY_INDEXED):
         times = (entry.timestamp for entry in video.stream.index_entries)
         return all(earlier < later for earlier, later in pairwise(times))
-    clock = OneClock(video.stream.time_base, video.format_name)
+    clock = OneClock(video.time_base, video.format_name)
     packets = ((packet.pts if packet.dts is None else packet.dts, packet) for packet in video.packets(Damage(), alive))
-    times = (TimedFrame(ticks, packet.duration or 0, None) for ticks, packet in packets if ticks is not None)
-    return not any(clock.restarts for _ in clock.place(times))
+    timed = (TimedFrame(ticks, packet.duration or 0, None) for ticks, packet in packets if ticks is not None)
+    return not any(clock.restarts for _ in clock.place(timed))
 
 
 def _are_same(one: TimedFrame, other: TimedFrame) -> bool:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
+from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Discard, Disposition
 
 from storage.errors import VideoProblem
@@ -25,19 +27,17 @@ DEMUXERS = (
 )
 _READ_FAILURES = 64  # in a row, after which the rest of a file is given up
 
-_TYPES = av.sidedata.sidedata.Type
 
-
-def _unknown_type(cls, value: int) -> av.sidedata.sidedata.Type:
+def _unknown_type(cls: type[SideDataType], value: object) -> SideDataType:
     """A member for a kind of side data that PyAV does not know."""
-    member = object.__new__(cls)
+    member: Any = object.__new__(cls)
     member._name_, member._value_ = f"UNKNOWN_{value}", value
     return member
 
 
 # FFmpeg 8.1 gives frames side data of kinds that PyAV 18.1 raises for, however the frame is asked (EXIF, views of
 # spatial video). Mended after 18.1: github.com/PyAV-Org/PyAV/pull/2392.
-_TYPES._missing_ = classmethod(_unknown_type)
+SideDataType._missing_ = classmethod(_unknown_type)  # type: ignore[method-assign, assignment]  # as an enum has it
 
 # FFmpeg's error lines are read here (av.logging.Capture) and go nowhere else.
 av.logging.set_level(av.logging.ERROR)
@@ -76,6 +76,7 @@ class OpenVideo:
 
     Attributes:
         lines: FFmpeg's error lines (level, who, words) since they were last cleared.
+        time_base: seconds per tick of the stream.
 
     Raises:
         VideoProblem: no format on the list, no video stream, no decoder for it, or a picture above max_pixels.
@@ -92,8 +93,9 @@ class OpenVideo:
             self._capture.__exit__(None, None, None)
             raise
         try:
-            self.stream = self.container.streams.best("video")
-            self._check_stream()
+            self.stream = self._checked(self.container.streams.best("video"))
+            assert self.stream.time_base is not None  # FFmpeg gives each stream one
+            self.time_base = self.stream.time_base
             for other in self.container.streams:
                 if other.index != self.stream.index:
                     other.discard = Discard.all
@@ -105,9 +107,8 @@ class OpenVideo:
             self.close()
             raise
 
-    def _check_stream(self) -> None:
-        stream = self.stream
-        if stream is None or stream.disposition & Disposition.attached_pic:
+    def _checked(self, stream: av.stream.Stream | None) -> av.VideoStream:
+        if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = sorted({other.type for other in self.container.streams})
             picture = " (its picture is a cover, not a video)" if stream is not None else ""
             raise VideoProblem(
@@ -118,11 +119,12 @@ class OpenVideo:
         if names_key(stream):
             raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
         check_pixels(stream.codec_context.width, stream.codec_context.height, self.max_pixels)
+        return stream
 
     def __enter__(self) -> "OpenVideo":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -197,9 +199,10 @@ def open_container(file: VideoFile, max_pixels: int, lines: list) -> av.containe
     except av.error.MemoryError as error:
         raise out_of_memory() from error
     except av.FFmpegError as error:
-        container = _open_jpeg_stream(file, options) if begins_as_jpeg(file) else None
-        if container is None:
+        pictures = _open_jpeg_stream(file, options) if begins_as_jpeg(file) else None
+        if pictures is None:
             raise _unopened(file, error) from error
+        container = pictures
     check_refused_size(lines, max_pixels)
     return container
 
@@ -208,7 +211,7 @@ def _open(file: VideoFile, options: dict[str, str], kind: str | None = None) -> 
     file.seek(0)
     file.size = end_of_recording(file)
     return av.open(
-        file, format=kind, io_open=_refuse_open, options=options, metadata_errors="replace", buffer_size=1 << 18
+        file, "r", format=kind, io_open=_refuse_open, options=options, metadata_errors="replace", buffer_size=1 << 18
     )
 
 

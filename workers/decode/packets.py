@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import av
 import numpy as np
 
 from workers.decode.clock import RESTART_SECONDS
@@ -58,7 +59,7 @@ def scan_packets(
     seen: set[int] = set()
     damage = Damage()
     last = (-(1 << 63), 0)
-    restart_ticks = RESTART_SECONDS / video.stream.time_base
+    restart_ticks = RESTART_SECONDS / video.time_base
     for packet in video.packets(damage, alive):
         if end_ticks is not None and packet.dts is not None and packet.dts >= end_ticks:
             break  # no frame is shown before it is decoded
@@ -82,14 +83,14 @@ def scan_packets(
     return table
 
 
-def _shows_frame(codec: str, packet) -> bool:
+def _shows_frame(codec: str, packet: av.Packet) -> bool:
     """False for VP8's and VP9's packets that only prepare a reference ("alt-ref"). Source: RFC 6386, 9.1."""
     if codec == "vp8":
         return bool(memoryview(packet)[0] & 0x10)
     return True
 
 
-def is_header(codec: str, packet) -> bool:
+def is_header(codec: str, packet: av.Packet) -> bool:
     """True for Theora's headers, which stand among the pictures where streams were chained. Source: Theora, 6.1."""
     return codec == "theora" and bool(memoryview(packet)[0] & 0x80)
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from datetime import UTC, datetime
 from fractions import Fraction
+from typing import Any
 
 from storage.errors import VideoProblem
 from storage.records import Probe, Reason
@@ -45,14 +46,14 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
         offset = _clock_offset(video, head[0].ticks)
         stream, context = video.stream, video.stream.codec_context
         upright = (first.height, first.width) if turn.transpose else (first.width, first.height)
-        facts = {
+        facts: dict[str, Any] = {
             "container": video.format_name,
             "codec": context.codec.canonical_name,
             "stream_index": stream.index,
             "width": upright[0],
             "height": upright[1],
             "rotation_degrees": turn.rotation_degrees,
-            "time_base": stream.time_base,
+            "time_base": video.time_base,
             "first_ticks": head[0].ticks,
             "clock_offset_seconds": offset,
             "duration_seconds": _duration(video, offset),
@@ -116,7 +117,7 @@ def _clock_offset(video: OpenVideo, first_ticks: int) -> float:
     if video.format_name not in _FREE_CLOCKS:
         return 0.0
     start = video.container.start_time  # microseconds
-    return start / 1e6 if start is not None else float(first_ticks * video.stream.time_base)
+    return start / 1e6 if start is not None else float(first_ticks * video.time_base)
 
 
 def _duration(video: OpenVideo, offset: float) -> float | None:
@@ -124,7 +125,7 @@ def _duration(video: OpenVideo, offset: float) -> float | None:
     container, stream = video.container, video.stream
     if container.duration is not None:
         return ((container.start_time or 0) + container.duration) / 1e6 - offset
-    return None if stream.duration is None else float(stream.duration * stream.time_base)
+    return None if stream.duration is None else float(stream.duration * video.time_base)
 
 
 def _space_out(table: PacketTable, time_base: Fraction) -> tuple[tuple[int, int], ...]:

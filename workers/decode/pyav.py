@@ -2,10 +2,12 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
@@ -100,7 +102,7 @@ def _decode(video: OpenVideo, packet: av.Packet | None) -> tuple[list[av.VideoFr
 def _encrypted_from(video: OpenVideo, ticks: int | None, end_ticks: int | None) -> VideoProblem:
     if end_ticks is None:
         return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
-    at = float((end_ticks if ticks is None else ticks) * video.stream.time_base)
+    at = float((end_ticks if ticks is None else ticks) * video.time_base)
     return VideoProblem(Reason.ENCRYPTED, f"from {at:.1f} s on it is encrypted, and vidx has no key for it")
 
 
@@ -109,7 +111,7 @@ def _duration(video: OpenVideo, frame: av.VideoFrame) -> int:
     if frame.duration:
         return frame.duration
     rate = video.stream.average_rate or video.stream.guessed_rate
-    return int(1 / (rate * video.stream.time_base)) if rate else 1
+    return int(1 / (rate * video.time_base)) if rate else 1
 
 
 def seek(video: OpenVideo, ticks: int) -> None:
@@ -129,7 +131,7 @@ def seek(video: OpenVideo, ticks: int) -> None:
         if landed is not None and landed.is_keyframe and landed.pts is not None and landed.pts <= ticks:
             container.seek(ticks - back, stream=stream, backward=True)
             return
-        back = max(2 * back, int(1 / stream.time_base))
+        back = max(2 * back, int(1 / video.time_base))
     container.seek(min(0, stream.start_time or 0), stream=stream, backward=True)
 
 
@@ -138,15 +140,15 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     rgb = reformatter.reformat(frame, format="rgb24", threads=1)
     plane = rgb.planes[0]
     shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)  # lines may be padded
-    pixels = np.ndarray(shape, np.uint8, plane, strides=strides)
+    pixels = np.ndarray(shape, np.uint8, memoryview(plane), strides=strides)
     return orientation(frame).apply(pixels)
 
 
 def orientation(frame: av.VideoFrame) -> Orientation:
     """How the frame is turned to be shown."""
-    for data in frame.side_data:
+    for data in cast("Iterable[SideData]", frame.side_data):
         if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) >= _MATRIX_BYTES:
-            return Orientation.of_display_matrix(tuple(np.frombuffer(data, np.int32).tolist()))
+            return Orientation.of_display_matrix(tuple(np.frombuffer(bytes(data), np.int32).tolist()))
     return Orientation()
 
 
@@ -281,7 +283,7 @@ def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoPr
         back, at = float(tally.jump_ticks * probe.time_base), float(probe.time_seconds(tally.jump_at_ticks))
         detail = f"a frame's time goes back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
         return VideoProblem(Reason.CORRUPT, detail)
-    expected = dict(probe.cuts).get(segment.end_ticks)
+    expected = None if segment.end_ticks is None else dict(probe.cuts).get(segment.end_ticks)
     if expected is not None and tally.frame_count != expected - segment.first_index:
         wanted = expected - segment.first_index
         return VideoProblem(Reason.CORRUPT, f"{tally.frame_count} frames come out of a stretch of {wanted}")

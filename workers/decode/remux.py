@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import av
 
@@ -12,6 +13,9 @@ from storage.errors import VideoProblem
 from storage.records import Probe, Reason
 from workers.decode.open_video import open_container
 from workers.sources.video_file import VideoFile
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 HIDES_LEAD = {"mp4", "mov"}  # formats whose edit lists have a player skip what comes before a time
 BACK_SECONDS = (0, 2, 10, 60, 600)  # to seek before the moment, until a keyframe before it is found
@@ -52,9 +56,10 @@ class CutFile(io.RawIOBase):
         """It is: some formats fill in their headers at the end."""
         return True
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         """At the current position."""
-        self._write(self._place, bytes(data))
+        data = bytes(data)
+        self._write(self._place, data)
         self._place += len(data)
         self._size = max(self._size, self._place)
         return len(data)
@@ -94,6 +99,7 @@ def cut(
     with av.logging.Capture(local=False) as lines, open_container(file, max_pixels, lines) as container:
         start, end = (seconds + probe.clock_offset_seconds for seconds in (start_seconds, end_seconds))
         video = container.streams[probe.stream_index]
+        assert isinstance(video, av.VideoStream)  # as it was when it was probed
         streams = [video, *(stream for stream in container.streams if stream.type == "audio")]
         first = _seek(container, video, start, alive)
         if first is None:
@@ -152,6 +158,7 @@ def _keyframe_after(
 
 
 def _go_to(container: av.container.InputContainer, video: av.VideoStream, seconds: float) -> None:
+    assert video.time_base is not None  # FFmpeg gives each stream one
     container.seek(int(seconds / video.time_base), stream=video, backward=True)
 
 
@@ -168,7 +175,7 @@ def _moment(
     for packet in _with_decode_times(container.demux(streams)):
         alive()
         shown = _shown(packet)
-        decoded = float(packet.dts * packet.time_base)
+        decoded = _decoded(packet)
         if packet.stream is not video:
             if decoded < end and shown + _length(packet) > begins:
                 early.append(packet)
@@ -196,7 +203,7 @@ def _on_screen(
     found = first
     for packet in _with_decode_times(container.demux(video)):
         alive()
-        if float(packet.dts * packet.time_base) > start:
+        if _decoded(packet) > start:
             break
         if found < _shown(packet) <= start:
             found = _shown(packet)
@@ -258,7 +265,13 @@ def _with_decode_times(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
 
 def _shown(packet: av.Packet) -> float:
     """When it is shown, in seconds of the file's clock."""
-    return float((packet.pts if packet.pts is not None else packet.dts) * packet.time_base)
+    return _decoded(packet) if packet.pts is None else float(packet.pts * packet.time_base)
+
+
+def _decoded(packet: av.Packet) -> float:
+    """When it is decoded, of a packet that says so."""
+    assert packet.dts is not None
+    return float(packet.dts * packet.time_base)
 
 
 def _length(packet: av.Packet) -> float:
@@ -269,6 +282,7 @@ def _length(packet: av.Packet) -> float:
 def _shift(packet: av.Packet, seconds: float) -> None:
     """Makes a time of the source the new file's zero."""
     ticks = round(Fraction(seconds) / packet.time_base)
+    assert packet.dts is not None
     packet.dts -= ticks
     if packet.pts is not None:
         packet.pts -= ticks

@@ -115,7 +115,7 @@ def sample(
     low_mark: int | None = None  # the time before that of `shown`
     index = first_index - 1
 
-    def keep(end: int) -> KeptFrame | None:
+    def keep(shown: TimedFrame, end: int) -> KeptFrame | None:
         if not takes(shown, end):
             return None
         inside = end_ticks is None or shown.ticks < end_ticks
@@ -134,7 +134,7 @@ def sample(
                 shown, shown_index = frame, index
             continue
         if shown is not None:
-            kept = keep(frame.ticks)
+            kept = keep(shown, frame.ticks)
             if kept is not None:
                 if waiting is not None:
                     yield _ending(waiting, kept.ticks)
@@ -146,7 +146,7 @@ def sample(
     if shown is None:
         return
     end = shown.ticks + max(shown.duration_ticks, 1)
-    kept = keep(end)
+    kept = keep(shown, end)
     if kept is not None:
         if waiting is not None:
             yield _ending(waiting, kept.ticks)

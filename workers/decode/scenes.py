@@ -1,6 +1,7 @@
 """Where scenes begin, by PySceneDetect; of the extra `scenes`, and loaded by decoder processes that need it alone."""
 
 import av
+import numpy as np
 from av.video.reformatter import VideoReformatter
 from scenedetect import ContentDetector, FrameTimecode
 
@@ -22,7 +23,7 @@ class SceneStarts:
         self._count += 1
         return bool(self._detector.process_frame(FrameTimecode(self._count, 1.0), self._small(frame.picture)))
 
-    def _small(self, picture: av.VideoFrame):
+    def _small(self, picture: av.VideoFrame) -> np.ndarray:
         scale = min(1.0, SIDE / max(picture.width, picture.height))
         width, height = (max(1, round(side * scale)) for side in (picture.width, picture.height))
         return self._reformatter.reformat(picture, width, height, "bgr24", threads=1).to_ndarray()

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import CacheLayerMixin
 
 from storage.errors import UsageError
 from workers.llm.memory import rows_at_once
@@ -60,12 +61,18 @@ class Context(Protocol):
 class Engine(Protocol):
     """What runs the LLM."""
 
+    @property
+    def most_rows(self) -> int | None:
+        """There is memory for so many in a context, answer included; None where it is not reserved."""
+
     def context(self) -> Context:
         """One without rows."""
 
 
 class TransformersEngine:
     """transformers' own LLM."""
+
+    most_rows = None
 
     def __init__(self, llm: LlamaForCausalLM, eos_ids: tuple[int, ...]):
         """An engine for answers that end with one of some ids."""
@@ -91,6 +98,10 @@ class TransformersContext:
         self._cache = DynamicCache(config=llm.config)
 
     @property
+    def _layers(self) -> list[CacheLayerMixin]:
+        return [layer for layer in self._cache.layers if isinstance(layer, CacheLayerMixin)]  # as all of Llama's are
+
+    @property
     def row_count(self) -> int:
         """S."""
         return self._cache.get_seq_length()
@@ -98,7 +109,7 @@ class TransformersContext:
     @property
     def size_bytes(self) -> int:
         """Of keys and values."""
-        parts = [part for layer in self._cache.layers for part in (layer.keys, layer.values) if part is not None]
+        parts = [part for layer in self._layers for part in (layer.keys, layer.values) if part is not None]
         return sum(part.numel() * part.element_size() for part in parts)
 
     @torch.inference_mode()
@@ -112,11 +123,14 @@ class TransformersContext:
     def keep(self, row_count: int) -> None:
         """Forgets all but the first so many rows; others have to be added before an answer."""
         self.logits = None
-        for layer in self._cache.layers:  # Cache.crop means one thing in one version and another in the next
+        for layer in self._layers:  # Cache.crop means one thing in one version and another in the next
+            assert layer.keys is not None
+            assert layer.values is not None
             layer.keys, layer.values = layer.keys[:, :, :row_count], layer.values[:, :, :row_count]
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
+        assert self.logits is not None
         if not self.logits.max().isfinite():  # also where one of them is NaN
             raise no_numbers(MADE_BY_LLM, self.logits.dtype)
         rows, choose = self.row_count, _chooser(sampling, self.logits.device)

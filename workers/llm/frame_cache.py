@@ -44,7 +44,7 @@ class ShownFrames:
         self._inputs = inputs
         self._most_bytes = most_bytes
         self._ids: list[int] = []  # what is in both caches
-        self._batches: list[list[Past]] | None = None  # for each batch of frames, by block
+        self._batches: list[list[Past]] = []  # for each batch of frames, by block
         self._context: Context | None = None  # of the LLM
 
     @property
@@ -55,9 +55,9 @@ class ShownFrames:
     @property
     def size_bytes(self) -> int:
         """What is kept."""
-        tensors = [part for batch in self._batches or () for past in batch for part in (past.keys, past.values)]
+        parts = (part for batch in self._batches for past in batch for part in (past.keys, past.values))
         kept = self._context.size_bytes if self._context else 0
-        return kept + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return kept + sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> Context:
@@ -76,17 +76,18 @@ class ShownFrames:
             fused = self._fuse(ids, known)
             if not fused.isfinite().all():
                 raise no_numbers("the question, fused with its frames,", self._model.vision.dtype)
-            if known:
+            context = self._context
+            if context is not None:
                 embeds = fused.to(self._model.vision.dtype)[None]  # (1, new, H)
             else:
-                self._context = self._model.engine.context()
+                context = self._context = self._model.engine.context()
                 embeds = answer_embeds(self._model, ids, fused, self._tokens)
-            self._context.add(embeds)
+            context.add(embeds)
         except BaseException:  # as Ctrl-C: what is half done is of no use
             self._begin_anew()
             raise
         self._ids = ids
-        return self._context
+        return context
 
     def reply(self, ids: Sequence[int], most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
         """The answer to a prompt, id by id, up to an end token (not yielded) or so many.
@@ -105,10 +106,10 @@ class ShownFrames:
 
     def _fuse(self, ids: Sequence[int], known: int) -> Tensor:
         """(L - known, H) float32: the text from place `known` on, fused with each frame, and the mean."""
-        if self._batches is None and not self._fits(ids):
+        if not self._batches and not self._fits(ids):
             return fuse_question(self._model, ids, self._inputs())[known:]
-        if self._batches is None:
-            known_here, self._batches = 0, []
+        if not self._batches:
+            known_here = 0
             sums = [self._first(ids, piece) for piece in in_pieces(self._model.vision, self._inputs(), len(ids))]
         else:
             known_here = known
@@ -131,7 +132,9 @@ class ShownFrames:
     def _more(self, ids: Sequence[int], known: int, pasts: Sequence[Past]) -> Tensor:
         """(U, H) float32 of the text from place `known` on, summed over the frames of a batch."""
         vision = self._model.vision
-        text = self._text(ids[known:]).expand(len(pasts[0].keys), -1, -1)
+        keys = pasts[0].keys
+        assert keys is not None  # of the rows before
+        text = self._text(ids[known:]).expand(len(keys), -1, -1)
         if not text.shape[1]:
             return text.float().sum(dim=0)
         before = vision.bundle.patches_per_frame + self._tokens.shape[1] + len(unmasked(ids[:known]))
@@ -152,14 +155,14 @@ class ShownFrames:
     # --- forgetting
 
     def _begin_anew(self) -> None:
-        self._ids, self._batches, self._context = [], None, None
+        self._ids, self._batches, self._context = [], [], None
 
     def _forget_from(self, known: int) -> None:
         """Keeps what belongs to the first so many ids."""
-        if not known:
-            self._batches = self._context = None
+        if not known or self._context is None:
+            self._batches, self._context = [], None
             return
-        for batch in self._batches or ():
+        for batch in self._batches:
             for past in batch:
                 past.crop(len(past) - len(unmasked(self._ids[known:])))
         self._context.keep(known - 1 + self._tokens.shape[0] * self._tokens.shape[1])

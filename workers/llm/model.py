@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from workers.llm.engine import Engine, EngineName, ModelOptions, SamplingParams, TransformersEngine
+from workers.llm.model_options import Quantize
 from workers.llm.prompt import PLACEHOLDER_ID, PromptTokenizer, load_tokenizer
-from workers.llm.quantize import Quantize, quantize_matrices
+from workers.llm.quantize import quantize_matrices
 from workers.models.bundle import Bundle
 from workers.models.checkpoint import list_tensors
 from workers.models.load import fill
@@ -44,7 +45,12 @@ class LlavaMini:
     @property
     def llm(self) -> LlamaForCausalLM:
         """The LLM itself, which transformers' engine alone can show."""
-        return self.engine.llm
+        return self._transformers_engine.llm
+
+    @property
+    def _transformers_engine(self) -> TransformersEngine:
+        assert isinstance(self.engine, TransformersEngine)
+        return self.engine
 
     def __repr__(self) -> str:
         return f"LlavaMini({self.vision!r})"
@@ -157,8 +163,8 @@ def greedy_logits(model: LlavaMini, embeds: Tensor) -> Iterator[Tensor]:
 
     The engine has to be transformers'.
     """
-    context = model.engine.context()
+    context = model._transformers_engine.context()
     context.add(embeds)
-    while True:
+    while context.logits is not None:
         yield context.logits
         context.say(int(context.logits.argmax()))

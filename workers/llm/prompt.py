@@ -25,8 +25,8 @@ SYSTEM_MESSAGE = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 # What transformers' clean_up_tokenization does, in its order.
-_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
-_CLEAN_UP += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_SPACED_MARKS = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
+_CLEAN_UP = (*_SPACED_MARKS, (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 _UNFINISHED = "\ufffd"  # what a decoder gives for the first bytes of a character, and for bytes that are none
 _CHARACTER_IDS = 4  # a character has at most four bytes, and an id stands for one byte or more
 # Ids that are decoded again with each new one: at least, before they are made fewer, and at most.

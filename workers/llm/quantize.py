@@ -20,6 +20,7 @@ def quantize_matrices(block: nn.Module, way: Quantize, device: torch.device, dty
 
     for name, linear in [(name, each) for name, each in block.named_modules() if type(each) is nn.Linear]:
         sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+        small: nn.Linear
         if way is Quantize.EIGHT:
             small = bitsandbytes.nn.Linear8bitLt(*sizes, bias=biased, has_fp16_weights=False, threshold=OUTLIER)
             small.weight = bitsandbytes.nn.Int8Params(linear.weight, requires_grad=False, has_fp16_weights=False)

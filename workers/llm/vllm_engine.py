@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 
 from storage.errors import ClusterError, UsageError
@@ -82,7 +82,10 @@ class VllmEngine:
         self._thread.submit(int).result()  # it starts, before vLLM takes set_num_threads away
         tensors = {name: entry for name, entry in tensors.items() if name.startswith(LLM_KEYS)}
         weight_bytes = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
-        row_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim * dtype.itemsize
+        key_heads, head_dim = settings.num_key_value_heads, settings.head_dim
+        assert key_heads is not None  # LlamaConfig fills both in
+        assert head_dim is not None
+        row_bytes = 2 * settings.num_hidden_layers * key_heads * head_dim * dtype.itemsize
         wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
         with _starting(bundle.name, device):
             free, total = _memory(device)
@@ -193,10 +196,12 @@ class VllmContext:
 
     def keep(self, row_count: int) -> None:
         """Forgets all but the first so many rows."""
+        assert self._rows is not None
         self._rows = self._rows[:row_count]
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
+        assert self._rows is not None
         yield from self._engine.reply(self._rows, most_tokens, sampling)
 
 
@@ -242,7 +247,7 @@ def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
         def download_model(self, model_config: Any) -> None:
             """All is here."""
 
-        def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        def load_weights(self, model: Any, model_config: Any) -> None:
             model.load_weights(tensor_values(tensors))
 
     register_model_loader(LOAD_FORMAT)(Loader)
@@ -277,7 +282,7 @@ def _starting(name: str, device: torch.device) -> Iterator[None]:
         except UsageError:
             raise
         except Exception as error:  # of whatever class: it comes from a model's sizes, a kernel or a driver
-            reason = _in_a_line(error.__cause__ if isinstance(error, ClusterError) else error)
+            reason = _in_a_line(error.__cause__ or error if isinstance(error, ClusterError) else error)
             raise UsageError(
                 f"--engine {EngineName.VLLM}: vLLM cannot run {name} here: {reason}; --engine "
                 f"{EngineName.TRANSFORMERS} can"

@@ -161,7 +161,7 @@ def read_float32(entry: TensorEntry, rows: Sequence[int] | None = None) -> np.nd
     stored = "<u2" if entry.dtype == "BF16" else _NUMPY[entry.dtype]
     if not entry.shape:
         raise ValueError(f"read_float32 wants an array, not a single value of {entry.path}")
-    raw = np.memmap(entry.path, stored, "r", entry.start, entry.shape)
+    raw: np.ndarray = np.memmap(entry.path, stored, "r", entry.start, entry.shape)
     if rows is not None:
         raw = raw[list(rows)]
     if entry.dtype == "BF16":  # the upper half of a float32

@@ -7,7 +7,7 @@ hub's layout, by which the name then finds them.
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +106,8 @@ def _fetch_one(name: str, report: Report) -> Fetched:
     try:
         directory = hub_directory(name)
     except UsageError:
-        directory = _pickled_snapshot(hub_id)
-        if directory is None:
-            directory, downloaded_bytes = _download(name, hub_id, report)
+        snapshot = _pickled_snapshot(hub_id)
+        directory, downloaded_bytes = (snapshot, 0) if snapshot else _download(name, hub_id, report)
     kept: frozenset[str] = frozenset()
     if not is_complete(directory):
         directory, kept = _convert(name, hub_id, directory, report)
@@ -142,7 +141,7 @@ def _download(name: str, hub_id: HubId, report: Report) -> tuple[Path, int]:
         from huggingface_hub import HfApi
 
         found = HfApi().model_info(hub_id.repository, revision=hub_id.revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in found.siblings}
+        sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
         kind = next((kind for kind in _WEIGHTS if kind[0] in sizes), None)
         if kind is None:
             others = ", ".join(sorted(file for file in sizes if not _SETTINGS.fullmatch(file))[:5]) or "none"
@@ -238,7 +237,7 @@ def _counting_class(hear: Callable[[int], None]) -> type:
 
 
 @contextmanager
-def _hub_errors(name: str):
+def _hub_errors(name: str) -> Iterator[None]:
     """What the hub or the way to it says, in one line."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import logging
@@ -286,11 +285,11 @@ def _convert(name: str, hub_id: HubId, source: Path, report: Report) -> tuple[Pa
         target.mkdir(parents=True, exist_ok=True)
         done, kept = 0, set()
         for file in pickled:
-            kept |= convert(
-                source / file,
-                target / _converted_name(file),
-                lambda count, file=file, done=done: report(Fetching("convert", name, file, done + count, total)),
-            )
+
+            def tell(count: int, file: str = file, done: int = done) -> None:
+                report(Fetching("convert", name, file, done + count, total))
+
+            kept |= convert(source / file, target / _converted_name(file), tell)
             done += (source / file).stat().st_size
         index = source / "pytorch_model.bin.index.json"
         if index.is_file():
@@ -299,8 +298,8 @@ def _convert(name: str, hub_id: HubId, source: Path, report: Report) -> tuple[Pa
                 text = text.replace(f'"{file}"', f'"{_converted_name(file)}"')
             (target / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         settings = [file for file in source.iterdir() if _SETTINGS.fullmatch(file.name) and ".index." not in file.name]
-        for file in sorted(settings, key=lambda file: file.name == "config.json"):  # with it the folder is complete
-            shutil.copyfile(file, target / file.name)
+        for path in sorted(settings, key=lambda path: path.name == "config.json"):  # with it the folder is complete
+            shutil.copyfile(path, target / path.name)
         reference = folder / "refs" / hub_id.revision
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(source.name, encoding="ascii")

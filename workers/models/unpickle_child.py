@@ -131,7 +131,7 @@ def write(tensors: Mapping[str, Tensor], target: int, report: Any) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         done = 0
         for value in tensors.values():
-            raw = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), WRITTEN_AT_ONCE):
                 done += file.write(raw[start : start + WRITTEN_AT_ONCE])
                 report(done)

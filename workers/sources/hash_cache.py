@@ -50,14 +50,14 @@ class HashCache:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         try:
-            self._path = path or cache_folder() / "hashes.sqlite"
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
+            place = self._path = path or cache_folder() / "hashes.sqlite"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self._open(place)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # no space, no permission, in use
                 self._give_up(error)
             else:
-                self._begin_anew()
+                self._begin_anew(place)
         except OSError as error:
             self._give_up(error)
 
@@ -84,17 +84,17 @@ class HashCache:
                 self._give_up(error)
                 return []
 
-    def _open(self) -> None:
-        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
+    def _open(self, place: Path) -> None:
+        connection = sqlite3.connect(place, timeout=10, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(_TABLE)
         self._connection = connection
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, place: Path) -> None:
         try:
-            self._path.unlink()
-            self._open()
+            place.unlink()
+            self._open(place)
         except (OSError, sqlite3.DatabaseError) as error:
             self._give_up(error)
 

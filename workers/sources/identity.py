@@ -7,7 +7,7 @@ import stat
 import time
 
 from storage.errors import VideoProblem
-from storage.files import local_path, source_text
+from storage.files import file_path, source_text
 from storage.records import Content, Reason, VideoRow
 from workers.sources.hash_cache import HashCache
 
@@ -60,7 +60,7 @@ def check_still_there(row: VideoRow) -> None:
     Raises:
         VideoProblem: it is gone or holds something else; the detail names it.
     """
-    path = local_path(row.uri)
+    path = file_path(row.uri)
     try:
         now = os.stat(path)
         same = now.st_size == row.size_bytes

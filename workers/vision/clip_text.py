@@ -91,7 +91,9 @@ class TextTower:
         width = self._width
         inner = inner or self._entry("text_model.encoder.layers.0.mlp.fc1.bias").shape[0]
         vocabulary_size = self._entry("text_model.embeddings.token_embedding.weight").shape[0]
-        layer = {f"self_attn.{part}_proj.weight": (width, width) for part in ("q", "k", "v", "out")}
+        layer: dict[str, tuple[int, ...]] = {
+            f"self_attn.{part}_proj.weight": (width, width) for part in ("q", "k", "v", "out")
+        }
         layer |= {f"self_attn.{part}_proj.bias": (width,) for part in ("q", "k", "v", "out")}
         layer |= {f"layer_norm{i}.{part}": (width,) for i in (1, 2) for part in ("weight", "bias")}
         layer |= {"mlp.fc1.weight": (inner, width), "mlp.fc1.bias": (inner,)}
@@ -178,7 +180,8 @@ def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
     """The older form on disk, put together as transformers' converter for CLIP does."""
     vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    pairs = (line.split() for line in lines if line and not line.startswith("#version"))
+    merges = [(first, second) for first, second in pairs]
     model = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
     tokenizer = clip_tokenizer(model)
     enclose_texts(tokenizer)
@@ -199,8 +202,9 @@ def clip_tokenizer(model: models.BPE) -> tokenizers.Tokenizer:
 
 def enclose_texts(tokenizer: tokenizers.Tokenizer) -> None:
     """Makes it put CLIP's start and end tokens around every text."""
-    ends = [(token, tokenizer.token_to_id(token)) for token in (END, START)]
-    tokenizer.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    ids = tokenizer.get_vocab()
+    ends = {"sep": (END, ids[END]), "cls": (START, ids[START])}
+    tokenizer.post_processor = processors.RobertaProcessing(**ends, trim_offsets=False, add_prefix_space=False)
 
 
 def _quick_gelu(values: np.ndarray) -> np.ndarray:

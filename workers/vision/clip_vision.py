@@ -5,8 +5,10 @@ computes its class token alone, and so that VisionZip gets what it needs of one 
 LLaVA-Mini's released code takes `hidden_states[mm_vision_select_layer]` without the class token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ class VisionModel(nn.Module):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = CLIPEncoder(config)
+        self.encoder = CLIPEncoder(config)  # type: ignore[arg-type]  # it takes the vision part's, as CLIP itself does
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -53,6 +55,11 @@ class ClipTower(nn.Module):
         self.projection_width = projection_width
         if projection_width:
             self.visual_projection = nn.Linear(config.hidden_size, projection_width, bias=False)
+
+    @property
+    def layers(self) -> Sequence[CLIPEncoderLayer]:
+        """All of them, past the selected one too."""
+        return cast("Sequence[CLIPEncoderLayer]", self.vision_model.encoder.layers)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ def load_tower(directory: Path, select_layer: int, device: torch.device, dtype: 
     check_tensors(directory, tensors, {"": tower}, _UNUSED)
     fill(tensors, {"": tower}, device, dtype)
     embeddings = tower.vision_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]  # (1, 1 + N)
+    positions = torch.arange(embeddings.num_positions, device=device)[None]  # (1, 1 + N)
+    embeddings.register_buffer("position_ids", positions, persistent=False)
     return tower
 
 
@@ -102,7 +110,9 @@ def vision_config(tower: dict) -> CLIPVisionConfig:
     try:
         if tower["model_type"] == "clip_vision_model":
             return CLIPVisionConfig(**tower)
-        return CLIPConfig(**tower).vision_config
+        config = CLIPConfig(**tower).vision_config
+        assert isinstance(config, CLIPVisionConfig)  # made from what the dict has of it
+        return config
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the vision tower's config.json does not describe CLIP: {reason}") from error
@@ -128,9 +138,9 @@ def tower_features(tower: ClipTower, pixels: Tensor) -> TowerFeatures:
     """
     model = tower.vision_model
     hidden = model.pre_layrnorm(model.embeddings(pixels))  # (B, 1 + N, D)
-    for layer in model.encoder.layers[: tower.layer_count - 1]:
+    for layer in tower.layers[: tower.layer_count - 1]:
         hidden = encoder_block(layer, hidden)
-    selected = model.encoder.layers[tower.layer_count - 1]
+    selected = tower.layers[tower.layer_count - 1]
     queries, keys, values = attention_inputs(selected, hidden)
     hidden = _finish_block(selected, hidden, queries, keys, values)
     return TowerFeatures(hidden, queries[:, :, :1], keys, _search_key(tower, hidden))
@@ -140,7 +150,7 @@ def _search_key(tower: ClipTower, hidden: Tensor) -> Tensor:
     """The joint embedding: the rest of the layers, the very last one for the class token alone."""
     if not tower.projection_width:
         return hidden.new_empty(len(hidden), 0)
-    rest = tower.vision_model.encoder.layers[tower.layer_count :]
+    rest = tower.layers[tower.layer_count :]
     for layer in rest[:-1]:
         hidden = encoder_block(layer, hidden)
     for layer in rest[-1:]:

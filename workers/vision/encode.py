@@ -204,7 +204,7 @@ class _Computed:
             return values[where].to(torch.float16).cpu().numpy()
 
         patches = None
-        if self.patch_values is not None:
+        if self.patch_values is not None and self.patch_scales is not None and self.patch_places is not None:
             values, scales = self.patch_values[where].cpu().numpy(), self.patch_scales[where].cpu().numpy()
             patches = PatchRows(values, scales, self.patch_places[where].cpu().numpy().astype(np.uint16))
         key = None if self.search_key is None else half(self.search_key)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class VisionPart:
     tower: ClipTower
     compressor: FoldedCompressor
     projector: nn.Sequential
-    prefusion: nn.ModuleList
+    prefusion: Sequence[LlamaDecoderLayer]
     rotary: LlamaRotaryEmbedding
 
     @cached_property
@@ -150,14 +151,12 @@ def load_parts(bundle: Bundle, device_name: str, dtype_name: str) -> tuple[Visio
     settings = _llama_settings(bundle)
     llm = build_empty(lambda: LlamaForCausalLM(settings))
     blocks = range(bundle.config.prefusion_layer_count)
-    modules = {
-        "model.compressor.": build_empty(lambda: Compressor(bundle.tokens_per_frame, _compressor_width(bundle))),
-        "model.mm_projector.": build_empty(lambda: _empty_projector(bundle)),
-        "model.prefusion_layers.": build_empty(lambda: nn.ModuleList(LlamaDecoderLayer(settings, i) for i in blocks)),
-    }
+    compressor = build_empty(lambda: Compressor(bundle.tokens_per_frame, _compressor_width(bundle)))
+    projector = build_empty(lambda: _empty_projector(bundle))
+    prefusion = build_empty(lambda: nn.ModuleList(LlamaDecoderLayer(settings, i) for i in blocks))
+    modules = {"model.compressor.": compressor, "model.mm_projector.": projector, "model.prefusion_layers.": prefusion}
     check_tensors(bundle.directory, tensors, {"": llm, **modules}, _UNUSED)
     fill(tensors, modules, device, dtype)
-    compressor, projector, prefusion = modules.values()
     patch_count = bundle.patches_per_picture * bundle.config.resolution_ratio**2
     vision = VisionPart(
         bundle=bundle,
@@ -166,7 +165,7 @@ def load_parts(bundle: Bundle, device_name: str, dtype_name: str) -> tuple[Visio
         tower=load_tower(bundle.tower_directory, bundle.config.select_layer, device, dtype),
         compressor=fold(compressor, patch_count),
         projector=projector,
-        prefusion=prefusion,
+        prefusion=cast("Sequence[LlamaDecoderLayer]", prefusion),
         rotary=LlamaRotaryEmbedding(settings).to(device),
     )
     return vision, llm
@@ -311,14 +310,14 @@ class Past:
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Those of some more rows, after all before them."""
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         self.keys, self.values = keys, values
         return keys, values
 
     def crop(self, length: int) -> None:
         """Forgets the rows from a place on; the memory is free once the next ones are there."""
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
 
