@@ -281,7 +281,7 @@ def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -
 
 
 def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
-    rows = archive.videos_arrow()
+    rows = archive.videos.arrow()
     rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
     source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
     for name in ("captured_at", "indexed_at"):
@@ -303,7 +303,7 @@ def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
     checked = ds.ParquetFileFormat(
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     )
-    ids = archive.published()
+    ids = archive.videos.published()
     number, video_id = ds.field("video_number"), ds.field("video_id")
     fragments = [
         checked.make_fragment(
@@ -312,7 +312,7 @@ def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
             # what all rows of the part have in common: a statement about one video opens no other's parts
             (number == pa.scalar(part.video_number, pa.int32())) & (video_id == ids[part.video_number]),
         )
-        for part in archive.parts()
+        for part in archive.frames.parts()
     ]
     return ds.FileSystemDataset(fragments, schema, checked, file_system)
 

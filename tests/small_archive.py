@@ -172,8 +172,8 @@ def failed_row(archive: Archive, uri: str, reason: Reason = Reason.PERMISSION) -
 def add_video(archive: Archive, name: int, count: int = 5, **changes) -> Rows:
     """Commits and publishes a video of one segment."""
     rows = random_rows(count, seed=name)
-    assert archive.commit_frames([receipt_for(archive, name, rows)]) == [True]
-    archive.publish([row_for(archive, name, count, **changes)])
+    assert archive.parts.commit([receipt_for(archive, name, rows)]) == [True]
+    archive.videos.publish([row_for(archive, name, count, **changes)])
     return rows
 
 

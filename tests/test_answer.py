@@ -48,7 +48,7 @@ def narrow_asker(archive, narrow):
 
 @pytest.fixture
 def clip(archive):
-    return Filter(archive.find_video(CLIP))
+    return Filter(archive.videos.find(CLIP))
 
 
 def told():

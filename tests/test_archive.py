@@ -93,14 +93,14 @@ def test_an_archive_is_opened_as_it_was_created(archive, tmp_path):
     assert archive_exists(str(tmp_path / "archive"))
     assert not archive_exists(str(tmp_path))
     again_created = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
-    assert again_created.frame_count() == 0
+    assert again_created.videos.frame_count() == 0
 
 
 @pytest.mark.parametrize("name", ["a b", "100%", "ü日", "a#b?c=d", "q'\"", "[x]*"])
 def test_an_archive_may_lie_in_a_folder_of_any_name(tmp_path, name):
     archive = create_archive(str(tmp_path / name / "archive"), model_id=MODEL_ID, model_name="tiny")
     rows = add_video(archive, 1)
-    frames = again(archive).frames()
+    frames = again(archive).frames.find()
     assert np.array_equal(read_tokens(archive.frames_uri, frames), rows.tokens.token)
     assert (tmp_path / name / "archive" / "archive.json").is_file()
 
@@ -175,7 +175,7 @@ def test_a_half_created_archive_is_created_whole_by_the_next_job(archive, tmp_pa
     shutil.rmtree(tmp_path / "archive" / "numbers")
     whole = create_archive(archive.uri, model_id=MODEL_ID, model_name="tiny")
     add_video(whole, 1)
-    assert whole.frame_count() == 5
+    assert whole.videos.frame_count() == 5
 
 
 # Numbers
@@ -194,11 +194,15 @@ def test_a_number_is_given_once(archive):
 
 def test_frames_are_seen_once_their_video_is_published(archive):
     rows = random_rows(5)
-    assert archive.commit_frames([receipt_for(archive, 1, rows)]) == [True]
-    assert archive.committed_frame_count(reserve(archive, 1)) == 5
-    assert (again(archive).frames(), again(archive).frame_count(), again(archive).parts()) == ([], 0, [])
-    archive.publish([row_for(archive, 1, 5)])
-    frames = again(archive).frames()
+    assert archive.parts.commit([receipt_for(archive, 1, rows)]) == [True]
+    assert archive.parts.frame_count(reserve(archive, 1)) == 5
+    assert (again(archive).frames.find(), again(archive).videos.frame_count(), again(archive).frames.parts()) == (
+        [],
+        0,
+        [],
+    )
+    archive.videos.publish([row_for(archive, 1, 5)])
+    frames = again(archive).frames.find()
     assert [frame.ticks for frame in frames] == rows.columns.ticks.tolist()
     assert [frame.time_seconds for frame in frames] == rows.columns.time_seconds.tolist()
     assert np.array_equal(read_tokens(archive.frames_uri, frames), rows.tokens.token)
@@ -211,20 +215,20 @@ def test_a_committed_segment_remembers_why_it_is_not_whole(archive):
     writer = new_writer(archive.frames_uri, video_id=video_id_of(1), number=whole.video_number, key="100..")
     writer.append(rows.columns, rows.tokens, rows.thumbnails)
     damaged = replace(whole, segment=Segment(video_id_of(1), 100, None, 3), part=writer.close(problem), problem=problem)
-    assert archive.commit_frames([whole, damaged]) == [True, True]
-    assert again(archive).problems(whole.video_number) == [problem]
+    assert archive.parts.commit([whole, damaged]) == [True, True]
+    assert again(archive).parts.problems(whole.video_number) == [problem]
 
 
 def test_a_segment_is_committed_once(archive):
     first, second = (receipt_for(archive, 1, random_rows(5, seed), (None, 50)) for seed in (1, 2))
     other = receipt_for(archive, 1, random_rows(5, 3, start=5), segment=(50, 100))
     empty = receipt_for(archive, 1, None, segment=(100, None))
-    assert archive.commit_frames([first, second, other, empty]) == [True, False, True, False]
+    assert archive.parts.commit([first, second, other, empty]) == [True, False, True, False]
     late = receipt_for(archive, 1, random_rows(5, 4), (None, 50))
-    assert again(archive).commit_frames([late]) == [False]
+    assert again(archive).parts.commit([late]) == [False]
     keys = ["..50", "50..100", "100..", ".."]
-    assert archive.committed(first.video_number, keys) == {"..50", "50..100"}
-    assert archive.committed(first.video_number + 1, keys) == set()
+    assert archive.parts.committed(first.video_number, keys) == {"..50", "50..100"}
+    assert archive.parts.committed(first.video_number + 1, keys) == set()
     assert frame_files(archive) == sorted([first.part.path, other.part.path])  # the losers' are gone
 
 
@@ -233,8 +237,8 @@ def commit_at(uri, names, start_at, results):
     archive = open_archive(uri)
     receipts = [receipt_for(archive, name, random_rows(5, name)) for name in names]
     time.sleep(max(0.0, start_at - time.time()))
-    landed = archive.commit_frames(receipts)
-    archive.publish([row_for(archive, name, 5) for name in names])
+    landed = archive.parts.commit(receipts)
+    archive.videos.publish([row_for(archive, name, 5) for name in names])
     results.put([name for name, is_in in zip(names, landed, strict=True) if is_in])
 
 
@@ -250,9 +254,9 @@ def test_of_racing_commits_of_a_segment_exactly_one_lands(archive):
         assert job.exitcode == 0
     assert landed == [1, 2, 3, 10, 20, 30]
     found = again(archive)
-    assert [row.video_id for row in found.videos()] == [video_id_of(name) for name in sorted(landed, key=str)]
-    assert len({row.video_number for row in found.videos()}) == 6
-    assert (len(found.frames()), found.frame_count(), len(frame_files(archive))) == (30, 30, 6)
+    assert [row.video_id for row in found.videos.all()] == [video_id_of(name) for name in sorted(landed, key=str)]
+    assert len({row.video_number for row in found.videos.all()}) == 6
+    assert (len(found.frames.find()), found.videos.frame_count(), len(frame_files(archive))) == (30, 30, 6)
 
 
 # Commits that fail after they have landed
@@ -314,8 +318,8 @@ def test_a_part_that_is_gone_is_not_committed(archive):
     receipt = receipt_for(archive, 1, random_rows(4))
     os.unlink(local_path(join(archive.frames_uri, receipt.part.path)))
     with pytest.raises(ArchiveError, match="was removed before it was committed"):
-        archive.commit_frames([receipt])
-    assert archive.frame_count() == 0
+        archive.parts.commit([receipt])
+    assert archive.videos.frame_count() == 0
 
 
 @pytest.mark.parametrize(
@@ -326,10 +330,10 @@ def test_parts_whose_commit_landed_and_failed_are_never_removed(archive, monkeyp
     with monkeypatch.context() as patch:
         Interrupted(patch, error)
         with contextlib.suppress(KeyboardInterrupt, ArchiveError):
-            assert archive.commit_frames([receipt]) == [True]
-    assert archive.commit_frames([receipt, receipt]) == [True, True]  # and again: it is in, once
-    archive.publish([row_for(archive, 1, 5)])
-    assert len(again(archive).frames()) == 5
+            assert archive.parts.commit([receipt]) == [True]
+    assert archive.parts.commit([receipt, receipt]) == [True, True]  # and again: it is in, once
+    archive.videos.publish([row_for(archive, 1, 5)])
+    assert len(again(archive).frames.find()) == 5
     assert frame_files(archive) == [receipt.part.path]
 
 
@@ -339,25 +343,25 @@ def test_parts_whose_commit_landed_and_failed_are_never_removed(archive, monkeyp
 def test_a_segment_that_is_not_whole_makes_way_for_one_that_is(archive):
     rows = random_rows(9)
     part = partial_receipt(archive, 1, rows.cut(0, 4))
-    assert archive.commit_frames([part]) == [True]
-    archive.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
+    assert archive.parts.commit([part]) == [True]
+    archive.videos.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
     before = again(archive)
-    assert before.committed(part.video_number, [".."]) == {".."}
-    assert before.committed(part.video_number, [".."], whole_only=True) == set()
-    assert len(before.frames()) == 4
+    assert before.parts.committed(part.video_number, [".."]) == {".."}
+    assert before.parts.committed(part.video_number, [".."], whole_only=True) == set()
+    assert len(before.frames.find()) == 4
     whole = receipt_for(archive, 1, rows)
-    assert archive.commit_frames([whole]) == [True]
-    archive.publish([row_for(archive, 1, 9)])
+    assert archive.parts.commit([whole]) == [True]
+    archive.videos.publish([row_for(archive, 1, 9)])
     found = again(archive)
-    assert found.committed(whole.video_number, [".."]) == {".."}
-    assert found.problems(whole.video_number) == []
-    assert np.array_equal(read_tokens(found.frames_uri, found.frames()), rows.tokens.token)
-    assert len(before.frames()) == 4  # a reader of the version before is not disturbed
+    assert found.parts.committed(whole.video_number, [".."]) == {".."}
+    assert found.parts.problems(whole.video_number) == []
+    assert np.array_equal(read_tokens(found.frames_uri, found.frames.find()), rows.tokens.token)
+    assert len(before.frames.find()) == 4  # a reader of the version before is not disturbed
     actions = [json.loads(line) for line in newest_commit(archive).splitlines()]
     assert [action["add"]["path"] for action in actions if "add" in action] == [whole.part.path]
     assert [action["remove"]["path"] for action in actions if "remove" in action] == [part.part.path]
     assert [action["txn"]["version"] for action in actions if "txn" in action] == [2]
-    assert archive.commit_frames([receipt_for(archive, 1, rows)]) == [False]
+    assert archive.parts.commit([receipt_for(archive, 1, rows)]) == [False]
 
 
 def newest_commit(archive):
@@ -367,20 +371,20 @@ def newest_commit(archive):
 
 def test_a_segment_that_lay_with_the_machine_is_not_done(archive):
     lost = partial_receipt(archive, 1, random_rows(4), Reason.WORKER_LOST)
-    archive.commit_frames([lost])
-    assert archive.committed(lost.video_number, [".."]) == set()
+    archive.parts.commit([lost])
+    assert archive.parts.committed(lost.video_number, [".."]) == set()
     corrupt = partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)
-    assert archive.commit_frames([corrupt]) == [True]  # fewer rows, but what is wrong is known now
-    assert archive.committed(lost.video_number, [".."]) == {".."}
-    assert archive.commit_frames([partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)]) == [False]
-    assert archive.committed_frame_count(lost.video_number) == 3
+    assert archive.parts.commit([corrupt]) == [True]  # fewer rows, but what is wrong is known now
+    assert archive.parts.committed(lost.video_number, [".."]) == {".."}
+    assert archive.parts.commit([partial_receipt(archive, 1, random_rows(3), Reason.CORRUPT)]) == [False]
+    assert archive.parts.frame_count(lost.video_number) == 3
 
 
 def test_a_second_try_that_gave_up_too_replaces_fewer_rows_alone(archive):
     rows = random_rows(9)
     tries = [partial_receipt(archive, 1, rows.cut(0, count)) for count in (4, 3, 4, 7)]
-    assert [archive.commit_frames([receipt]) for receipt in tries] == [[True], [False], [False], [True]]
-    assert archive.committed_frame_count(tries[0].video_number) == 7
+    assert [archive.parts.commit([receipt]) for receipt in tries] == [[True], [False], [False], [True]]
+    assert archive.parts.frame_count(tries[0].video_number) == 7
 
 
 def replace_at(uri, start_at, results):
@@ -388,12 +392,12 @@ def replace_at(uri, start_at, results):
     archive = open_archive(uri)
     receipt = receipt_for(archive, 1, random_rows(9))
     time.sleep(max(0.0, start_at - time.time()))
-    results.put(archive.commit_frames([receipt]))
+    results.put(archive.parts.commit([receipt]))
 
 
 def test_of_racing_replacements_exactly_one_lands(archive):
     part = partial_receipt(archive, 1, random_rows(4))
-    archive.commit_frames([part])
+    archive.parts.commit([part])
     results, start_at = SPAWN.Queue(), time.time() + 4
     jobs = [SPAWN.Process(target=replace_at, args=(archive.uri, start_at, results)) for _ in range(3)]
     for job in jobs:
@@ -401,12 +405,12 @@ def test_of_racing_replacements_exactly_one_lands(archive):
     assert sorted(results.get(timeout=60) for _ in jobs) == [[False], [False], [True]]
     for job in jobs:
         job.join(60)
-    assert again(archive).committed_frame_count(part.video_number) == 9
+    assert again(archive).parts.frame_count(part.video_number) == 9
     assert len(frame_files(archive)) == 2  # what was replaced stays for readers of the versions before
 
 
 def test_a_replacement_worked_out_from_an_older_version_conflicts(archive, monkeypatch):
-    archive.commit_frames([partial_receipt(archive, 1, random_rows(4))])
+    archive.parts.commit([partial_receipt(archive, 1, random_rows(4))])
     other, late, fast = again(archive), receipt_for(archive, 1, random_rows(9)), receipt_for(archive, 1, random_rows(9))
     commit, tries = tables.commit, []
 
@@ -414,14 +418,14 @@ def test_a_replacement_worked_out_from_an_older_version_conflicts(archive, monke
         tries.append(arguments)
         if len(tries) == 1:
             monkeypatch.setattr(tables, "commit", commit)
-            assert other.commit_frames([fast]) == [True]
+            assert other.parts.commit([fast]) == [True]
             monkeypatch.setattr(tables, "commit", overtaken)
         return commit(*arguments)
 
     monkeypatch.setattr(tables, "commit", overtaken)
-    assert archive.commit_frames([late]) == [False]
+    assert archive.parts.commit([late]) == [False]
     assert len(tries) == 1
-    assert again(archive).committed_frame_count(late.video_number) == 9
+    assert again(archive).parts.frame_count(late.video_number) == 9
 
 
 def index_for_ever(uri):
@@ -447,13 +451,13 @@ def test_a_killed_job_leaves_a_whole_archive_that_goes_on(archive):
         os.kill(job.pid, signal.SIGKILL)
         job.join(10)
         found = again(archive)
-        assert found.frame_count() == len(found.frames()) == 5 * len(found.videos()) >= 15
-        for row in found.videos():
+        assert found.videos.frame_count() == len(found.frames.find()) == 5 * len(found.videos.all()) >= 15
+        for row in found.videos.all():
             name = int(row.video_id[:8], 16)
-            tokens = read_tokens(found.frames_uri, found.frames(row.video_number))
+            tokens = read_tokens(found.frames_uri, found.frames.find(row.video_number))
             assert np.array_equal(tokens, random_rows(5, seed=name).tokens.token)
         add_video(found, 50_000)
-        assert again(archive).frame_count() == found.frame_count()
+        assert again(archive).videos.frame_count() == found.videos.frame_count()
 
 
 # Publication
@@ -462,13 +466,13 @@ def test_a_killed_job_leaves_a_whole_archive_that_goes_on(archive):
 def test_a_video_row_comes_back_as_it_was_published(archive):
     add_video(archive, 1, tags={"camera": "north", "a b": "ü'\""}, captured_at=datetime(2024, 5, 1, 1, 2, 3, 456, UTC))
     problem = Problem(Reason.TRUNCATED, "ends early")
-    archive.commit_frames([receipt_for(archive, 2, random_rows(3))])
+    archive.parts.commit([receipt_for(archive, 2, random_rows(3))])
     rows = [
         row_for(archive, 2, 3, status=Status.PARTIAL, problem=problem, captured_at=None, tags={}),
         failed_row(archive, "file:///clips/secret%FF.mp4"),
     ]
-    archive.publish(rows)
-    found = {row.uri: row for row in again(archive).videos()}
+    archive.videos.publish(rows)
+    found = {row.uri: row for row in again(archive).videos.all()}
     assert [found[row.uri] for row in rows] == rows
     first = found["file:///clips/1.mp4"]
     assert first.video_id == video_id_of(1)
@@ -481,48 +485,48 @@ def test_changed_content_retires_what_the_file_held_before(archive):
     add_video(archive, 1, uri="file:///clips/a.mp4")
     add_video(archive, 2, uri="file:///clips/a.mp4")
     found = again(archive)
-    assert [row.video_id for row in found.videos()] == [video_id_of(2)]
-    assert {frame.video_id for frame in found.frames()} == {video_id_of(2)}
-    assert {part.video_number for part in found.parts()} == {reserve(found, 2)}
-    assert found.frame_count() == 5
+    assert [row.video_id for row in found.videos.all()] == [video_id_of(2)]
+    assert {frame.video_id for frame in found.frames.find()} == {video_id_of(2)}
+    assert {part.video_number for part in found.frames.parts()} == {reserve(found, 2)}
+    assert found.videos.frame_count() == 5
 
 
 def test_another_sampling_takes_the_place_of_the_first(archive):
     add_video(archive, 1)
     twice = Sampling(Fraction(2), 0)
     number = archive.reserve([(video_id_of(1), twice)])[video_id_of(1), str(twice)]
-    archive.publish([row_for(archive, 1, 7, video_number=number, sampling=str(twice))])
-    assert [(row.video_number, row.sampling) for row in again(archive).videos()] == [(number, str(twice))]
-    archive.publish([row_for(archive, 1, 5)])  # and back: the frames of the first are still there
-    assert len(again(archive).frames()) == 5
+    archive.videos.publish([row_for(archive, 1, 7, video_number=number, sampling=str(twice))])
+    assert [(row.video_number, row.sampling) for row in again(archive).videos.all()] == [(number, str(twice))]
+    archive.videos.publish([row_for(archive, 1, 5)])  # and back: the frames of the first are still there
+    assert len(again(archive).frames.find()) == 5
 
 
 def test_a_moved_and_retagged_video_keeps_its_frames(archive):
     add_video(archive, 1)
-    archive.publish([row_for(archive, 1, 5, uri="file:///new/1.mp4", tags={"camera": "south"})])
-    (row,) = again(archive).videos()
+    archive.videos.publish([row_for(archive, 1, 5, uri="file:///new/1.mp4", tags={"camera": "south"})])
+    (row,) = again(archive).videos.all()
     assert (row.uri, row.tags) == ("file:///new/1.mp4", {"camera": "south"})
-    assert len(again(archive).frames(row.video_number)) == 5
+    assert len(again(archive).frames.find(row.video_number)) == 5
 
 
 def test_a_file_that_cannot_be_read_today_loses_nothing(archive):
     add_video(archive, 1)
-    archive.publish([failed_row(archive, "file:///clips/1.mp4"), failed_row(archive, "file:///clips/2.mp4")])
+    archive.videos.publish([failed_row(archive, "file:///clips/1.mp4"), failed_row(archive, "file:///clips/2.mp4")])
     crashed = Problem(Reason.CRASHED, "the decoder died")
-    archive.publish([row_for(archive, 1, 0, status=Status.FAILED, problem=crashed, uri="file:///copy.mp4")])
+    archive.videos.publish([row_for(archive, 1, 0, status=Status.FAILED, problem=crashed, uri="file:///copy.mp4")])
     found = again(archive)
-    assert [(row.uri, row.status) for row in found.videos()] == [
+    assert [(row.uri, row.status) for row in found.videos.all()] == [
         ("file:///clips/1.mp4", Status.INDEXED),
         ("file:///clips/2.mp4", Status.FAILED),
     ]
-    assert len(found.frames()) == 5
+    assert len(found.frames.find()) == 5
     add_video(archive, 2)  # readable again: the row without content makes way
-    assert [row.status for row in again(archive).videos()] == [Status.INDEXED, Status.INDEXED]
+    assert [row.status for row in again(archive).videos.all()] == [Status.INDEXED, Status.INDEXED]
 
 
 def made_before(archive, column):
     """The archive as an older vidx left it, which did not keep this column of videos."""
-    uri, rows = join(archive.uri, "videos"), archive.videos_arrow().drop_columns([column])
+    uri, rows = join(archive.uri, "videos"), archive.videos.arrow().drop_columns([column])
     shutil.rmtree(local_path(uri))
     tables.create_table(uri, rows.schema)
     tables.RowTable(uri).change(lambda there: (np.ones(there.num_rows, bool), rows))
@@ -533,11 +537,11 @@ def test_an_archive_of_an_older_vidx_is_read_and_goes_on(archive):
     for name in (1, 2, 3):
         add_video(archive, name)
     uri, old = join(archive.uri, "videos"), made_before(archive, "indexed_at")
-    before = [replace(row, indexed_at=None) for row in archive.videos()]
-    assert old.videos() == before
+    before = [replace(row, indexed_at=None) for row in archive.videos.all()]
+    assert old.videos.all() == before
     assert "indexed_at" not in DeltaTable(uri).to_pyarrow_table().column_names  # reading changes nothing
     add_video(old, 4)
-    assert again(old).videos() == old.videos() == [*before, row_for(old, 4, 5)]
+    assert again(old).videos.all() == old.videos.all() == [*before, row_for(old, 4, 5)]
     kept = DeltaTable(uri).to_pyarrow_table().column("indexed_at").to_pylist()
     assert sorted(kept, key=str) == [datetime(2024, 5, 2, 6, 30, tzinfo=UTC), None, None, None]
     for path in DeltaTable(uri).file_uris():  # as a reader that knows no schema but the files' own sees them
@@ -573,7 +577,7 @@ def test_many_publications_keep_the_table_in_few_files(archive):
     numbers = archive.reserve([(video_id_of(name), SAMPLING) for name in range(60)])
     for name in range(60):
         number = numbers[video_id_of(name), str(SAMPLING)]
-        archive.publish([row_for(archive, name, 0, video_number=number, tags={"round": "1"})])
+        archive.videos.publish([row_for(archive, name, 0, video_number=number, tags={"round": "1"})])
     folder = Path(os.fsdecode(local_path(join(archive.uri, "videos"))))
     live = again(archive)
     from storage.archive.delta import live_files, open_table
@@ -581,7 +585,7 @@ def test_many_publications_keep_the_table_in_few_files(archive):
     files = live_files(open_table(join(archive.uri, "videos"))).column("path").to_pylist()
     assert len(files) <= 7
     assert sum(pq.read_metadata(folder / file).num_rows for file in files) == 60
-    assert sorted(row.video_id for row in live.videos()) == sorted(video_id_of(name) for name in range(60))
+    assert sorted(row.video_id for row in live.videos.all()) == sorted(video_id_of(name) for name in range(60))
 
 
 # Looking up
@@ -589,9 +593,9 @@ def test_many_publications_keep_the_table_in_few_files(archive):
 
 def test_frames_of_a_time_range_are_those_whose_span_meets_it(archive):
     rows = random_rows(300)
-    archive.commit_frames([receipt_for(archive, 1, rows.cut(0, 120), (None, 1200))])
-    archive.commit_frames([receipt_for(archive, 1, rows.cut(120, 300), (1200, None))])
-    archive.publish([row_for(archive, 1, 300)])
+    archive.parts.commit([receipt_for(archive, 1, rows.cut(0, 120), (None, 1200))])
+    archive.parts.commit([receipt_for(archive, 1, rows.cut(120, 300), (1200, None))])
+    archive.videos.publish([row_for(archive, 1, 300)])
     add_video(archive, 2)
     number = reserve(archive, 1)
     seconds, spans = rows.columns.time_seconds, rows.columns.duration_seconds
@@ -610,28 +614,28 @@ def test_frames_of_a_time_range_are_those_whose_span_meets_it(archive):
             for index in range(300)
             if (end is None or seconds[index] < end) and (start is None or seconds[index] + spans[index] > start)
         ]
-        found = archive.frames(number, start, end)
+        found = archive.frames.find(number, start, end)
         assert [frame.frame_index for frame in found] == [25 * index for index in wanted], (start, end)
-    assert np.array_equal(read_tokens(archive.frames_uri, archive.frames(number)), rows.tokens.token)
-    assert [(frame.video_number, frame.frame_index) for frame in archive.frames(None, 3.5, 4.5)] == [
+    assert np.array_equal(read_tokens(archive.frames_uri, archive.frames.find(number)), rows.tokens.token)
+    assert [(frame.video_number, frame.frame_index) for frame in archive.frames.find(None, 3.5, 4.5)] == [
         (number, 75),
         (number, 100),
         (reserve(archive, 2), 75),
         (reserve(archive, 2), 100),
     ]
-    assert archive.frames(999) == []
+    assert archive.frames.find(999) == []
 
 
 def test_hits_lead_to_their_frames_in_order(archive):
     for name in (1, 2):
         add_video(archive, name)
     hits = [Hit(reserve(archive, 2), 50, 0.9), Hit(reserve(archive, 1), 100, 0.8), Hit(reserve(archive, 2), 0, 0.7)]
-    found = archive.hit_frames(hits)
+    found = archive.frames.of_hits(hits)
     assert [(frame.video_number, frame.frame_index) for frame in found] == [
         (hit.video_number, hit.frame_index) for hit in hits
     ]
     with pytest.raises(ArchiveError, match="in the index but not among the frames"):
-        archive.hit_frames([Hit(reserve(archive, 1), 1, 0.5)])
+        archive.frames.of_hits([Hit(reserve(archive, 1), 1, 0.5)])
 
 
 def test_a_video_is_named_by_path_uri_or_the_first_digits_of_its_id(archive, tmp_path, monkeypatch):
@@ -639,12 +643,12 @@ def test_a_video_is_named_by_path_uri_or_the_first_digits_of_its_id(archive, tmp
     for name in (0xAB000001, 0xAB000002, 0xCD000003):
         add_video(archive, name, uri=to_uri(str(tmp_path / f"{name:x}.mp4")))
     for text in ("cd000003.mp4", str(tmp_path / "cd000003.mp4"), to_uri("cd000003.mp4"), "cd0000", "CD000003"):
-        assert archive.find_video(text).video_id == video_id_of(0xCD000003), text
+        assert archive.videos.find(text).video_id == video_id_of(0xCD000003), text
     with pytest.raises(UsageError, match=r"more than one .*ab000001.*ab000002"):
-        archive.find_video("ab0000")
+        archive.videos.find("ab0000")
     for text in ("cd000", "none.mp4", "ffffff"):
         with pytest.raises(UsageError, match="no such video"):
-            archive.find_video(text)
+            archive.videos.find(text)
 
 
 def test_a_video_is_named_in_any_spelling_that_looks_like_its_name(archive, tmp_path, monkeypatch):
@@ -653,24 +657,24 @@ def test_a_video_is_named_in_any_spelling_that_looks_like_its_name(archive, tmp_
     add_video(archive, 1, uri=to_uri(str(tmp_path / decomposed / f"{decomposed}.mp4")))
     add_video(archive, 2, uri=to_uri(str(tmp_path / f"a {composed}.mp4")))
     for text in (f"{composed}.mp4", f"{decomposed}.mp4", str(tmp_path / composed / f"{composed}.mp4")):
-        assert archive.find_video(text).video_id == video_id_of(1), text
-    assert archive.find_video(to_uri(str(tmp_path / composed / f"{decomposed}.mp4"))).video_id == video_id_of(1)
-    assert archive.find_video(f"a {decomposed}.mp4").video_id == video_id_of(2)
+        assert archive.videos.find(text).video_id == video_id_of(1), text
+    assert archive.videos.find(to_uri(str(tmp_path / composed / f"{decomposed}.mp4"))).video_id == video_id_of(1)
+    assert archive.videos.find(f"a {decomposed}.mp4").video_id == video_id_of(2)
     add_video(archive, 3, uri=to_uri(str(tmp_path / composed / f"{composed}.mp4")))  # another one of the same look
-    assert archive.find_video(str(tmp_path / composed / f"{composed}.mp4")).video_id == video_id_of(3)
-    assert archive.find_video(f"{decomposed}.mp4").video_id == video_id_of(1)
+    assert archive.videos.find(str(tmp_path / composed / f"{composed}.mp4")).video_id == video_id_of(3)
+    assert archive.videos.find(f"{decomposed}.mp4").video_id == video_id_of(1)
     with pytest.raises(UsageError, match="more than one"):
-        archive.find_video(str(tmp_path / composed / f"{decomposed}.mp4"))
+        archive.videos.find(str(tmp_path / composed / f"{decomposed}.mp4"))
 
 
 def test_the_status_counts_what_is_published(archive):
     assert archive.status().model_ids == (MODEL_ID,)
     add_video(archive, 1)
-    archive.commit_frames([receipt_for(archive, 2, random_rows(3))])
+    archive.parts.commit([receipt_for(archive, 2, random_rows(3))])
     problem = Problem(Reason.CORRUPT, "bad packet")
-    archive.publish([row_for(archive, 2, 3, status=Status.PARTIAL, problem=problem)])
-    archive.publish([failed_row(archive, "file:///clips/x.mp4")])
-    archive.commit_frames([receipt_for(archive, 3, random_rows(9))])  # not published
+    archive.videos.publish([row_for(archive, 2, 3, status=Status.PARTIAL, problem=problem)])
+    archive.videos.publish([failed_row(archive, "file:///clips/x.mp4")])
+    archive.parts.commit([receipt_for(archive, 3, random_rows(9))])  # not published
     status = again(archive).status()
     assert (status.videos_indexed, status.videos_partial, status.videos_failed, status.frames) == (1, 1, 1, 8)
     assert (status.version, status.format_version, status.model_ids) == (3, FORMAT_VERSION, (MODEL_ID,))
@@ -734,7 +738,7 @@ def test_a_missing_part_is_named(archive, tmp_path):
     add_video(archive, 1)
     os.remove(tmp_path / "archive" / "frames" / frame_files(archive)[0])
     with pytest.raises(ArchiveError, match=r"\.parquet: missing, though the archive names it"):
-        again(archive).frames()
+        again(archive).frames.find()
 
 
 AS_NOBODY = """
@@ -742,7 +746,7 @@ import os
 import sys
 from storage.archive.archive import create_archive, open_archive
 from storage.errors import VidxError
-open_archive(sys.argv[3]).frames()  # what is imported late lies where nobody else may look
+open_archive(sys.argv[3]).frames.find()  # what is imported late lies where nobody else may look
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -751,7 +755,7 @@ try:
         create_archive(sys.argv[2], model_id="a1" * 32, model_name="tiny")
     else:
         archive = open_archive(sys.argv[2], write=sys.argv[1] == "write")
-        print(archive.frame_count(), len(archive.frames()))
+        print(archive.videos.frame_count(), len(archive.frames.find()))
 except VidxError as error:
     print(type(error).__name__, error.exit_code, error)
 """
@@ -813,23 +817,23 @@ def test_a_full_disk_loses_nothing_that_was_committed(tiny_disk):
     receipt = receipt_for(archive, 2, random_rows(5))
     row = row_for(archive, 2, 5)
     fill(tiny_disk)
-    for write in (lambda: archive.commit_frames([receipt]), lambda: archive.publish([row])):
+    for write in (lambda: archive.parts.commit([receipt]), lambda: archive.videos.publish([row])):
         with pytest.raises(ArchiveError, match="No space left on device") as error:
             write()
         one_line(error)
         assert str(tiny_disk) in str(error.value)
-    assert len(again(archive).frames()) == 5
+    assert len(again(archive).frames.find()) == 5
     os.remove(tiny_disk / "ballast")
-    assert archive.commit_frames([receipt]) == [True]
-    archive.publish([row])
-    assert len(again(archive).frames()) == 10
+    assert archive.parts.commit([receipt]) == [True]
+    archive.videos.publish([row])
+    assert len(again(archive).frames.find()) == 10
 
 
 def test_a_read_only_disk_can_be_read_but_not_written(tiny_disk):
     archive = create_archive(str(tiny_disk / "archive"), model_id=MODEL_ID, model_name="tiny")
     add_video(archive, 1)
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
-    assert len(again(archive).frames()) == 5
+    assert len(again(archive).frames.find()) == 5
     with pytest.raises(ArchiveError, match="cannot be written: Read-only file system"):
         open_archive(archive.uri, write=True)
     with pytest.raises(ArchiveError, match="Read-only file system") as error:

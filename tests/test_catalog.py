@@ -19,10 +19,10 @@ def archive(tmp_path):
     add_video(archive, 1, 5)
     add_video(archive, 2, 3, uri="file:///clips/caf%E9%20%C3%BC.mp4", tags={}, captured_at=None)
     problem = Problem(Reason.TRUNCATED, "ends early")
-    archive.commit_frames([receipt_for(archive, 3, random_rows(4, 3))])
-    archive.publish([row_for(archive, 3, 4, status=Status.PARTIAL, problem=problem)])
-    archive.publish([failed_row(archive, "file:///clips/secret.mp4")])
-    archive.commit_frames([receipt_for(archive, 4, random_rows(9, 4))])  # not published
+    archive.parts.commit([receipt_for(archive, 3, random_rows(4, 3))])
+    archive.videos.publish([row_for(archive, 3, 4, status=Status.PARTIAL, problem=problem)])
+    archive.videos.publish([failed_row(archive, "file:///clips/secret.mp4")])
+    archive.parts.commit([receipt_for(archive, 4, random_rows(9, 4))])  # not published
     return archive
 
 
@@ -188,7 +188,7 @@ def test_a_statement_that_reaches_out_or_is_wrong_is_refused_in_one_line(archive
 
 def test_a_missing_or_damaged_part_is_the_archives_fault(archive):
     folder = local_path(archive.frames_uri).decode()
-    path = os.path.join(folder, archive.parts()[0].path)
+    path = os.path.join(folder, archive.frames.parts()[0].path)
     with open(path, "r+b") as file:
         file.truncate(100)
     with pytest.raises(ArchiveError) as error:

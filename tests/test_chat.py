@@ -84,16 +84,16 @@ def test_the_frames_stay_until_a_question_finds_others(asker):
 
 
 def test_a_chosen_range_is_what_every_question_is_about(asker, archive):
-    talk = Talk(asker, Filter(archive.find_video(CLIP), 1.0, 5.0))
+    talk = Talk(asker, Filter(archive.videos.find(CLIP), 1.0, 5.0))
     answers = [talk.ask(question) for question in ("What is there?", "Is there an apple?", "Where is the tent?")]
     assert [answer.text for answer in answers] == ["a cow, a leaf and a tent", "no", "bottom left"]
     assert {answer.moments for answer in answers} == {answers[0].moments}
-    talk.conversation.narrow(Filter(archive.find_video(CLIP), 10.0, 14.0))
+    talk.conversation.narrow(Filter(archive.videos.find(CLIP), 10.0, 14.0))
     assert talk.ask("Is there an apple?").text == "yes"
 
 
 def test_a_model_of_single_questions_sees_none_before(asker, archive, monkeypatch):
-    within = Filter(archive.find_video(CLIP), 1.0, 5.0)
+    within = Filter(archive.videos.find(CLIP), 1.0, 5.0)
     seen = []
     answer = Asker.answer
     monkeypatch.setattr(
@@ -108,7 +108,7 @@ def test_a_model_of_single_questions_sees_none_before(asker, archive, monkeypatc
 
 
 def test_the_oldest_turns_go_when_the_context_is_full_and_it_is_said(asker, archive, monkeypatch):
-    talk = Talk(asker, Filter(archive.find_video(CLIP), 1.0, 5.0), history=True)
+    talk = Talk(asker, Filter(archive.videos.find(CLIP), 1.0, 5.0), history=True)
     talk.conversation._turns = [("What is there?", "a cow")] * 5
     monkeypatch.setattr(Asker, "fits", lambda self, question, chosen, asked, history: len(history) <= 2)
     talk.ask("Where is the tent?")
@@ -117,7 +117,7 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_it_is_said(asker, arch
 
 
 def test_what_was_said_before_an_answer_was_stopped_is_part_of_it(asker, archive):
-    talk = Talk(asker, Filter(archive.find_video(CLIP), 1.0, 5.0))
+    talk = Talk(asker, Filter(archive.videos.find(CLIP), 1.0, 5.0))
 
     def stop(piece):
         talk.streamed.append(piece)
@@ -167,7 +167,7 @@ def test_answers_come_as_lines_of_json(samples_archive):
 
 def test_a_damaged_frame_spoils_the_questions_about_it_alone(archive_copy):
     stored = open_archive(str(archive_copy))
-    frame = stored.frames(stored.find_video(CLIP).video_number)[13]
+    frame = stored.frames.find(stored.videos.find(CLIP).video_number)[13]
     cell = read_tokens(stored.frames_uri, [frame]).tobytes()
     path = archive_copy / "frames" / frame.part
     data = path.read_bytes()

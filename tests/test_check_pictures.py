@@ -31,9 +31,9 @@ def indexed(tmp_path):
 def shift_pictures(archive, source):
     """Gives each frame of a video from the second on the picture of the next one, as decord did."""
     opened = open_archive(str(archive))
-    row = opened.find_video(str(source))
+    row = opened.videos.find(str(source))
     assert row.probe.decoder == "decord"
-    refs = opened.frames(row.video_number)
+    refs = opened.frames.find(row.video_number)
     wrong = [0, *range(2, len(refs)), len(refs) - 1]
     cells = {
         name: read_cells(opened.frames_uri, name, refs)
@@ -60,8 +60,8 @@ def shift_pictures(archive, source):
         ),
         [thumbnails[place] for place in wrong],
     )
-    old = [part.path for part in opened.parts() if part.video_number == row.video_number]
-    assert opened.join_parts([(writer.close(), old)]) == [True]
+    old = [part.path for part in opened.frames.parts() if part.video_number == row.video_number]
+    assert opened.parts.join([(writer.close(), old)]) == [True]
 
 
 def test_right_pictures_are_said_to_be(indexed):
@@ -94,7 +94,7 @@ def test_wrong_pictures_are_found_and_their_video_indexed_again(indexed):
     assert run_vidx("verify", "--pictures", "--archive", str(archive)).code == 0
     assert "picture" not in run_vidx("repair", "--archive", str(archive)).out  # nobody asked about them
     opened = open_archive(str(archive))
-    assert opened.find_video(str(video)).probe.decoder == "pyav"
+    assert opened.videos.find(str(video)).probe.decoder == "pyav"
 
 
 def test_a_video_that_is_away_is_told_and_stays(indexed):
@@ -104,4 +104,4 @@ def test_a_video_that_is_away_is_told_and_stays(indexed):
     assert done.code == 3
     assert str(video) in done.err
     assert run_vidx("repair", "--pictures", "--archive", str(archive)).code == 0
-    assert len(open_archive(str(archive)).frames()) == 9
+    assert len(open_archive(str(archive)).frames.find()) == 9

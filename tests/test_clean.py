@@ -23,6 +23,7 @@ from small_archive import (
 
 from storage.archive.archive import create_archive, open_archive
 from storage.archive.claims import GONE_SECONDS, Job
+from storage.archive.part_table import PartTable
 from storage.care import clean as sweeping
 from storage.care.clean import SWEEP_AGE_SECONDS, Cleaned, clean, sweep
 from storage.care.verify import verify
@@ -37,7 +38,7 @@ def archive(tmp_path):
 
 def commit_unpublished(archive, name, count=5):
     """Frames that no row shows, from long ago; their number."""
-    assert archive.commit_frames([receipt_for(archive, name, random_rows(count))]) == [True]
+    assert archive.parts.commit([receipt_for(archive, name, random_rows(count))]) == [True]
     make_old(archive)
     return reserve(archive, name)
 
@@ -56,13 +57,13 @@ def test_what_a_running_job_has_written_is_left_alone(archive, monkeypatch):
 
 def test_a_sweep_removes_files_that_nothing_names_for_a_week_and_nothing_else(archive):
     add_video(archive, 1, 20)
-    archive.commit_frames([partial_receipt(archive, 2, random_rows(4))])
-    archive.publish([row_for(archive, 2, 4)])
+    archive.parts.commit([partial_receipt(archive, 2, random_rows(4))])
+    archive.videos.publish([row_for(archive, 2, 4)])
     update_index(archive)
     reader = open_archive(archive.uri)
-    archive.commit_frames([receipt_for(archive, 2, random_rows(9))])
-    archive.publish([row_for(archive, 2, 9)])
-    archive.commit_frames([receipt_for(archive, 3, random_rows(5))])  # not published
+    archive.parts.commit([receipt_for(archive, 2, random_rows(9))])
+    archive.videos.publish([row_for(archive, 2, 9)])
+    archive.parts.commit([receipt_for(archive, 3, random_rows(5))])  # not published
     update_index(archive)
     orphans = {"frames/a.parquet", "frames/a.parquet.b.tmp", "videos/c.parquet", "numbers/d.parquet", "index/e.faiss"}
     for name in orphans:
@@ -73,10 +74,10 @@ def test_a_sweep_removes_files_that_nothing_names_for_a_week_and_nothing_else(ar
     before = held_files(archive)
     assert sweep(archive) == len(orphans)
     assert held_files(archive) == before - orphans  # also what was replaced just now, for readers of older versions
-    assert len(reader.frames()) == 24
+    assert len(reader.frames.find()) == 24
     found = open_archive(archive.uri)
     assert found.version == archive.version
-    assert (len(found.frames()), found.committed_frame_count(reserve(archive, 3))) == (29, 5)
+    assert (len(found.frames.find()), found.parts.frame_count(reserve(archive, 3))) == (29, 5)
     assert not open_index(found).rebuilt
     assert sweep(archive) == 0
 
@@ -85,11 +86,11 @@ def test_no_byte_of_replaced_content_is_left(archive):
     kept = add_video(archive, 1, 50)
     gone = add_video(archive, 2, 6)
     halfway = random_rows(4, 8)
-    archive.commit_frames([partial_receipt(archive, 4, halfway)])
-    archive.publish([row_for(archive, 4, 4)])
+    archive.parts.commit([partial_receipt(archive, 4, halfway)])
+    archive.videos.publish([row_for(archive, 4, 4)])
     update_index(archive)
-    archive.commit_frames([receipt_for(archive, 3, random_rows(7, 9)), receipt_for(archive, 4, random_rows(5, 10))])
-    archive.publish([row_for(archive, 3, 7, uri="file:///clips/2.mp4"), row_for(archive, 4, 5)])
+    archive.parts.commit([receipt_for(archive, 3, random_rows(7, 9)), receipt_for(archive, 4, random_rows(5, 10))])
+    archive.videos.publish([row_for(archive, 3, 7, uri="file:///clips/2.mp4"), row_for(archive, 4, 5)])
     update_index(archive)
     make_old(archive)
     assert all(cells_left(archive, kept) + cells_left(archive, gone) + cells_left(archive, halfway))
@@ -97,23 +98,23 @@ def test_no_byte_of_replaced_content_is_left(archive):
     assert all(cells_left(archive, kept))
     assert not any(cells_left(archive, gone) + cells_left(archive, halfway))
     found = open_archive(archive.uri)
-    assert len(found.frames()) == 62
+    assert len(found.frames.find()) == 62
     assert not open_index(found).rebuilt
     assert not verify(archive.uri).faults
 
 
 def test_frames_that_a_killed_job_left_stay_for_a_while(archive):
     add_video(archive, 1)
-    archive.commit_frames([receipt_for(archive, 2, random_rows(5))])
+    archive.parts.commit([receipt_for(archive, 2, random_rows(5))])
     number = reserve(archive, 2)
     assert clean(archive, SWEEP_AGE_SECONDS) == Cleaned(0, 0)
     make_old(archive)
     assert sweep(archive) == 0
-    assert open_archive(archive.uri).committed_frame_count(number) == 5
+    assert open_archive(archive.uri).parts.frame_count(number) == 5
     assert clean(archive, SWEEP_AGE_SECONDS).frames == 5
-    assert open_archive(archive.uri).committed_frame_count(number) == 0
-    assert archive.commit_frames([receipt_for(archive, 2, random_rows(5))]) == [True]  # and can come again
-    archive.publish([row_for(archive, 2, 5)])
+    assert open_archive(archive.uri).parts.frame_count(number) == 0
+    assert archive.parts.commit([receipt_for(archive, 2, random_rows(5))]) == [True]  # and can come again
+    archive.videos.publish([row_for(archive, 2, 5)])
     assert not verify(archive.uri).faults
 
 
@@ -125,9 +126,9 @@ def test_frames_of_a_video_that_a_job_has_taken_stay(archive):
         long_ago = time.time() - 2 * GONE_SECONDS
         os.utime(file, (long_ago, long_ago))  # the machine slept
         assert clean(archive, 0).frames == 0
-        archive.publish([row_for(archive, 1, 5)])
+        archive.videos.publish([row_for(archive, 1, 5)])
     assert clean(archive, 0).frames == 0
-    assert len(open_archive(archive.uri).frames()) == 5
+    assert len(open_archive(archive.uri).frames.find()) == 5
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -143,21 +144,21 @@ def test_where_nothing_can_be_taken_frames_stay_while_another_job_is_there(archi
     finally:
         for job in jobs:
             job.__exit__()
-    assert archive.committed_frame_count(number) == (5 if others else 0)
+    assert archive.parts.frame_count(number) == (5 if others else 0)
 
 
 def test_a_row_that_shows_frames_while_they_are_dropped_says_that_they_are_missing(archive, monkeypatch):
     """As by a job that took the video while this process slept."""
     commit_unpublished(archive, 1)
-    drop = type(archive).drop_parts
+    drop = PartTable.drop
 
     def publish_first(self, paths):
-        open_archive(archive.uri).publish([row_for(archive, 1, 5)])
+        open_archive(archive.uri).videos.publish([row_for(archive, 1, 5)])
         drop(self, paths)
 
-    monkeypatch.setattr(type(archive), "drop_parts", publish_first)
+    monkeypatch.setattr(PartTable, "drop", publish_first)
     clean(archive, 0)
-    (row,) = open_archive(archive.uri).videos()
+    (row,) = open_archive(archive.uri).videos.all()
     assert (row.status, row.problem.reason, row.frame_count) == (Status.FAILED, Reason.DAMAGED, 0)
     assert row.problem.reason.may_pass
     assert not verify(archive.uri).faults
@@ -167,10 +168,10 @@ def test_a_moved_file_does_not_bring_back_frames_that_were_replaced(archive):
     add_video(archive, 1, 5)
     before = row_for(archive, 1, 5)
     rows = random_rows(7)
-    archive.commit_frames([receipt_for(archive, 2, rows)])
+    archive.parts.commit([receipt_for(archive, 2, rows)])
     other = row_for(archive, 1, 7, video_number=reserve(archive, 2))  # the same content with other settings
-    archive.publish([other])
-    archive.renew([row_for(archive, 1, 5, uri="file:///moved.mp4")])
-    assert [row.uri for row in archive.videos()] == [before.uri]
-    archive.renew([row_for(archive, 1, 7, video_number=other.video_number, uri="file:///moved.mp4")])
-    assert [(row.uri, row.frame_count) for row in archive.videos()] == [("file:///moved.mp4", 7)]
+    archive.videos.publish([other])
+    archive.videos.renew([row_for(archive, 1, 5, uri="file:///moved.mp4")])
+    assert [row.uri for row in archive.videos.all()] == [before.uri]
+    archive.videos.renew([row_for(archive, 1, 7, video_number=other.video_number, uri="file:///moved.mp4")])
+    assert [(row.uri, row.frame_count) for row in archive.videos.all()] == [("file:///moved.mp4", 7)]

@@ -66,7 +66,7 @@ def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     assert recall(archive, index) > 0.98
     hits = index.search(unit(3), 540)
     assert len({(hit.video_number, hit.frame_index) for hit in hits}) == len(hits) > 500
-    keys = read_keys(archive.frames_uri, archive.hit_frames(hits)).astype(np.float32)
+    keys = read_keys(archive.frames_uri, archive.frames.of_hits(hits)).astype(np.float32)
     assert np.allclose(keys @ unit(3), [hit.score for hit in hits], atol=1e-6)
 
 
@@ -96,13 +96,13 @@ def test_lists_are_made_anew_when_the_archive_has_outgrown_them(archive, monkeyp
 def test_filters_are_exact_where_few_frames_are_left_and_nearly_so_elsewhere(archive):
     fill(archive, range(1, 11))
     index = open_index(archive)
-    narrow = archive.frames(reserve(archive, 4), 10, 25)
+    narrow = archive.frames.find(reserve(archive, 4), 10, 25)
     for seed in range(5):
         hits = index.search(unit(seed), 10, rows_of(narrow))
         assert_same(hits, brute_force(archive, unit(seed), 10, narrow))
-    wide = archive.frames([reserve(archive, name) for name in (2, 5, 9)])
+    wide = archive.frames.find([reserve(archive, name) for name in (2, 5, 9)])
     assert recall(archive, index, rows=rows_of(wide), frames=wide) > 0.98
-    whole = archive.rows([reserve(archive, name) for name in (2, 5, 9)])
+    whole = archive.frames.rows([reserve(archive, name) for name in (2, 5, 9)])
     assert set(whole.values()) == {None}
     assert index.count(whole) == index.count(rows_of(wide)) == 180
     assert index.search(unit(1), 10, whole) == index.search(unit(1), 10, rows_of(wide))
@@ -111,8 +111,8 @@ def test_filters_are_exact_where_few_frames_are_left_and_nearly_so_elsewhere(arc
 
 def test_what_is_retired_is_never_found_and_goes_when_asked(archive):
     fill(archive, range(1, 11))
-    gone = archive.find_video("3.mp4")
-    archive.delete([gone])
+    gone = archive.videos.find("3.mp4")
+    archive.videos.delete([gone])
     index = open_index(open_archive(archive.uri))
     assert gone.video_number not in {hit.video_number for hit in index.search(unit(1), 600)}
     assert index.frame_count == 540
@@ -139,7 +139,7 @@ def test_frames_newer_than_the_index_are_searched_on_top(archive):
 
 def test_an_archive_that_shrinks_is_searched_exactly_again(archive):
     fill(archive, range(1, 11))
-    archive.delete([archive.find_video(f"{name}.mp4") for name in range(1, 9)])
+    archive.videos.delete([archive.videos.find(f"{name}.mp4") for name in range(1, 9)])
     update_index(archive, max_retired=0)
     improve_index(archive)
     assert suffixes(archive) == ["faiss", "json"]
@@ -203,8 +203,8 @@ def test_processes_that_find_the_index_lost_leave_one_that_is_whole(archive):
 
 def test_an_update_without_anything_new_changes_nothing(archive):
     for names in (range(1, 3), range(3, 11)):  # compared one by one, then coded
-        archive.commit_frames([receipt_for(archive, 40, random_rows(5, key_width=None))])
-        archive.publish([row_for(archive, 40, 5)])
+        archive.parts.commit([receipt_for(archive, 40, random_rows(5, key_width=None))])
+        archive.videos.publish([row_for(archive, 40, 5)])
         fill(archive, names)
         before = {name: os.stat(os.path.join(index_folder(archive), name)).st_mtime_ns for name in suffixed(archive)}
         update_index(archive)
@@ -231,7 +231,7 @@ def test_damage_in_any_file_is_named_or_made_good(archive):
             assert faults[0][0].endswith(name)
             with contextlib.suppress(ArchiveError):  # which says what is damaged; else whatever is found is true
                 hits = open_index(archive).search(unit(0), 5)
-                keys = read_keys(archive.frames_uri, archive.hit_frames(hits)).astype(np.float32)
+                keys = read_keys(archive.frames_uri, archive.frames.of_hits(hits)).astype(np.float32)
                 assert np.allclose(keys @ unit(0), [hit.score for hit in hits], atol=1e-6)
             rebuild(archive)
 
@@ -250,7 +250,7 @@ def test_a_search_that_meets_a_damaged_key_says_so(archive):
     fill(archive, range(1, 10))
     rows = add_video(archive, 30, 40)
     update_index(archive)
-    (part,) = [part for part in archive.parts() if part.video_number == reserve(archive, 30)]
+    (part,) = [part for part in archive.frames.parts() if part.video_number == reserve(archive, 30)]
     path = os.path.join(local_path(archive.frames_uri).decode(), part.path)
     key = rows.tokens.search_key[7]
     with open(path, "rb") as file:
@@ -261,8 +261,8 @@ def test_a_search_that_meets_a_damaged_key_says_so(archive):
 
 def test_parts_without_keys_stay_pending_in_a_coded_index(archive):
     fill(archive, range(1, 10))
-    archive.commit_frames([receipt_for(archive, 40, random_rows(5, key_width=None))])
-    archive.publish([row_for(archive, 40, 5)])
+    archive.parts.commit([receipt_for(archive, 40, random_rows(5, key_width=None))])
+    archive.videos.publish([row_for(archive, 40, 5)])
     update_index(archive)
     index = open_index(archive)
     assert (index.frame_count, index.pending_count) == (540, 5)

@@ -22,6 +22,7 @@ from small_archive import (
 
 from pipeline.cli.main import vidx
 from storage.archive.archive import create_archive, open_archive
+from storage.archive.part_table import PartTable
 from storage.care.clean import clean
 from storage.care.compact import compact
 from storage.care.verify import verify
@@ -43,19 +44,19 @@ def add_in_pieces(archive, name, pieces=4, frames=5):
     cuts = [None, *(10 * frames * piece for piece in range(1, pieces)), None]
     for piece in range(pieces):
         own = rows.cut(frames * piece, frames * (piece + 1))
-        assert archive.commit_frames([receipt_for(archive, name, own, (cuts[piece], cuts[piece + 1]))]) == [True]
-    archive.publish([row_for(archive, name, pieces * frames)])
+        assert archive.parts.commit([receipt_for(archive, name, own, (cuts[piece], cuts[piece + 1]))]) == [True]
+    archive.videos.publish([row_for(archive, name, pieces * frames)])
     update_index(archive)
     return rows
 
 
 def parts_of(archive):
-    return sorted(open_archive(archive.uri).part_bounds().path.tolist())
+    return sorted(open_archive(archive.uri).parts.bounds().path.tolist())
 
 
 def stored(archive, name):
     """All that an archive says of the frames of a video, cells included."""
-    frames = archive.frames(row_for(archive, name, 1).video_number)
+    frames = archive.frames.find(row_for(archive, name, 1).video_number)
     uri = archive.frames_uri
     patches = read_patches(uri, frames)
     times = [replace(frame, part="", row=0) for frame in frames]
@@ -77,8 +78,8 @@ def test_each_video_becomes_one_part_and_every_cell_stays(archive):
     done = compact(archive)
     assert (done.videos, done.parts_joined, done.parts_written) == (2, 8, 2)
     found = open_archive(archive.uri)
-    assert len(found.part_bounds()) == 2
-    assert set(found.part_bounds().segment.tolist()) == {".."}
+    assert len(found.parts.bounds()) == 2
+    assert set(found.parts.bounds().segment.tolist()) == {".."}
     assert ({name: stored(found, name) for name in rows}, narrow(found)) == before
     assert verify(found.uri).faults == ()
     again = compact(found)
@@ -87,10 +88,10 @@ def test_each_video_becomes_one_part_and_every_cell_stays(archive):
 
 def test_parts_grow_up_to_the_target(archive):
     add_in_pieces(archive, 1, pieces=6)
-    size = int(archive.part_bounds().size_bytes.max())
+    size = int(archive.parts.bounds().size_bytes.max())
     done = compact(archive, target_bytes=3 * size)
     assert (done.parts_joined, done.parts_written) == (6, 2)
-    bounds = open_archive(archive.uri).part_bounds()
+    bounds = open_archive(archive.uri).parts.bounds()
     assert sorted(bounds.segment.tolist()) == ["..150", "150.."]
     assert compact(archive, target_bytes=size).parts_joined == 0  # none is split or grows
 
@@ -125,10 +126,10 @@ def test_old_files_go_when_they_are_old_enough(archive):
 def test_what_is_not_whole_or_shown_is_left_alone(archive):
     rows = random_rows(8)
     part = partial_receipt(archive, 1, rows.cut(0, 4), Reason.CORRUPT)
-    archive.commit_frames([part])
-    archive.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
+    archive.parts.commit([part])
+    archive.videos.publish([row_for(archive, 1, 4, status=Status.PARTIAL, problem=part.problem)])
     for piece, cut in enumerate([(None, 40), (40, None)]):  # of a job that still runs
-        archive.commit_frames([receipt_for(archive, 2, rows.cut(4 * piece, 4 * piece + 4), cut)])
+        archive.parts.commit([receipt_for(archive, 2, rows.cut(4 * piece, 4 * piece + 4), cut)])
     before = parts_of(archive)
     assert compact(archive).parts_joined == 0
     assert parts_of(archive) == before
@@ -139,30 +140,30 @@ def test_a_job_knows_the_segments_of_a_joined_part_again(archive):
     compact(archive)
     found = open_archive(archive.uri)
     keys = ["..50", "50..100", "100..150", "150.."]
-    assert found.committed(row_for(archive, 1, 1).video_number, keys) == set(keys)
-    assert found.holds(row_for(archive, 1, 1).video_number, keys)
+    assert found.parts.committed(row_for(archive, 1, 1).video_number, keys) == set(keys)
+    assert found.parts.holds(row_for(archive, 1, 1).video_number, keys)
     late = receipt_for(archive, 1, rows.cut(5, 10), (50, 100))
-    assert found.commit_frames([late]) == [False]
-    assert found.committed_frame_count(late.video_number) == 20
+    assert found.parts.commit([late]) == [False]
+    assert found.parts.frame_count(late.video_number) == 20
 
 
 def test_parts_that_went_meanwhile_are_not_brought_back(archive, monkeypatch):
     add_in_pieces(archive, 1)
     add_in_pieces(archive, 2)
     gone = row_for(archive, 1, 1).video_number
-    join = type(archive).join_parts
+    join = PartTable.join
 
     def slow_join(self, joined):
-        other = open_archive(self.uri)
-        bounds = other.part_bounds()
-        other.drop_parts(bounds.path[bounds.of(gone)][:1].tolist())
+        other = open_archive(archive.uri)
+        bounds = other.parts.bounds()
+        other.parts.drop(bounds.path[bounds.of(gone)][:1].tolist())
         return join(self, joined)
 
-    monkeypatch.setattr(type(archive), "join_parts", slow_join)
+    monkeypatch.setattr(PartTable, "join", slow_join)
     done = compact(archive)
     assert (done.videos, done.parts_joined, done.parts_written) == (1, 4, 1)
     found = open_archive(archive.uri)
-    assert found.committed_frame_count(gone) == 15
+    assert found.parts.frame_count(gone) == 15
     assert len(list((folder_of(archive) / "frames").glob("*.parquet"))) == 9  # 8 old ones, 1 new
 
 
@@ -176,7 +177,7 @@ def test_videos_are_added_and_deleted_at_the_same_time(archive):
             own = open_archive(archive.uri)
             for name in range(9, 13):
                 add_in_pieces(own, name)
-            own.delete([row_for(own, 3, 20), row_for(own, 9, 20)])
+            own.videos.delete([row_for(own, 3, 20), row_for(own, 9, 20)])
         except Exception as error:
             problems.append(error)
 
@@ -188,13 +189,13 @@ def test_videos_are_added_and_deleted_at_the_same_time(archive):
     compact(archive)
     found = open_archive(archive.uri)
     assert verify(found.uri).faults == ()
-    assert found.frame_count() == 200
-    assert {part.row_count for part in found.parts()} == {20}
+    assert found.videos.frame_count() == 200
+    assert {part.row_count for part in found.frames.parts()} == {20}
 
 
 def test_a_damaged_part_is_named_and_nothing_is_lost(archive):
     add_in_pieces(archive, 1)
-    bounds = archive.part_bounds()
+    bounds = archive.parts.bounds()
     path = folder_of(archive) / "frames" / bounds.path[0]
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
@@ -213,28 +214,28 @@ def test_a_damaged_part_is_named_and_nothing_is_lost(archive):
 
 def test_a_hole_is_not_joined_over(archive):
     add_in_pieces(archive, 1)
-    bounds = archive.part_bounds()
+    bounds = archive.parts.bounds()
     hole = bounds.path[bounds.segment == "50..100"].tolist()
-    archive.drop_parts(hole)  # as by a repair that was killed before it said so
+    archive.parts.drop(hole)  # as by a repair that was killed before it said so
     assert compact(open_archive(archive.uri)).parts_joined == 0
-    assert open_archive(archive.uri).committed(row_for(archive, 1, 1).video_number, ["50..100"]) == set()
+    assert open_archive(archive.uri).parts.committed(row_for(archive, 1, 1).video_number, ["50..100"]) == set()
 
 
 def test_what_is_written_and_not_committed_yet_is_not_cleaned_away(archive, monkeypatch):
     add_in_pieces(archive, 1)
-    join = type(archive).join_parts
+    join = PartTable.join
 
     def beside_clean(self, joined):
         make_old(archive)
-        clean(open_archive(self.uri), 0)
+        clean(open_archive(archive.uri), 0)
         return join(self, joined)
 
-    monkeypatch.setattr(type(archive), "join_parts", beside_clean)
+    monkeypatch.setattr(PartTable, "join", beside_clean)
     with pytest.raises(ArchiveError, match="removed before it was committed"):
         compact(archive)  # its files were made to look old
     found = open_archive(archive.uri)
     assert verify(found.uri).faults == ()
-    assert found.frame_count() == 20
+    assert found.videos.frame_count() == 20
 
 
 def test_the_command_says_what_it_joined(archive):

@@ -52,7 +52,7 @@ def sheet_of(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "pipeline.results.contact_sheet.read_thumbnails", lambda uri, frames: [jpeg("red") for _ in frames]
     )
-    row = archive.videos()[0]
+    row = archive.videos.all()[0]
     moment = Moment(row.video_id, row.video_number, row.uri, 1.0, 4.0, 2.0, 0.4321)
 
     def write(name, count=1):

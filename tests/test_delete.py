@@ -41,57 +41,57 @@ def archive(tmp_path):
 
 
 def shown(archive):
-    return sorted(int(video_id[:8]) for video_id in archive.published().values())
+    return sorted(int(video_id[:8]) for video_id in archive.videos.published().values())
 
 
 def test_a_deleted_video_is_in_no_answer(archive):
-    archive.delete([archive.find_video("2.mp4")])
+    archive.videos.delete([archive.videos.find("2.mp4")])
     found = open_archive(archive.uri)
     assert shown(found) == [1, 3]
-    assert {frame.video_id for frame in found.frames()} == {video_id_of(1), video_id_of(3)}
+    assert {frame.video_id for frame in found.frames.find()} == {video_id_of(1), video_id_of(3)}
     hits = open_index(found).search(np.ones(16, np.float32) / 4, 100)
     assert {hit.video_number for hit in hits} == {reserve(found, 1), reserve(found, 3)}
     for view in ("videos", "frames"):
         assert run_sql(found, f"SELECT count(*) FROM {view} WHERE video_id LIKE '00000002%'")[1] == [(0,)]
     with pytest.raises(UsageError, match="no such video"):
-        found.find_video("2.mp4")
+        found.videos.find("2.mp4")
     status = found.status()
     assert (status.videos_indexed, status.videos_deleted, status.frames) == (2, 1, 10)
     assert not verify(archive.uri).faults
 
 
 def test_deleted_content_stays_deleted_until_it_is_asked_for(archive):
-    row = archive.find_video("2.mp4")
-    archive.delete([row])
-    archive.publish([row])  # by a job that was at it, or of a file under another name
-    archive.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")])
-    archive.delete([row])
+    row = archive.videos.find("2.mp4")
+    archive.videos.delete([row])
+    archive.videos.publish([row])  # by a job that was at it, or of a file under another name
+    archive.videos.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    archive.videos.delete([row])
     assert shown(archive) == [1, 3]
-    archive.commit_frames([receipt_for(archive, 4, random_rows(6))])
-    archive.publish([row_for(archive, 4, 6, uri=row.uri)])  # other content at its place
+    archive.parts.commit([receipt_for(archive, 4, random_rows(6))])
+    archive.videos.publish([row_for(archive, 4, 6, uri=row.uri)])  # other content at its place
     assert shown(archive) == [1, 3, 4]
-    assert [row.status for row in archive.videos()].count(Status.DELETED) == 1
-    archive.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")], restored={row.video_id})
+    assert [row.status for row in archive.videos.all()].count(Status.DELETED) == 1
+    archive.videos.publish([row_for(archive, 2, 5, uri="file:///moved.mp4")], restored={row.video_id})
     assert shown(archive) == [1, 2, 3, 4]
     assert archive.status().videos_deleted == 0
 
 
 def test_a_video_that_a_job_has_moved_meanwhile_is_deleted_all_the_same(archive):
-    row = archive.find_video("2.mp4")
-    open_archive(archive.uri).renew([row_for(archive, 2, 5, uri="file:///moved.mp4")])
-    assert [gone.uri for gone in archive.delete([row])] == ["file:///moved.mp4"]
+    row = archive.videos.find("2.mp4")
+    open_archive(archive.uri).videos.renew([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    assert [gone.uri for gone in archive.videos.delete([row])] == ["file:///moved.mp4"]
     assert shown(archive) == [1, 3]
-    assert archive.delete([row]) == []
+    assert archive.videos.delete([row]) == []
 
 
 def test_two_videos_of_one_name_have_to_be_told_apart(archive):
     add_video(archive, 4, uri="file:///other/2.mp4")
     with pytest.raises(UsageError, match=r"more than one video is called so.*/clips/2.mp4.*/other/2.mp4"):
-        archive.find_video("2.mp4")
+        archive.videos.find("2.mp4")
 
 
 def test_repair_does_not_take_deleted_videos_for_lost(archive):
-    archive.delete([archive.find_video("2.mp4")])
+    archive.videos.delete([archive.videos.find("2.mp4")])
     newest = max(folder_of(archive).glob("videos/_delta_log/*.json"))
     newest.with_name(f"{int(newest.stem) + 1:020d}.json").write_bytes(b"")  # as a power cut leaves a commit
     done = repair(archive.uri)
@@ -101,15 +101,15 @@ def test_repair_does_not_take_deleted_videos_for_lost(archive):
 
 
 def test_the_row_of_an_unreadable_file_goes_for_good(archive):
-    archive.publish([failed_row(archive, "file:///clips/secret.mp4")])
-    archive.delete([archive.find_video("secret.mp4")])
-    assert [row.uri for row in archive.videos()] == [f"file:///clips/{name}.mp4" for name in (1, 2, 3)]
+    archive.videos.publish([failed_row(archive, "file:///clips/secret.mp4")])
+    archive.videos.delete([archive.videos.find("secret.mp4")])
+    assert [row.uri for row in archive.videos.all()] == [f"file:///clips/{name}.mp4" for name in (1, 2, 3)]
 
 
 def test_no_byte_of_a_deleted_video_is_left_when_the_archive_is_clean(archive):
-    frames = archive.frames(archive.find_video("2.mp4").video_number)
+    frames = archive.frames.find(archive.videos.find("2.mp4").video_number)
     rows = random_rows(5, seed=2)
-    archive.delete([archive.find_video("2.mp4")])
+    archive.videos.delete([archive.videos.find("2.mp4")])
     make_old(archive)
     assert all(cells_left(archive, rows))
     assert clean(archive, 0).frames == len(frames) == 5
@@ -145,7 +145,7 @@ def test_expire_goes_by_capture_time_and_else_by_the_files_time(vidx, archive, t
     ages = ((1, now - timedelta(days=100), now), (2, None, now - timedelta(days=100)), (3, None, now))
     for name, captured_at, changed in ages:
         mtime_ns = int(changed.timestamp()) * 10**9
-        archive.publish([row_for(archive, name, 5, captured_at=captured_at, mtime_ns=mtime_ns)])
+        archive.videos.publish([row_for(archive, name, 5, captured_at=captured_at, mtime_ns=mtime_ns)])
     place = str(local_path(archive.uri).decode())
     trial = vidx("expire", "--older-than", "90d", "--archive", place, "--dry-run")
     assert "2 videos with 10 frames would be deleted" in trial.out
@@ -160,9 +160,9 @@ def test_expire_says_how_old_each_video_is_and_how_that_is_known(vidx, archive):
     now = datetime.now(UTC)
     recorded, changed, indexed = (now - timedelta(days=days) for days in (100, 40, 30))
     mtime_ns = int(changed.timestamp()) * 10**9
-    archive.publish([row_for(archive, 1, 5, captured_at=recorded, mtime_ns=mtime_ns, indexed_at=indexed)])
-    archive.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=mtime_ns, indexed_at=indexed)])
-    archive.publish([row_for(archive, 3, 5, captured_at=None, mtime_ns=None, indexed_at=indexed)])
+    archive.videos.publish([row_for(archive, 1, 5, captured_at=recorded, mtime_ns=mtime_ns, indexed_at=indexed)])
+    archive.videos.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=mtime_ns, indexed_at=indexed)])
+    archive.videos.publish([row_for(archive, 3, 5, captured_at=None, mtime_ns=None, indexed_at=indexed)])
     place = str(folder_of(archive))
     entries = vidx("expire", "--older-than", "29d", "--dry-run", "--archive", place, "--json").json["videos"]
     known = [(entry["age_from"], entry["age_seconds"], entry["since"]) for entry in entries]
@@ -190,7 +190,7 @@ def test_expire_says_how_old_each_video_is_and_how_that_is_known(vidx, archive):
 def test_expire_tells_a_files_own_creation_time_from_a_manifests(vidx, archive):
     for name, source in ((1, CapturedFrom.MANIFEST), (2, CapturedFrom.FILE), (3, CapturedFrom.FILE)):
         captured_at = None if name == 3 else datetime(2024, 5, 1, tzinfo=UTC)
-        archive.publish([row_for(archive, name, 5, captured_at=captured_at, captured_from=source)])
+        archive.videos.publish([row_for(archive, name, 5, captured_at=captured_at, captured_from=source)])
     command = ("expire", "--older-than", "1d", "--dry-run", "--archive", str(folder_of(archive)))
     known = [(one["age_from"], one.get("captured_from")) for one in vidx(*command, "--json").json["videos"]]
     assert known == [("captured_at", "manifest"), ("captured_at", "file"), ("file_changed_at", None)]
@@ -198,7 +198,7 @@ def test_expire_tells_a_files_own_creation_time_from_a_manifests(vidx, archive):
 
 
 def test_a_video_of_which_no_age_is_known_stays_and_is_named(vidx, archive):
-    archive.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=None, indexed_at=None)])
+    archive.videos.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=None, indexed_at=None)])
     run = vidx("expire", "--older-than", "0d", "--archive", str(folder_of(archive)))
     assert "/clips/2.mp4 stays: nothing says how old it is" in run.err
     assert shown(open_archive(archive.uri)) == [2]

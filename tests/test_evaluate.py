@@ -77,7 +77,7 @@ def archive(tmp_path):
     archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
     add_video(archive, 1, uri="file:///clips/AO8RW.mp4")
     add_video(archive, 2, uri="file:///clips/abc_60.0_210.0.mp4")
-    archive.publish([failed_row(archive, "file:///clips/secret.mp4")])
+    archive.videos.publish([failed_row(archive, "file:///clips/secret.mp4")])
     return archive
 
 

@@ -26,7 +26,7 @@ def exported(tmp_path):
     archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
     add_video(archive, 1, uri="file:///clips/caf%E9%0A1.mp4")
     add_video(archive, 2)
-    one, two = archive.videos()  # 2.mp4 comes before café
+    one, two = archive.videos.all()  # 2.mp4 comes before café
     moments = [
         Moment(row.video_id, row.video_number, row.uri, start, end, start, score)
         for row, start, end, score in ((two, 3, 3661.5, 0.5), (two, 1.0, 2.04, 0.4), (one, 0.0, 2.0, 0.3))
@@ -176,9 +176,9 @@ def test_whole_rates_are_not_taken_for_those_of_television(tmp_path, rate):
     archive = create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
     rows = random_rows(10)
     columns = replace(rows.columns, frame_index=np.arange(10) * rate)
-    archive.commit_frames([receipt_for(archive, 1, replace(rows, columns=columns))])
-    archive.publish([row_for(archive, 1, 10)])
-    (row,) = archive.videos()
+    archive.parts.commit([receipt_for(archive, 1, replace(rows, columns=columns))])
+    archive.videos.publish([row_for(archive, 1, 10)])
+    (row,) = archive.videos.all()
     moments = [Moment(row.video_id, row.video_number, row.uri, 0.0, 3.0, 0.0, 0.5)]
     export(str(tmp_path / "a.otio"), "otio", "x", archive, moments)
     (clip,) = otio.adapters.read_from_file(str(tmp_path / "a.otio")).find_clips()

@@ -181,9 +181,9 @@ def test_an_index_that_names_codes_without_their_lists_is_built_again(copy):
 def test_an_index_that_claims_keys_of_a_part_without_any_is_called_damaged(copy):
     sealed = copy("coded")
     archive = open_archive(str(sealed.folder), write=True)
-    archive.commit_frames([receipt_for(archive, 4, random_rows(6, key_width=None))])
-    archive.publish([row_for(archive, 4, 6)])
-    paths = {part.video_number: part.path for part in archive.parts()}
+    archive.parts.commit([receipt_for(archive, 4, random_rows(6, key_width=None))])
+    archive.videos.publish([row_for(archive, 4, 6)])
+    paths = {part.video_number: part.path for part in archive.frames.parts()}
     text = json.dumps(sealed.checked_json("index.json")).replace(paths[3], paths[4])
     sealed.write_checked_json("index.json", text.encode())
     with pytest.raises(ArchiveError, match=r"`vidx repair` makes the index anew .*keeps no search keys"):
@@ -493,8 +493,8 @@ def test_a_thumbnail_that_is_no_small_jpeg_is_refused(tmp_path):
     for number, thumbnail in enumerate((big.getvalue(), png.getvalue(), b"x", b"\xff\xd8\xff\xe0" + b"\0" * 100)):
         archive = create_archive(str(tmp_path / f"{number}"), model_id=MODEL_ID, model_name="tiny")
         rows = replace(random_rows(2), thumbnails=[thumbnail] * 2)
-        archive.commit_frames([receipt_for(archive, 1, rows)])
-        archive.publish([row_for(archive, 1, 2)])
+        archive.parts.commit([receipt_for(archive, 1, rows)])
+        archive.videos.publish([row_for(archive, 1, 2)])
         with pytest.raises(ArchiveError, match="no small JPEG"):
             write_contact_sheet(str(tmp_path / "sheet.png"), "x", archive, [moment])
 
@@ -502,7 +502,7 @@ def test_a_thumbnail_that_is_no_small_jpeg_is_refused(tmp_path):
 def test_what_an_archive_says_cannot_write_the_terminal(copy):
     sealed = copy()
     archive = open_archive(str(sealed.folder))
-    archive.publish([row_for(archive, 1, 6, uri="file:///clips/%1b%5d0;title%07%0aa.mp4")])
+    archive.videos.publish([row_for(archive, 1, 6, uri="file:///clips/%1b%5d0;title%07%0aa.mp4")])
     for command in (("sql", "SELECT source FROM videos"), ("delete", "--dry-run", "00000001"), ("status",)):
         said = run(sealed, *command)
         assert "\x1b" not in said.stdout + said.stderr

@@ -40,7 +40,7 @@ def begin_all(uri, names, begun):
             receipt = first_segment(archive, name)
             assert job.take(receipt.video_number)
             job.begin(receipt.video_number)
-            archive.commit_frames([receipt])
+            archive.parts.commit([receipt])
         begun.put(True)
         time.sleep(600)
 
@@ -63,21 +63,21 @@ def test_what_a_killed_job_has_committed_is_told_until_it_is_shown(archive, kill
     for tidy in (sweep, drop_claims):
         tidy(open_archive(archive.uri))
         assert in_progress(archive) == (2, 10)
-    archive.commit_frames([receipt_for(archive, 1, random_rows(3, start=5), (50, None))])
-    archive.publish([row_for(archive, 1, 8)])
+    archive.parts.commit([receipt_for(archive, 1, random_rows(3, start=5), (50, None))])
+    archive.videos.publish([row_for(archive, 1, 8)])
     assert in_progress(archive) == (1, 5)
     clean(open_archive(archive.uri), 0)
     assert in_progress(archive) == (1, 5)  # written a moment ago
 
 
 def test_what_was_replaced_or_deleted_is_not_in_progress(archive, killed_job):
-    archive.publish([row_for(archive, 1, 5), row_for(archive, 2, 5)])
+    archive.videos.publish([row_for(archive, 1, 5), row_for(archive, 2, 5)])
     drop_claims(open_archive(archive.uri))  # as each job does that begins
     twice = Sampling(Fraction(2), 0)
     add_video(archive, 3)
     replaced = row_for(archive, 1, 5, video_number=reserve(archive, 1, twice), sampling=str(twice))
-    archive.publish([replaced])
-    archive.delete([row_for(archive, 3, 5)])
+    archive.videos.publish([replaced])
+    archive.videos.delete([row_for(archive, 3, 5)])
     assert in_progress(archive) == (0, 0)
     with Job(archive.uri) as job:
         job.take(reserve(archive, 3))
@@ -90,12 +90,12 @@ def test_an_ended_job_leaves_the_claims_of_what_it_has_begun_alone(archive, tmp_
         for number in (receipt.video_number, reserve(archive, 2)):
             assert job.take(number)
         job.begin(receipt.video_number)
-        archive.commit_frames([receipt])
+        archive.parts.commit([receipt])
     assert in_progress(archive) == (1, 5)
     assert [path.name for path in (tmp_path / "archive" / "jobs").iterdir()] == [f"{receipt.video_number}.claim"]
     with Job(archive.uri) as job:  # and another goes on at once
         assert job.take(receipt.video_number)
-        archive.publish([row_for(archive, 1, 5)])
+        archive.videos.publish([row_for(archive, 1, 5)])
         job.release(receipt.video_number)
     assert in_progress(archive) == (0, 0)
     assert list((tmp_path / "archive" / "jobs").iterdir()) == []

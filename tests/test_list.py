@@ -29,9 +29,9 @@ def archive(tmp_path):
     add_video(archive, 2, tags={"camera": "south"}, captured_at=None, uri="file:///clips/a%2C%22b%22%0A%FF.mp4")
     partial = Problem(Reason.TRUNCATED, "ends early")
     add_video(archive, 3, 9, tags={"camera": "north"}, status=Status.PARTIAL, problem=partial)
-    archive.publish([failed_row(archive, "file:///clips/locked.mp4")])
+    archive.videos.publish([failed_row(archive, "file:///clips/locked.mp4")])
     add_video(archive, 4, tags={"camera": "north"})
-    archive.delete([archive.find_video("4.mp4")])
+    archive.videos.delete([archive.videos.find("4.mp4")])
     return archive
 
 
@@ -156,7 +156,7 @@ def left(archive):
     """The names of the videos that are not deleted."""
 
     def names():
-        rows = open_archive(archive.uri).videos()
+        rows = open_archive(archive.uri).videos.all()
         return {row.uri.rsplit("/", 1)[-1] for row in rows if row.status is not Status.DELETED}
 
     return names

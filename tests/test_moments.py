@@ -44,8 +44,8 @@ class Footage:
         for number, (start, end) in enumerate(itertools.pairwise(bounds)):
             ends = (None if number == 0 else start * 10, None if end == count else end * 10)
             receipt = receipt_for(self.archive, name, rows.cut(start, end), ends)
-            assert self.archive.commit_frames([receipt]) == [True]
-        self.archive.publish([row_for(self.archive, name, count)])
+            assert self.archive.parts.commit([receipt]) == [True]
+        self.archive.videos.publish([row_for(self.archive, name, count)])
         update_index(self.archive)
 
     def find(self, rows=None, unwanted=(), least=0.3, below=np.inf):
@@ -117,7 +117,7 @@ def test_a_flash_comes_after_all_that_lasts(footage):
 
 def test_a_filter_and_what_is_unwanted_end_a_moment(footage):
     footage.add(1, [key(0.6)] * 8)
-    (path,) = open_archive(footage.archive.uri).part_bounds().path.tolist()
+    (path,) = open_archive(footage.archive.uri).parts.bounds().path.tolist()
     assert sorted(footage.spans(rows={path: np.array([1, 2, 3, 6])})) == [(1.0, 4.0), (6.0, 7.0)]
     footage.add(2, [key(0.6, 3)] * 2)
     unwanted = key(0.6, 3).astype(np.float32)

@@ -369,4 +369,4 @@ def test_videos_that_are_examined_together_get_their_numbers_in_one_commit(tmp_p
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     commits = list((tmp_path / "numbers" / "_delta_log").glob("*.json"))
     assert len(commits) == 3  # the table, the first video, all the others
-    assert len(open_archive(str(tmp_path)).numbers()) == len(SAMPLE_NAMES)
+    assert len(open_archive(str(tmp_path)).numbers.known()) == len(SAMPLE_NAMES)

@@ -127,4 +127,4 @@ def test_a_mistake_in_the_job_is_told_with_its_traceback(tmp_path):
     archive = create_archive(str(tmp_path / "archive"), model_id=bundle.model_id, model_name=bundle.name)
     with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*AttributeError"):
         run_job(IndexJob(["no asset"], archive.uri, Sampling(Fraction(1), 0), IndexConfig()), lambda progress: None)
-    assert open_archive(archive.uri).videos() == []
+    assert open_archive(archive.uri).videos.all() == []

@@ -32,15 +32,15 @@ def archive(tmp_path_factory):
     add_video(archive, 1, captured_at=NOON, tags={"camera": "north", "lens": "wide"})
     add_video(archive, 2, captured_at=NOON + timedelta(minutes=1), tags={"camera": "south"})
     add_video(archive, 3, captured_at=None, tags={})
-    archive.commit_frames([receipt_for(archive, 4, random_rows(5))])
-    archive.publish([failed_row(archive, "file:///clips/secret.mp4")])
+    archive.parts.commit([receipt_for(archive, 4, random_rows(5))])
+    archive.videos.publish([failed_row(archive, "file:///clips/secret.mp4")])
     return archive
 
 
 def frames_of(archive, **filters):
     """(video, second) of every frame that passes."""
     frames = Filter(**filters).frames(archive)
-    names = {number: int(video_id[:8], 16) for number, video_id in archive.published().items()}
+    names = {number: int(video_id[:8], 16) for number, video_id in archive.videos.published().items()}
     return [(names[frame.video_number], frame.time_seconds) for frame in frames]
 
 
@@ -77,7 +77,7 @@ def test_a_filter_passes_the_frames_that_it_describes(archive, filters, wanted):
 
 
 def test_one_video_can_be_filtered_further(archive):
-    row = next(row for row in archive.videos() if row.tags.get("camera") == "south")
+    row = next(row for row in archive.videos.all() if row.tags.get("camera") == "south")
     assert frames_of(archive, video=row, where="time_seconds = 3") == [(2, 3.0)]
     assert frames_of(archive, video=row, tags={"camera": ("north",)}) == []
 
@@ -138,7 +138,7 @@ def test_a_caret_in_a_file_name_is_no_weight():
 @pytest.fixture(scope="module")
 def clips(samples_archive):
     archive = open_archive(str(samples_archive[0]))
-    frames = archive.frames()
+    frames = archive.frames.find()
     return archive, frames, read_keys(archive.frames_uri, frames).astype(np.float32)
 
 
@@ -254,8 +254,8 @@ def test_a_range_of_times_that_ends_before_it_starts_is_refused(vidx, samples_ar
 
 def key_at(archive, name, seconds):
     """The frame of a video that is shown then, and its key."""
-    number = archive.find_video(name).video_number
-    frame = archive.frames(number, seconds, seconds + 1e-6)[-1]
+    number = archive.videos.find(name).video_number
+    frame = archive.frames.find(number, seconds, seconds + 1e-6)[-1]
     return frame, read_keys(archive.frames_uri, [frame])[0].astype(np.float32)
 
 

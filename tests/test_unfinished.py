@@ -62,18 +62,18 @@ def half(archive, name, place):
 
 def begin_video(archive, name, **changes):
     """Commits the first half of a video and shows it; whether it is shown."""
-    archive.commit_frames([half(archive, name, 0)])
-    return archive.publish([unfinished_row(archive, name, 5, **changes)]) == {video_id_of(name)}
+    archive.parts.commit([half(archive, name, 0)])
+    return archive.videos.publish([unfinished_row(archive, name, 5, **changes)]) == {video_id_of(name)}
 
 
 def shown(archive):
     """Frames by the seed of their video."""
     found = again(archive)
     counts = {}
-    for frame in found.frames():
+    for frame in found.frames.find():
         name = int(frame.video_id[:8], 16)
         counts[name] = counts.get(name, 0) + 1
-    assert sum(counts.values()) == found.frame_count() == found.status().frames
+    assert sum(counts.values()) == found.videos.frame_count() == found.status().frames
     return counts
 
 
@@ -83,15 +83,15 @@ def shown(archive):
 def test_segments_are_seen_as_they_are_committed_and_the_row_says_how_far_it_is(archive):
     assert begin_video(archive, 1)
     assert (shown(archive), again(archive).status().videos_in_progress) == ({1: 5}, 1)
-    (row,) = again(archive).videos()
+    (row,) = again(archive).videos.all()
     assert (row.status, row.problem.reason, row.frame_count) == (Status.INDEXING, Reason.UNFINISHED, 5)
     assert row.problem.detail.startswith("0:00:05 of 0:30:00 is indexed")
-    archive.commit_frames([half(archive, 1, 1)])
-    (row,) = again(archive).videos()
+    archive.parts.commit([half(archive, 1, 1)])
+    (row,) = again(archive).videos.all()
     assert (shown(archive), row.frame_count) == ({1: 10}, 10)
     assert row.problem.detail.startswith("0:00:10 of 0:30:00 is indexed")
-    archive.publish([row_for(archive, 1, 10)])
-    assert again(archive).videos()[0].status is Status.INDEXED
+    archive.videos.publish([row_for(archive, 1, 10)])
+    assert again(archive).videos.all()[0].status is Status.INDEXED
     status = again(archive).status()
     assert (status.videos_indexed, status.videos_in_progress, status.frames_in_progress) == (1, 0, 0)
 
@@ -99,16 +99,24 @@ def test_segments_are_seen_as_they_are_committed_and_the_row_says_how_far_it_is(
 def test_a_reader_stays_with_what_it_opened(archive):
     begin_video(archive, 1)
     reader = again(archive)
-    archive.commit_frames([half(archive, 1, 1)])
-    archive.publish([row_for(archive, 1, 10)])
-    assert (len(reader.frames()), reader.frame_count(), reader.videos()[0].status) == (5, 5, Status.INDEXING)
+    archive.parts.commit([half(archive, 1, 1)])
+    archive.videos.publish([row_for(archive, 1, 10)])
+    assert (len(reader.frames.find()), reader.videos.frame_count(), reader.videos.all()[0].status) == (
+        5,
+        5,
+        Status.INDEXING,
+    )
     reader.refresh()
-    assert (len(reader.frames()), reader.frame_count(), reader.videos()[0].status) == (10, 10, Status.INDEXED)
+    assert (len(reader.frames.find()), reader.videos.frame_count(), reader.videos.all()[0].status) == (
+        10,
+        10,
+        Status.INDEXED,
+    )
 
 
 def test_sql_counts_the_frames_that_it_shows(vidx, archive):
     begin_video(archive, 1)
-    archive.commit_frames([half(archive, 1, 1)])
+    archive.parts.commit([half(archive, 1, 1)])
     statement = "SELECT status, reason, frames, (SELECT count(*) FROM frames) AS n FROM videos"
     found = vidx("sql", statement, "--archive", local(archive), "--json").json
     assert found == [{"status": "indexing", "reason": "unfinished", "frames": 10, "n": 10}]
@@ -122,7 +130,7 @@ def test_search_finds_what_is_committed_and_the_index_takes_in_each_segment_once
     begin_video(archive, 1)
     keys = random_rows(10, seed=1).tokens.search_key.astype(np.float32)
     assert update_index(again(archive)) == 5
-    archive.commit_frames([half(archive, 1, 1)])
+    archive.parts.commit([half(archive, 1, 1)])
     for _ in range(2):  # beside the index, and in it
         index = open_index(again(archive))
         assert index.frame_count == 10
@@ -130,7 +138,7 @@ def test_search_finds_what_is_committed_and_the_index_takes_in_each_segment_once
             (hit,) = index.search(keys[place], 1)
             assert (hit.frame_index, round(hit.score, 2)) == (25 * place, 1.0)
         update_index(again(archive))
-    archive.publish([row_for(archive, 1, 10)])
+    archive.videos.publish([row_for(archive, 1, 10)])
     assert update_index(again(archive)) == 0
 
 
@@ -144,8 +152,8 @@ def test_who_looks_at_a_video_that_is_not_whole_is_told(archive):
         (Filter(tags={"camera": ("south",)}), []),
         (Filter(where="source LIKE '%1.mp4'"), [1]),
         (Filter(where="frame_index > 25 AND source LIKE '%2.mp4'"), []),
-        (Filter(video=found.find_video("1.mp4"), start_seconds=600.0), [1]),
-        (Filter(video=found.find_video("2.mp4")), []),
+        (Filter(video=found.videos.find("1.mp4"), start_seconds=600.0), [1]),
+        (Filter(video=found.videos.find("2.mp4")), []),
     ):
         assert [row.video_id for row in within.unfinished(found)] == [video_id_of(name) for name in names], within
 
@@ -156,63 +164,65 @@ def test_who_looks_at_a_video_that_is_not_whole_is_told(archive):
 def test_what_can_be_searched_stays_until_what_replaces_it_is_whole(archive):
     add_video(archive, 1)
     other = {"video_number": reserve(archive, 1, TWICE), "sampling": str(TWICE)}
-    assert not archive.publish([unfinished_row(archive, 1, 5, **other)])  # the same content with other settings
-    archive.commit_frames([half(archive, 2, 0)])
-    assert not archive.publish([unfinished_row(archive, 2, 5, uri="file:///clips/1.mp4")])  # the file has changed
+    assert not archive.videos.publish([unfinished_row(archive, 1, 5, **other)])  # the same content with other settings
+    archive.parts.commit([half(archive, 2, 0)])
+    assert not archive.videos.publish(
+        [unfinished_row(archive, 2, 5, uri="file:///clips/1.mp4")]
+    )  # the file has changed
     assert shown(archive) == {1: 5}
-    assert again(archive).videos()[0].status is Status.INDEXED
-    archive.commit_frames([half(archive, 2, 1)])
-    archive.publish([row_for(archive, 2, 10, uri="file:///clips/1.mp4")])
+    assert again(archive).videos.all()[0].status is Status.INDEXED
+    archive.parts.commit([half(archive, 2, 1)])
+    archive.videos.publish([row_for(archive, 2, 10, uri="file:///clips/1.mp4")])
     assert shown(archive) == {2: 10}
 
 
 def test_a_part_stays_until_what_replaces_it_is_whole(archive):
     begin_video(archive, 1)
-    archive.commit_frames([half(archive, 2, 0)])
-    assert not archive.publish([unfinished_row(archive, 2, 5, uri="file:///clips/1.mp4")])
+    archive.parts.commit([half(archive, 2, 0)])
+    assert not archive.videos.publish([unfinished_row(archive, 2, 5, uri="file:///clips/1.mp4")])
     other = {"video_number": reserve(archive, 1, TWICE), "sampling": str(TWICE)}
-    assert not archive.publish([unfinished_row(archive, 1, 5, **other)])
+    assert not archive.videos.publish([unfinished_row(archive, 1, 5, **other)])
     crashed = Problem(Reason.CRASHED, "the decoder died")
-    assert not archive.publish([row_for(archive, 1, 0, status=Status.FAILED, problem=crashed, **other)])
-    assert not archive.publish([failed_row(archive, "file:///clips/1.mp4")])
+    assert not archive.videos.publish([row_for(archive, 1, 0, status=Status.FAILED, problem=crashed, **other)])
+    assert not archive.videos.publish([failed_row(archive, "file:///clips/1.mp4")])
     assert shown(archive) == {1: 5}
 
 
 def test_a_late_job_does_not_put_a_part_in_the_place_of_the_whole(archive):
     begin_video(archive, 1)
-    archive.commit_frames([half(archive, 1, 1)])
-    archive.publish([row_for(archive, 1, 10)])
-    assert not archive.publish([unfinished_row(archive, 1, 5)])
-    assert again(archive).videos()[0].status is Status.INDEXED
+    archive.parts.commit([half(archive, 1, 1)])
+    archive.videos.publish([row_for(archive, 1, 10)])
+    assert not archive.videos.publish([unfinished_row(archive, 1, 5)])
+    assert again(archive).videos.all()[0].status is Status.INDEXED
 
 
 def test_what_failed_makes_way_for_a_part(archive):
-    archive.publish([failed_row(archive, "file:///clips/1.mp4")])
+    archive.videos.publish([failed_row(archive, "file:///clips/1.mp4")])
     timeout = Problem(Reason.TIMEOUT, "gave up")
-    archive.publish([row_for(archive, 2, 0, status=Status.FAILED, problem=timeout)])
+    archive.videos.publish([row_for(archive, 2, 0, status=Status.FAILED, problem=timeout)])
     assert begin_video(archive, 1)
     assert begin_video(archive, 2)
-    assert [row.status for row in again(archive).videos()] == [Status.INDEXING] * 2
+    assert [row.status for row in again(archive).videos.all()] == [Status.INDEXING] * 2
 
 
 def test_what_a_user_deletes_meanwhile_stays_deleted(archive):
     begin_video(archive, 1)
-    (gone,) = archive.delete([again(archive).videos()[0]])
+    (gone,) = archive.videos.delete([again(archive).videos.all()[0]])
     assert (gone.frame_count, shown(archive)) == (5, {})
-    archive.commit_frames([half(archive, 1, 1)])
-    assert not archive.publish([unfinished_row(archive, 1, 10)])
-    assert not archive.publish([row_for(archive, 1, 10)])
+    archive.parts.commit([half(archive, 1, 1)])
+    assert not archive.videos.publish([unfinished_row(archive, 1, 10)])
+    assert not archive.videos.publish([row_for(archive, 1, 10)])
     assert (shown(archive), again(archive).status().videos_in_progress) == ({}, 0)
-    assert archive.publish([unfinished_row(archive, 1, 10)], restored={video_id_of(1)})
+    assert archive.videos.publish([unfinished_row(archive, 1, 10)], restored={video_id_of(1)})
     assert shown(archive) == {1: 10}
 
 
 def test_tags_of_a_growing_video_can_be_changed(archive):
     begin_video(archive, 1)
-    (row,) = again(archive).videos()
-    archive.commit_frames([half(archive, 1, 1)])
-    archive.renew([replace(row, uri="file:///new/1.mp4", tags={"camera": "south"})])
-    (row,) = again(archive).videos()
+    (row,) = again(archive).videos.all()
+    archive.parts.commit([half(archive, 1, 1)])
+    archive.videos.renew([replace(row, uri="file:///new/1.mp4", tags={"camera": "south"})])
+    (row,) = again(archive).videos.all()
     assert (row.uri, row.tags, row.status, row.frame_count) == (
         "file:///new/1.mp4",
         {"camera": "south"},
@@ -226,33 +236,33 @@ def test_tags_of_a_growing_video_can_be_changed(archive):
 
 def test_care_takes_a_part_for_what_it_is(archive):
     begin_video(archive, 1)
-    archive.commit_frames([half(archive, 1, 1)])
+    archive.parts.commit([half(archive, 1, 1)])
     make_old(archive)
     assert clean(again(archive), 0).frames == 0
     assert compact(again(archive)).parts_joined == 0  # a job that resumes needs its segments
     assert verify(archive.uri).faults == ()
     assert shown(archive) == {1: 10}
-    assert archive.recount() == []
+    assert archive.videos.recount() == []
 
 
 def test_a_part_that_loses_frames_is_told_and_tried_again(archive):
     begin_video(archive, 1)
-    (path,) = [part.path for part in again(archive).parts()]
-    archive.drop_parts([path])
+    (path,) = [part.path for part in again(archive).frames.parts()]
+    archive.parts.drop([path])
     assert [fault.table for fault in verify(archive.uri).faults] == ["videos"]
-    (row,) = archive.recount()
+    (row,) = archive.videos.recount()
     assert (row.status, row.problem.reason, row.frame_count) == (Status.FAILED, Reason.DAMAGED, 0)
     assert decide_known(row, WantedRows(MODEL_ID, Sampling.from_text(row.sampling), 10**9)) is Decision.RETRY
 
 
 def test_the_next_run_goes_on_with_a_part(archive):
     begin_video(archive, 1)
-    (row,) = again(archive).videos()
+    (row,) = again(archive).videos.all()
     wanted = WantedRows(MODEL_ID, Sampling.from_text(row.sampling), 10**9)
     assert decide_known(row, wanted) is Decision.UNFINISHED
     assert Decision.UNFINISHED.is_work
     assert decide_known(row, replace(wanted, sampling=TWICE)) is Decision.SETTINGS
-    assert archive.committed(row.video_number, ["..50", "50.."]) == {"..50"}
+    assert archive.parts.committed(row.video_number, ["..50", "50.."]) == {"..50"}
 
 
 # The whole path, killed
@@ -275,7 +285,7 @@ def step():
         os.kill(os.getpid(), signal.SIGKILL)
     elif steps == last:
         archive = open_archive(sys.argv[sys.argv.index("--archive") + 1])
-        archive.delete(archive.videos())
+        archive.videos.delete(archive.videos.all())
 def commit_and_count(*arguments):
     step()
     commit(*arguments)
@@ -325,14 +335,14 @@ def test_jobs_that_are_killed_between_commits_lose_and_double_nothing(video, und
         done = run_job(last_step, str(video), "--archive", archive)
         assert done.returncode in (0, KILLED), done.stderr
         found = open_archive(archive)
-        committed = int(found.part_bounds().row_count.sum())
+        committed = int(found.parts.bounds().row_count.sum())
         status = found.status()
         is_whole = status.videos_indexed == 1
         assert (status.videos_in_progress, status.frames_in_progress) == (
             (0, 0) if is_whole else (committed > 0, committed)
         )
         rows = rows_of(archive)
-        assert len(set(rows)) == len(rows) == found.frame_count()
+        assert len(set(rows)) == len(rows) == found.videos.frame_count()
         assert before <= set(rows) <= set(undisturbed)
         assert verify(archive).faults == ()
         before = set(rows)

@@ -37,7 +37,7 @@ def unit(seed, width=16):
 
 def brute_force(archive, query, k, frames=None):
     """(video number, frame index, score) of the best k, from the stored keys alone."""
-    frames = archive.frames() if frames is None else frames
+    frames = archive.frames.find() if frames is None else frames
     scores = read_keys(archive.frames_uri, frames).astype(np.float32) @ query
     best = np.argsort(-scores, kind="stable")[:k]
     return [(frames[place].video_number, frames[place].frame_index, float(scores[place])) for place in best]
@@ -97,7 +97,7 @@ def indexed(tmp_path_factory):
 )
 def test_a_filter_leaves_what_brute_force_leaves(indexed, seed, k, videos, span):
     archive, index = indexed
-    frames = archive.frames(videos, *(sorted(span) if span else (None, None)))
+    frames = archive.frames.find(videos, *(sorted(span) if span else (None, None)))
     rows = None if videos is None and span is None else rows_of(frames)
     hits = index.search(unit(seed), k, rows)
     wanted = brute_force(archive, unit(seed), k, frames) if frames else []
@@ -111,10 +111,10 @@ def test_frames_not_yet_in_the_index_are_found_all_the_same(archive):
     (file,) = data_files(archive)
     index = open_index(archive)
     assert (index.frame_count, index.pending_count, index.rebuilt) == (17, 0, False)
-    assert all(index.covers(part.path) for part in archive.parts())
+    assert all(index.covers(part.path) for part in archive.frames.parts())
     assert_same(index.search(unit(2), 17), brute_force(archive, unit(2), 17))
-    rows = rows_of(archive.frames(reserve(archive, 2), 2, 5))
-    assert_same(index.search(unit(2), 17, rows), brute_force(archive, unit(2), 17, archive.frames(2, 2, 5)))
+    rows = rows_of(archive.frames.find(reserve(archive, 2), 2, 5))
+    assert_same(index.search(unit(2), 17, rows), brute_force(archive, unit(2), 17, archive.frames.find(2, 2, 5)))
     assert data_files(archive) == [file]
     assert update_index(archive) == 7
     assert update_index(archive) == 0
@@ -139,27 +139,27 @@ def test_keys_of_a_replaced_part_are_never_found(archive):
     add_video(archive, 2, 50)
     old, new = random_rows(6, seed=1), random_rows(9, seed=77, start=3)
     part = partial_receipt(archive, 1, old)
-    archive.commit_frames([part])
-    archive.publish([row_for(archive, 1, 6, status=Status.PARTIAL, problem=part.problem)])
+    archive.parts.commit([part])
+    archive.videos.publish([row_for(archive, 1, 6, status=Status.PARTIAL, problem=part.problem)])
     update_index(archive)
     assert open_index(archive).frame_count == 56
-    assert archive.commit_frames([receipt_for(archive, 1, new)]) == [True]
+    assert archive.parts.commit([receipt_for(archive, 1, new)]) == [True]
     for published in (False, True):
         index = open_index(open_archive(archive.uri))  # of which no file has the new part yet
         assert (index.frame_count, index.pending_count, index.covers(part.part.path)) == (59, 0, False)
         for row in (0, 4):  # only in the old part; in both, with another key
             hits = index.search(old.tokens.search_key[row].astype(np.float32), 100)
-            assert len(open_archive(archive.uri).hit_frames(hits)) == 59
+            assert len(open_archive(archive.uri).frames.of_hits(hits)) == 59
             assert hits[0].score < 0.999
         if not published:
-            archive.publish([row_for(archive, 1, 9)])
+            archive.videos.publish([row_for(archive, 1, 9)])
     assert update_index(archive) == 9
     found = open_archive(archive.uri)
     index = open_index(found)
     assert (index.frame_count, index.pending_count) == (59, 0)
     assert_same(index.search(unit(4), 100), brute_force(found, unit(4), 100))
-    rows = rows_of(found.frames(reserve(archive, 1)))
-    assert len(index.search(unit(4), 100, rows)) == len(found.hit_frames(index.search(unit(4), 100, rows))) == 9
+    rows = rows_of(found.frames.find(reserve(archive, 1)))
+    assert len(index.search(unit(4), 100, rows)) == len(found.frames.of_hits(index.search(unit(4), 100, rows))) == 9
 
 
 def test_a_file_of_mostly_retired_keys_is_written_again(archive):
@@ -270,14 +270,14 @@ def test_an_empty_archive_has_an_empty_index(archive):
 
 
 def test_frames_without_search_key_stay_pending(archive):
-    archive.commit_frames([receipt_for(archive, 1, random_rows(5, key_width=None))])
-    archive.publish([row_for(archive, 1, 5)])
+    archive.parts.commit([receipt_for(archive, 1, random_rows(5, key_width=None))])
+    archive.videos.publish([row_for(archive, 1, 5)])
     add_video(archive, 2, 3)
     assert update_index(archive) == 3
     assert update_index(archive) == 0
     index = open_index(archive)
     assert (index.frame_count, index.pending_count) == (3, 5)
-    assert [index.covers(part.path) for part in sorted(archive.parts(), key=lambda part: part.row_count)] == [
+    assert [index.covers(part.path) for part in sorted(archive.frames.parts(), key=lambda part: part.row_count)] == [
         True,
         False,
     ]
@@ -285,7 +285,7 @@ def test_frames_without_search_key_stay_pending(archive):
 
 def test_a_damaged_part_is_named_when_the_index_is_built(archive):
     rows = add_video(archive, 1, 10)
-    (part,) = archive.parts()
+    (part,) = archive.frames.parts()
     path = os.path.join(local_path(archive.frames_uri).decode(), part.path)
     with open(path, "rb") as file:
         data = bytearray(file.read())

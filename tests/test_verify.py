@@ -31,8 +31,8 @@ def archive(tmp_path):
         receipt_for(archive, 3, random_rows(4, 30), (None, 40)),
         receipt_for(archive, 3, random_rows(4, 31, start=4), (40, 80)),
     ]
-    assert archive.commit_frames(halves) == [True, True]
-    archive.publish([row_for(archive, 3, 8)])
+    assert archive.parts.commit(halves) == [True, True]
+    archive.videos.publish([row_for(archive, 3, 8)])
     update_index(archive)
     return archive
 
@@ -85,13 +85,13 @@ def test_a_missing_and_a_shortened_file_are_named_with_their_videos(archive):
 
 
 def test_rows_that_say_other_frames_than_are_stored_are_found(archive):
-    archive.publish([row_for(archive, 1, 77)])
+    archive.videos.publish([row_for(archive, 1, 77)])
     (fault,) = verify(archive.uri).faults
     assert "77 frames by its row, and 5 are stored" in fault.detail
 
 
 def test_damaged_frames_are_taken_out_and_the_rest_stays(archive):
-    before = {frame.ticks for frame in archive.frames(3)}
+    before = {frame.ticks for frame in archive.frames.find(3)}
     (path, *_) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 3)]
     flip(path, 1)
     done = repair(archive.uri)
@@ -99,18 +99,18 @@ def test_damaged_frames_are_taken_out_and_the_rest_stays(archive):
     (row,) = done.to_index
     assert (row.status, row.problem.reason, row.frame_count) == (Status.PARTIAL, Reason.DAMAGED, 4)
     after = open_archive(archive.uri)
-    assert {frame.ticks for frame in after.frames(3)} < before
-    assert len(after.frames([1, 2])) == 10
+    assert {frame.ticks for frame in after.frames.find(3)} < before
+    assert len(after.frames.find([1, 2])) == 10
     assert verify(archive.uri).faults == ()
     assert open_index(after).pending_count == 0
     again = receipt_for(after, 3, random_rows(4, 30), (None, 40))
     late = receipt_for(after, 3, random_rows(4, 31, start=4), (40, 80))
-    assert sorted(after.commit_frames([again, late])) == [False, True]  # only the gap takes rows
+    assert sorted(after.parts.commit([again, late])) == [False, True]  # only the gap takes rows
 
 
 def test_damaged_files_stay_where_nothing_can_take_their_place(archive):
     (path, *_) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 3)]
-    before = archive.frames(3)
+    before = archive.frames.find(3)
     in_part = [frame for frame in before if frame.part == path.name]
     cell = read_tokens(archive.frames_uri, in_part[1:2]).tobytes()
     data = path.read_bytes()
@@ -126,7 +126,7 @@ def test_damaged_files_stay_where_nothing_can_take_their_place(archive):
     assert [row.video_number for row in done.spared] == asked == [before[0].video_number]
     assert (done.to_index, done.left) == ((), ())
     after = open_archive(archive.uri)
-    assert after.frames(3) == before
+    assert after.frames.find(3) == before
     read_tokens(after.frames_uri, in_part[:1] + in_part[2:])
     with pytest.raises(ArchiveError):
         read_tokens(after.frames_uri, in_part[1:2])
@@ -150,8 +150,8 @@ def away(archive, rows):
 
 
 def holds(archive, path, name):
-    number = next(row.video_number for row in archive.videos() if row.uri.endswith(f"/{name}.mp4"))
-    bounds = archive.part_bounds()
+    number = next(row.video_number for row in archive.videos.all() if row.uri.endswith(f"/{name}.mp4"))
+    bounds = archive.parts.bounds()
     return Path(path).name in bounds.path[bounds.of(number)]
 
 
@@ -164,43 +164,43 @@ def test_a_video_whose_every_frame_was_damaged_is_failed(archive):
 
 
 def test_lost_numbers_come_back_from_the_frames(archive):
-    given = archive.numbers()
+    given = archive.numbers.known()
     for path in named_files(archive, "numbers"):
         flip(Path(path), 3)
     done = repair(archive.uri)
     assert done.to_index == ()
-    assert open_archive(archive.uri).numbers() == given
+    assert open_archive(archive.uri).numbers.known() == given
     assert verify(archive.uri).faults == ()
 
 
 def test_a_damaged_part_does_not_keep_numbers_from_coming_back(archive):
-    given = archive.numbers()
+    given = archive.numbers.known()
     for path in named_files(archive, "numbers"):
         flip(Path(path), 3)
     (part,) = [Path(path) for path in named_files(archive, "frames") if holds(archive, path, 2)]
     part.write_bytes(part.read_bytes()[:-9])
     done = repair(archive.uri)
     assert [row.uri for row in done.to_index] == ["file:///clips/2.mp4"]
-    assert (open_archive(archive.uri).numbers(), done.left) == (given, ())
+    assert (open_archive(archive.uri).numbers.known(), done.left) == (given, ())
 
 
 def test_a_number_in_use_is_never_given_twice_however_its_table_was_lost(archive):
-    given = archive.numbers()
+    given = archive.numbers.known()
     for path in named_files(archive, "numbers"):
         drop_file(join(archive.uri, "numbers"), Path(path).name)  # where a repair was stopped
     after = open_archive(archive.uri)
-    assert after.numbers() == {}
+    assert after.numbers.known() == {}
     key = (video_id_of(9), SAMPLING)
     (number,) = after.reserve([key]).values()
     assert number not in given.values()
     repair(archive.uri)
-    assert open_archive(archive.uri).numbers() == given | {(key[0], str(SAMPLING)): number}
+    assert open_archive(archive.uri).numbers.known() == given | {(key[0], str(SAMPLING)): number}
 
 
 def test_frames_that_are_stored_twice_are_taken_out_and_indexed_again(archive):
     """Two jobs with other cuts of the same video, which no guard sees as one."""
     again = receipt_for(archive, 3, random_rows(6, 33), (None, 60))
-    assert archive.commit_frames([again]) == [True]
+    assert archive.parts.commit([again]) == [True]
     assert any("6 frames are stored twice" in fault.detail for fault in verify(archive.uri).faults)
     done = repair(archive.uri)
     assert [(row.uri, row.frame_count) for row in done.to_index] == [("file:///clips/3.mp4", 0)]
@@ -209,7 +209,7 @@ def test_frames_that_are_stored_twice_are_taken_out_and_indexed_again(archive):
 
 def test_frames_that_a_job_has_not_published_yet_are_no_damage(archive):
     late = receipt_for(archive, 3, random_rows(4, 32, start=8), (80, None))
-    assert archive.commit_frames([late]) == [True]
+    assert archive.parts.commit([late]) == [True]
     assert verify(archive.uri).faults == ()
     assert repair(archive.uri).to_index == ()
 
@@ -217,7 +217,7 @@ def test_frames_that_a_job_has_not_published_yet_are_no_damage(archive):
 def test_a_part_that_the_log_gives_to_another_video_is_found(archive):
     log = min(folder(archive, "frames", "_delta_log").glob("*1.json"))
     text = log.read_text()
-    number = next(row.video_number for row in archive.videos() if row.uri.endswith("/1.mp4"))
+    number = next(row.video_number for row in archive.videos.all() if row.uri.endswith("/1.mp4"))
     changed, count = re.subn(rf'(video_number\\": ?){number}\b', r"\g<1>77", text)
     assert count == 2
     log.write_text(changed)
@@ -230,10 +230,10 @@ def test_a_damaged_checkpoint_is_set_aside_where_the_commits_are_there(archive):
     (checkpoint,) = log.glob("*.checkpoint.parquet")
     checkpoint.write_bytes(checkpoint.read_bytes()[:50])
     with pytest.raises(ArchiveError, match="damaged archive"):
-        open_archive(archive.uri).frames()
+        open_archive(archive.uri).frames.find()
     done = repair(archive.uri)
     assert any(checkpoint.name in note for note in done.notes)
-    assert len(open_archive(archive.uri).frames()) == 18
+    assert len(open_archive(archive.uri).frames.find()) == 18
     assert verify(archive.uri).faults == ()
 
 
@@ -244,8 +244,8 @@ def test_lost_rows_are_told_and_their_frames_kept(archive):
     assert done.rows_lost == 3
     assert any("the rows of 3 videos are lost" in note and "deleted" in note for note in done.notes)
     after = open_archive(archive.uri)
-    after.publish([row_for(after, 1, after.committed_frame_count(1))])
-    assert len(after.frames()) == 5
+    after.videos.publish([row_for(after, 1, after.parts.frame_count(1))])
+    assert len(after.frames.find()) == 5
 
 
 def test_a_repair_that_lost_rows_does_not_end_as_if_all_were_well(archive, vidx):
@@ -270,13 +270,13 @@ def test_a_commit_that_a_power_cut_left_cut_short_is_rolled_back(archive, length
     newest = max(folder(archive, "frames", "_delta_log").glob("*.json"))
     newest.write_bytes(newest.read_bytes()[:length])
     with pytest.raises(ArchiveError, match="damaged archive"):
-        open_archive(archive.uri).frames()
+        open_archive(archive.uri).frames.find()
     assert any(str(newest) in fault.path for fault in verify(archive.uri).faults)
     done = repair(archive.uri)
     assert any("cut short" in note for note in done.notes)
     assert [(row.uri, row.status) for row in done.to_index] == [("file:///clips/4.mp4", Status.FAILED)]
     after = open_archive(archive.uri)
-    assert len(after.frames([1, 2, 3])) == 18
+    assert len(after.frames.find([1, 2, 3])) == 18
     assert verify(archive.uri).faults == ()
 
 

@@ -81,7 +81,7 @@ def out_of_reach(path: Path) -> Iterator[None]:
 def first_word(archive: Archive, frames: int, source: str) -> dict[str, Any]:
     """Seconds to the first word of an answer from stored rows, and of fusing and the LLM's prefill by themselves."""
     bundle = without_limit(bundle_of(archive, None))
-    within = Filter(archive.videos()[0], 0.0, float(frames) - 0.5)
+    within = Filter(archive.videos.all()[0], 0.0, float(frames) - 0.5)
     chosen = within.frames(archive)
     asked = Asked(frame_limit=None, fuse=source, **FIRST)
     asker = Asker(archive, bundle, ModelOptions("cpu"), cache_bytes=0)
@@ -101,7 +101,7 @@ def first_word(archive: Archive, frames: int, source: str) -> dict[str, Any]:
 
 def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any]:
     """Seconds to the first word of a question on frames that were shown before, and of the first question."""
-    within = Filter(archive.videos()[0], 0.0, float(frames) - 0.5)
+    within = Filter(archive.videos.all()[0], 0.0, float(frames) - 0.5)
     asked = Asked(frame_limit=None, fuse=source, **FIRST)
     asker = Asker(archive, without_limit(bundle_of(archive, None)), ModelOptions("cpu"))
 
@@ -124,9 +124,9 @@ def second_question(archive: Archive, frames: int, source: str) -> dict[str, Any
 def published_way(archive: Archive, question: str) -> tuple[float, str]:
     """Seconds of decoding a video and showing it frame by frame, and the first word's id."""
     model = load_model(bundle_of(archive, None), ModelOptions("cpu"))
-    row = archive.videos()[0]
+    row = archive.videos.all()[0]
     ids = prompt_ids(model.tokenizer, question)
-    ticks = [frame.ticks for frame in archive.frames(row.video_number)][:FRAMES]
+    ticks = [frame.ticks for frame in archive.frames.find(row.video_number)][:FRAMES]
 
     def run() -> None:
         total, tokens = None, []
@@ -145,7 +145,7 @@ def published_way(archive: Archive, question: str) -> tuple[float, str]:
 def thousand(archive: Archive) -> dict[str, Any]:
     """Seconds of an answer over a thousand frames: with 8 that are retrieved, with all, and the published way."""
     asker = Asker(archive, without_limit(bundle_of(archive, None)), ModelOptions("cpu"), cache_bytes=0)
-    rows = archive.videos()[0]
+    rows = archive.videos.all()[0]
     ways = {
         "retrieved": (Filter(), Asked(frame_limit=8, fuse="patches", anyway=True, **FIRST)),
         "all": (Filter(rows, 0.0, FRAMES - 0.5), Asked(frame_limit=None, fuse="patches", **FIRST)),
@@ -172,10 +172,12 @@ def show_many(folder: str, count: int) -> None:
     """Prints what `many` gives; called in its process."""
     archive = open_archive(f"{folder}/many")
     asker = Asker(archive, without_limit(find_bundle(f"{folder}/wide-context")), ModelOptions("cpu"), cache_bytes=0)
-    asker.ask("What is there?", Filter(archive.videos()[0], 0.0, 7.5), Asked(frame_limit=None, fuse="tokens", **FIRST))
+    asker.ask(
+        "What is there?", Filter(archive.videos.all()[0], 0.0, 7.5), Asked(frame_limit=None, fuse="tokens", **FIRST)
+    )
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the most of what follows
     before = memory("VmRSS")
-    within = Filter(archive.videos()[0], 0.0, count - 0.5)
+    within = Filter(archive.videos.all()[0], 0.0, count - 0.5)
     announced: list[str] = []
     answers = []
     asked = Asked(frame_limit=None, fuse="tokens", most_tokens=8)
@@ -225,7 +227,7 @@ def make_published_prompt(folder: Path) -> Archive:
         half.rename(bundle_path)
     bundle = find_bundle(str(bundle_path))
     archive = create_archive(str(place), model_id=bundle.model_id, model_name=str(bundle_path))
-    if not archive.videos():
+    if not archive.videos.all():
         rows = bundle.default_patch_rows
         add_videos(archive, [MadeVideo(1, "file:///prompts.mp4", _random_tokens(bundle, SEGMENT_FRAMES, rows))], rows)
     return archive
@@ -253,7 +255,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     archive = make(folder)
-    video = Path(archive.videos()[0].uri.removeprefix("file://"))
+    video = Path(archive.videos.all()[0].uri.removeprefix("file://"))
     rows = []
     asked = {"nano": archive, "published prompt and patches, width 64": make_published_prompt(folder)}
     with out_of_reach(video):

@@ -163,7 +163,7 @@ def on_nano(folder: Path, seed: int) -> list[dict[str, Any]]:
     """Rows of the table: right answers, and answers that are those from all patches."""
     model = load_model(find_bundle("nano"), ModelOptions("cpu"))
     (archive, rows), seen = world(folder, seed), {}
-    videos = {Path(row.uri).name: row for row in archive.videos()}
+    videos = {Path(row.uri).name: row for row in archive.videos.all()}
     places = [(row["file"], float(row["start_seconds"]), float(row["end_seconds"])) for row in rows]
     with Decoder() as decoder:
         for name, start, end in set(places):
@@ -215,11 +215,11 @@ def on_reference(folder: Path) -> list[dict[str, Any]]:
     """Rows of the table: first tokens that stay the same, with weights that are random."""
     model = load_model(find_bundle(str(REFERENCE)), ModelOptions("cpu", "float32"))
     archive = indexed(ROOT / "ops" / "samples", folder / "real")
-    clips = [row for row in archive.videos() if not Path(row.uri).name.startswith("nano")]
+    clips = [row for row in archive.videos.all() if not Path(row.uri).name.startswith("nano")]
     with Decoder(max_pixels=max(allowed_pixels(row.probe) for row in clips)) as decoder:
         looks = []
         for row in clips:
-            start = archive.frames(row.video_number)[0].time_seconds
+            start = archive.frames.find(row.video_number)[0].time_seconds
             looks.append(look(model, pixels_between(archive, decoder, row, start, start + REAL_SECONDS)))
     made, exact = [], []
     for way in ways(model, REFERENCE_TIERS):

@@ -59,7 +59,7 @@ def queries(shared: footage.Directions, frames: int) -> dict[str, np.ndarray]:
 def blocks(archive: Archive, rows: Rows | None = None, most: int = 1 << 18) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Keys, (T, E) float16, and row ids, (T,), of frames, as many at a time as fit into memory."""
     keys, ids = [], []
-    for part in archive.parts():
+    for part in archive.frames.parts():
         if rows is not None and part.path not in rows:
             continue
         chosen = None if rows is None else rows[part.path]
@@ -145,7 +145,7 @@ def memory_bytes(uri: str) -> int:
 
 def measure(archive: Archive, shared: footage.Directions) -> dict[str, Any]:
     """What one size gives."""
-    frames = archive.frame_count()
+    frames = archive.videos.frame_count()
     start = time.perf_counter()
     index = open_index(archive)
     record: dict[str, Any] = {"frames": frames, "open_seconds": time.perf_counter() - start}
@@ -180,7 +180,7 @@ def measure(archive: Archive, shared: footage.Directions) -> dict[str, Any]:
 
 def filters(archive: Archive, frames: int) -> dict[str, Filter]:
     """The videos of one camera of a hundred; and a hundred thousandth: a minute or two of one video."""
-    row = archive.videos()[frames // footage.VIDEO_FRAMES // 2]
+    row = archive.videos.all()[frames // footage.VIDEO_FRAMES // 2]
     return {
         "filter 1 %": Filter(tags={"camera": (row.tags["camera"],)}),
         "filter 0.001 %": Filter(video=row, start_seconds=1000.0, end_seconds=1000.0 + frames / 1e5),
@@ -202,12 +202,12 @@ def grow(folder: Path, target: int) -> list[dict[str, Any]]:
     archive = create_archive(str(folder / "archive"), model_id=footage.MODEL_ID, model_name="footage")
     shared = footage.directions(WIDTH)
     for size in (size for size in SIZES if size <= target):
-        while archive.frame_count() < size:
-            first = archive.frame_count() // footage.VIDEO_FRAMES + 1
+        while archive.videos.frame_count() < size:
+            first = archive.videos.frame_count() // footage.VIDEO_FRAMES + 1
             last = min(first + BATCH_VIDEOS, size // footage.VIDEO_FRAMES + 1)
             footage.add_videos(archive, shared, range(first, last))
-            print(f"{archive.frame_count()} frames", file=sys.stderr)
-        if archive.frame_count() == size and all(record["frames"] != size for record in records):
+            print(f"{archive.videos.frame_count()} frames", file=sys.stderr)
+        if archive.videos.frame_count() == size and all(record["frames"] != size for record in records):
             built = build(archive, folder / f"build-{size}.json")
             record = {**measure(open_archive(archive.uri), shared), "build": built}
             records.append(record)
@@ -229,11 +229,11 @@ def build(archive: Archive, record_path: Path) -> dict[str, float]:
 def add_one(folder: Path) -> dict[str, Any]:
     """Seconds until one more hour is in the index, and whether a search finds it then."""
     archive, shared = open_archive(str(folder / "archive")), footage.directions(WIDTH)
-    video = len(archive.numbers()) + 1  # none that was there and is deleted
+    video = len(archive.numbers.known()) + 1  # none that was there and is deleted
     footage.add_videos(archive, shared, range(video, video + 1))
     times = timed(lambda: update_index(archive))
     (hit,) = open_index(archive).search(footage.picture_query(shared, video, 1800), 1)
-    number = archive.find_video(f"{video:06}.mp4").video_number
+    number = archive.videos.find(f"{video:06}.mp4").video_number
     return {**times, "found": (hit.video_number, hit.frame_index) == (number, 1800)}
 
 
@@ -242,14 +242,14 @@ def whole_process(folder: Path, frames: int) -> dict[str, Any]:
     bundle = find_bundle("nano")
     archive = create_archive(str(folder / "nano"), model_id=bundle.model_id, model_name="nano")
     shared = footage.directions(len(TextEncoder(bundle).embed("a dog")))
-    while archive.frame_count() < frames:
-        first = archive.frame_count() // footage.VIDEO_FRAMES + 1
+    while archive.videos.frame_count() < frames:
+        first = archive.videos.frame_count() // footage.VIDEO_FRAMES + 1
         footage.add_videos(archive, shared, range(first, min(first + BATCH_VIDEOS, frames // footage.VIDEO_FRAMES + 1)))
     update_index(archive)
     improve_index(archive)
     command = ["search", "a dog", "--min-score", "-1", "--archive", str(folder / "nano")]
     runs = [seconds(lambda: run_vidx(*command)) for _ in range(6)][1:]
-    return {"frames": archive.frame_count(), "seconds": statistics.median(runs), "runs": runs}
+    return {"frames": archive.videos.frame_count(), "seconds": statistics.median(runs), "runs": runs}
 
 
 def figures(records: list[dict[str, Any]], added: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]:

@@ -64,8 +64,8 @@ def add_videos(archive: Archive, made: Sequence[MadeVideo], patches: int = 0) ->
                 attempts=1,
             )
         )
-    archive.commit_frames(receipts)
-    archive.publish(rows)
+    archive.parts.commit(receipts)
+    archive.videos.publish(rows)
 
 
 def _write_part(archive: Archive, segment: Segment, number: int, sampling: Sampling, tokens: TokenBatch) -> Part:

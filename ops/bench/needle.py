@@ -53,7 +53,7 @@ def make(folder: Path, seed: int) -> tuple[Archive, list[dict[str, str]]]:
 
 def frames_of(archive: Archive, moments: Sequence[dict[str, str]]) -> list[tuple[FrameRef, set[str]]]:
     """Frames well inside a scene, each with the words of its caption."""
-    videos = {source_text(row.uri).rsplit("/", 1)[-1]: row for row in archive.videos()}
+    videos = {source_text(row.uri).rsplit("/", 1)[-1]: row for row in archive.videos.all()}
     found = []
     for moment in moments:
         start, end = float(moment["start_seconds"]) + EDGE_SECONDS, float(moment["end_seconds"]) - EDGE_SECONDS

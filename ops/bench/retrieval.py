@@ -92,7 +92,7 @@ def never_together(captions: Sequence[str], count: int) -> list[str]:
 def pictures(archive: Archive, annotated: Sequence[Annotated], folder: Path) -> list[tuple[Annotated, Term]]:
     """A frame of each caption's first scene, as a decoder of another program gives it."""
     folder.mkdir(exist_ok=True)
-    uris, wanted = {row.video_id: row.uri for row in archive.videos()}, []
+    uris, wanted = {row.video_id: row.uri for row in archive.videos.all()}, []
     for number, one in enumerate(annotated):
         truth = one.truths[0]
         path = folder / f"{number:04d}.png"
@@ -106,7 +106,7 @@ def pictures(archive: Archive, annotated: Sequence[Annotated], folder: Path) -> 
 
 def at_random(archive: Archive, annotated: Sequence[Annotated]) -> float:
     """R@1 (IoU 0.5) of moments that begin anywhere and are as long as the text's truth."""
-    rows: list[VideoRow] = [row for row in archive.videos() if row.status is Status.INDEXED]
+    rows: list[VideoRow] = [row for row in archive.videos.all() if row.status is Status.INDEXED]
     source, met = random.Random(0), 0
     for one in annotated:
         truth, row = one.truths[0], source.choice(rows)
@@ -128,7 +128,7 @@ def real_clips(folders: Sequence[Path], folder: Path) -> dict[str, Any]:
     archive = open_archive(str(folder / "real"))
     judged = Bench(archive).texts(absent([with_article(thing.word) for thing in THINGS]))
     wrong = [one.text for one in judged if one.is_found]
-    return {"clips": len(archive.published()), "texts": len(judged), "found": wrong}
+    return {"clips": len(archive.videos.published()), "texts": len(judged), "found": wrong}
 
 
 def is_real(path: Path) -> bool:
@@ -155,7 +155,12 @@ def main() -> None:
 
     both, text, picture = score([*found, *unknown]), score(found), score(seen)
     chance = at_random(archive, there)
-    counts = {"texts": len(there), "not_there": len(unknown), "seed": options.seed, "frames": archive.frame_count()}
+    counts = {
+        "texts": len(there),
+        "not_there": len(unknown),
+        "seed": options.seed,
+        "frames": archive.videos.frame_count(),
+    }
     r1, picture_r1 = text.recall[1, 0.5], picture.recall[1, 0.5]
     wrong = len(real["found"]) / real["texts"]
     missed = [one.text for one in found if one.ranks[0.5] != 1]

@@ -325,7 +325,7 @@ class OpenArchive:
     @naming_parameters
     def video(self, name: str) -> VideoRow:
         """The video of a path, a URI, a file name, or six or more digits of its id."""
-        return self._stored.find_video(name)
+        return self._stored.videos.find(name)
 
     @naming_parameters
     def sql(

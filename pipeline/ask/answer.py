@@ -252,14 +252,14 @@ class Asker:
                 break
             start, end = moment.start_seconds + EDGE_SECONDS, moment.end_seconds - EDGE_SECONDS
             end = max(end, start + EDGE_SECONDS)
-            frames += _evenly(self._archive.frames([moment.video_number], start, end), room)
+            frames += _evenly(self._archive.frames.find([moment.video_number], start, end), room)
             moments.append(moment)
         frames.sort(key=lambda frame: (frame.video_number, frame.ticks))
         return Chosen(tuple(frames), tuple(moments))
 
     def _stretches(self, frames: Sequence[FrameRef]) -> tuple[Moment, ...]:
         """Moments without a score: the runs of adjoining frames, in order of video and time."""
-        uris = self._archive.uris({frame.video_number for frame in frames})
+        uris = self._archive.videos.uris({frame.video_number for frame in frames})
         runs: list[list[FrameRef]] = []
         for frame in frames:
             if runs and runs[-1][-1].video_number == frame.video_number and adjoin(runs[-1][-1], frame):
@@ -321,7 +321,10 @@ class Asker:
         self, question: str, chosen: Chosen, room: int, asked: Asked, stream: Say, announce: Say
     ) -> Answer:
         """An answer for each stretch of the frames, and one that the model gives when it has read those."""
-        cuts, uris = _windows(chosen.frames, room), self._archive.uris({each.video_number for each in chosen.frames})
+        cuts, uris = (
+            _windows(chosen.frames, room),
+            self._archive.videos.uris({each.video_number for each in chosen.frames}),
+        )
         announce(f"{len(chosen.frames)} frames are shown in {len(cuts)} windows (--over {Over.WINDOWS})")
         ids = prompt_ids(self._tokenizer, question)
         windows, answers, lines = [], [], []

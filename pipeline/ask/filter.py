@@ -59,14 +59,14 @@ class Filter:
             UsageError: the SQL condition is wrong.
             ArchiveError: a part is missing or damaged.
         """
-        frames = [frame for chosen in self._ranges(archive) for frame in archive.frames(*chosen)]
+        frames = [frame for chosen in self._ranges(archive) for frame in archive.frames.find(*chosen)]
         return sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
 
     def rows(self, archive: Archive) -> Rows:
         """Where the same frames lie; parts of which all frames pass are not opened."""
         found: dict[str, np.ndarray | None] = {}
         for chosen in self._ranges(archive):
-            found |= archive.rows(*chosen)
+            found |= archive.frames.rows(*chosen)
         return found
 
     def videos(self, archive: Archive) -> list[VideoRow]:
@@ -83,10 +83,10 @@ class Filter:
             from storage.sql import select_videos  # with DuckDB
 
             chosen = select_videos(archive, self.where)
-        extents = _extents(archive.part_bounds())
+        extents = _extents(archive.parts.bounds())
         recorded = replace(self, start_seconds=None, end_seconds=None)
         found = []
-        for row in archive.videos() if self.video is None else [self.video]:
+        for row in archive.videos.all() if self.video is None else [self.video]:
             length = row.probe.duration_seconds if row.probe else None
             extent = extents.get(row.video_number or 0, (0.0, max(length or 0.0, 1e-6)))
             is_chosen = chosen is None or row.uri in chosen
@@ -96,7 +96,7 @@ class Filter:
 
     def unfinished(self, archive: Archive) -> list[VideoRow]:
         """The videos that pass and are not whole yet, so that what is to come of them is missed."""
-        rows = archive.unfinished_videos()
+        rows = archive.videos.unfinished()
         passing = [numbers for numbers, *_ in self._ranges(archive)] if rows else []
         return [row for row in rows if any(numbers is None or row.video_number in numbers for numbers in passing)]
 
@@ -110,9 +110,9 @@ class Filter:
             from storage.sql import select_frames  # with DuckDB, which few filters need
 
             selected = select_frames(archive, self.where)
-        extents = _extents(archive.part_bounds())
+        extents = _extents(archive.parts.bounds())
         by_span: dict[Span, list[int]] = {}
-        for row in archive.videos() if self.video is None else [self.video]:
+        for row in archive.videos.all() if self.video is None else [self.video]:
             number = row.video_number
             if number in extents and self._passes(row) and (selected is None or number in selected):
                 span = self._span(row, *extents[number])

@@ -85,7 +85,7 @@ class Showing:
 
     def _decoded(self) -> Iterator[FusionInputs]:
         numbers = {frame.video_number for frame in self.frames}
-        rows = {row.video_number: row for row in self._archive.videos() if row.video_number in numbers}
+        rows = {row.video_number: row for row in self._archive.videos.all() if row.video_number in numbers}
         with Decoder(max_pixels=_allowed_pixels(rows.values())) as decoder:
             try:
                 yield from decoded_inputs(rows, self._model, self.frames, decoder)

@@ -124,8 +124,8 @@ class MomentFinder:
         taken: set[tuple[str, int]] = set()
         found: list[tuple[bool, Moment]] = []
         left_out = 0
-        uris = self._archive.uris({hit.video_number for hit in hits})
-        for frame in self._archive.hit_frames(hits):
+        uris = self._archive.videos.uris({hit.video_number for hit in hits})
+        for frame in self._archive.frames.of_hits(hits):
             paths = self._parts_of(frame.video_number)
             if (frame.part, frame.row) in taken:
                 continue
@@ -198,7 +198,7 @@ class MomentFinder:
     def _parts_of(self, video_number: int) -> list[str]:
         """Paths of a video's parts, in order of time."""
         if video_number not in self._paths:
-            bounds = self._archive.part_bounds()
+            bounds = self._archive.parts.bounds()
             places = bounds.of(video_number)
             places = places[np.argsort(bounds.first_seconds[places], kind="stable")]
             self._paths[video_number] = bounds.path[places].tolist()

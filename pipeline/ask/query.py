@@ -161,8 +161,8 @@ class QueryEncoder:
         video, start, end = parse_moment(name)
         if start is None or end is not None:
             raise UsageError(f"--like {name}: give one moment of a video in the archive, e.g. a.mp4@0:01:05")
-        row = self._archive.find_video(video)
-        frame = None if row.video_number is None else self._archive.frame_at(row.video_number, start)
+        row = self._archive.videos.find(video)
+        frame = None if row.video_number is None else self._archive.frames.at(row.video_number, start)
         if frame is None:
             raise UsageError(f"--like {name}: the archive has no frame of that time; the video's frames are elsewhere")
         if not keeps(self._archive.frames_uri, "search_key", [frame]):

@@ -68,7 +68,7 @@ def update_floors(archive: Archive, bundle: Bundle) -> None:
     Raises:
         ArchiveError: a part is missing or damaged, or the archive cannot be written.
     """
-    frames, (counted, _) = archive.frame_count(), _content(archive)
+    frames, (counted, _) = archive.videos.frame_count(), _content(archive)
     if not frames or counted / GROWTH < frames < counted * GROWTH:
         return
     content = {"model_id": archive.model_id, "frames": frames, "picture": asdict(picture_floor(archive))}
@@ -95,7 +95,7 @@ def text_floor(bundle: Bundle, index: Index) -> Floor:
 def picture_floor(archive: Archive) -> Floor:
     """What frames of different videos do not reach."""
     first: dict[int, str] = {}
-    for part in archive.parts():
+    for part in archive.frames.parts():
         first.setdefault(part.video_number, part.path)
     random = np.random.default_rng(len(first))
     chosen = sorted(random.choice(sorted(first), min(PICTURES, len(first)), replace=False).tolist()) if first else []

@@ -56,7 +56,7 @@ def check_pictures(archive: Archive, report: Callable[[int, int], None]) -> list
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    rows = [row for row in archive.videos() if row.frame_count and row.probe and row.probe.decoder == "decord"]
+    rows = [row for row in archive.videos.all() if row.frame_count and row.probe and row.probe.decoder == "decord"]
     checks = []
     for row in rows:
         checks.append(_check(archive, row))
@@ -74,13 +74,13 @@ def drop_wrong_videos(archive: Archive, checks: Sequence[PictureCheck]) -> list[
     if not numbers:
         return []
     drop_index(archive)
-    archive.drop_parts([part.path for part in archive.parts() if part.video_number in numbers])
-    archive.recount()
-    return [row for row in archive.videos() if row.video_number in numbers]
+    archive.parts.drop([part.path for part in archive.frames.parts() if part.video_number in numbers])
+    archive.videos.recount()
+    return [row for row in archive.videos.all() if row.video_number in numbers]
 
 
 def _check(archive: Archive, row: VideoRow) -> PictureCheck:
-    waiting = {ref.ticks: ref for ref in archive.frames(row.video_number)}
+    waiting = {ref.ticks: ref for ref in archive.frames.find(row.video_number)}
     count, wrong, problem = len(waiting), [], None
     try:
         for shown in _thumbnails_shown(row):

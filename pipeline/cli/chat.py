@@ -76,7 +76,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     talk = Conversation(asker, bundle, within, asked_of(options))
     turns = _Turns(archive, bundle, talk, options, as_json)
     if sys.stdin.isatty():
-        note(f"{counted(archive.frame_count(), 'frame')}, model {bundle.name}; /help lists the commands")
+        note(f"{counted(archive.videos.frame_count(), 'frame')}, model {bundle.name}; /help lists the commands")
         if not bundle.card.takes_history:
             note(f"{bundle.name} was trained on single questions: it does not see those before")
     code = 0

@@ -35,7 +35,7 @@ def clip(moment: str, file: str | None, archive_dir: str, force: bool, as_json: 
     name, start, end = parse_moment(moment)
     if start is None or end is None:
         raise UsageError(f"{moment}: give a moment as VIDEO@START-END, e.g. cars.mp4@0:12:31-0:12:40")
-    row = open_archive(archive_uri(archive_dir)).find_video(name)
+    row = open_archive(archive_uri(archive_dir)).videos.find(name)
     done = cut(row, start, end, file, overwrite=force)
     if as_json:
         print_json({**asdict(done), "source": source_text(row.uri), "video_id": row.video_id})

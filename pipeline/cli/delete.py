@@ -62,7 +62,7 @@ def delete(
         raise UsageError(f"{given}: name videos, or choose them by --tag, --where or both")
     archive = open_archive(archive_uri(archive_dir))
     if videos:
-        rows = list({row.uri: row for row in map(archive.find_video, videos)}.values())  # before any is deleted
+        rows = list({row.uri: row for row in map(archive.videos.find, videos)}.values())  # before any is deleted
     else:
         rows = _chosen(archive, tags, where)
     if is_chosen and not rows:
@@ -126,11 +126,11 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     now = datetime.now(UTC)
     oldest = _instant_before(older_than, now)
     archive = open_archive(archive_uri(archive_dir))
-    rows = [row for row in archive.videos() if row.status is not Status.DELETED]
+    rows = [row for row in archive.videos.all() if row.status is not Status.DELETED]
     ages = {_key(row): age for row in rows if (age := _age_of(row, now)) is not None}
     expired = [row for row in rows if _key(row) in ages and ages[_key(row)].since < oldest]
     kept = [row for row in rows if _key(row) in ages and ages[_key(row)].since >= oldest]
-    done = expired if dry_run else archive.delete(expired)
+    done = expired if dry_run else archive.videos.delete(expired)
     if as_json:
         more = {"videos_kept": [_json(row) | ages[_key(row)].json() for row in kept]} if dry_run else {}
         print_json(_summary(done, dry_run, [_json(row) | ages[_key(row)].json() for row in done]) | more)
@@ -227,7 +227,7 @@ def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: 
     """Deletes videos and tells which."""
     from pipeline.cli.print import print_json, print_table
 
-    done = rows if dry_run else archive.delete(rows)
+    done = rows if dry_run else archive.videos.delete(rows)
     if as_json:
         print_json(_summary(done, dry_run, [_json(row) for row in done]))
         return

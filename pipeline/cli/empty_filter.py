@@ -20,7 +20,7 @@ _PARTS = (("video",), ("after", "before"), ("tags",), ("start_seconds", "end_sec
 
 def why_nothing(archive: Archive, within: Filter) -> str:
     """One line on the first part of a filter with which no frame is left."""
-    rows = [row for row in archive.videos() if row.frame_count and row.video_number is not None]
+    rows = [row for row in archive.videos.all() if row.frame_count and row.video_number is not None]
     why = _first_to_blame(within, rows, lambda tried: tried.rows(archive))
     return f"{NO_FRAMES}: {why}" if why else f"{NO_FRAMES}; `vidx status` shows what the archive holds"
 
@@ -29,7 +29,7 @@ def why_no_video(archive: Archive, within: Filter) -> str:
     """The same of a filter with which no video is left, whether it has frames or not."""
     from storage.records import Status
 
-    rows = [row for row in archive.videos() if row.status is not Status.DELETED]
+    rows = [row for row in archive.videos.all() if row.status is not Status.DELETED]
     why = _first_to_blame(within, rows, lambda tried: tried.videos(archive))
     return why or "no video is like that; `vidx status` shows what the archive holds"
 

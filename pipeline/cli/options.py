@@ -195,7 +195,7 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     end = parse_time("--to", to_text) if to_text is not None else end
     if start is not None and end is not None and end <= start:
         raise UsageError(f"--from {from_text} --to {to_text}: the range must end after it starts")
-    row = archive.find_video(name) if name is not None else None
+    row = archive.videos.find(name) if name is not None else None
     if row is not None and not is_whole(row.problem) and row.status is not Status.INDEXING:
         note(f"{source_text(row.uri)} is {row.status}: {row.known_problem.reason}: {row.known_problem.detail}")
     if start is not None and end is None and video and from_text is None:

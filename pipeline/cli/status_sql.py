@@ -40,10 +40,10 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
     archive = open_archive(archive_uri(archive_dir))
     if failed:
         listed = (Status.PARTIAL, Status.FAILED)
-        _print_failed([row for row in archive.videos() if row.status in listed], as_json)
+        _print_failed([row for row in archive.videos.all() if row.status in listed], as_json)
         return
     if deleted:
-        _print_deleted([row for row in archive.videos() if row.status is Status.DELETED], as_json)
+        _print_deleted([row for row in archive.videos.all() if row.status is Status.DELETED], as_json)
         return
     found = archive.status()
     pending = open_index(archive).pending_count

@@ -229,7 +229,7 @@ class _Names:
         self._archive = archive
         self._path = path
         self._by_stem: dict[str, list[VideoRow]] = {}
-        for row in archive.videos():
+        for row in archive.videos.all():
             if row.frame_count and row.status is not Status.DELETED:
                 self._by_stem.setdefault(one_spelling(Path(source_text(row.uri)).stem), []).append(row)
 
@@ -238,7 +238,7 @@ class _Names:
         if len(alike) == 1:
             return alike[0]
         try:
-            row = self._archive.find_video(name)
+            row = self._archive.videos.find(name)
         except UsageError as error:
             raise UsageError(f"{self._path}: query {number}: {error}") from error
         if not row.frame_count:

@@ -147,7 +147,7 @@ def plan_index(
 ) -> IndexPlan:
     """What a job would do with each source; changes nothing. An archive of None is one that is not there yet."""
     wanted = WantedRows(bundle.model_id, sampling, config.max_pixels, config.retry_failed, config.restore_deleted)
-    return plan_sources(list(assets), archive.videos() if archive else [], wanted, HashCache())
+    return plan_sources(list(assets), archive.videos.all() if archive else [], wanted, HashCache())
 
 
 def check_machine(config: IndexConfig) -> None:
@@ -184,7 +184,7 @@ def run_index(
     result = IndexResult()
     known = plan_index(assets, archive, bundle, sampling, config)
     if known.renewed:
-        archive.renew(known.renewed)  # before anything new takes the place of what has moved away
+        archive.videos.renew(known.renewed)  # before anything new takes the place of what has moved away
     result.updates = list(known.updates.values())
     result.cache_problem = known.cache_problem
     result.failed_before = known.count(Decision.FAILED)
@@ -239,7 +239,7 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
         if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
             raise KeyboardInterrupt
     problems = (
-        {row.video_id: row.problem for row in rows} | {row.video_id: row.problem for row in archive.videos()} | away
+        {row.video_id: row.problem for row in rows} | {row.video_id: row.problem for row in archive.videos.all()} | away
     )
     return [replace(row, problem=problem) for row in rows if (problem := problems[row.video_id]) is not None]
 
@@ -359,7 +359,7 @@ class _Run:
         receipts = list(self._receipts)
         for number in {receipt.video_number for receipt in receipts if receipt.part is not None}:
             self._job.begin(number)
-        landed = self._archive.commit_frames(receipts)  # which tells, where it is interrupted and done once more
+        landed = self._archive.parts.commit(receipts)  # which tells, where it is interrupted and done once more
         del self._receipts[: len(receipts)]
         self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
         for receipt in receipts:
@@ -384,7 +384,7 @@ class _Run:
             if is_last or now - video.committed_since >= SHOW_PART_SECONDS
         ]
         rows = [*finished, *map(self._unfinished_row, partly)]
-        published = self._archive.publish(rows, self._restored) if rows else set()
+        published = self._archive.videos.publish(rows, self._restored) if rows else set()
         self._restored -= published  # what a user deletes after it was restored, and shown, stays deleted
         del self._finished[: len(finished)]
         for video in partly:
@@ -402,14 +402,14 @@ class _Run:
 
     def _is_deleted(self, video_id: str) -> bool:
         """Whether a user has deleted a video while this job was at it."""
-        row = self._archive.row_of(video_id)
+        row = self._archive.videos.row_of(video_id)
         return row is not None and row.status is Status.DELETED
 
     def _count_unindexed(self, finished: Sequence[VideoRow]) -> None:
         """Adds the frames that are shown since the last count."""
-        shown = self._archive.published()
+        shown = self._archive.videos.published()
         at_work = {video.number for video in self._videos.values() if video.number in shown}
-        counts = {number: self._archive.committed_frame_count(number) for number in at_work}
+        counts = {number: self._archive.parts.frame_count(number) for number in at_work}
         counts |= {row.video_number: row.frame_count for row in finished if row.video_number is not None}
         self._unindexed += sum(count - self._counted.get(number, 0) for number, count in counts.items())
         self._counted = {number: counts[number] for number in at_work}
@@ -478,14 +478,14 @@ class _Run:
             segments = split(content.video_id, probe)
             keys = [segment.key for segment in segments]
             again = self._wanted.retry_failed
-            done = self._archive.committed(number, keys, whole_only=again)
+            done = self._archive.parts.committed(number, keys, whole_only=again)
             waiting = [segment for segment in segments if segment.key not in done]
-            self._result.frames_resumed += self._archive.committed_frame_count(number, done)
+            self._result.frames_resumed += self._archive.parts.frame_count(number, done)
             meter = self._meter.begin(asset.uri, probe, done)
             left = {segment.key for segment in waiting}
             since = time.monotonic() if done else None
             video = _Video(asset, content, probe, number, left, set(done), bool(done), meter, since)
-            video.is_settled = number in self._archive.published()
+            video.is_settled = number in self._archive.videos.published()
             self._videos[content.video_id] = video
             tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
             self._ready.extend(tasks)
@@ -502,7 +502,7 @@ class _Run:
             if self._is_done(content):
                 self._skip(asset)
                 continue
-            if row := self._archive.row_of(content.video_id):  # what a manifest said to the job that was at it
+            if row := self._archive.videos.row_of(content.video_id):  # what a manifest said to the job that was at it
                 tags = row.tags if asset.tags is None else asset.tags
                 asset = replace(asset, tags=tags)
                 if asset.captured_at is None:
@@ -512,7 +512,7 @@ class _Run:
 
     def _is_done(self, content: Content) -> bool:
         """Whether a row has come since this job began, and leaves nothing to do."""
-        row = self._archive.row_of(content.video_id)
+        row = self._archive.videos.row_of(content.video_id)
         if row is None or row == self._known.by_id.get(content.video_id):
             return False
         return decide_known(row, replace(self._wanted, retry_failed=False)) not in (
@@ -545,12 +545,12 @@ class _Run:
     def _finish(self, video: _Video) -> None:
         del self._videos[video.content.video_id]
         self._meter.end(video.asset.uri)
-        frame_count = self._archive.committed_frame_count(video.number)
+        frame_count = self._archive.parts.frame_count(video.number)
         problem = video.problem
-        if not self._archive.holds(video.number, video.held):
+        if not self._archive.parts.holds(video.number, video.held):
             problem = Problem(Reason.DAMAGED, "frames of it were taken out while this job worked")
         if is_whole(problem) and video.resumed:
-            problem = min(self._archive.problems(video.number), key=is_whole, default=problem)
+            problem = min(self._archive.parts.problems(video.number), key=is_whole, default=problem)
         if frame_count == 0 and problem is None:
             problem = Problem(Reason.NO_FRAMES, "the video stream holds no frame that can be decoded")
         row = self._row(video.asset, video.content, video.probe, video.number, frame_count, problem)
@@ -600,7 +600,7 @@ class _Run:
 
     def _unfinished_row(self, video: _Video) -> VideoRow:
         """The row of a video of which frames are committed, and not all; it does not count this run yet."""
-        count = self._archive.committed_frame_count(video.number)
+        count = self._archive.parts.frame_count(video.number)
         problem = Problem(Reason.UNFINISHED, "it is being indexed, or its job was interrupted")
         row = self._row(video.asset, video.content, video.probe, video.number, count, problem)
         return replace(row, status=Status.INDEXING, attempts=row.attempts - 1, indexed_at=None)

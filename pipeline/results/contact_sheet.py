@@ -106,7 +106,7 @@ def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
 
 
 def _best_frame(archive: Archive, moment: Moment) -> FrameRef:
-    shown = archive.frame_at(moment.video_number, moment.best_seconds)
+    shown = archive.frames.at(moment.video_number, moment.best_seconds)
     if shown is None:
         raise UsageError(f"{source_text(moment.uri)}: was taken out of the archive meanwhile; search again")
     return shown

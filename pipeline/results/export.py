@@ -130,7 +130,7 @@ def _edl(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
 
 def _frame_rate(archive: Archive, video_number: int) -> float:
     """Frames a second, from the ranks and times of the stored ones; a usual rate where it is within a thousandth."""
-    bounds = archive.part_bounds()
+    bounds = archive.parts.bounds()
     places = bounds.of(video_number)
     seconds = bounds.last_seconds[places].max() - bounds.first_seconds[places].min()
     frames = bounds.last_index[places].max() - bounds.first_index[places].min()

@@ -82,7 +82,7 @@ def stored_frames(archive: Archive, rows: Rows, cells: Sequence[str], batch_fram
     Raises:
         ArchiveError: a part is missing or damaged, or keeps no such cells.
     """
-    for refs in _batches(archive.refs_of(rows), batch_frames):
+    for refs in _batches(archive.frames.refs_of(rows), batch_frames):
         yield _read(archive, refs, cells)
 
 

@@ -1,195 +1,87 @@
-"""The table of frames: committing the parts of segments, each once, and taking parts out."""
+"""Published frames: where they lie, by video, time or index."""
 
-import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from storage.archive import delta as tables
-from storage.archive.delta import Conflict
-from storage.archive.frames import PartBounds, part_bounds
-from storage.errors import ArchiveError
-from storage.files import exists, join, source_text
-from storage.parts.read import part_problem
-from storage.parts.write import PartWriter
-from storage.records import Part, Problem, Receipt, is_whole, lies_within
+import numpy as np
+
+from storage.archive.frames import LivePart, Rows, find_frames, find_hits, find_rows, refs_of_part
+from storage.archive.part_table import PartTable
+from storage.archive.video_table import VideoTable
+from storage.records import FrameRef, Hit
 
 
 class FrameTable:
-    """Committed parts, whether their videos are published or not, at one version."""
+    """The frames of published videos."""
 
-    def __init__(self, uri: str):
-        self.uri = uri
-        self._table = tables.open_table(uri)
-        self._bounds: tuple[int, PartBounds] | None = None
+    def __init__(self, parts: PartTable, videos: VideoTable):
+        self._parts = parts
+        self._videos = videos
 
-    @property
-    def version(self) -> int:
-        """Of the parts."""
-        return self._table.version()
+    def parts(self) -> list[LivePart]:
+        """The parts of published videos."""
+        bounds = self._parts.bounds()
+        shown = np.isin(bounds.video_number, np.fromiter(self._videos.published(), np.int64))
+        columns = (bounds.path, bounds.video_number, bounds.row_count)
+        return [*map(LivePart._make, zip(*(column[shown].tolist() for column in columns), strict=True))]
 
-    def refresh(self) -> None:
-        """Moves to the newest version."""
-        tables.refresh(self._table)
+    def find(
+        self,
+        video_numbers: int | Iterable[int] | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        frame_indexes: np.ndarray | None = None,
+    ) -> list[FrameRef]:
+        """Published frames, by (video_number, ticks).
 
-    def bounds(self) -> PartBounds:
-        """All parts."""
-        if self._bounds is None or self._bounds[0] != self.version:
-            self._bounds = (self.version, part_bounds(self.uri, tables.live_files(self._table)))
-        return self._bounds[1]
+        Args:
+            video_numbers: one video, several, or None for all.
+            start_seconds, end_seconds: half-open range of positions; a frame is in it if its span
+                [time, time + duration) meets it. None: open.
+            frame_indexes: only these ranks, ascending; None: all.
+        Raises:
+            ArchiveError: a part is missing or damaged.
+        """
+        ids = self._published_among(video_numbers)
+        return find_frames(self._parts.uri, self._parts.bounds(), ids, start_seconds, end_seconds, frame_indexes)
 
-    def problems(self, video_number: int) -> dict[str, Problem | None]:
-        """What is wrong with each segment of a number, as its part says; opens each one's footer.
+    def rows(
+        self,
+        video_numbers: int | Iterable[int] | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        frame_indexes: np.ndarray | None = None,
+    ) -> Rows:
+        """Where the same frames lie; as `find` otherwise."""
+        ids, bounds = self._published_among(video_numbers), self._parts.bounds()
+        found = find_rows(self._parts.uri, bounds, ids, start_seconds, end_seconds, frame_indexes)
+        return {bounds.path[place]: rows for place, rows in found}
+
+    def refs_of(self, rows: Rows) -> Iterator[list[FrameRef]]:
+        """The frames of rows of published parts, part after part, by video and time.
 
         Raises:
             ArchiveError: a part is missing or damaged.
         """
-        bounds = self.bounds()
-        places = bounds.of(video_number).tolist()
-        return {bounds.segment[place]: part_problem(self.uri, bounds.path[place]) for place in places}
+        bounds, ids = self._parts.bounds(), self._videos.published()
+        for place in np.lexsort((bounds.first_seconds, bounds.video_number)).tolist():
+            if bounds.path[place] in rows:
+                yield refs_of_part(self._parts.uri, bounds, place, ids, rows[bounds.path[place]])
 
-    def commit(self, receipts: Sequence[Receipt]) -> list[bool]:
-        """Commits the parts of a group of segments at once; says of each whether it landed.
-
-        A segment whose rows are in already, also by a process that commits at this very moment, does not land, and
-        its part is removed. So each (video, segment, model, sampling) is in at most once. Rows that are not whole
-        make way, in the same commit, for whole ones or for more, and those of a problem that may pass for those of
-        one that does not. A receipt without a part has nothing to land; one whose very part is in has landed, however
-        often it is committed.
+    def at(self, video_number: int, seconds: float) -> FrameRef | None:
+        """The frame that is shown at a position; None where no published frame is.
 
         Raises:
-            ArchiveError: the archive cannot be written, or a part to be replaced not be read. The group is in, whole,
-                or not at all, and no part is removed; committing it again tells.
+            ArchiveError: a part is missing or damaged.
         """
-        landed: set[str] = set()
-        for _ in tables.attempts():
-            self.refresh()
-            waiting, replaced = self._not_committed(receipts)
-            if not waiting:
-                break
-            guards = {_segment_id(receipt.video_number, receipt.segment.key): 1 for receipt in waiting}
-            for guard in guards.keys() & replaced.keys():
-                guards[guard] = (self._table.transaction_version(guard) or 0) + 1
-            parts = [receipt.part for receipt in waiting if receipt.part is not None]
-            self._check_written(parts)
-            try:
-                tables.commit(self._table, parts, list(replaced.values()), guards)
-            except Conflict:
-                continue
-            landed = {part.path for part in parts}
-            break
-        landed |= set(self.bounds().path)  # also what was in before, or landed in a try that seemed to fail
-        written = [receipt.part for receipt in receipts if receipt.part is not None]
-        for part in written:
-            if part.path not in landed:
-                with contextlib.suppress(OSError):
-                    PartWriter.discard(self.uri, part)
-        return [receipt.part is not None and receipt.part.path in landed for receipt in receipts]
+        return next(reversed(self.find(video_number, seconds, seconds + 1e-6)), None)
 
-    def _check_written(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            uri = join(self.uri, part.path)
-            if not exists(uri):
-                raise ArchiveError(
-                    f"{source_text(uri)}: was removed before it was committed, as by `vidx clean` beside a job that "
-                    "paused; run the same command again"
-                )
+    def of_hits(self, hits: Sequence[Hit]) -> list[FrameRef]:
+        """The frames that a search found, in the order of the hits."""
+        return find_hits(self._parts.uri, self._parts.bounds(), self._videos.published(), hits)
 
-    def drop(self, paths: Iterable[str]) -> None:
-        """Takes parts out.
-
-        Raises:
-            ArchiveError: the archive cannot be written.
-        """
-        wanted = set(paths)
-        for _ in tables.attempts():
-            self.refresh()
-            bounds = self.bounds()
-            places = [place for place, path in enumerate(bounds.path) if path in wanted]
-            if not places:
-                return
-            guards = [_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in places]
-            versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
-            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
-            with contextlib.suppress(Conflict):
-                tables.commit(self._table, [], removed, versions)
-
-    def join(self, joined: Sequence[tuple[Part, Sequence[str]]]) -> list[bool]:
-        """Puts each of several written parts in the place of those whose rows it holds, at once; says which landed.
-
-        One of whose rows another process has taken out or replaced meanwhile does not land, and is removed.
-
-        Args:
-            joined: new parts, each with the paths of the old ones.
-        Raises:
-            ArchiveError: the archive cannot be written. The group is in, whole, or not at all; no part is removed.
-        """
-        landed: set[str] = set()
-        for _ in tables.attempts():
-            self.refresh()
-            bounds = self.bounds()
-            places = {path: place for place, path in enumerate(bounds.path.tolist())}
-            waiting = [(part, paths) for part, paths in joined if places.keys() >= set(paths)]
-            if not waiting:
-                break
-            self._check_written([part for part, _ in waiting])
-            old = [places[path] for _, paths in waiting for path in paths]
-            guards = {_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in old}
-            versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
-            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in old]
-            try:
-                tables.commit(self._table, [part for part, _ in waiting], removed, versions)
-            except Conflict:
-                continue
-            landed = {part.path for part, _ in waiting}
-            break
-        there = landed | set(self.bounds().path)  # also what landed in a try that seemed to fail
-        for part, _ in joined:
-            if part.path not in there:
-                with contextlib.suppress(OSError):
-                    PartWriter.discard(self.uri, part)
-        return [part.path in there for part, _ in joined]
-
-    def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], dict[str, tuple[str, int]]]:
-        """The receipts to commit, and by segment the path and size of each part that makes way for one of them."""
-        bounds = self.bounds()
-        places = {
-            (number, bounds.segment[place]): place
-            for number in {receipt.video_number for receipt in receipts}
-            for place in bounds.of(number).tolist()
-        }
-        waiting, replaced, seen = [], {}, set()
-        for receipt in receipts:
-            part, key = receipt.part, (receipt.video_number, receipt.segment.key)
-            if part is None or key in seen:
-                continue
-            place = places.get(key)
-            if place is None and self._is_joined(receipt):
-                continue
-            if place is not None:
-                path, row_count = bounds.path[place], int(bounds.row_count[place])
-                if path == part.path or not self._is_better(part.row_count, receipt.problem, path, row_count):
-                    continue
-                replaced[_segment_id(receipt.video_number, receipt.segment.key)] = (path, int(bounds.size_bytes[place]))
-            seen.add(key)
-            waiting.append(receipt)
-        return waiting, replaced
-
-    def _is_joined(self, receipt: Receipt) -> bool:
-        """Whether a segment's rows are in a part of several segments, which holds all that there is of each."""
-        bounds = self.bounds()
-        places = bounds.of(receipt.video_number).tolist()
-        around = (place for place in places if lies_within(receipt.segment.key, bounds.segment[place]))
-        return any(is_whole(part_problem(self.uri, bounds.path[place])) for place in around)
-
-    def _is_better(self, new_count: int, problem: Problem | None, path: str, row_count: int) -> bool:
-        """Whether a segment's rows are to take the place of those that are in."""
-        there = part_problem(self.uri, path)
-        if there is None or there.reason.is_note:
-            return False
-        if problem is None or problem.reason.is_note or new_count > row_count:
-            return True
-        return there.reason.may_pass and not problem.reason.may_pass
-
-
-def _segment_id(video_number: int, segment_key: str) -> str:
-    """The guard of a segment: a number stands for (video, model, sampling)."""
-    return f"segment:{video_number}:{segment_key}"
+    def _published_among(self, video_numbers: int | Iterable[int] | None) -> dict[int, str]:
+        ids = self._videos.published()
+        if video_numbers is None:
+            return ids
+        chosen = [video_numbers] if isinstance(video_numbers, int) else list(video_numbers)
+        return {number: ids[number] for number in chosen if number in ids}

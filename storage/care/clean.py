@@ -80,7 +80,7 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
 def _drop_hidden(archive: Archive, written_before: float) -> int:
     """Takes out frames that no row shows, of videos that no job has taken; says how many."""
     archive.refresh()
-    bounds, hidden = archive.part_bounds(), archive.hidden_numbers()
+    bounds, hidden = archive.parts.bounds(), archive.hidden_numbers()
     written = dict.fromkeys(hidden, -math.inf)
     for number, path in zip(bounds.video_number.tolist(), bounds.path.tolist(), strict=True):
         if number in hidden:
@@ -92,10 +92,10 @@ def _drop_hidden(archive: Archive, written_before: float) -> int:
         alone = job.is_alone()  # which matters where claims cannot be made
         taken = [number for number in old if job.take(number, lease_seconds=math.inf) and (alone or job.holds(number))]
         archive.refresh()  # whoever had one of them before may have published it
-        bounds = archive.part_bounds()
+        bounds = archive.parts.bounds()
         chosen = np.isin(bounds.video_number, [*archive.hidden_numbers() & set(taken)])
-        archive.drop_parts(bounds.path[chosen].tolist())
-        archive.recount()  # of a row that came all the same, as where this process slept: the next job completes it
+        archive.parts.drop(bounds.path[chosen].tolist())
+        archive.videos.recount()  # a row may have come while this process slept: the next job completes it
         return int(bounds.row_count[chosen].sum())
 
 

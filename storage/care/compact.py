@@ -65,7 +65,7 @@ def compact(
                     waiting.append((number, _join(archive, paths), paths))
                 except ArchiveError as error:
                     problems.append(str(error))
-            landed = archive.join_parts([(part, paths) for _, part, paths in waiting])
+            landed = archive.parts.join([(part, paths) for _, part, paths in waiting])
             for (number, _, paths), has_landed in zip(waiting, landed, strict=True):
                 if has_landed:
                     videos.add(number)
@@ -80,11 +80,11 @@ def compact(
 
 def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]]:
     """Number of a video and paths of parts to be joined, in order."""
-    bounds = archive.part_bounds()
+    bounds = archive.parts.bounds()
     counts = bounds.frame_counts()
     whole = {
         row.video_number
-        for row in archive.videos()
+        for row in archive.videos.all()
         if row.status is Status.INDEXED and row.frame_count == counts[row.known_number]
     }
     places: dict[int, list[int]] = {}

@@ -65,9 +65,9 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
     archive.restore_numbers()
     if dropped:  # damage to the tables of rows hides other kinds
         spared = _drop_frames(archive, verify(uri), why_not)
-    rows = archive.recount()
+    rows = archive.videos.recount()
     again = {row.video_id for row in rows}
-    rows += [row for row in archive.videos() if _was_damaged(row) and row.video_id not in again]
+    rows += [row for row in archive.videos.all() if _was_damaged(row) and row.video_id not in again]
     lost = len(archive.hidden_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
@@ -97,20 +97,20 @@ def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict
     Returns:
         The damaged parts that stay, with their videos.
     """
-    bounds = archive.part_bounds()
+    bounds = archive.parts.bounds()
     damaged = {fault.file for fault in found.faults if fault.table == "frames" and fault.file}
     doubled = {fault.video_number for fault in found.faults if fault.video_number is not None}
     twice = {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()}
     owners = dict(zip(bounds.path.tolist(), bounds.video_number.tolist(), strict=True))
     numbers = {owners.get(path) for path in damaged - twice}
-    rows = {row.video_number: row for row in archive.videos() if row.video_number in numbers} if numbers else {}
+    rows = {row.video_number: row for row in archive.videos.all() if row.video_number in numbers} if numbers else {}
     why = why_not(archive, [*rows.values()]) if rows else {}
     spared = {
         path: replace(row, problem=why[row.known_id])
         for path in damaged - twice
         if (row := rows.get(owners.get(path))) and row.video_id in why and _can_be_read(archive, path, row)
     }
-    archive.drop_parts((damaged | twice) - set(spared))
+    archive.parts.drop((damaged | twice) - set(spared))
     return spared
 
 

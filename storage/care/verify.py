@@ -95,7 +95,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
         ]
         return Verification(len(files), size_bytes, 0, tuple(faults))  # whose frames they are cannot be told
     archive = open_archive(uri)
-    bounds = archive.part_bounds()
+    bounds = archive.parts.bounds()
     faults = [*_part_faults(archive, bounds, {path: detail for (_, path), detail in damaged.items()})]
     faults += _row_faults(archive, bounds)
     if not faults:
@@ -124,7 +124,7 @@ def _file_fault(uri: str, size: int) -> str:
 
 def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str]) -> Iterator[Fault]:
     """Damaged parts, those that are not what the log says of them, and frames that are stored twice."""
-    sources = archive.sources()
+    sources = archive.videos.sources()
     ticks: dict[int, list[np.ndarray]] = defaultdict(list)
     for place, path in enumerate(bounds.path.tolist()):
         number = int(bounds.video_number[place])
@@ -164,8 +164,8 @@ def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
     Fewer they may say: a job commits frames first, and publishes the row when it has all of them.
     """
     stored = bounds.frame_counts()
-    given, place = archive.numbers(), source_text(join(archive.uri, "videos"))
-    for row in archive.videos():
+    given, place = archive.numbers.known(), source_text(join(archive.uri, "videos"))
+    for row in archive.videos.all():
         source = source_text(row.uri)
         if row.video_number is None:
             continue

@@ -292,7 +292,7 @@ def open_index(archive: Archive) -> Index:
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    if not exists(join(archive.index_uri, MANIFEST)) and not archive.parts():
+    if not exists(join(archive.index_uri, MANIFEST)) and not archive.frames.parts():
         return Index(archive)
     seen = None
     for _ in range(OPEN_ROUNDS):  # a job that swaps the index meanwhile removes the files of the old one
@@ -307,7 +307,7 @@ def open_index(archive: Archive) -> Index:
         improve_index(archive)
         return _open(archive, read_manifest(archive), True)
     except (ArchiveError, OSError, Damaged) as error:  # read-only: in memory, for this process alone
-        if sum(part.row_count for part in archive.parts()) > MAX_EXACT:
+        if sum(part.row_count for part in archive.frames.parts()) > MAX_EXACT:
             raise ArchiveError(
                 f"{source_text(archive.index_uri)}: missing or damaged, and too large to do without; make the archive "
                 f"writable and run `vidx repair` ({' '.join(str(error).split())})"
@@ -325,7 +325,7 @@ def _open(archive: Archive, manifest: Manifest, rebuilt: bool) -> Index:
 
 
 def _live_parts(archive: Archive) -> _LiveParts:
-    return {part.path: part for part in archive.parts()}
+    return {part.path: part for part in archive.frames.parts()}
 
 
 def _build_all(archive: Archive, parts: Sequence[_Part]) -> list[ExactKeys]:
@@ -335,7 +335,7 @@ def _build_all(archive: Archive, parts: Sequence[_Part]) -> list[ExactKeys]:
 
 def _bring_up(archive: Archive, max_retired: float) -> int | None:
     """Writes what the files lack, and the manifest; the count of keys added, None where all is there already."""
-    if _whole_manifest(archive) is None and sum(part.row_count for part in archive.parts()) > EXACT_KEYS:
+    if _whole_manifest(archive) is None and sum(part.row_count for part in archive.frames.parts()) > EXACT_KEYS:
         keys = _train(archive, wait=True)  # lost: no exact files, which would only be replaced
         if keys:
             return keys
