@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
+from command_server import VIDX, CommandServer
 
 ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
 SAMPLES = ROOT / "ops" / "samples"
-VIDX = Path(sys.executable).parent / "vidx"
 needs_scenes = pytest.mark.skipif(find_spec("scenedetect") is None, reason="the extra `scenes` is not installed")
 
 
@@ -30,18 +33,53 @@ class Run:
         return json.loads(self.out)
 
 
-def run_vidx(*arguments, env=None, timeout=300, cwd=None):
-    """The command `vidx` as a process of its own, as a user runs it."""
+@cache
+def command_server():
+    """Started by the first command."""
+    return CommandServer() if sys.platform == "linux" else None
+
+
+def run_vidx(*arguments, env=None, timeout=300, cwd=None, ray=False, script=""):
+    """The command `vidx` as a process of its own, as a user runs it; see command_server.py.
+
+    Args:
+        ray: whether a job starts Ray; otherwise its workers are in its own process, see local_executor.py. Options
+            that are about Ray mean it.
+        script: Python to run in that process before.
+    """
+    environment, server = {**os.environ, **(env or {})}, command_server()
+    if {"index", "repair"} & {*arguments[:1]} and not (ray or {"--address", "--workers"} & {*arguments}):
+        script = (
+            f"import sys; sys.path.append({str(TESTS)!r}); import local_executor; local_executor.install()\n{script}"
+        )
+    if server is not None and server.can_run(environment) and "--engine" not in arguments:  # it imports what it wants
+        with TemporaryFile() as out, TemporaryFile() as err:
+            folder = os.fspath(cwd or os.getcwd())
+            code = server.run(arguments, script, environment, folder, out.fileno(), err.fileno(), timeout)
+            return Run(code, read_back(out), read_back(err))
+    start = f"import sys; sys.argv[0] = {str(VIDX)!r}\n{script}\nfrom pipeline.cli.main import main\nmain()"
     finished = subprocess.run(
-        [VIDX, *arguments],
+        [sys.executable, "-c", start, *arguments] if script else [VIDX, *arguments],
         capture_output=True,
         timeout=timeout,
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env=environment,
         stdin=subprocess.DEVNULL,
         check=False,
     )
     return Run(finished.returncode, finished.stdout.decode(), finished.stderr.decode())
+
+
+def run_program(path, *arguments):
+    """A program of ops/ as a process of its own, in the same way."""
+    script = f"import runpy, sys; sys.path[0] = {str(path.parent)!r}; sys.argv[0] = {str(path)!r}\n"
+    script += f"runpy.run_path({str(path)!r}, run_name='__main__'); sys.exit()"
+    return run_vidx(*map(str, arguments), ray=True, script=script)
+
+
+def read_back(file):
+    file.seek(0)
+    return file.read().decode()
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +91,7 @@ def vidx():
 def samples_archive(tmp_path_factory):
     """An archive of the sample clips, made by the command line once; tests must not change it."""
     archive = tmp_path_factory.mktemp("samples") / "archive"
-    run = run_vidx("index", str(SAMPLES), "--archive", str(archive), "--json")
+    run = run_vidx("index", str(SAMPLES), "--archive", str(archive), "--json", ray=True)
     assert run.code == 0, run.err
     return archive, run.json
 

@@ -6,7 +6,7 @@ import pty
 import select
 import signal
 import subprocess
-import time
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,9 +180,31 @@ def test_a_damaged_frame_spoils_the_questions_about_it_alone(archive_copy):
     assert "`vidx repair` mends what it can" in run.stderr
 
 
+WAITS_AFTER_A_WORD = """
+import os, threading
+from pipeline.ask.chat import Conversation
+from pipeline.cli.main import main
+
+ask, asked = Conversation.ask, []
+
+def ask_slowly(self, question, stream, announce):
+    asked.append(question)
+    def stream_and_wait(word):
+        stream(word)
+        if len(asked) == 1 and word:
+            os.write(1, b"<waits>")
+            threading.Event().wait()
+    return ask(self, question, stream_and_wait, announce)
+
+Conversation.ask = ask_slowly
+main()
+"""
+
+
 def test_a_terminal_gets_words_as_they_come_and_control_c_stops_an_answer_alone(samples_archive):
     ours, theirs = pty.openpty()
-    command = [VIDX, "chat", "--archive", str(samples_archive[0]), "--video", CLIP, "--from", "1", "--to", "5"]
+    chosen = ["--archive", str(samples_archive[0]), "--video", CLIP, "--from", "1", "--to", "5"]
+    command = [sys.executable, "-c", WAITS_AFTER_A_WORD, "chat", *chosen]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     with subprocess.Popen(command, **streams, start_new_session=True) as process:
         os.close(theirs)
@@ -199,8 +221,10 @@ def test_a_terminal_gets_words_as_they_come_and_control_c_stops_an_answer_alone(
         until(b"does not see those before")
         until(b"> ")
         os.write(ours, b"What is there?\n")
-        until(b"\r\n")  # it has read the line
-        time.sleep(0.3)  # torch and the model take seconds, so this comes before an answer
+        until(b"\r\n")
+        begun = until(b"<waits>").strip()
+        assert begun
+        assert b"a cow, a leaf and a tent".startswith(begun)
         process.send_signal(signal.SIGINT)
         until(b"stopped")
         until(b"> ")

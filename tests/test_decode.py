@@ -104,8 +104,8 @@ def make(folder, name, *arguments):
 @pytest.mark.parametrize("fps", RATES, ids=str)
 @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.name)
 def test_frames_are_those_shown_at_the_instants(decoder, path, fps):
-    if path.name == "blank_six_minutes.mp4" and fps != 1:
-        pytest.skip("one rate of this long one is enough")
+    if fps != 1 and (path.name == "blank_six_minutes.mp4" or (path.parent == SHARED and fps != RATES[-2])):
+        pytest.skip("the long one at one rate and the whole collection at two are enough")
     probe = decoder.probe(path)
     times = frame_table(path)
     rows = decode_all(decoder, path, probe, fps)
@@ -414,16 +414,17 @@ def new_child(before):
 def test_a_hang_ends_in_timeout_and_the_decoder_goes_on():
     path = SAMPLES / "bottles_on_table.mp4"
     before = child_pid()
-    with Decoder(timeout_seconds=1) as decoder:
+    with Decoder() as decoder:
         probe = decoder.probe(path)
+        patient, decoder._timeout_seconds = decoder._timeout_seconds, 3  # of the next call alone
         batches = decoder.decode(path, probe, Segment("a" * 64, None, None, 0), Fraction(30), 1)
         first = next(batches)
+        decoder._timeout_seconds = patient
         os.kill(new_child(before), signal.SIGSTOP)
-        began = time.monotonic()
         with pytest.raises(VideoProblem) as caught:
             list(batches)
         assert caught.value.reason is Reason.TIMEOUT
-        assert time.monotonic() - began < 10
+        assert "no progress for 3 s" in caught.value.detail
         assert first.ticks[0] == 0
         assert len(decode_all(decoder, path, probe, Fraction(1))) == 40
 
@@ -463,9 +464,10 @@ def test_an_abandoned_iterator_leaves_nothing_behind():
         batches.close()
         assert set(child_pid()) == set(before)
         assert len(decode_all(decoder, path, probe, Fraction(1))) == 40
-    time.sleep(0.5)
-    assert set(child_pid()) == set(before)
-    assert threading.active_count() <= threads
+    end = time.monotonic() + 60
+    while set(child_pid()) != set(before) or threading.active_count() > threads:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_decoding_runs_ahead_but_not_without_end():

@@ -21,9 +21,9 @@ def run(*command, timeout):
 
 @pytest.mark.skipif(not FONT.is_file(), reason="the pictograms' font is not installed")
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
-@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_jobs_lose_double_and_leave_nothing(kills):
-    size = ("--videos", "2", "--minutes", "0.3") if kills < 100 else ()
+    size = ("--videos", "2", "--minutes", "0.2") if kills < 100 else ()
     code, found = run(ROOT / "ops/chaos", "--kills", str(kills), "--json", *size, timeout=7200)
     wrong = ("rows_lost", "rows_doubled", "rows_other", "faults", "unclear_ends", "hung", "processes_left")
     assert {name: found[name] for name in wrong} == dict.fromkeys(wrong, 0), found["notes"]
@@ -44,7 +44,7 @@ def test_damaged_files_end_with_a_reason_and_leave_nothing(files):
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="makes its clips with ffmpeg")
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits the memory of what it forks")
-@pytest.mark.parametrize("archives", [20, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("archives", [12, pytest.param(2000, marks=pytest.mark.long)])
 def test_damaged_and_hostile_archives_end_in_one_line_and_reach_nothing_outside(archives):
     code, found = run(ROOT / "ops/fuzz_archive", "--archives", str(archives), "--seed", "7", "--json", timeout=14400)
     assert (code, found["wrong"], found["archives"]) == (0, {}, archives), found["cases"]

@@ -1,19 +1,19 @@
 """What a running job says: the files at work, how much of them is done, and how long the rest takes."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import termios
 from dataclasses import replace
 from pathlib import Path
 from pty import openpty
 
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import SAMPLES, TESTS
 from small_archive import PROBE
 
 from pipeline.index.progress import Meter
@@ -119,12 +119,17 @@ def on_terminal(command, columns=100):
     return job.returncode, text
 
 
-@pytest.mark.parametrize("columns", [100, 40])
-def test_a_terminal_shows_the_files_at_work_and_their_times(tmp_path, columns):
+@pytest.mark.parametrize(("columns", "workers"), [(100, ""), (40, "import local_executor; local_executor.install()")])
+def test_a_terminal_shows_the_files_at_work_and_their_times(tmp_path, columns, workers):
     videos = tmp_path / "videos"
     videos.mkdir()
     shutil.copy(SIX_MINUTES, videos / "cam1.mp4")
-    command = [VIDX, "index", str(videos), "--archive", str(tmp_path / "archive"), "--fps", "4"]
+    script = (
+        f"import sys, pipeline.cli.main, pipeline.cluster.executor; sys.path.append({str(TESTS)!r}); {workers}\n"
+        "pipeline.cluster.executor.REACHED_SECONDS = 0.1; pipeline.cli.main.main()"
+    )
+    archive = str(tmp_path / "archive")
+    command = [sys.executable, "-c", script, "index", str(videos), "--archive", archive, "--fps", "2"]
     code, text = on_terminal(command, columns)
     assert code == 0, text
     assert re.search(r"^0/1 videos", text, re.MULTILINE)
@@ -141,7 +146,7 @@ def test_lines_name_the_files_and_resumed_frames_are_told_apart(vidx, tmp_path):
     shutil.copy(SIX_MINUTES, videos / "cam1.mp4")
     shutil.copy(SAMPLES / "highway.avi", videos / "cam2.avi")
     script = (
-        "import os, signal, pipeline.cli.main, pipeline.index.job; from storage.archive.archive import Archive\n"
+        "import os, signal, pipeline.index.job; from storage.archive.archive import Archive\n"
         "pipeline.index.job.COMMIT_SECONDS, commit, stopped = 0.0, Archive.commit_frames, []\n"
         "def stop(self, receipts):\n"
         "    landed = commit(self, receipts)\n"
@@ -149,11 +154,10 @@ def test_lines_name_the_files_and_resumed_frames_are_told_apart(vidx, tmp_path):
         "        stopped.append(1)\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return landed\n"
-        "Archive.commit_frames = stop; pipeline.cli.main.main()"
+        "Archive.commit_frames = stop"
     )
-    command = [VIDX.parent / "python", "-c", script, "index", str(videos), "--archive", archive, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 130, done.stderr
+    done = vidx("index", str(videos), "--archive", archive, "--json", script=script)
+    assert done.code == 130, done.err
     status = vidx("status", "--archive", archive, "--json").json
     assert (status["videos_in_progress"], "in progress" in vidx("status", "--archive", archive).out) == (1, True)
     again = vidx("index", str(videos), "--archive", archive, "--json")
@@ -163,7 +167,7 @@ def test_lines_name_the_files_and_resumed_frames_are_told_apart(vidx, tmp_path):
     assert status["frames_in_progress"] == status["frames_in_progress_searchable"] == resumed
     assert vidx("status", "--archive", archive, "--json").json["frames_in_progress"] == 0
     total = vidx("sql", "SELECT count(*) AS n FROM frames", "--archive", archive, "--json").json[0]["n"]
-    assert json.loads(done.stdout)["frames"] + again.json["frames"] == total == 363 + 9
+    assert done.json["frames"] + again.json["frames"] == total == 363 + 9
     assert f"{resumed} frames were there already" in again.err
     assert re.search(r"^2/2 videos, 0:06:\d\d of 0:06:\d\d, ", again.err, re.MULTILINE)
-    assert "cam1.mp4 " in done.stderr
+    assert "cam1.mp4 " in done.err

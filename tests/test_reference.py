@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from conftest import run_program
 from safetensors.numpy import load_file, save_file
 
 from pipeline.api.open_archive import OpenArchive
@@ -20,8 +19,8 @@ CHECK = Path(__file__).parents[1] / "ops" / "check_reference"
 
 
 def check(directory: Path) -> tuple[int, dict]:
-    result = subprocess.run([sys.executable, CHECK, directory, "--json"], capture_output=True, text=True)
-    return result.returncode, json.loads(result.stdout) if result.stdout else {"stderr": result.stderr}
+    run = run_program(CHECK, directory, "--json")
+    return run.code, run.json if run.out else {"stderr": run.err}
 
 
 @pytest.mark.parametrize(

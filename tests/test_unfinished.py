@@ -1,16 +1,14 @@
 """Long videos can be searched segment by segment while they are indexed, and after their job was interrupted."""
 
-import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, VIDX, run_vidx
+from conftest import VIDX, run_vidx
 from small_archive import (
     MODEL_ID,
     PROBE,
@@ -269,12 +267,11 @@ def test_the_next_run_goes_on_with_a_part(archive):
 
 
 JOB = """
-import os, signal, sys, pipeline.cli.main, pipeline.index.job
+import os, signal, sys, pipeline.index.job
 from functools import partial
 from storage.archive import delta as tables
 from storage.archive.archive import open_archive
-last = int(sys.argv.pop(1))  # the step at which it happens: odd ones lie before a commit, even ones behind
-what = sys.argv.pop(1)
+last, what = {last_step}, {what!r}  # at which step it happens: odd ones lie before a commit, even ones behind
 pipeline.index.job.split = partial(pipeline.index.job.split, segment_seconds=5)
 pipeline.index.job.COMMIT_SECONDS = pipeline.index.job.SHOW_PART_SECONDS = 0.0
 commit, steps = tables.commit, 0
@@ -291,14 +288,12 @@ def commit_and_count(*arguments):
     commit(*arguments)
     step()
 tables.commit = commit_and_count
-pipeline.cli.main.main()
 """
 
 
 def run_job(last_step, *arguments, what="kill"):
     """`vidx index` that cuts videos every five seconds and is killed at a step; 0 for never."""
-    command = [sys.executable, "-c", JOB, str(last_step), what, "index", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_vidx("index", *arguments, script=JOB.format(last_step=last_step, what=what))
 
 
 def rows_of(archive):
@@ -321,7 +316,7 @@ def video(tmp_path_factory):
 def undisturbed(video):
     archive = str(video.parent / "undisturbed")
     done = run_job(0, str(video), "--archive", archive, "--json")
-    assert (done.returncode, json.loads(done.stdout)["frames"]) == (0, 20), done.stderr
+    assert (done.code, done.json["frames"]) == (0, 20), done.err
     return rows_of(archive)
 
 
@@ -333,7 +328,7 @@ def test_jobs_that_are_killed_between_commits_lose_and_double_nothing(video, und
     archive, before = str(tmp_path / "archive"), set()
     for last_step in steps:
         done = run_job(last_step, str(video), "--archive", archive)
-        assert done.returncode in (0, KILLED), done.stderr
+        assert done.code in (0, KILLED), done.err
         found = open_archive(archive)
         committed = int(found.parts.bounds().row_count.sum())
         status = found.status()
@@ -347,14 +342,14 @@ def test_jobs_that_are_killed_between_commits_lose_and_double_nothing(video, und
         assert verify(archive).faults == ()
         before = set(rows)
     done = run_job(0, str(video), "--archive", archive, "--json")
-    assert (done.returncode, rows_of(archive)) == (0, undisturbed), done.stderr
+    assert (done.code, rows_of(archive)) == (0, undisturbed), done.err
     assert run_vidx("status", "--archive", archive, "--json").json["videos_in_progress"] == 0
     assert os.listdir(Path(archive) / "jobs") == []
 
 
 def test_a_part_is_searched_and_what_it_replaces_stays_until_it_is_whole(video, tmp_path):
     archive = str(tmp_path / "archive")
-    assert run_job(8, str(video), "--archive", archive).returncode == KILLED  # two segments are in
+    assert run_job(8, str(video), "--archive", archive).code == KILLED  # two segments are in
     found = run_vidx("search", "x", "--floor", "-1", "--archive", archive, "--json")
     count = found.json["frames_searched"]
     assert count in (10, 15)  # what was ready together is committed together
@@ -373,16 +368,16 @@ def test_a_part_is_searched_and_what_it_replaces_stays_until_it_is_whole(video, 
     assert (plans["unfinished"], plans["known"]) == (1, 0)
 
     done = run_job(0, str(video), "--archive", archive, "--json")
-    assert json.loads(done.stdout)["frames_resumed"] == count
+    assert done.json["frames_resumed"] == count
     whole = run_vidx("search", "x", "--floor", "-1", "--archive", archive, "--json")
     assert (whole.json["frames_searched"], whole.json["videos_unfinished"], "whole" in whole.err) == (20, [], False)
 
-    assert run_job(8, str(video), "--fps", "2", "--archive", archive).returncode == KILLED
+    assert run_job(8, str(video), "--fps", "2", "--archive", archive).code == KILLED
     assert len(rows_of(archive)) == 20  # the first ones
     status = run_vidx("status", "--archive", archive, "--json").json
     assert (status["frames"], status["videos_in_progress"], status["frames_in_progress_searchable"]) == (20, 1, 0)
     assert status["frames_in_progress"] >= 10
-    assert run_job(0, str(video), "--fps", "2", "--archive", archive).returncode == 0
+    assert run_job(0, str(video), "--fps", "2", "--archive", archive).code == 0
     assert len(rows_of(archive)) == 40
     assert run_vidx("status", "--archive", archive, "--json").json["videos_in_progress"] == 0
 
@@ -390,8 +385,8 @@ def test_a_part_is_searched_and_what_it_replaces_stays_until_it_is_whole(video, 
 def test_a_video_that_is_deleted_while_a_job_is_at_it_stays_deleted(video, tmp_path):
     archive = str(tmp_path / "archive")
     done = run_job(6, str(video), "--archive", archive, "--json", what="delete")  # as soon as it is shown
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    result = done.json
     assert (result["videos_indexed"], result["videos_skipped"], result["videos_deleted_before"]) == (0, 1, 1)
     assert rows_of(archive) == []
     again = run_vidx("index", str(video), "--archive", archive, "--json").json

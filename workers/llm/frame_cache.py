@@ -4,7 +4,7 @@ Pre-fusion and the LLM are causal and read the frames first, so all that comes b
 prompts is the same for both: each frame's rows and the shared text in pre-fusion, and in the LLM the shared text and
 the frames' tokens. Their keys and values are kept; a further question pays for its own words, and a further turn of a
 conversation for the last answer and its own. What comes out is what the whole prompt would give, up to the order of
-sums (tests/test_shown_frames.py).
+sums (tests/test_frame_cache.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
