@@ -42,19 +42,32 @@ OWN_VARIABLES = "VIDX_"  # read by vidx alone, so after the fork
 class CommandServer:
     """Starts the process, and has commands run by its children. It ends with the process that started it."""
 
-    def __init__(self) -> None:
-        self._environment = _environment(os.environ)
+    def __init__(self, more: dict[str, str]) -> None:
+        """Starts it.
+
+        Args:
+            more: variables that it has besides those of this process.
+        """
+        self._environment, self._own = _environment(os.environ), _own(os.environ)
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             command = [sys.executable, __file__, str(there.fileno())]
             self._process = subprocess.Popen(
-                command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | more,
             )
         self._requests = here
 
     def can_run(self, environment: dict[str, str]) -> bool:
         """Whether a command may run with these variables: libraries read some of them when they are imported."""
         return _environment(environment) == self._environment
+
+    def is_at_home(self, environment: dict[str, str]) -> bool:
+        """Whether these variables are those with which it was started, VIDX's own too."""
+        return self.can_run(environment) and _own(environment) == self._own
 
     def run(
         self,
@@ -74,7 +87,7 @@ class CommandServer:
         Raises:
             subprocess.TimeoutExpired: it did not end in time. It has been killed.
         """
-        own = {name: value for name, value in environment.items() if name.startswith(OWN_VARIABLES)}
+        own = _own(environment)
         request = pickle.dumps((script, [os.fsencode(word) for word in arguments], own, os.fsencode(cwd)))
         here, there = socket.socketpair()
         with here:
@@ -90,6 +103,10 @@ class CommandServer:
                 raise subprocess.TimeoutExpired([VIDX, *arguments], timeout) from None
         assert len(answer) == 4, "the process that runs the commands has died"
         return struct.unpack("i", answer)[0]
+
+
+def _own(variables: "dict[str, str] | os._Environ[str]") -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name.startswith(OWN_VARIABLES)}
 
 
 def _environment(variables: "dict[str, str] | os._Environ[str]") -> dict[str, str]:
@@ -169,6 +186,7 @@ def _run_to_end(script: str) -> None:
 
 if __name__ == "__main__":
     for library in LIBRARIES:
-        importlib.import_module(library)
+        with contextlib.suppress(ImportError):  # then the command that needs it says so
+            importlib.import_module(library)
     gc.freeze()
     _run_to_end(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,5 +1,7 @@
 """Fixtures that several test files share: the command line as users run it, and an archive of real clips."""
 
+import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -13,9 +15,9 @@ from tempfile import TemporaryFile
 
 import pytest
 from command_server import VIDX, CommandServer
+from ray_cluster import ENVIRONMENT, ray_cluster
 
 ROOT = Path(__file__).parent.parent
-TESTS = Path(__file__).parent
 SAMPLES = ROOT / "ops" / "samples"
 needs_scenes = pytest.mark.skipif(find_spec("scenedetect") is None, reason="the extra `scenes` is not installed")
 
@@ -34,24 +36,31 @@ class Run:
 
 
 @cache
+def ray_address():
+    """Of a cluster that most jobs of these tests share: it takes Ray five seconds to start and to end one."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(ray_cluster())[1]
+
+
+@cache
 def command_server():
     """Started by the first command."""
-    return CommandServer() if sys.platform == "linux" else None
+    return CommandServer({"RAY_AUTH_MODE": "token", **ENVIRONMENT}) if sys.platform == "linux" else None
 
 
 def run_vidx(*arguments, env=None, timeout=300, cwd=None, ray=False, script=""):
     """The command `vidx` as a process of its own, as a user runs it; see command_server.py.
 
     Args:
-        ray: whether a job starts Ray; otherwise its workers are in its own process, see local_executor.py. Options
-            that are about Ray mean it.
+        ray: whether a job starts a Ray of its own, as it does by itself, or joins the cluster that the tests share.
+            One with other settings in its environment, or with options about Ray, starts its own.
         script: Python to run in that process before.
     """
     environment, server = {**os.environ, **(env or {})}, command_server()
-    if {"index", "repair"} & {*arguments[:1]} and not (ray or {"--address", "--workers"} & {*arguments}):
-        script = (
-            f"import sys; sys.path.append({str(TESTS)!r}); import local_executor; local_executor.install()\n{script}"
-        )
+    is_usual = server is not None and server.is_at_home(environment)  # as the workers of the cluster are
+    if arguments[:1] == ("index",) and is_usual and not (ray or {"--address", "--workers", "--dry-run"} & {*arguments}):
+        arguments = ("index", "--address", ray_address(), *arguments[1:])
     if server is not None and server.can_run(environment) and "--engine" not in arguments:  # it imports what it wants
         with TemporaryFile() as out, TemporaryFile() as err:
             folder = os.fspath(cwd or os.getcwd())

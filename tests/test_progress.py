@@ -13,7 +13,7 @@ from pathlib import Path
 from pty import openpty
 
 import pytest
-from conftest import SAMPLES, TESTS
+from conftest import SAMPLES
 from small_archive import PROBE
 
 from pipeline.index.progress import Meter
@@ -119,13 +119,13 @@ def on_terminal(command, columns=100):
     return job.returncode, text
 
 
-@pytest.mark.parametrize(("columns", "workers"), [(100, ""), (40, "import local_executor; local_executor.install()")])
-def test_a_terminal_shows_the_files_at_work_and_their_times(tmp_path, columns, workers):
+@pytest.mark.parametrize("columns", [100, 40])
+def test_a_terminal_shows_the_files_at_work_and_their_times(tmp_path, columns):
     videos = tmp_path / "videos"
     videos.mkdir()
     shutil.copy(SIX_MINUTES, videos / "cam1.mp4")
     script = (
-        f"import sys, pipeline.cli.main, pipeline.cluster.executor; sys.path.append({str(TESTS)!r}); {workers}\n"
+        "import pipeline.cli.main, pipeline.cluster.executor\n"
         "pipeline.cluster.executor.REACHED_SECONDS = 0.1; pipeline.cli.main.main()"
     )
     archive = str(tmp_path / "archive")
@@ -146,15 +146,15 @@ def test_lines_name_the_files_and_resumed_frames_are_told_apart(vidx, tmp_path):
     shutil.copy(SIX_MINUTES, videos / "cam1.mp4")
     shutil.copy(SAMPLES / "highway.avi", videos / "cam2.avi")
     script = (
-        "import os, signal, pipeline.index.job; from storage.archive.archive import Archive\n"
-        "pipeline.index.job.COMMIT_SECONDS, commit, stopped = 0.0, Archive.commit_frames, []\n"
+        "import os, signal, pipeline.index.job; from storage.archive.part_table import PartTable\n"
+        "pipeline.index.job.COMMIT_SECONDS, commit, stopped = 0.0, PartTable.commit, []\n"
         "def stop(self, receipts):\n"
         "    landed = commit(self, receipts)\n"
         "    if any(receipt.segment.start_ticks for receipt in receipts) and not stopped:\n"  # the last 63 s of cam1
         "        stopped.append(1)\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return landed\n"
-        "Archive.commit_frames = stop"
+        "PartTable.commit = stop"
     )
     done = vidx("index", str(videos), "--archive", archive, "--json", script=script)
     assert done.code == 130, done.err

@@ -2,50 +2,17 @@
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import SAMPLES, VIDX
+from ray_cluster import ENVIRONMENT, ray_cluster
 
 from pipeline.cluster import remote
-
-RAY = Path(sys.executable).parent / "ray"
-ENVIRONMENT = {"RAY_AUTH_TOKEN": "of-this-test-alone-0123456789abcdef"}
-ENVIRONMENT |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # all of Ray listens at, and looks for, 127.0.0.1
-
-
-@contextlib.contextmanager
-def ray_cluster():
-    """The process, and the addresses from inside and from outside, of a cluster that is started here."""
-    ports, folder = free_ports(), tempfile.mkdtemp(prefix="ray")  # the paths of its sockets must be short
-    command = [RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "2"]
-    command += ["--port", str(ports[0]), "--ray-client-server-port", str(ports[1])]
-    command += ["--min-worker-port", "0", "--max-worker-port", "0", "--include-dashboard", "false"]
-    command += ["--object-store-memory", str(128 << 20), "--temp-dir", folder]
-    environment = os.environ | {"RAY_AUTH_MODE": "token", **ENVIRONMENT}
-    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **together)
-    try:
-        heard = []
-        while not any("--block" in line for line in heard[-1:]):
-            heard.append(process.stdout.readline())
-            assert heard[-1], heard
-        yield process, f"127.0.0.1:{ports[0]}", f"ray://127.0.0.1:{ports[1]}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +20,6 @@ def cluster():
     """The addresses of a cluster, which ends with the tests."""
     with ray_cluster() as (_, *addresses):
         yield addresses
-
-
-def free_ports():
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        return one.getsockname()[1], other.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
