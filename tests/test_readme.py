@@ -21,7 +21,16 @@ OTHERS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bas
 OTHERS = list(dict.fromkeys(OTHERS))  # a line that stands on two pages runs once
 # The gate calls the first ones and installs the font, the next test calls ops/readme.py, and test_nano_training trains,
 # as hours of it would not do here.
-ELSEWHERE = ("bash ops/", "source ", "ruff ", "mypy", "apt install", "python ops/readme.py", "ops/nano/train", "pip install")
+ELSEWHERE = (
+    "bash ops/",
+    "source ",
+    "ruff ",
+    "mypy",
+    "apt install",
+    "python ops/readme.py",
+    "ops/nano/train",
+    "pip install",
+)
 PIP = [line for line in OTHERS if line.startswith("pip install")]
 
 

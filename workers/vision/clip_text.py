@@ -203,8 +203,8 @@ def clip_tokenizer(model: models.BPE) -> tokenizers.Tokenizer:
 def enclose_texts(tokenizer: tokenizers.Tokenizer) -> None:
     """Makes it put CLIP's start and end tokens around every text."""
     ids = tokenizer.get_vocab()
-    ends = {"sep": (END, ids[END]), "cls": (START, ids[START])}
-    tokenizer.post_processor = processors.RobertaProcessing(**ends, trim_offsets=False, add_prefix_space=False)
+    end, start = ((token, ids[token]) for token in (END, START))
+    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
 
 
 def _quick_gelu(values: np.ndarray) -> np.ndarray:
