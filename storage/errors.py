@@ -34,7 +34,7 @@ class DamagedError(ArchiveError):
 
 
 class ClusterError(VidxError):
-    """Ray's processes died or ran out of memory; what is committed stays, and the same command goes on from there."""
+    """Ray died, does not answer or ran out of memory; what is committed stays, and the same command goes on."""
 
     exit_code = 6
 

@@ -174,7 +174,9 @@ def _run_to_end(script: str) -> None:
         exec(script, {})
         main()
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            sys.stderr.write(f"{end.code}\n")
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     threading._shutdown()  # waits for threads

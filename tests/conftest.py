@@ -19,6 +19,7 @@ from ray_cluster import ENVIRONMENT, ray_cluster
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "ops" / "samples"
+ABOUT_RAY = {"--address", "--workers", "--device", "--config", "--strict-sandbox", "--dry-run"}
 needs_scenes = pytest.mark.skipif(find_spec("scenedetect") is None, reason="the extra `scenes` is not installed")
 
 
@@ -54,12 +55,12 @@ def run_vidx(*arguments, env=None, timeout=300, cwd=None, ray=False, script=""):
 
     Args:
         ray: whether a job starts a Ray of its own, as it does by itself, or joins the cluster that the tests share.
-            One with other settings in its environment, or with options about Ray, starts its own.
+            One with other settings in its environment, or with one of ABOUT_RAY, starts its own.
         script: Python to run in that process before.
     """
     environment, server = {**os.environ, **(env or {})}, command_server()
     is_usual = server is not None and server.is_at_home(environment)  # as the workers of the cluster are
-    if arguments[:1] == ("index",) and is_usual and not (ray or {"--address", "--workers", "--dry-run"} & {*arguments}):
+    if arguments[:1] == ("index",) and is_usual and not (ray or ABOUT_RAY & {*arguments}):
         arguments = ("index", "--address", ray_address(), *arguments[1:])
     if server is not None and server.can_run(environment) and "--engine" not in arguments:  # it imports what it wants
         with TemporaryFile() as out, TemporaryFile() as err:

@@ -37,7 +37,7 @@ from small_archive import (
     video_id_of,
 )
 
-from storage.archive import delta as tables
+from storage.archive import delta
 from storage.archive.archive import archive_exists, create_archive, open_archive
 from storage.archive.settings import FORMAT_VERSION
 from storage.errors import ArchiveError, UsageError
@@ -267,7 +267,7 @@ class Interrupted:
 
     def __init__(self, monkeypatch, error, lands=True):
         self._commit, self._error, self._lands = DeltaTable.create_write_transaction, error, lands
-        monkeypatch.setattr(tables.DeltaTable, "create_write_transaction", lambda *a, **k: self.commit(*a, **k))
+        monkeypatch.setattr(delta.DeltaTable, "create_write_transaction", lambda *a, **k: self.commit(*a, **k))
 
     def commit(self, *arguments, **named):
         error, self._error = self._error, None
@@ -292,7 +292,7 @@ def test_a_row_change_that_fails_after_it_has_landed_loses_nothing(archive, monk
 
 def test_a_row_change_whose_log_cannot_be_read_or_synced_afterwards_loses_nothing(archive, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_sync_log", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        patch.setattr(delta, "_sync_log", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         with pytest.raises(ArchiveError, match="Input/output error"):
             reserve(archive, 1)
     assert reserve(again(archive), 1) == 1
@@ -412,17 +412,17 @@ def test_of_racing_replacements_exactly_one_lands(archive):
 def test_a_replacement_worked_out_from_an_older_version_conflicts(archive, monkeypatch):
     archive.parts.commit([partial_receipt(archive, 1, random_rows(4))])
     other, late, fast = again(archive), receipt_for(archive, 1, random_rows(9)), receipt_for(archive, 1, random_rows(9))
-    commit, tries = tables.commit, []
+    commit, tries = delta.commit, []
 
     def overtaken(*arguments):
         tries.append(arguments)
         if len(tries) == 1:
-            monkeypatch.setattr(tables, "commit", commit)
+            monkeypatch.setattr(delta, "commit", commit)
             assert other.parts.commit([fast]) == [True]
-            monkeypatch.setattr(tables, "commit", overtaken)
+            monkeypatch.setattr(delta, "commit", overtaken)
         return commit(*arguments)
 
-    monkeypatch.setattr(tables, "commit", overtaken)
+    monkeypatch.setattr(delta, "commit", overtaken)
     assert archive.parts.commit([late]) == [False]
     assert len(tries) == 1
     assert again(archive).parts.frame_count(late.video_number) == 9
@@ -528,8 +528,8 @@ def made_before(archive, column):
     """The archive as an older vidx left it, which did not keep this column of videos."""
     uri, rows = join(archive.uri, "videos"), archive.videos.arrow().drop_columns([column])
     shutil.rmtree(local_path(uri))
-    tables.create_table(uri, rows.schema)
-    tables.RowTable(uri).change(lambda there: (np.ones(there.num_rows, bool), rows))
+    delta.create_table(uri, rows.schema)
+    delta.RowTable(uri).change(lambda there: (np.ones(there.num_rows, bool), rows))
     return again(archive)
 
 
@@ -551,9 +551,9 @@ def test_an_archive_of_an_older_vidx_is_read_and_goes_on(archive):
 def test_of_two_jobs_that_add_a_column_to_an_older_table_none_loses_a_row(tmp_path):
     uri = to_uri(tmp_path / "table")
     os.makedirs(tmp_path / "table")
-    tables.create_table(uri, pa.schema([("name", pa.string())]))
+    delta.create_table(uri, pa.schema([("name", pa.string())]))
     newer = pa.schema([("name", pa.string()), ("size", pa.int64())])
-    first, second = tables.RowTable(uri, newer), tables.RowTable(uri, newer)
+    first, second = delta.RowTable(uri, newer), delta.RowTable(uri, newer)
     seen = []
 
     def add(table, name, size):
@@ -567,7 +567,7 @@ def test_of_two_jobs_that_add_a_column_to_an_older_table_none_loses_a_row(tmp_pa
 
     add(first, "slow", 1)
     assert seen == [0, 0, 1]  # the fast one's, the slow one's that lost the race, and its second try
-    assert sorted(tables.RowTable(uri).rows().to_pylist(), key=str) == [
+    assert sorted(delta.RowTable(uri).rows().to_pylist(), key=str) == [
         {"name": "fast", "size": 2},
         {"name": "slow", "size": 1},
     ]
@@ -839,3 +839,13 @@ def test_a_read_only_disk_can_be_read_but_not_written(tiny_disk):
     with pytest.raises(ArchiveError, match="Read-only file system") as error:
         archive.reserve([(video_id_of(9), SAMPLING)])
     one_line(error)
+
+
+def test_a_damaged_table_of_numbers_stops_no_search(archive):
+    add_video(archive, 1)
+    for log in Path(local_path(join(archive.uri, "numbers", "_delta_log")).decode()).iterdir():
+        log.unlink()
+    found = open_archive(archive.uri)
+    assert (found.videos.frame_count(), len(found.frames.find()), found.status().videos_indexed) == (5, 5, 1)
+    with pytest.raises(ArchiveError):
+        found.numbers.known()

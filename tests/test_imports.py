@@ -18,8 +18,8 @@ MODULES = {
 SAME_STEP = {"search", "chat"}  # a step and its command
 MAY_IMPORT = {
     "ray": ("pipeline/cluster/",),
-    "av": ("workers/decode", "workers/decode/probe.py"),
-    "decord": ("workers/decode", "workers/decode/probe.py"),
+    "av": ("workers/decode/"),
+    "decord": ("workers/decode/"),
     "scenedetect": ("workers/decode/scenes.py",),
     "click": ("pipeline/cli",),
     "torch": ("workers/", "pipeline/ask/answer.py", "pipeline/ask/fuse.py"),
@@ -139,6 +139,12 @@ def test_commands_import_heavy_modules_inside_their_bodies():
     for path in sorted((ROOT / "pipeline" / "cli").glob("*.py")):
         if path.name != "print.py":
             assert set(imports(path, top_level_only=True)) <= light, path.name
+
+
+def test_no_two_classes_have_one_name():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_there_are_no_drawers_for_odds_and_ends():

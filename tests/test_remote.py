@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import ROOT, SAMPLES, VIDX
 from ray_cluster import ENVIRONMENT, ray_cluster
 
 from pipeline.cluster import remote
@@ -103,12 +103,15 @@ def test_a_gpu_that_no_node_has_is_not_waited_for(vidx, cluster, archive):
     assert (refused.code, "no GPU on this cluster" in refused.err) == (2, True), refused.err
 
 
-def test_a_job_outside_the_cluster_indexes_there(vidx, cluster, tmp_path):
-    place = str(tmp_path / "archive")
-    done = vidx(
-        "index", str(SAMPLES / "nano_scenes_1.mp4"), "--archive", place, "--address", cluster[1], env=ENVIRONMENT
+def test_a_job_outside_the_cluster_indexes_there_and_no_model_comes_to_it(cluster, tmp_path):
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))\n"
+    code += "from pipeline.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "index", SAMPLES / "nano_scenes_1.mp4", "--archive", tmp_path / "archive"]
+    done = subprocess.run(
+        [*command, "--address", cluster[1]], env=os.environ | ENVIRONMENT, capture_output=True, text=True, cwd=ROOT
     )
-    assert (done.code, "1 indexed" in done.out) == (0, True), done.err
+    assert (done.returncode, "1 indexed" in done.stdout) == (0, True), done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.long

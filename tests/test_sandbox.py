@@ -107,7 +107,7 @@ def test_what_a_decoder_was_not_kept_from_is_told_once_and_kept_with_the_video(t
 @needs_all
 def test_where_everything_is_enforced_nothing_is_said(samples_archive, tmp_path, vidx):
     archive = ("--archive", str(tmp_path / "archive"))
-    run = vidx("index", str(CLIP), *archive, "--strict-sandbox")
+    run = vidx("index", str(CLIP), *archive, "--strict-sandbox", ray=True)
     assert (run.code, "kept from" in run.err) == (0, False)
     for place in (archive, ("--archive", str(samples_archive[0]))):
         status = vidx("status", "--json", *place).json

@@ -17,8 +17,7 @@ import pytest
 from conftest import ROOT, SAMPLES, VIDX
 from ray.exceptions import RpcError
 
-from pipeline.cluster import connect as cluster
-from pipeline.cluster import supervise
+from pipeline.cluster import connect, supervise
 from storage.processes import start_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
@@ -81,27 +80,32 @@ def test_nothing_is_watched_once_the_job_is_over(blocked):
 def test_what_lives_is_not_taken_for_dead_and_silence_has_to_last(monkeypatch):
     monkeypatch.setattr(supervise, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 600.0)
-    looks, is_dead = threading.Semaphore(0), threading.Event()
 
-    def look():
-        looks.release()
-        return is_dead.is_set()
+    def watch(answers, silent_seconds):
+        """A watch that gets these answers, the last one ever after, and how many it has got."""
+        looks = threading.Semaphore(0)
 
-    for silent_seconds in (0.0, 600.0):
-        watch = supervise.RayWatch(look, "dead", silent_seconds)
-        for _ in range(5):
+        def look():
+            looks.release()
+            return answers.pop(0) if len(answers) > 1 else answers[0]
+
+        return supervise.RayWatch(look, "dead", silent_seconds), looks
+
+    for answers, silent_seconds in (([False], 0.0), ([True], 600.0), ([True] * 3 + [False], 600.0)):
+        living, looks = watch(answers, silent_seconds)
+        for _ in range(10):
             looks.acquire()
-        assert not watch.has_died
-        is_dead.set()
-        if silent_seconds:
-            for _ in range(5):
-                looks.acquire()
-            assert not watch.has_died
-        else:
-            while not watch.has_died:
-                time.sleep(0.01)
-        watch.stop()
-        is_dead.clear()
+        assert not living.has_died
+        living.stop()
+    for silent_seconds in (0.0, 0.05):
+        dying, _ = watch([True], silent_seconds)
+        while not dying.has_died:
+            time.sleep(0.01)
+        assert dying.is_gone()
+        dying.stop()
+    back, _ = watch([True, True, False], 600.0)
+    assert not back.is_gone()
+    back.stop()
 
 
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
@@ -126,7 +130,7 @@ def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
 def test_what_rays_own_threads_meet_is_not_told_twice(failure, told):
     heard = []
     details = threading.ExceptHookArgs((type(failure), failure, None, threading.current_thread()))
-    cluster._leave_out_ray(lambda _: heard.append(1), details)
+    connect._leave_out_ray(lambda _: heard.append(1), details)
     assert heard == told
 
 

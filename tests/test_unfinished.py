@@ -269,12 +269,12 @@ def test_the_next_run_goes_on_with_a_part(archive):
 JOB = """
 import os, signal, sys, pipeline.index.job
 from functools import partial
-from storage.archive import delta as tables
+from storage.archive import delta
 from storage.archive.archive import open_archive
 last, what = {last_step}, {what!r}  # at which step it happens: odd ones lie before a commit, even ones behind
 pipeline.index.job.split = partial(pipeline.index.job.split, segment_seconds=5)
 pipeline.index.job.COMMIT_SECONDS = pipeline.index.job.SHOW_PART_SECONDS = 0.0
-commit, steps = tables.commit, 0
+commit, steps = delta.commit, 0
 def step():
     global steps
     steps += 1
@@ -287,7 +287,7 @@ def commit_and_count(*arguments):
     step()
     commit(*arguments)
     step()
-tables.commit = commit_and_count
+delta.commit = commit_and_count
 """
 
 

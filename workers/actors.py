@@ -102,12 +102,15 @@ class Encoder:
         for _ in range(SEGMENTS_AT_ONCE):
             self._decoders.put(settings.new_decoder())
 
-    def load(self) -> "VisionPart":
+    def load(self) -> None:
         """Loads the model, once; not in the constructor, so that its errors reach the job as they are.
 
         Raises:
             UsageError: the model cannot be loaded, or what finds scenes is not installed.
         """
+        self._loaded()  # it stays here: what is returned goes to the job
+
+    def _loaded(self) -> "VisionPart":
         check_choice(self._settings.choice)
         with self._loading:
             if self._vision is None:
@@ -121,7 +124,7 @@ class Encoder:
             UsageError: as `load`.
             ClusterError: there is not the memory for it.
         """
-        vision = self.load()
+        vision = self._loaded()
         from workers.segment import index_segment  # after it: transformers' lazy imports do not bear two threads
 
         settings = self._settings

@@ -1,4 +1,4 @@
-"""api: the commands as a library; `import vidx` gives what is here.
+"""The commands as a library; `import vidx` gives what is here.
 
 import vidx
 

@@ -32,7 +32,7 @@ class SearchLimits:
 
     Attributes:
         limit: at most so many.
-        floor: the score below which a frame is no hit; None for what the model or the archive says (floors.py).
+        floor: the score below which a frame is no hit; None for what the model or the archive says (thresholds.py).
         leniency: how far below that, as a share of it, a frame is a hit all the same.
         per_video: at most so many of one video; None for any number.
         near_misses: of what is below the floor, at most so many moments.

@@ -1,4 +1,4 @@
-"""floors: the scores from which on something counts as found.
+"""thresholds: the scores from which on something counts as found.
 
 For texts the model's own, where its card states one. Else the archive says: whatever it shows, most of some hundred
 texts about all kinds of things describe nothing in it, and what they score at best is what a text scores by chance. The

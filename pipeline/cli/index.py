@@ -103,7 +103,7 @@ def index(
     vidx index 'cam*/2024-05-*.mp4' cameras.csv --archive /data/archive --fps 0.5
 
     Exit codes: 0 well, 3 some of the videos tried failed or are partial, 2 wrong usage, 5 the archive cannot be
-    written, 6 Ray died or ran out of memory, 130 interrupted.
+    written, 6 Ray died, does not answer or ran out of memory, 130 interrupted.
     """
     from pipeline.cli.models import limits_of
     from pipeline.cli.print import note, print_json

@@ -20,6 +20,8 @@ def check_address(address: str) -> None:
     if _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://") and not port.isdigit():
+        raise UsageError(f"--address {address}: give the port of the cluster's server for clients, ray://HOST:10001")
     if address == "auto" or not port.isdigit():
         return  # Ray knows where to look, or says at once what is wrong
     try:

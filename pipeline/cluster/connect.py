@@ -46,11 +46,16 @@ def start_ray(address: str | None) -> None:
             ray.init(**options)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the job without a last commit
     except Exception as error:  # a node that does not come up in time raises no narrower kind
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        first = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[-1]}"
+        first = first_line(error)
         if address is None:
             raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster can be reached there: {first}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line: its first, and its last where the first one announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[-1]}"
 
 
 def address_of_joined(address: str) -> str:

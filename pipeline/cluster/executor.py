@@ -10,7 +10,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.cluster.connect import address_of_joined, start_ray
+from pipeline.cluster.connect import address_of_joined, first_line, start_ray
 from pipeline.cluster.supervise import RayWatch, watch_joined_ray, watch_own_ray
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.processes import kill_children
@@ -97,16 +97,18 @@ class Executor:
         """
         if self._watch is not None:
             self._watch.stop()
-        if self._watch is not None and self._watch.is_dead():  # every call into Ray would wait for it
-            if self._address is None:
-                kill_children()
-            is_told = isinstance(error, VidxError) and not isinstance(error, UsageError)  # that it cannot be started
-            if isinstance(error, Exception) and not is_told:
-                raise ClusterError(f"{self._watch.word}: {error}") from error
-            return
-        for handle in self._workers.values():
-            ray.kill(handle)
-        ray.shutdown()
+        is_dead = self._watch is not None and self._watch.is_dead()
+        if not is_dead:
+            # A client that has lost its server raises these.
+            with contextlib.suppress(RayError, ConnectionError, AssertionError):
+                for handle in self._workers.values():
+                    ray.kill(handle)
+                ray.shutdown()
+        elif self._address is None:  # every call into Ray would wait for it
+            kill_children()
+        is_of_death = is_dead and isinstance(error, RayError | UsageError)  # also that Ray cannot be started
+        if self._watch is not None and error is not None and (is_of_death or type(error) is ConnectionError):
+            raise self._watch.error(first_line(error)) from error
 
     @property
     def running(self) -> int:
@@ -170,7 +172,7 @@ class Executor:
         if not self._running:
             return []
         if self._watch is not None and self._watch.has_died:
-            raise ClusterError(self._watch.word)
+            raise self._watch.error()
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         if not done:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
@@ -195,15 +197,15 @@ class Executor:
 
     def _after_death(self, task: _Task, error: RayError) -> Outcome | None:
         """A worker died: another takes its place and the task is tried again, alone, up to ATTEMPTS times."""
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if task.kind == "load" and task.attempts == ATTEMPTS:
             where = f"the cluster at {self._address}" if self._address else "this machine"
             raise ClusterError(
                 f"workers on {where} die while they load the model: {reason} Check their memory and that every node "
                 "has this version of vidx and Ray; a cluster without authentication needs RAY_AUTH_MODE=disabled"
             )
-        if self._watch is not None and self._watch.is_dead():
-            raise ClusterError(self._watch.word)
+        if self._watch is not None and self._watch.is_gone():
+            raise self._watch.error()
         if self._workers[task.role, task.worker] is task.handle:  # the first of its tasks to notice replaces it
             ray.kill(task.handle)
             self._workers[task.role, task.worker] = self._new_worker(task.role)

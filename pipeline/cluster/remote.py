@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.ask.answer import Asked, Asker, Chosen, Say, silent
 from pipeline.ask.filter import Filter
 from pipeline.ask.search import bundle_of
-from pipeline.cluster.connect import start_ray
+from pipeline.cluster.connect import first_line, start_ray
 from storage.archive.archive import Archive, open_archive
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.records import Answer, FrameRef
@@ -148,7 +148,7 @@ class RemoteAsker:
 
     def _lost(self, error: Exception) -> ClusterError:
         """What a call is told whose worker, or its cluster, has died."""
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         return ClusterError(
             f"the worker that answers on the cluster at {self._address} died: {reason} Check its memory and that "
             "every node has this version of vidx and Ray, and ask again"

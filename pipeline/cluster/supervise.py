@@ -27,7 +27,7 @@ SILENT_SECONDS = 15.0  # for which it may accept none, as while its head is star
 GRACE_SECONDS = 30.0  # for whoever waits to notice by himself, or to end a commit; Ray ends the process after 60
 
 GO_ON = "what was committed stays, run the same command again to go on"
-RAY_DIED = f"Ray's own processes died (out of memory?); {GO_ON}"
+RAY_DIED = "Ray's own processes died (out of memory?)"
 
 
 class RayWatch:
@@ -56,6 +56,19 @@ class RayWatch:
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
+    def is_gone(self) -> bool:
+        """Looks until the cluster lives, or has looked dead for long enough."""
+        end = time.monotonic() + self._silent_seconds
+        while self.is_dead():
+            if self.has_died or time.monotonic() >= end:
+                return True
+            time.sleep(LOOK_SECONDS)
+        return False
+
+    def error(self, detail: str = "") -> ClusterError:
+        """What is told of the death."""
+        return ClusterError(f"{self.word}{detail and f': {detail}'}; {GO_ON}")
+
     def stop(self) -> None:
         """Watches no more."""
         self._over.set()
@@ -67,7 +80,7 @@ class RayWatch:
                 alive = time.monotonic()
             self.has_died = is_silent and time.monotonic() - alive >= self._silent_seconds
             if self.has_died and not self._over.wait(GRACE_SECONDS):
-                end_at_once(self.word)
+                end_at_once(str(self.error()))
 
 
 def watch_own_ray() -> RayWatch:
@@ -99,7 +112,7 @@ def watch_joined_ray(name: str, address: str) -> RayWatch:
             return True
         return False
 
-    return RayWatch(is_dead, f"the cluster at {name} does not answer any more; {GO_ON}", SILENT_SECONDS)
+    return RayWatch(is_dead, f"the cluster at {name} does not answer any more", SILENT_SECONDS)
 
 
 def end_at_once(word: str) -> NoReturn:
@@ -141,11 +154,11 @@ def continue_in_own_process() -> None:
     kill_children()
     code = os.waitstatus_to_exitcode(status)
     if code == 1 and not here.recv(1):
-        end_at_once(RAY_DIED)
+        end_at_once(f"{RAY_DIED}; {GO_ON}")
     if code < 0:
         why = " (out of memory?)" if -code == signal.SIGKILL else ""
         killer = signal.Signals(-code).name
-        end_at_once(f"{killer} ended the job{why}; what was committed stays, run the same command again to go on")
+        end_at_once(f"{killer} ended the job{why}; {GO_ON}")
     os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""evaluate: how well a search finds moments whose truth is known.
+"""retrieval: how well a search finds moments whose truth is known.
 
 Sources: R@k at an IoU and its mean over queries, as of moment retrieval (QVHighlights, arXiv 2107.09609; Charades-STA,
 arXiv 1705.02101).

@@ -1,4 +1,4 @@
-"""index: sources -> the committed, searchable archive. The job's flow; the work itself happens in workers."""
+"""job: sources -> the committed, searchable archive. The job's flow; the work itself happens in workers."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""known: which sources the archive holds already, and what of their rows has to follow the files."""
+"""plan: which sources the archive holds already, and what of their rows has to follow the files."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence

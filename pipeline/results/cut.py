@@ -1,4 +1,4 @@
-"""clip: a moment of a video as a file of its own."""
+"""cut: a moment of a video as a file of its own."""
 
 import os
 from dataclasses import dataclass

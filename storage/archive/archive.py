@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.archive import delta as tables
-from storage.archive import videos
+from storage.archive import delta, videos
 from storage.archive.claims import claimed_numbers
 from storage.archive.frame_table import FrameTable
 from storage.archive.part_table import PartTable
@@ -102,7 +101,7 @@ def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str
                 make_folder(join(uri, name))
         frames = pa.schema([_optional(field) for field in COLUMNS])
         for name, schema in (("frames", frames), ("videos", videos.SCHEMA), ("numbers", NUMBERS)):
-            tables.create_table(join(uri, name), schema)
+            delta.create_table(join(uri, name), schema)
         if not archive_exists(uri):
             write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
     archive = open_archive(uri, write=True)

@@ -1,4 +1,4 @@
-"""jobs: which jobs work on an archive at this moment, and which videos each of them has taken.
+"""claims: which jobs work on an archive at this moment, and which videos each of them has taken.
 
     jobs/ID.job         one per job, touched while it lives
     jobs/NUMBER.claim   the id of the job that indexes this video

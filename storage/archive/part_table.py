@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from deltalake import DeltaTable
 
-from storage.archive import delta as tables
+from storage.archive import delta
 from storage.archive.delta import Conflict
 from storage.archive.frames import PartBounds, part_bounds
 from storage.errors import ArchiveError
@@ -26,7 +26,7 @@ class PartTable:
 
     @cached_property
     def _table(self) -> DeltaTable:
-        return tables.open_table(self.uri)
+        return delta.open_table(self.uri)
 
     def open(self) -> None:
         """Reads the newest version, where none has been read."""
@@ -34,17 +34,17 @@ class PartTable:
 
     @property
     def version(self) -> int:
-        """Of the parts."""
+        """Of the table: it grows with each commit of parts."""
         return self._table.version()
 
     def refresh(self) -> None:
         """Moves to the newest version."""
-        tables.refresh(self._table)
+        delta.refresh(self._table)
 
     def bounds(self) -> PartBounds:
         """All parts."""
         if self._bounds is None or self._bounds[0] != self.version:
-            self._bounds = (self.version, part_bounds(self.uri, tables.live_files(self._table)))
+            self._bounds = (self.version, part_bounds(self.uri, delta.live_files(self._table)))
         return self._bounds[1]
 
     def problems_by_segment(self, video_number: int) -> dict[str, Problem | None]:
@@ -108,7 +108,7 @@ class PartTable:
                 or not at all, and no part is removed; committing it again tells.
         """
         landed: set[str] = set()
-        for _ in tables.attempts():
+        for _ in delta.attempts():
             self.refresh()
             waiting, replaced = self._not_committed(receipts)
             if not waiting:
@@ -119,7 +119,7 @@ class PartTable:
             parts = [receipt.part for receipt in waiting if receipt.part is not None]
             self._check_written(parts)
             try:
-                tables.commit(self._table, parts, list(replaced.values()), guards)
+                delta.commit(self._table, parts, list(replaced.values()), guards)
             except Conflict:
                 continue
             landed = {part.path for part in parts}
@@ -148,7 +148,7 @@ class PartTable:
             ArchiveError: the archive cannot be written.
         """
         wanted = set(paths)
-        for _ in tables.attempts():
+        for _ in delta.attempts():
             self.refresh()
             bounds = self.bounds()
             places = [place for place, path in enumerate(bounds.path) if path in wanted]
@@ -158,7 +158,7 @@ class PartTable:
             versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
             removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
             with contextlib.suppress(Conflict):
-                tables.commit(self._table, [], removed, versions)
+                delta.commit(self._table, [], removed, versions)
 
     def join(self, joined: Sequence[tuple[Part, Sequence[str]]]) -> list[bool]:
         """Puts each of several written parts in the place of those whose rows it holds, at once; says which landed.
@@ -171,7 +171,7 @@ class PartTable:
             ArchiveError: the archive cannot be written. The group is in, whole, or not at all; no part is removed.
         """
         landed: set[str] = set()
-        for _ in tables.attempts():
+        for _ in delta.attempts():
             self.refresh()
             bounds = self.bounds()
             places = {path: place for place, path in enumerate(bounds.path.tolist())}
@@ -184,7 +184,7 @@ class PartTable:
             versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
             removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in old]
             try:
-                tables.commit(self._table, [part for part, _ in waiting], removed, versions)
+                delta.commit(self._table, [part for part, _ in waiting], removed, versions)
             except Conflict:
                 continue
             landed = {part.path for part, _ in waiting}

@@ -1,6 +1,7 @@
 """The table of numbers: the number of each (video, model, sampling), given once and never again."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +33,13 @@ class NumberTable:
     """The numbers of one model's videos, by (video id, sampling)."""
 
     def __init__(self, uri: str, model_id: str):
-        self._table = RowTable(uri, NUMBERS, check)
+        self._uri = uri
         self._model_id = model_id
+
+    @cached_property
+    def _table(self) -> RowTable:
+        """Opened by those who need it: a search does not."""
+        return RowTable(self._uri, NUMBERS, check)
 
     def known(self) -> dict[tuple[str, str], int]:
         """Every number that was given to a video of this model."""

@@ -21,11 +21,11 @@ class VideoTable:
     """One row per video, at one version."""
 
     def __init__(self, archive_uri: str, parts: PartTable):
-        """Opens the table.
+        """The table of an archive; `open` reads it.
 
         Args:
             archive_uri: of the archive's folder.
-            parts: the frames; they tell how far a video has come that is being indexed.
+            parts: the archive's; they tell how far a video has come that is being indexed.
         """
         self._archive_uri = archive_uri
         self._table = RowTable(join(archive_uri, "videos"), videos.SCHEMA, videos.check)
@@ -115,6 +115,7 @@ class VideoTable:
         return self._published[1]
 
     def numbers(self) -> set[int]:
+        """The numbers that rows have."""
         return set(self._table.rows().column("video_number").drop_null().to_pylist())
 
     def sources(self) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """What a part looks like: its columns, and how the wide cells are packed.
 
 A part is ordinary Parquet. Its wide columns are written so that a cell can also be reached by arithmetic: not null,
-plain, uncompressed, every cell of a column equally long, one data page per row group. parts.py writes, cells.py reads.
+plain, uncompressed, every cell of a column equally long, one data page per row group. write.py writes, read.py reads.
 
 Columns, in the order of `COLUMNS`; `search_key` and `patches` are absent where the archive keeps none. Cells:
     token, compressor_out, search_key: little-endian float16, row-major.

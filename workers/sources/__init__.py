@@ -1,5 +1,5 @@
 """Sources: the identity of a video by its bytes, and the one open file that a decoder may read.
 
-In: VideoAsset. Out: Content, and an open file.
+In: a path. Out: the Content that it has, remembered by the hash cache, and an open file.
 Imports: nothing.
 """
