@@ -149,8 +149,8 @@ def test_every_option_that_an_error_may_name_is_a_parameter_here():
     # Of what Python does by calls of their own, and of a command that messages tell to run (`models --fetch`).
     of_commands = {"show", "contact_sheet", "format", "force", "fetch"}
     named = set()
-    for path in (path for room in ("pipeline", "workers", "storage") for path in (ROOT / room).glob("*.py")):
-        if not path.name.startswith("cli"):
+    for path in (path for room in ("pipeline", "workers", "storage") for path in (ROOT / room).rglob("*.py")):
+        if path.parent.name != "cli":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Raise):
                     named |= set(re.findall(r"--[a-z-]+", " ".join(strings_of(node))))
@@ -202,16 +202,16 @@ def test_an_option_of_ask_that_cannot_be_is_named_with_what_is_allowed(archive, 
 
 def test_videos_are_those_of_the_list(archive, samples_archive):
     wanted = run_vidx("list", "--archive", str(samples_archive[0]), "--where", "width > 500", "--json").json
-    table = archive.videos.all(where="width > 500", status=["indexed", "partial"]).to_arrow()
+    table = archive.videos(where="width > 500", status=["indexed", "partial"]).to_arrow()
     found = table.to_pylist(maps_as_pydicts="strict")
     for row in found:
         row |= {name: row[name] and row[name].isoformat() for name in ("captured_at", "indexed_at")}
     assert found == wanted
-    videos = archive.videos.all(video="tractor.webm")
+    videos = archive.videos(video="tractor.webm")
     assert (len(videos), videos[0]) == (1, archive.video("tractor.webm"))
-    assert len(archive.videos.all(status="failed")) == len(archive.videos.all(tags={"camera": "x"})) == 0
+    assert len(archive.videos(status="failed")) == len(archive.videos(tags={"camera": "x"})) == 0
     with pytest.raises(UsageError, match=r"^status='gone': one of indexing, indexed, partial, failed, deleted"):
-        archive.videos.all(status="gone")
+        archive.videos(status="gone")
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def stored(tmp_path):
 def test_frames_are_what_was_stored_in_order(stored, batch_frames):
     archive, rows = stored
     cells = ["token", "compressor_out", "search_key", "thumbnail"]
-    batches = list(archive.frames.find(cells=cells, batch_frames=batch_frames))
+    batches = list(archive.frames(cells=cells, batch_frames=batch_frames))
     assert {len(batch) for batch in batches[:-1]} <= {batch_frames}
     assert sum(map(len, batches)) == 12
     for name in ("token", "compressor_out", "search_key"):
@@ -244,7 +244,7 @@ def test_frames_are_narrowed_as_a_search_is(stored):
     archive, _ = stored
 
     def found(**within):
-        batches = list(archive.frames.find(cells=["token"], **within))
+        batches = list(archive.frames(cells=["token"], **within))
         assert all(batch.search_key is None for batch in batches)
         return [(int(number), float(time)) for b in batches for number, time in zip(b.video_number, b.time_seconds)]
 
@@ -254,14 +254,14 @@ def test_frames_are_narrowed_as_a_search_is(stored):
     assert found(after="2024-05-01T12:00:06") == [(1, 6)]
     assert found(where="false") == []
     with pytest.raises(UsageError, match="SQL"):
-        archive.frames.find(where="no such column")  # now, and not when the first batch is asked for
+        archive.frames(where="no such column")  # now, and not when the first batch is asked for
     with pytest.raises(UsageError, match=r"^cells='keys': one of token, compressor_out, search_key, thumbnail"):
-        archive.frames.find(cells=["keys"])
+        archive.frames(cells=["keys"])
 
 
 def test_frames_are_arrow_too(stored):
     archive, rows = stored
-    (batch,) = archive.frames.find(cells=["token", "search_key", "thumbnail"], video="2.mp4")
+    (batch,) = archive.frames(cells=["token", "search_key", "thumbnail"], video="2.mp4")
     table = batch.to_arrow()
     np.testing.assert_array_equal(table.column("token").to_numpy_ndarray(), rows[1].tokens.token)
     np.testing.assert_array_equal(table.column("search_key").to_numpy_ndarray(), rows[1].tokens.search_key)
@@ -290,7 +290,7 @@ def test_frames_are_read_in_bounded_memory(tmp_path):
 
 def test_an_archive_is_read_without_its_model(stored):
     archive, _ = stored
-    assert len(archive.videos.all()) == 2
+    assert len(archive.videos()) == 2
     assert archive.sql("SELECT count(*) AS n FROM frames") == [{"n": 12}]
     with pytest.raises(UsageError, match="no-such-model"):
         archive.search("a dog")
