@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from fractions import Fraction
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
@@ -85,9 +85,14 @@ class Problem:
     detail: str
 
 
+def is_damaged(problem: Problem | None) -> TypeGuard[Problem]:
+    """Whether a video or segment with this problem lacks frames, or has damaged ones."""
+    return problem is not None and not problem.reason.is_note
+
+
 def is_whole(problem: Problem | None) -> bool:
     """Whether a video or segment with this problem has all its frames, undamaged."""
-    return problem is None or problem.reason.is_note
+    return not is_damaged(problem)
 
 
 class CapturedFrom(StrEnum):

@@ -9,7 +9,7 @@ from typing import Any
 
 from storage.errors import VideoProblem
 from storage.files import file_path
-from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow
+from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow, is_damaged
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify, open_source
 
@@ -226,7 +226,7 @@ def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:
     if row.status is Status.INDEXING:
         return Decision.UNFINISHED
     problem = row.problem
-    if problem is None or problem.reason.is_note:
+    if not is_damaged(problem):
         return Decision.KNOWN
     again = wanted.retry_failed or (problem.reason.may_pass and row.attempts < TRIES)
     if problem.reason is Reason.TOO_LARGE:

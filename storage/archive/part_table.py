@@ -14,7 +14,7 @@ from storage.errors import ArchiveError
 from storage.files import exists, join, source_text
 from storage.parts.read import part_problem
 from storage.parts.write import PartWriter
-from storage.records import Part, Problem, Receipt, is_whole, lies_within
+from storage.records import Part, Problem, Receipt, is_damaged, is_whole, lies_within
 
 
 class PartTable:
@@ -70,7 +70,7 @@ class PartTable:
         for_good = [
             key
             for key, problem in self.problems_by_segment(video_number).items()
-            if problem is None or problem.reason.is_note or not (whole_only or problem.reason.may_pass)
+            if not is_damaged(problem) or not (whole_only or problem.reason.may_pass)
         ]
         return _pieces(segment_keys, for_good)
 
@@ -231,9 +231,9 @@ class PartTable:
     def _is_better(self, new_count: int, problem: Problem | None, path: str, row_count: int) -> bool:
         """Whether a segment's rows are to take the place of those that are in."""
         there = part_problem(self.uri, path)
-        if there is None or there.reason.is_note:
+        if not is_damaged(there):
             return False
-        if problem is None or problem.reason.is_note or new_count > row_count:
+        if not is_damaged(problem) or new_count > row_count:
             return True
         return there.reason.may_pass and not problem.reason.may_pass
 
