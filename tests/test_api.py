@@ -69,8 +69,8 @@ def test_pictures_and_moments_are_searched_as_by_the_command(vidx, archive, samp
     found = archive.search("a cow", images=[picture], like=["nano_scenes_1.mp4@2"], min_score=0.1)
     assert [round(moment.score, 4) for moment in found] == [round(one["score"], 4) for one in wanted["moments"]]
     assert found
-    assert found.floor == 0.1
-    assert archive.search("a cow").floor > 0.1
+    assert found.threshold == 0.1
+    assert archive.search("a cow").threshold > 0.1
 
 
 def test_what_is_wrong_is_said_as_by_the_command(archive, tmp_path):

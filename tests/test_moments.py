@@ -9,7 +9,7 @@ from small_archive import MODEL_ID, Rows, random_rows, receipt_for, reserve, row
 
 from pipeline.ask.moments import CHANGE, FALL, LEAST_SECONDS, MomentFinder
 from pipeline.ask.query import QueryKeys
-from pipeline.ask.thresholds import Floor
+from pipeline.ask.thresholds import Threshold
 from storage.archive.archive import create_archive, open_archive
 from storage.parts.write import FrameColumns
 from storage.vectors.vector_index import open_index, update_index
@@ -52,7 +52,7 @@ class Footage:
         archive = open_archive(self.archive.uri)
         hits = [hit for hit in open_index(archive).search(QUERY, 1000, rows) if least <= hit.score < below]
         others = np.array(unwanted, np.float32).reshape(-1, WIDTH)
-        keys = QueryKeys(QUERY, Floor(least, "a test"), others, 0.9, ())
+        keys = QueryKeys(QUERY, Threshold(least, "a test"), others, 0.9, ())
         return MomentFinder(archive, keys, rows).find(hits, least, below)
 
     def spans(self, **how):

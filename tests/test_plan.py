@@ -139,7 +139,7 @@ def row(path, content=None, problem=None, **changes):
 
 def plan(path, rows, wanted=WANTED):
     known = plan_sources([asset(path)], rows, wanted, HashCache(Path(path).parent / "hashes"))
-    ((_, found),) = known.plans
+    ((_, found),) = known.decisions
     assert (known.todo == (asset(path),)) == found.is_work
     return found
 
@@ -152,7 +152,7 @@ def test_a_source_is_new_changed_known_or_moved(tmp_path):
     assert plan(path, [row(path, replace(content, video_id="a" * 64))]) is Decision.CHANGED
     gone = tmp_path / "gone.mp4"
     known = plan_sources([asset(path)], [row(gone, content)], WANTED, HashCache(tmp_path / "hashes"))
-    assert [found for _, found in known.plans] == [Decision.MOVED]
+    assert [found for _, found in known.decisions] == [Decision.MOVED]
     assert [renewed.uri for renewed in known.renewed] == [to_uri(path)]
 
 
@@ -195,7 +195,7 @@ def test_what_a_manifest_says_anew_of_a_known_video_is_taken_up(tmp_path, said, 
     assert (after.tags, after.captured_at) == (tags, captured_at)
     is_new = (tags, captured_at) != (NORTH, MAY)
     assert list(known.updates) == ([to_uri(path)] if is_new else [])
-    ((_, found),) = known.plans
+    ((_, found),) = known.decisions
     assert found is (Decision.MISSING if not is_there else Decision.UPDATED if is_new else Decision.KNOWN)
 
 

@@ -13,7 +13,7 @@ from small_archive import MODEL_ID, add_video, failed_row, random_rows, receipt_
 from pipeline.ask.filter import Filter
 from pipeline.ask.query import Kind, Query, Term, parse_term
 from pipeline.ask.search import Searcher, SearchLimits, search
-from pipeline.ask.thresholds import Floor, Floors, picture_floor, text_floor
+from pipeline.ask.thresholds import Threshold, Thresholds, picture_threshold, text_threshold
 from storage.archive.archive import create_archive, open_archive
 from storage.errors import UsageError
 from storage.parts.read import read_keys
@@ -157,7 +157,7 @@ def test_the_score_of_several_texts_is_their_weighted_mean(clips):
 def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
     archive, frames, keys = clips
     bundle = find_bundle("nano")
-    query, floor = Query((Term("an apple"),), without=("a strawberry", "a snake")), 0.1
+    query, threshold = Query((Term("an apple"),), without=("a strawberry", "a snake")), 0.1
     encoder = TextEncoder(bundle)
     shows, unwanted = (
         keys @ encoder.embed("an apple"),
@@ -166,12 +166,12 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
     hits = [
         (frame.video_id, frame.time_seconds)
         for frame, score, others in zip(frames, shows, unwanted, strict=True)
-        if score >= floor and (others < bundle.card.search_floor).all()
+        if score >= threshold and (others < bundle.card.search_floor).all()
     ]
-    assert 0 < len(hits) < (shows >= floor).sum()
-    result = search(archive, bundle, query, Filter(), SearchLimits(1000, floor))
+    assert 0 < len(hits) < (shows >= threshold).sum()
+    result = search(archive, bundle, query, Filter(), SearchLimits(1000, threshold))
     moments = result.moments
-    assert result.frames_left_out == (shows >= floor).sum() - len(hits)
+    assert result.frames_left_out == (shows >= threshold).sum() - len(hits)
     found = [
         (frame.video_id, frame.time_seconds)
         for moment in moments
@@ -181,7 +181,7 @@ def test_frames_that_show_what_is_not_wanted_are_no_hits(clips):
     assert sorted(found) == sorted(hits)
 
 
-def test_what_is_not_wanted_goes_by_the_floor_of_the_model(clips):
+def test_what_is_not_wanted_goes_by_the_threshold_of_the_model(clips):
     archive, frames, _ = clips
     query = Query((Term("an apple"),), without=("a cow",))
     low = search(archive, find_bundle("nano"), query, Filter(), SearchLimits(1000, -1.0))
@@ -276,7 +276,7 @@ def test_moments_like_one_of_the_archive_are_found_elsewhere(clips):
         ]
         assert moment.score == pytest.approx(np.mean(inside), abs=1e-3)
         assert max(inside) == pytest.approx(float(cosines[moment.video_id, moment.best_seconds]), abs=1e-6)
-    assert result.floor.source == "as asked for"
+    assert result.threshold.source == "as asked for"
 
 
 def test_a_picture_is_found_where_it_was_taken_from(clips, tmp_path):
@@ -305,14 +305,14 @@ def decoded(path, seconds):
     return frames[-1].to_ndarray(format="rgb24")
 
 
-def test_texts_and_pictures_count_by_their_floors(clips):
+def test_texts_and_pictures_count_by_their_thresholds(clips):
     archive, _, keys = clips
     bundle = find_bundle("nano")
     terms = (Term("two apples", 3.0), Term("nano_scenes_1.mp4@1", kind=Kind.MOMENT))
     result = search(archive, bundle, Query(terms), Filter(), SearchLimits(1, -1.0))
     searcher = Searcher(archive, bundle)
-    alone = [searcher.search(Query((term,)), Filter(), SearchLimits(1)).floor.score for term in terms]
-    both = searcher.search(Query(terms), Filter(), SearchLimits(1)).floor
+    alone = [searcher.search(Query((term,)), Filter(), SearchLimits(1)).threshold.score for term in terms]
+    both = searcher.search(Query(terms), Filter(), SearchLimits(1)).threshold
     assert both.score == pytest.approx(0.75 * alone[0] + 0.25 * alone[1])
     _, example = key_at(archive, "nano_scenes_1.mp4", 1.0)
     text = TextEncoder(bundle).embed("two apples")
@@ -321,35 +321,35 @@ def test_texts_and_pictures_count_by_their_floors(clips):
     assert min(abs(scores - result.moments[0].score)) < 1e-3
 
 
-def test_the_floor_of_an_archive_lets_few_unrelated_texts_through(clips):
+def test_the_threshold_of_an_archive_lets_few_unrelated_texts_through(clips):
     archive, _, _ = clips
     bundle = find_bundle("nano")
     index = open_index(archive)
-    floor = text_floor(bundle, index)
+    threshold = text_threshold(bundle, index)
     encoder = TextEncoder(bundle)
     unrelated = ("a lobster", "two cellists", "rain")
-    assert sum(index.search(encoder.embed(text), 1)[0].score >= floor.score for text in unrelated) <= 1
-    assert index.search(encoder.embed("two apples"), 1)[0].score > floor.score
-    assert picture_floor(archive).score < 1.0
+    assert sum(index.search(encoder.embed(text), 1)[0].score >= threshold.score for text in unrelated) <= 1
+    assert index.search(encoder.embed("two apples"), 1)[0].score > threshold.score
+    assert picture_threshold(archive).score < 1.0
 
 
-def test_floors_are_kept_with_the_archive_and_made_anew_when_damaged(archive_copy):
+def test_thresholds_are_kept_with_the_archive_and_made_anew_when_damaged(archive_copy):
     archive, bundle = open_archive(str(archive_copy)), find_bundle("nano")
     path = archive_copy / "index" / "floors.json"
     text = path.read_text()
     kept = json.loads(text.split("\n", 1)[1])
     assert kept["model_id"] == archive.model_id
-    floors = Floors(archive, bundle, open_index(archive))
-    assert (floors.text.score, floors.text.source) == (bundle.card.search_floor, "stated by the model")
-    assert floors.picture == Floor(**kept["picture"])
+    thresholds = Thresholds(archive, bundle, open_index(archive))
+    assert (thresholds.text.score, thresholds.text.source) == (bundle.card.search_floor, "stated by the model")
+    assert thresholds.picture == Threshold(**kept["picture"])
     assert not [*index_faults(archive)]
     for other in ("", text[:-9], text.replace("0.", "1."), "[]"):
         path.write_text(other)
         assert [fault.endswith("floors.json") for fault, _ in index_faults(archive)] == [True]
-        assert Floors(archive, bundle, open_index(archive)).picture == floors.picture
+        assert Thresholds(archive, bundle, open_index(archive)).picture == thresholds.picture
 
 
-def test_explain_says_where_the_floor_comes_from_and_what_is_near(vidx, samples_archive):
+def test_explain_says_where_the_threshold_comes_from_and_what_is_near(vidx, samples_archive):
     command = ["search", "two apples", "--archive", str(samples_archive[0]), "--min-score", "0.99", "--explain"]
     run = vidx(*command)
     assert run.code == 4

@@ -26,7 +26,7 @@ class Moments(Sequence[Moment]):
     """Moments, best first, as a sequence, a table or a page of thumbnails.
 
     Attributes:
-        floor: the least score of a hit.
+        threshold: the least score of a hit.
         frames_searched: how many frames were looked at.
         frames_pending: how many no search finds, as they have no search keys.
         unfinished: the videos looked at that are not whole yet.
@@ -36,7 +36,7 @@ class Moments(Sequence[Moment]):
         self._archive = archive
         self._title = title
         self._moments = found.moments
-        self.floor = found.floor.score
+        self.threshold = found.threshold.score
         self.frames_searched = found.frames_searched
         self.frames_pending = found.frames_pending
         self.unfinished = tuple(unfinished)

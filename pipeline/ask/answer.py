@@ -30,8 +30,8 @@ MOMENTS = 8  # asked of the search at least; the best ones fill the frames
 FRAMES_PER_MOMENT = 16  # more frames than so many for each, and more moments are asked for
 EDGE_SECONDS = 5e-4  # shrinks a moment, so that the rounding of ticks to seconds takes in no neighbour
 CACHE_BYTES = 1 << 30  # of what was computed of frames, kept for further questions
-LENIENCY = 0.1  # below the floor of a search: the model that is shown the frames may still say no
-ANYTHING = -1.0  # a floor that every frame reaches
+LENIENCY = 0.1  # below the threshold of a search: the model that is shown the frames may still say no
+ANYTHING = -1.0  # a threshold that every frame reaches
 MANY_FRAMES = 1000  # and the memory that they take is announced
 HEARD = "These are the answers for each stretch of time:"
 Say = Callable[[str], None]  # is told what the model says, or what is to be noted
@@ -230,8 +230,8 @@ class Asker:
 
     def best_score(self, question: str, frames: Sequence[FrameRef]) -> tuple[float, float]:
         """How well a question fits the best of some frames, and from what score on it counts as found."""
-        score, floor = self._searcher.best_score(Query((Term(question),)), frames)
-        return score, floor.score
+        score, threshold = self._searcher.best_score(Query((Term(question),)), frames)
+        return score, threshold.score
 
     # --- choosing
 

@@ -13,7 +13,7 @@ from storage.records import Answer, FrameRef
 from workers.llm.prompt import Turns
 from workers.models.bundle import Bundle
 
-TOPIC_SHARE = 0.25  # of the floor: what else fits a question by so much better is another topic
+TOPIC_SHARE = 0.25  # of the threshold: what else fits a question by so much better is another topic
 
 
 class AnyAsker(Protocol):
@@ -124,8 +124,8 @@ class Conversation:
         return found
 
     def _is_better(self, question: str, found: Chosen, shown: Chosen) -> bool:
-        (score, floor), (other, _) = (self._asker.best_score(question, each.frames) for each in (shown, found))
-        return other - score > TOPIC_SHARE * abs(floor)
+        (score, threshold), (other, _) = (self._asker.best_score(question, each.frames) for each in (shown, found))
+        return other - score > TOPIC_SHARE * abs(threshold)
 
     def _history(self, question: str, chosen: Chosen, announce: Callable[[str], None]) -> list[tuple[str, str]]:
         """What was said before, without the oldest of it where the context is full."""

@@ -217,7 +217,7 @@ class MomentFinder:
                 if path in self._rows:
                     passes[slice(None) if self._rows[path] is None else self._rows[path]] = True
             if len(keys.unwanted):
-                passes &= ~(stored @ keys.unwanted.T >= keys.unwanted_floor).any(axis=1)
+                passes &= ~(stored @ keys.unwanted.T >= keys.unwanted_threshold).any(axis=1)
             self._views[path] = _View(stored @ keys.wanted, passes)
         return self._views[path]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.ask.thresholds import Floor, Floors
+from pipeline.ask.thresholds import Threshold, Thresholds
 from pipeline.times import parse_moment
 from storage.archive.archive import Archive
 from storage.errors import UsageError
@@ -55,8 +55,8 @@ class Query:
 
     Attributes:
         terms: a frame's score is the weighted mean of its cosines with them; where texts and pictures meet, each cosine
-            counts by its share of its own kind's floor.
-        without: texts; a frame whose cosine with one of them reaches the floor of texts is no hit.
+            counts by its share of its own kind's threshold.
+        without: texts; a frame whose cosine with one of them reaches the threshold of texts is no hit.
     """
 
     terms: tuple[Term, ...]
@@ -76,16 +76,16 @@ class QueryKeys:
 
     Attributes:
         wanted: (E,) float32, whose product with a frame's key is the frame's score.
-        floor: the least score of a hit.
+        threshold: the least score of a hit.
         unwanted: (W, E) float32, L2-normalised.
-        unwanted_floor: from which on a frame shows what is not wanted.
+        unwanted_threshold: from which on a frame shows what is not wanted.
         examples: frames of the archive that others are to be like; their own moments are no answer.
     """
 
     wanted: np.ndarray
-    floor: Floor
+    threshold: Threshold
     unwanted: np.ndarray
-    unwanted_floor: float
+    unwanted_threshold: float
     examples: tuple[FrameRef, ...]
 
     def __repr__(self) -> str:
@@ -95,17 +95,17 @@ class QueryKeys:
 class QueryEncoder:
     """Makes keys of queries to one archive, with the parts of its model that they need."""
 
-    def __init__(self, archive: Archive, bundle: Bundle, floors: Floors):
+    def __init__(self, archive: Archive, bundle: Bundle, thresholds: Thresholds):
         self._archive = archive
         self._bundle = bundle
-        self._floors = floors
+        self._thresholds = thresholds
 
-    def embed(self, query: Query, floor: Floor | None) -> QueryKeys:
+    def embed(self, query: Query, threshold: Threshold | None) -> QueryKeys:
         """The keys of a query; what the text tower cannot take in is cut at a text's end.
 
         Args:
             query: what to look for.
-            floor: the least score of a hit; None for that of its kinds.
+            threshold: the least score of a hit; None for that of its kinds.
         Raises:
             UsageError: an empty text, a model that cannot search so, no such picture or moment.
         """
@@ -126,18 +126,18 @@ class QueryEncoder:
         weights = np.array([term.weight for term in query.terms], np.float32)
         shares = np.ones(len(weights), np.float32)
         is_text = [term.kind is Kind.TEXT for term in query.terms]
-        if floor is None or len(set(is_text)) > 1:  # or nothing needs them, and they may take seconds
-            floors = [self._floors.text if of_text else self._floors.picture for of_text in is_text]
-            mean = _joined(floors, weights)
-            if min(mean.score, *(one.score for one in floors)) > 0:
-                shares = np.array([mean.score / one.score for one in floors], np.float32)
-            floor = floor or mean
+        if threshold is None or len(set(is_text)) > 1:  # or nothing needs them, and they may take seconds
+            thresholds = [self._thresholds.text if of_text else self._thresholds.picture for of_text in is_text]
+            mean = _joined(thresholds, weights)
+            if min(mean.score, *(one.score for one in thresholds)) > 0:
+                shares = np.array([mean.score / one.score for one in thresholds], np.float32)
+            threshold = threshold or mean
         wanted = (weights / weights.sum() * shares) @ np.stack(keys)
         unwanted = np.array([self._text_encoder.embed(text) for text in query.without], np.float32)
         for text, key in zip(query.without, unwanted, strict=True):
             self._check_key(text, key)
-        unwanted_floor = self._floors.text.score if query.without else 0.0
-        return QueryKeys(wanted, floor, unwanted.reshape(-1, len(wanted)), unwanted_floor, tuple(examples))
+        unwanted_threshold = self._thresholds.text.score if query.without else 0.0
+        return QueryKeys(wanted, threshold, unwanted.reshape(-1, len(wanted)), unwanted_threshold, tuple(examples))
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -180,12 +180,14 @@ class QueryEncoder:
             )
 
 
-def _joined(floors: Sequence[Floor], weights: np.ndarray) -> Floor:
+def _joined(thresholds: Sequence[Threshold], weights: np.ndarray) -> Threshold:
     """The weighted mean."""
-    if len({floor.score for floor in floors}) == 1:
-        return floors[0]
-    sources = dict.fromkeys(f"{floor.score:g}: {floor.source}" for floor in floors)
-    return Floor(float(np.average([floor.score for floor in floors], weights=weights)), "; ".join(sources))
+    if len({threshold.score for threshold in thresholds}) == 1:
+        return thresholds[0]
+    sources = dict.fromkeys(f"{threshold.score:g}: {threshold.source}" for threshold in thresholds)
+    return Threshold(
+        float(np.average([threshold.score for threshold in thresholds], weights=weights)), "; ".join(sources)
+    )
 
 
 def parse_term(text: str, kind: Kind = Kind.TEXT) -> Term:

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.ask.filter import Filter
 from pipeline.ask.moments import MomentFinder
 from pipeline.ask.query import Query, QueryEncoder, QueryKeys
-from pipeline.ask.thresholds import Floor, Floors
+from pipeline.ask.thresholds import Threshold, Thresholds
 from storage.archive.archive import Archive
 from storage.archive.frames import Rows
 from storage.errors import UsageError
@@ -32,14 +32,14 @@ class SearchLimits:
 
     Attributes:
         limit: at most so many.
-        floor: the score below which a frame is no hit; None for what the model or the archive says (thresholds.py).
+        threshold: the score below which a frame is no hit; None for what the model or the archive says (thresholds.py).
         leniency: how far below that, as a share of it, a frame is a hit all the same.
         per_video: at most so many of one video; None for any number.
-        near_misses: of what is below the floor, at most so many moments.
+        near_misses: of what is below the threshold, at most so many moments.
     """
 
     limit: int
-    floor: float | None = None
+    threshold: float | None = None
     per_video: int | None = None
     near_misses: int = 0
     leniency: float = 0.0
@@ -55,15 +55,15 @@ class SearchResult:
 
     Attributes:
         moments: what was found.
-        floor: the least score of a hit, and where it comes from.
+        threshold: the least score of a hit, and where it comes from.
         frames_searched, frames_pending: of the part that was searched, and of the archive.
         frames_left_out: would be hits and show what is not wanted.
-        near_misses: the best moments below the floor, where they were asked for.
+        near_misses: the best moments below the threshold, where they were asked for.
         method: how the frames were compared, for people.
     """
 
     moments: tuple[Moment, ...]
-    floor: Floor
+    threshold: Threshold
     frames_searched: int
     frames_pending: int
     frames_left_out: int = 0
@@ -118,33 +118,37 @@ class Searcher:
 
     @cached_property
     def _encoder(self) -> QueryEncoder:
-        return QueryEncoder(self._archive, self._bundle, Floors(self._archive, self._bundle, self._index))
+        return QueryEncoder(self._archive, self._bundle, Thresholds(self._archive, self._bundle, self._index))
 
     def search(self, query: Query, within: Filter, wanted: SearchLimits) -> SearchResult:
         """As the function `search`."""
         index = self._index
-        keys = self._encoder.embed(query, None if wanted.floor is None else Floor(wanted.floor, "as asked for"))
-        floor = replace(keys.floor, score=keys.floor.score - wanted.leniency * abs(keys.floor.score))
+        keys = self._encoder.embed(
+            query, None if wanted.threshold is None else Threshold(wanted.threshold, "as asked for")
+        )
+        threshold = replace(keys.threshold, score=keys.threshold.score - wanted.leniency * abs(keys.threshold.score))
         rows = None if within.is_everything else within.rows(self._archive)
         searched = index.frame_count if rows is None else index.count(rows)
         if not searched:
-            return SearchResult((), floor, searched, index.pending_count)
-        moments, left_out = _find(self._archive, index, keys, rows, wanted, (floor.score, math.inf))
+            return SearchResult((), threshold, searched, index.pending_count)
+        moments, left_out = _find(self._archive, index, keys, rows, wanted, (threshold.score, math.inf))
         near: Sequence[Moment] = ()
         if wanted.near_misses:
             more = replace(wanted, limit=wanted.near_misses)
-            near, _ = _find(self._archive, index, keys, rows, more, (-math.inf, floor.score))
+            near, _ = _find(self._archive, index, keys, rows, more, (-math.inf, threshold.score))
         counts = (searched, index.pending_count, left_out)
-        return SearchResult(tuple(moments), floor, *counts, tuple(near), index.method(rows))
+        return SearchResult(tuple(moments), threshold, *counts, tuple(near), index.method(rows))
 
-    def best_score(self, query: Query, frames: Sequence[FrameRef]) -> tuple[float, Floor]:
+    def best_score(self, query: Query, frames: Sequence[FrameRef]) -> tuple[float, Threshold]:
         """The best score that a query has among some frames, and the least one of a hit.
 
         Raises:
             UsageError: as `search`; also where the frames have no search keys.
         """
         keys = self._encoder.embed(query, None)
-        return float((read_keys(self._archive.frames_uri, frames).astype(np.float32) @ keys.wanted).max()), keys.floor
+        return float(
+            (read_keys(self._archive.frames_uri, frames).astype(np.float32) @ keys.wanted).max()
+        ), keys.threshold
 
 
 def _find(

@@ -25,9 +25,10 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.ask.answer import Asker
+    from pipeline.ask.answer import Asked, Asker
     from pipeline.cluster.remote import RemoteAsker
     from storage.archive.archive import Archive
+    from storage.records import Answer
     from workers.llm.model_options import ModelOptions
     from workers.models.bundle import Bundle
 
@@ -84,7 +85,7 @@ ask_options = grouped(
 )
 
 
-def asked_of(options: Mapping[str, Any]) -> Any:
+def asked_of(options: Mapping[str, Any]) -> Asked:
     """How a question is to be answered, by the options of `ask_options` and those of `ask` alone."""
     from pipeline.ask.answer import Asked, Over
     from pipeline.ask.search import FRAMES_SHOWN
@@ -196,9 +197,10 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     where = filter_of(archive, options)
     how, bundle = checked_model(archive, options)
     unfinished = tell_unfinished(archive, where)
+    unfinished_videos = {"videos_unfinished": unfinished_json(unfinished)}
     if not where.rows(archive):
         if as_json:
-            print_json({**answer_json(question, None, archive), "videos_unfinished": unfinished_json(unfinished)})
+            print_json(answer_json(question, None, archive.model_id, bundle) | unfinished_videos)
         note(f"nothing found: {why_nothing(archive, where)}")
         sys.exit(4)
     asker, bundle = asker_of(archive, options, how, bundle, keeps=False)
@@ -209,7 +211,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
 
     answer = asker.ask(question, where, asked_of(options), stream=stream, announce=note)
     if as_json:
-        print_json({**answer_json(question, answer, bundle), "videos_unfinished": unfinished_json(unfinished)})
+        print_json(answer_json(question, answer, bundle.model_id, bundle) | unfinished_videos)
     elif answer is not None:
         click.echo()
         print_moments(answer.moments)
@@ -227,40 +229,44 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         note(hint)
 
 
-def answer_json(question: str, answer: Any, bundle: Bundle | Archive) -> dict[str, Any]:
-    """What `ask` and `chat` print of an answer, None where nothing was found; bundle is of what was asked."""
+def answer_json(question: str, answer: Answer | None, model_id: str, bundle: Bundle | None) -> dict[str, Any]:
+    """The JSON that `ask` and `chat` print of an answer.
+
+    Args:
+        question: as it was asked.
+        answer: None where nothing was found.
+        model_id: of the archive's model.
+        bundle: the model; None where no answer was asked of it.
+    """
     from pipeline.cli.models import hint_of
     from pipeline.results.json_values import moment_json
+    from storage.files import source_text
+    from storage.records import Answer
 
-    found = answer is not None
-    hint = hint_of(bundle, answer) if found else ""
+    told = answer or Answer(question, text="", moments=(), fuse="", fuse_note="", frame_count=0, video_bytes_read=0)
     return {
         "question": question,
-        "answer": answer.text if found else "",
-        "answer_known": found and not answer.unknown,
-        "hint": hint,
-        "found": found,
-        "moments": [moment_json(moment) for moment in answer.moments] if found else [],
-        "fuse": answer.fuse if found else None,
-        "fuse_note": answer.fuse_note if found else "",
-        "frames_used": answer.frame_count if found else 0,
-        "over": answer.over if found else "",
-        "windows": [_window_json(window, bundle) for window in answer.windows] if found else [],
-        "memory_bytes": answer.memory_bytes if found else 0,
-        "video_bytes_read": answer.video_bytes_read if found else 0,
-        "model_id": bundle.model_id,
-    }
-
-
-def _window_json(window: Any, bundle: Any) -> dict[str, Any]:
-    from pipeline.cli.models import hint_of
-    from storage.files import source_text
-
-    return {
-        "source": source_text(window.uri),
-        "start_seconds": window.start_seconds,
-        "end_seconds": window.end_seconds,
-        "answer": window.text,
-        "answer_known": not window.unknown,
-        "hint": hint_of(bundle, window),
+        "answer": told.text,
+        "answer_known": answer is not None and not answer.unknown,
+        "hint": hint_of(bundle, told) if bundle else "",
+        "found": answer is not None,
+        "moments": [moment_json(moment) for moment in told.moments],
+        "fuse": told.fuse or None,
+        "fuse_note": told.fuse_note,
+        "frames_used": told.frame_count,
+        "over": told.over,
+        "windows": [
+            {
+                "source": source_text(window.uri),
+                "start_seconds": window.start_seconds,
+                "end_seconds": window.end_seconds,
+                "answer": window.text,
+                "answer_known": not window.unknown,
+                "hint": hint_of(bundle, window) if bundle else "",
+            }
+            for window in told.windows
+        ],
+        "memory_bytes": told.memory_bytes,
+        "video_bytes_read": told.video_bytes_read,
+        "model_id": model_id,
     }

@@ -189,7 +189,7 @@ class _Turns:
             click.echo(f"> {question}")
         answer = self._talk.ask(question, stream, note)
         if self._as_json:
-            click.echo(json_line(answer_json(question, answer, self._bundle)))
+            click.echo(json_line(answer_json(question, answer, self._bundle.model_id, self._bundle)))
         elif answer is None and not self._talk.within.rows(self._archive):
             note(f"nothing found: {why_nothing(self._archive, self._talk.within)}")
         elif answer is None:

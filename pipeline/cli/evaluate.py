@@ -80,7 +80,7 @@ def retrieval(
         note(f"{found.frames_pending} frames have no search keys, and count as not found")
     if as_json:
         print_json(
-            {**_scores_json(scores), "floor": found.floor.score, "queries": [_judged_json(one) for one in judged]}
+            {**_scores_json(scores), "floor": found.threshold.score, "queries": [_judged_json(one) for one in judged]}
         )
     else:
         _print_scores(scores, judged)

@@ -1,9 +1,11 @@
 """`vidx index`."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +18,13 @@ from pipeline.cli.options import (
     model_options,
 )
 
-UPDATES_TOLD = 20  # videos whose tags or capture times changed
+if TYPE_CHECKING:
+    from pipeline.index.job import IndexResult
+    from pipeline.index.plan import IndexPlan, Update
+    from pipeline.index.scan import Scan
+    from storage.records import VideoRow
 
+UPDATES_TOLD = 20  # videos whose tags or capture times changed
 KINDS_TOLD = 12  # suffixes of files that are no videos
 
 
@@ -134,7 +141,7 @@ def index(
         archive = open_archive(place) if archive_exists(place) else None
         if archive is not None:
             archive.check_model(bundle.model_id, bundle.name)
-        _print_plans(plan_index(found.assets, archive, bundle, sampling, settings), found, as_json)
+        _print_plan(plan_index(found.assets, archive, bundle, sampling, settings), found, as_json)
         return
     if settings.address is not None and found.assets:
         from pipeline.cluster.address import check_address
@@ -185,7 +192,7 @@ def _nothing_in(sources: Sequence[str]) -> str:
     return f"Nothing to index: there is no video in {where}."
 
 
-def _result_json(result: Any, model_id: str) -> dict[str, Any]:
+def _result_json(result: IndexResult, model_id: str) -> dict[str, Any]:
     from storage.files import source_text
 
     return {
@@ -214,19 +221,19 @@ def _result_json(result: Any, model_id: str) -> dict[str, Any]:
     }
 
 
-def _row_json(row: Any) -> dict[str, Any]:
+def _row_json(row: VideoRow) -> dict[str, Any]:
     from storage.files import source_text
 
     return {
         "source": source_text(row.uri),
         "source_uri": row.uri,
         "status": row.status,
-        "reason": row.problem.reason,
-        "detail": row.problem.detail,
+        "reason": row.known_problem.reason,
+        "detail": row.known_problem.detail,
     }
 
 
-def _print_result(result: Any, archive_dir: str) -> None:
+def _print_result(result: IndexResult, archive_dir: str) -> None:
     from pipeline.cli.print import note, print_table
     from pipeline.results.text import counted
     from storage.files import source_text
@@ -261,7 +268,7 @@ def _print_result(result: Any, archive_dir: str) -> None:
         note(f"{source_text(row.uri)}: {row.known_problem.detail}")
 
 
-def _changes(update: Any) -> str:
+def _changes(update: Update) -> str:
     """As `camera: north -> south, captured_at: 2024-05-01 12:00 -> 2024-05-01 10:00`."""
     return ", ".join(f"{name}: {_told(old)} -> {_told(new)}" for name, (old, new) in update.changes.items())
 
@@ -272,45 +279,44 @@ def _told(value: Any) -> str:
     return value if isinstance(value, str) else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
-def _print_plans(known: Any, found: Any, as_json: bool) -> None:
+def _print_plan(plan: IndexPlan, found: Scan, as_json: bool) -> None:
     from pipeline.cli.print import print_json, print_table
     from pipeline.index.plan import Decision
     from pipeline.results.text import counted
     from storage.files import source_text
 
-    plans = known.plans
-    counts = {str(plan).replace(" ", "_"): sum(other is plan for _, other in plans) for plan in Decision}
     if as_json:
+        counts = {str(decision).replace(" ", "_"): plan.count(decision) for decision in Decision}
         listed = [
-            {"source": source_text(asset.uri), "source_uri": asset.uri, "plan": plan, **_why(known, asset.uri)}
-            for asset, plan in plans
+            {"source": source_text(asset.uri), "source_uri": asset.uri, "plan": decision, **_why(plan, asset.uri)}
+            for asset, decision in plan.decisions
         ]
         print_json({"dry_run": True, "counts": counts, "sources": listed, "left_out": found.left_out})
         return
-    if not plans:
+    if not plan.decisions:
         click.echo(f"{_nothing_in(found.without_video)[:-1]}; nothing was changed.")
         return
     rows = [
-        (plan, source_text(asset.uri), _why_line(known, asset.uri))
-        for asset, plan in plans
-        if plan is not Decision.KNOWN
+        (decision, source_text(asset.uri), _why_line(plan, asset.uri))
+        for asset, decision in plan.decisions
+        if decision is not Decision.KNOWN
     ]
     if rows:
         print_table(("would be", "source", "why"), rows)
-    would = sum(plan.is_work for _, plan in plans)
-    away = sum(plan in (Decision.MISSING, Decision.UNREADABLE) for _, plan in plans)
+    away = plan.count(Decision.MISSING, Decision.UNREADABLE)
     of_them = f", {away} of them missing or unreadable" if away else ""
-    click.echo(f"{would} of {counted(len(plans), 'video')} would be tried{of_them}; nothing was changed")
+    total = counted(len(plan.decisions), "video")
+    click.echo(f"{len(plan.todo)} of {total} would be tried{of_them}; nothing was changed")
 
 
-def _why(known: Any, uri: str) -> dict[str, Any]:
+def _why(plan: IndexPlan, uri: str) -> dict[str, Any]:
     """What is wrong with a source or failed before, and what it says differently of a video that the archive holds."""
-    problem, update = known.problems.get(uri), known.updates.get(uri)
+    problem, update = plan.problems.get(uri), plan.updates.get(uri)
     told = {} if problem is None else {"reason": problem.reason, "detail": problem.detail}
     return told if update is None else {**told, "changes": update.changes}
 
 
-def _why_line(known: Any, uri: str) -> str:
-    problem, update = known.problems.get(uri), known.updates.get(uri)
+def _why_line(plan: IndexPlan, uri: str) -> str:
+    problem, update = plan.problems.get(uri), plan.updates.get(uri)
     pieces = [] if problem is None else [f"{problem.reason}: {problem.detail}"]
     return "; ".join(pieces if update is None else [*pieces, _changes(update)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,14 @@ from pipeline.cli.options import (
     unfinished_json,
     write_sheet,
 )
+
+if TYPE_CHECKING:
+    from pipeline.ask.filter import Filter
+    from pipeline.ask.query import Query
+    from pipeline.ask.search import SearchResult
+    from storage.archive.archive import Archive
+    from storage.records import VideoRow
+    from workers.models.bundle import Bundle
 
 NEAR_MISSES = 3
 
@@ -61,7 +69,7 @@ search_options = grouped(
     click.option(
         "--min-score",
         "--floor",
-        "floor",
+        "threshold",
         type=click.FloatRange(-1, 1),
         default=None,
         help="Least score of a hit; without it what the model or the archive says.",
@@ -104,7 +112,7 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
                     {"text": term.text, "weight": term.weight, "kind": str(term.kind)} for term in found.query.terms
                 ],
                 "without": list(found.query.without),
-                "floor": found.result.floor.score,
+                "floor": found.result.threshold.score,
                 "model_id": found.bundle.model_id,
                 "moments": [moment_json(moment) for moment in found.result.moments],
                 "frames_searched": found.result.frames_searched,
@@ -163,12 +171,12 @@ def export(file: str, texts: tuple[str, ...], archive_dir: str, format_name: str
 
 @dataclass(frozen=True)
 class _FoundMoments:
-    archive: Any
-    bundle: Any
-    query: Any
-    within: Any
-    result: Any
-    unfinished: Any
+    archive: Archive
+    bundle: Bundle
+    query: Query
+    within: Filter
+    result: SearchResult
+    unfinished: list[VideoRow]
 
 
 def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) -> _FoundMoments:
@@ -181,28 +189,28 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
     bundle = bundle_of(archive, options["model"], options["tower"])
     query = query_of(texts, options["without"], options["images"], options["likes"])
     near = NEAR_MISSES if options.get("explain") else 0
-    wanted = SearchLimits(options["limit"], options["floor"], options["per_video"], near)
+    wanted = SearchLimits(options["limit"], options["threshold"], options["per_video"], near)
     within = filter_of(archive, options)
     unfinished = tell_unfinished(archive, within)
     return _FoundMoments(archive, bundle, query, within, run_search(archive, bundle, query, within, wanted), unfinished)
 
 
-def _explained(result: Any) -> dict[str, Any]:
+def _explained(result: SearchResult) -> dict[str, Any]:
     from pipeline.results.json_values import moment_json
 
     return {
-        "floor_source": result.floor.source,
+        "floor_source": result.threshold.source,
         "method": result.method,
         "frames_left_out": result.frames_left_out,
         "near_misses": [moment_json(moment) for moment in result.near_misses],
     }
 
 
-def _explain(result: Any) -> None:
+def _explain(result: SearchResult) -> None:
     from pipeline.cli.print import note, print_moments
 
     note(f"{result.frames_searched} frames; {result.method or 'nothing was compared'}")
-    note(f"a hit scores at least {result.floor.score:g} ({result.floor.source}; --min-score)")
+    note(f"a hit scores at least {result.threshold.score:g} ({result.threshold.source}; --min-score)")
     if result.near_misses:
         note("closest below that:")
         print_moments(result.near_misses, err=True)
@@ -222,7 +230,7 @@ def _end_search(found: _FoundMoments) -> None:
     if not result.moments:
         searched = result.frames_searched
         why = (
-            f"none of {counted(searched, 'frame')} reaches a score of {result.floor.score:g} (--min-score)"
+            f"none of {counted(searched, 'frame')} reaches a score of {result.threshold.score:g} (--min-score)"
             if searched
             else why_nothing(found.archive, found.within)
         )

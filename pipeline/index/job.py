@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pipeline.ask.thresholds import update_floors
+from pipeline.ask.thresholds import update_thresholds
 from pipeline.index.config import IndexConfig
 from pipeline.index.plan import Decision, IndexPlan, Update, WantedRows, decide_known, plan_sources
 from pipeline.index.progress import FileAtWork, Meter, Progress, VideoMeter
@@ -182,20 +182,20 @@ def run_index(
     """
     start = time.monotonic()
     result = IndexResult()
-    known = plan_index(assets, archive, bundle, sampling, config)
-    if known.renewed:
-        archive.videos.renew(known.renewed)  # before anything new takes the place of what has moved away
-    result.updates = list(known.updates.values())
-    result.cache_problem = known.cache_problem
-    result.failed_before = known.count(Decision.FAILED)
-    result.deleted_before = known.count(Decision.DELETED)
-    result.skipped = known.count(Decision.KNOWN, Decision.MOVED, Decision.UPDATED, Decision.FAILED, Decision.DELETED)
-    if known.todo:
+    plan = plan_index(assets, archive, bundle, sampling, config)
+    if plan.renewed:
+        archive.videos.renew(plan.renewed)  # before anything new takes the place of what has moved away
+    result.updates = list(plan.updates.values())
+    result.cache_problem = plan.cache_problem
+    result.failed_before = plan.count(Decision.FAILED)
+    result.deleted_before = plan.count(Decision.DELETED)
+    result.skipped = plan.count(Decision.KNOWN, Decision.MOVED, Decision.UPDATED, Decision.FAILED, Decision.DELETED)
+    if plan.todo:
         from pipeline.cluster.executor import Executor
 
         drop_claims(archive)
         with Job(archive.uri) as job:
-            run = _Run(known, archive, job, result, report)
+            run = _Run(plan, archive, job, result, report)
             try:
                 settings = worker_settings(archive, bundle, config, sampling.choice)
                 with Executor(settings, config.address, config.workers) as executor:
@@ -208,10 +208,10 @@ def run_index(
                     run.commit(is_last=True)
                 raise
     update_index(archive)
-    if known.todo:  # a run with nothing to do ends in a second
+    if plan.todo:  # a run with nothing to do ends in a second
         if not result.interrupted:
             improve_index(archive)
-            update_floors(archive, bundle)
+            update_thresholds(archive, bundle)
         sweep(archive)
     result.seconds = time.monotonic() - start
     return result
@@ -304,19 +304,19 @@ class _Run:
 
     def __init__(
         self,
-        known: IndexPlan,
+        plan: IndexPlan,
         archive: Archive,
         job: Job,
         result: IndexResult,
         report: Callable[[Progress], None],
     ):
-        self._known = known
-        self._restored = set(known.restored)
-        self._unexamined = deque(known.todo)
+        self._plan = plan
+        self._restored = set(plan.restored)
+        self._unexamined = deque(plan.todo)
         self._archive = archive
         self._job = job
-        self._wanted = known.wanted
-        self._sampling = known.wanted.sampling
+        self._wanted = plan.wanted
+        self._sampling = plan.wanted.sampling
         self._result = result
         self._report = report
         self._examined: list[tuple[VideoAsset, Content, Probe]] = []
@@ -327,10 +327,10 @@ class _Run:
         self._finished: list[VideoRow] = []
         self._last_commit = time.monotonic()
         self._last_admission = -ADMIT_SECONDS
-        self._video_count = len(known.todo)
+        self._video_count = len(plan.todo)
         self._seen: dict[str, str] = {}
         self._sandbox_missing: dict[str, set[str]] = {}
-        self._meter = Meter({asset.uri: _size(asset, known.contents.get(asset.uri)) for asset in known.todo})
+        self._meter = Meter({asset.uri: _size(asset, plan.contents.get(asset.uri)) for asset in plan.todo})
         self._unindexed = 0
         self._counted: dict[int, int] = {}  # frames of videos that are shown in part, in _unindexed
 
@@ -420,7 +420,7 @@ class _Run:
             executor.encode(task, task)
         while self._unexamined and executor.free("examine") > 0 and len(self._ready) < READY_SEGMENTS:
             asset = self._unexamined.popleft()
-            executor.examine(asset, asset.uri, self._known.contents.get(asset.uri))
+            executor.examine(asset, asset.uri, self._plan.contents.get(asset.uri))
 
     def _take_in(self, outcome: "Outcome") -> None:
         if outcome.kind == "encode":
@@ -513,7 +513,7 @@ class _Run:
     def _is_done(self, content: Content) -> bool:
         """Whether a row has come since this job began, and leaves nothing to do."""
         row = self._archive.videos.row_of(content.video_id)
-        if row is None or row == self._known.by_id.get(content.video_id):
+        if row is None or row == self._plan.by_id.get(content.video_id):
             return False
         return decide_known(row, replace(self._wanted, retry_failed=False)) not in (
             Decision.SETTINGS,
@@ -565,8 +565,8 @@ class _Run:
         frame_count: int,
         problem: Problem | None,
     ) -> VideoRow:
-        attempts = self._known.attempts(asset, content) + 1
-        asset = _dated(self._known.inherit(asset, content), probe)
+        attempts = self._plan.attempts(asset, content) + 1
+        asset = _dated(self._plan.inherit(asset, content), probe)
         damaged = Status.PARTIAL if frame_count else Status.FAILED
         return VideoRow(
             video_id=content.video_id if content else None,
@@ -593,7 +593,7 @@ class _Run:
         missing = self._sandbox_missing.get(content.video_id) if content else None
         if content is None or missing is None:
             return None
-        before = self._known.by_id.get(content.video_id)
+        before = self._plan.by_id.get(content.video_id)
         if before is not None and before.video_number == number:
             missing = {*missing, *(before.sandbox_missing or ())}
         return tuple(sorted(missing))

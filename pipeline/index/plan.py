@@ -87,7 +87,7 @@ class IndexPlan:
 
     Attributes:
         wanted: of the sources.
-        plans: of each source, in order.
+        decisions: of each source, in order.
         renewed: rows to publish before anything else: of sources that moved, were touched, retagged or redated.
         updates: those of them that were retagged or redated, by the uri that they have now.
         problems: why a source is missing or unreadable, or failed before, by uri.
@@ -97,7 +97,7 @@ class IndexPlan:
     """
 
     wanted: WantedRows
-    plans: tuple[tuple[VideoAsset, Decision], ...]
+    decisions: tuple[tuple[VideoAsset, Decision], ...]
     renewed: tuple[VideoRow, ...]
     updates: Mapping[str, Update]
     problems: Mapping[str, Problem]
@@ -109,7 +109,7 @@ class IndexPlan:
     @property
     def todo(self) -> tuple[VideoAsset, ...]:
         """Sources that need work."""
-        return tuple(asset for asset, plan in self.plans if plan.is_work)
+        return tuple(asset for asset, decision in self.decisions if decision.is_work)
 
     @property
     def restored(self) -> set[str]:
@@ -117,9 +117,9 @@ class IndexPlan:
         ids = {content.video_id for asset in self.todo if (content := self.contents.get(asset.uri))}
         return {video_id for video_id in ids & self.by_id.keys() if self.by_id[video_id].status is Status.DELETED}
 
-    def count(self, *plans: Decision) -> int:
-        """Sources with one of these plans."""
-        return sum(plan in plans for _, plan in self.plans)
+    def count(self, *wanted: Decision) -> int:
+        """Number of sources with one of these decisions."""
+        return sum(decision in wanted for _, decision in self.decisions)
 
     def inherit(self, asset: VideoAsset, content: Content | None) -> VideoAsset:
         """The asset with tags and capture time of the same content, or tags of the same place, where it has none."""
@@ -156,30 +156,30 @@ def plan_sources(
     named = {asset.uri for asset in assets}
     renewed: dict[str, VideoRow] = {}
     problems: dict[str, Problem] = {}
-    plans: dict[str, Decision] = {}
+    decisions: dict[str, Decision] = {}
     for asset, content in zip(assets, found, strict=True):
         row, place = by_id.get(content.video_id) if content else None, by_uri.get(asset.uri)
         if row is None:
-            plans[asset.uri], problem = _plan_unknown(asset, place, wanted)
+            decisions[asset.uri], problem = _decide_unknown(asset, place, wanted)
         else:
-            plans[asset.uri], problem = decide_known(row, wanted), row.problem
+            decisions[asset.uri], problem = decide_known(row, wanted), row.problem
         if problem is not None:
             problems[asset.uri] = problem
-        if plans[asset.uri] in (Decision.MISSING, Decision.UNREADABLE) and place is not None:
+        if decisions[asset.uri] in (Decision.MISSING, Decision.UNREADABLE) and place is not None:
             row = place  # what it holds cannot be looked at, and it is the video of this place as far as is known
         if row is None or row.status is Status.DELETED:
             continue
         changed = _renewed(renewed.get(row.known_id, row), asset, content, contents, named)
         if changed is not None:
             renewed[row.known_id] = changed
-            if plans[asset.uri] is Decision.KNOWN and changed.uri != row.uri:
-                plans[asset.uri] = Decision.MOVED
+            if decisions[asset.uri] is Decision.KNOWN and changed.uri != row.uri:
+                decisions[asset.uri] = Decision.MOVED
     updates = {row.uri: Update(by_id[video_id], row) for video_id, row in renewed.items()}
     updates = {uri: update for uri, update in updates.items() if update.changes}
-    plans |= {uri: Decision.UPDATED for uri in updates if plans.get(uri) is Decision.KNOWN}
+    decisions |= {uri: Decision.UPDATED for uri in updates if decisions.get(uri) is Decision.KNOWN}
     rows = [row if row.video_id is None else renewed.get(row.video_id, row) for row in rows]
     by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
-    planned = tuple((asset, plans[asset.uri]) for asset in assets)
+    planned = tuple((asset, decisions[asset.uri]) for asset in assets)
     rows_to_publish = tuple(renewed.values())
     return IndexPlan(
         wanted, planned, rows_to_publish, updates, problems, contents, by_id | renewed, by_uri, hashes.problem
@@ -196,7 +196,7 @@ def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) ->
         return None  # the worker meets it again and gives it its reason
 
 
-def _plan_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows) -> tuple[Decision, Problem | None]:
+def _decide_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows) -> tuple[Decision, Problem | None]:
     """Of a source whose content the archive does not hold, by the row of its place; and what is wrong with it."""
     problem = _why_unreadable(asset)
     if row is None or row.video_id is not None:
