@@ -374,7 +374,7 @@ def test_sampling_is_exact_for_any_times_and_cuts(gaps, step, first, cut_ranks):
     for start, end in itertools.pairwise(borders):
         first_index = 0 if start is None else times.index(start)
         later = [frame for frame in frames if start is None or frame.ticks >= start]
-        kept += sample(later, grid.takes, start, end, first_index, lambda picture: picture, Tally())
+        kept += sample(later, grid.takes, Segment("", start, end, first_index), lambda picture: picture, Tally())
     # The last frame lasts 5 ticks, so instants after it count too.
     expected = expected_frames([*times, times[-1] + 5], step)
     expected = [rank for rank in expected if rank < len(times)]
@@ -386,7 +386,9 @@ def test_sampling_is_exact_for_any_times_and_cuts(gaps, step, first, cut_ranks):
 def test_a_frame_with_a_wild_time_is_left_out():
     times = [0, 10, 90_000, 20, 30]
     frames = [TimedFrame(at, 10, at) for at in times]
-    kept = list(sample(frames, Grid(0, Fraction(1)).takes, None, None, 0, lambda picture: picture, Tally()))
+    kept = list(
+        sample(frames, Grid(0, Fraction(1)).takes, Segment("", None, None, 0), lambda picture: picture, Tally())
+    )
     assert [frame.ticks for frame in kept] == [0, 10, 20, 30]
     assert [frame.frame_index for frame in kept] == [0, 1, 3, 4]
 

@@ -1,5 +1,6 @@
-"""What computes: sources are identified, decoded, encoded; a model answers. Nothing here knows Ray's cluster.
+"""The computation: identify, decode and encode sources, and answer questions. Nothing here starts or joins Ray.
 
-actors are the thin shells that Ray runs, segment is one segment from file to part. protocol (messages between
-processes) and sandbox (what a process gives up) serve the rooms with processes of their own, decode and models.
+actors holds the classes that Ray runs, segment indexes one segment from file to part. child_process, protocol (its
+messages) and sandbox (what it gives up) serve the rooms that read hostile files in a process, decode and models.
+cache_folder says where files are kept that can be made again.
 """

@@ -1,4 +1,4 @@
-"""The thin Ray shells around probing and encoding; all work is done by the modules they call."""
+"""The classes that run as Ray actors: Examiner probes sources, Encoder indexes segments."""
 
 import os
 import queue
@@ -19,13 +19,13 @@ from workers.sources.identity import identify
 if TYPE_CHECKING:
     from workers.vision.llava_mini import VisionPart
 
-PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
-SEGMENTS_AT_ONCE = 2  # per encoder: one decodes while the other encodes
+PARENT_SECONDS = 1.0  # between two checks that the parent process is alive
+SEGMENTS_AT_ONCE = 2  # per encoder: one is decoded while the other is encoded
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every worker of a job is started with."""
+    """The settings of a job's workers."""
 
     frames_uri: str
     model: str
@@ -43,16 +43,20 @@ class WorkerSettings:
     strict_sandbox: bool
 
     def new_decoder(self) -> Decoder:
-        """A decoder process of its own for one user at a time."""
-        how = (self.choice, self.decoder, self.strict_sandbox)
-        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, *how)
+        """A Decoder with these settings; its process starts when it is first used."""
+        options = (self.choice, self.decoder, self.strict_sandbox)
+        return Decoder(self.max_pixels, self.timeout_seconds, self.decode_threads, *options)
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A source after its first look: its content where that could be read, its stream where it has one.
+    """What is known of a source after it was probed.
 
-    sandbox_missing names what the process that looked was not kept from.
+    Attributes:
+        content: None where the file could not be read.
+        probe: None where it has no video stream that can be decoded.
+        problem: why one of them is None.
+        sandbox_missing: the steps of the sandbox (sandbox.STEPS) that the decoder's machine did not allow.
     """
 
     content: Content | None
@@ -70,7 +74,12 @@ class Examiner:
         self._hashes = HashCache()
 
     def examine(self, uri: str, content: Content | None) -> Examined:
-        """Identity and stream of one source; content is given where the caller has hashed it already."""
+        """Hashes and probes one source.
+
+        Args:
+            uri: of the source.
+            content: known already if the caller has hashed the file.
+        """
         path = file_path(uri)
         try:
             content = content or identify(path, self._hashes)
@@ -89,7 +98,7 @@ class Examiner:
 
 
 class Encoder:
-    """Owns a model and as many decoders as segments run at once."""
+    """A loaded model, and one decoder for each segment that is indexed at once."""
 
     def __init__(self, settings: WorkerSettings):
         _die_with_parent()
@@ -103,12 +112,15 @@ class Encoder:
             self._decoders.put(settings.new_decoder())
 
     def load(self) -> None:
-        """Loads the model, once; not in the constructor, so that its errors reach the job as they are.
+        """Loads the model; a second call does nothing.
+
+        The constructor does not load it, because Ray wraps a constructor's errors. Nothing is returned, because Ray
+        would send it to the job.
 
         Raises:
-            UsageError: the model cannot be loaded, or what finds scenes is not installed.
+            UsageError: the model cannot be loaded, or PySceneDetect is needed and not installed.
         """
-        self._loaded()  # it stays here: what is returned goes to the job
+        self._loaded()
 
     def _loaded(self) -> "VisionPart":
         check_choice(self._settings.choice)
@@ -118,14 +130,14 @@ class Encoder:
             return self._vision
 
     def encode(self, task: SegmentTask) -> Receipt:
-        """One segment: decode, encode, write its part.
+        """Indexes one segment: decodes and encodes it, and writes its part.
 
         Raises:
             UsageError: as `load`.
-            ClusterError: there is not the memory for it.
+            ClusterError: the worker ran out of memory.
         """
         vision = self._loaded()
-        from workers.segment import index_segment  # after it: transformers' lazy imports do not bear two threads
+        from workers.segment import index_segment  # after loading: transformers' lazy imports are not thread-safe
 
         settings = self._settings
         stored = (settings.frames_uri, settings.batch, settings.thumbnails)
@@ -141,14 +153,14 @@ class Encoder:
                 if not _is_out_of_memory(error):
                     raise
                 raise ClusterError(
-                    f"a worker has not the memory for {settings.batch} frames at once; what was finished is committed, "
-                    "run the same command again with a smaller --batch to go on"
+                    f"a worker ran out of memory at --batch {settings.batch}; finished segments are committed; run the "
+                    "same command again with a smaller --batch to continue"
                 ) from error
             finally:
                 self._reached.pop(key, None)
 
     def reached(self) -> dict[tuple[int, str], tuple[float, int]]:
-        """The position that each segment at work has come to, and its frames, by video number and segment key."""
+        """Progress of the segments at work: (video number, segment key) -> (position in seconds, frames done)."""
         return dict(self._reached)
 
     @contextmanager
@@ -161,14 +173,15 @@ class Encoder:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, here or on a GPU; on a CPU torch has no class of its own for it."""
+    """Whether an allocation failed, on the CPU or a GPU."""
     import torch
+    # On a CPU torch raises a plain RuntimeError.
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _die_with_parent() -> None:
-    """Ends this process when the raylet that started it dies, which Ray leaves to a busy worker to notice."""
+    """Ends this process when the raylet that started it dies; Ray alone ends a busy worker too late."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -180,7 +193,7 @@ def _die_with_parent() -> None:
 
 
 def _load_vision(settings: WorkerSettings) -> "VisionPart":
-    import torch  # here, so that examiners and the driver stay light
+    import torch  # not at the top: examiners and the driver do not need it
 
     from workers.models.bundle import find_bundle
     from workers.vision.llava_mini import load_vision

@@ -1,6 +1,6 @@
-"""What the decoder process and its owner say to each other: a JSON header, then raw bytes; never pickle.
+"""Messages between a child process and its owner: a JSON header, then raw bytes.
 
-The child reads hostile files, so nothing that comes from it is executed, and every size is checked.
+The child reads hostile files. So nothing that comes from it is unpickled or executed, and every size is checked.
 """
 
 import json
@@ -13,19 +13,24 @@ from typing import Any
 from storage.records import Probe
 
 _HEADER = struct.Struct("<II")
-MAX_HEADER_BYTES = 64 << 20  # the cuts of a very long video
+MAX_HEADER_BYTES = 64 << 20  # room for the cuts of a very long video
 MAX_BODY_BYTES = 16 << 20
 
 
 class Closed(Exception):
-    """The other side is gone."""
+    """The other process has ended, or sent something that is no message."""
 
 
 def send(connection: socket.socket, header: dict, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
-    """One message; descriptors travel with it.
+    """Sends one message.
 
+    Args:
+        connection: to the other process.
+        header: with "kind".
+        body: raw bytes.
+        descriptors: open files to send along.
     Raises:
-        Closed: nobody reads any more.
+        Closed: the other process has ended.
     """
     text = json.dumps(header).encode()
     lengths = _HEADER.pack(len(text), len(body))
@@ -40,11 +45,14 @@ def send(connection: socket.socket, header: dict, body: bytes = b"", descriptors
 
 
 def receive(connection: socket.socket, with_descriptor: bool = False) -> tuple[dict, bytearray, int | None]:
-    """One message and its descriptor, if one is expected.
+    """The next message: header, body, and the descriptor of an open file if one was sent along.
 
+    Args:
+        connection: to the other process.
+        with_descriptor: expect a descriptor.
     Raises:
-        Closed: the other side is gone, or what it says is no message.
-        TimeoutError: the socket's timeout passed without a byte.
+        Closed: the other process has ended, or sent something that is no message.
+        TimeoutError: no byte came within the socket's timeout.
     """
     start, descriptor = b"", None
     try:
@@ -76,14 +84,14 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytearray:
 
 
 def probe_to_json(probe: Probe) -> dict[str, Any]:
-    """A Probe as plain values."""
+    """A Probe as values that JSON can hold."""
     created = None if probe.created_at is None else probe.created_at.isoformat()
     base = [probe.time_base.numerator, probe.time_base.denominator]
     return vars(probe) | {"time_base": base, "cuts": list(probe.cuts), "created_at": created}
 
 
 def probe_from_json(values: dict) -> Probe:
-    """The Probe again, checked by itself."""
+    """The Probe from such values; it checks itself."""
     cuts = tuple((int(ticks), int(rank)) for ticks, rank in values["cuts"])
     created = None if values["created_at"] is None else datetime.fromisoformat(values["created_at"])
     return Probe(**values | {"time_base": Fraction(*values["time_base"]), "cuts": cuts, "created_at": created})

@@ -1,8 +1,7 @@
-"""What the decoder process gives up before it sees a hostile file: memory without end, files, the network.
+"""The sandbox: a process that reads hostile files limits its memory and gives up opening files and the network.
 
-Each step is the kernel's to grant; where it does not (an old kernel, a container's own rules, another system),
-the process says so, and goes on without that step unless its owner is strict: no decoder is handed a path or an address
-in the first place.
+An old kernel, a container or another operating system may not allow a step. The process then reports the step as
+missing and continues, unless --strict-sandbox is given. In any case a decoder gets one open file, and no path.
 """
 
 import contextlib
@@ -18,22 +17,25 @@ from collections.abc import Iterable, Sequence
 
 from storage.processes import python_path
 
-# What the process is kept from, as people read it, by the names of the steps.
+# Name of each step -> what it prevents, for messages.
 STEPS = {"memory": "taking memory without end", "network": "the network", "files": "opening files"}
-TRIAL_BYTES = 2 << 30  # what a trial of the sandbox is limited to
-# The same numbers on every architecture.
+TRIAL_BYTES = 2 << 30  # memory limit of the process that tries the sandbox
+# These system call numbers are the same on every architecture.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_PATH, _LANDLOCK_READ_FILE = 1, 1 << 2  # a rule about a file, and the right to read it
-_LANDLOCK_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights that each version knows
-_LANDLOCK_TCP = 0b11  # bind and connect, from version 4 on
+_LANDLOCK_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # version -> its file rights
+_LANDLOCK_TCP = 0b11  # bind and connect; since version 4
 _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def die_with_owner(lifeline: int) -> None:
-    """Has the kernel kill this process when the other end of the pipe closes, whatever it is busy with.
+    """Makes the kernel kill this process when the other end of a pipe closes.
 
-    PR_SET_PDEATHSIG would do so when the owner's *thread* ends.
+    PR_SET_PDEATHSIG is no replacement: it kills when the owner's *thread* ends.
+
+    Args:
+        lifeline: descriptor of this end.
     """
     if sys.platform == "linux":
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
@@ -42,13 +44,19 @@ def die_with_owner(lifeline: int) -> None:
 
 
 def confine(limit_bytes: int) -> list[str]:
-    """Gives up all that a decoder does not need; names the steps that could not be taken."""
+    """Takes all steps of the sandbox, for good.
+
+    Args:
+        limit_bytes: of memory.
+    Returns:
+        Names of the steps that this machine does not allow.
+    """
     taken = [*(["memory"] if limit_memory(limit_bytes) else []), *leave_network_and_files()]
     return [step for step in STEPS if step not in taken]
 
 
 def missing_here() -> list[str]:
-    """The steps that could not be taken on this machine, found out by a process that tries."""
+    """Names of the steps that this machine does not allow; starts a process that tries them."""
     command = [sys.executable, "-P", "-m", "workers.sandbox"]
     environment = os.environ | {"PYTHONPATH": python_path()}
     tried = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
@@ -56,12 +64,12 @@ def missing_here() -> list[str]:
 
 
 def told(steps: Iterable[str]) -> str:
-    """What a process was not kept from, for people."""
+    """What the missing steps would have prevented, in words."""
     return " and ".join(STEPS[step] for step in STEPS if step in set(steps))
 
 
 def limit_memory(limit_bytes: int) -> bool:
-    """Allocations beyond limit_bytes fail, if the kernel grants it; no core dump is written."""
+    """Makes allocations beyond limit_bytes fail, and turns core dumps off; False where the system refuses."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     is_limited = False
     for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS) if sys.platform != "linux" else (resource.RLIMIT_DATA,):
@@ -74,10 +82,12 @@ def limit_memory(limit_bytes: int) -> bool:
 
 
 def leave_network_and_files(readable: Sequence[int] = ()) -> list[str]:
-    """From here on no file can be opened and no address reached; names the steps that the kernel took.
+    """Gives up opening files and the network, for good.
 
     Args:
-        readable: descriptors of files that may be opened again, to read.
+        readable: descriptors of files that may still be opened for reading.
+    Returns:
+        Names of the steps that the kernel allowed: "network", "files".
     """
     if sys.platform != "linux":
         return []

@@ -1,8 +1,8 @@
-"""One segment from file to Parquet part: decode -> encode -> store, without Ray."""
+"""Indexing of one segment, without Ray: decode, encode, write its Parquet part."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 from storage.errors import VideoProblem
 from storage.files import file_path
@@ -24,22 +24,25 @@ def index_segment(
     thumbnails: bool = True,
     reached: Callable[[float, int], None] = lambda position_seconds, frame_count: None,
 ) -> Receipt:
-    """Writes the segment's rows as one part and says what became of it; nothing is committed.
+    """Indexes one segment and writes its rows as one part; nothing is committed.
+
+    If the decoder hangs or crashes, the segment is indexed once more from its start.
 
     Args:
-        task: what to index.
-        decoder: this task's own until the function returns.
-        model: a workers.vision.llava_mini.VisionPart, shared with other tasks.
-        model_turn: a lock held while the model computes, so that decoding of one segment overlaps encoding of another.
+        task: the segment.
+        decoder: not used by anyone else until the function returns.
+        model: may be shared with other tasks.
+        model_turn: a lock that is held while the model computes, so that other segments can be decoded meanwhile.
         frames_uri: the archive's frames table.
-        batch: frames per forward pass; fixed, so that the same segment gives the same rows again.
-        thumbnails: keep a small JPEG of each frame.
-        reached: is told after each batch the position at which it ends, and how many frames are done.
+        batch: frames per forward pass; the same number gives the same rows again.
+        thumbnails: store a small JPEG of each frame.
+        reached: called after each batch with the position in seconds and the number of frames done.
+    Returns:
+        What was written, and the problem of the segment if it is not whole.
     Raises:
         ArchiveError: the part cannot be written.
     """
     receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails, reached)
-    # Once more from the segment's start, and what came out before is kept the second time.
     if receipt.problem is not None and receipt.problem.reason in RETRIED:
         if receipt.part is not None:
             PartWriter.discard(frames_uri, receipt.part)
@@ -71,7 +74,7 @@ def _attempt(
     clock = _Clock()
     decoder.library = task.probe.decoder
     problem, frame_count, end_seconds = None, 0, None
-    unfit: list[tuple[float, str]] = []  # frames that are left out: when they are shown, and why
+    unfit: list[tuple[float, str]] = []  # frames that cannot be stored: their times, and why
     try:
         try:
             check_unchanged(path, task.content)
@@ -94,7 +97,7 @@ def _attempt(
         if unfit:
             problem = _with_left_out(problem, unfit, frame_count)
         if problem is not None and problem.reason is Reason.CHANGED:
-            writer.abort()  # rows of two contents under one identity would be wrong
+            writer.abort()  # its rows may come from two different contents
             part, frame_count, end_seconds = None, 0, None
         else:
             with clock.measure("store"):
@@ -118,7 +121,7 @@ def _attempt(
 
 
 def _with_left_out(problem: Problem | None, unfit: Sequence[tuple[float, str]], stored_count: int) -> Problem:
-    """A segment's problem, where it has one besides, and that frames are missing whose numbers cannot be stored."""
+    """The problem of a segment from which frames are left out, joined with the problem that it has already."""
     (seconds, why), count = min(unfit), len(unfit)
     detail = f"{count} of {count + stored_count} frames are left out, the first at {seconds:.3f} s: {why}"
     if problem is None:
@@ -138,13 +141,18 @@ def _columns(probe: Probe, frames: FrameBatch) -> FrameColumns:
 
 
 class _Clock:
-    """Seconds spent waiting for the decoder, computing, and writing, apart."""
+    """Seconds spent on each step: waiting for the decoder, computing, writing."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(("decode", "encode", "store"), 0.0)
 
-    def measure(self, step: str) -> "_Stopwatch":
-        return _Stopwatch(self.seconds, step)
+    @contextmanager
+    def measure(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] += time.perf_counter() - start
 
     def iterate(self, step: str, batches: Iterator[FrameBatch]) -> Iterator[FrameBatch]:
         while True:
@@ -153,14 +161,3 @@ class _Clock:
             if batch is None:
                 return
             yield batch
-
-
-class _Stopwatch:
-    def __init__(self, seconds: dict[str, float], step: str):
-        self.seconds, self.step = seconds, step
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.seconds[self.step] += time.perf_counter() - self.start

@@ -1,7 +1,7 @@
-"""The decoder process of workers.decode.client.
+"""The decoder process that workers.decode.client starts and may kill at any time.
 
-`python -m workers.decode.child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE LIBRARY STRICT` starts it. It
-gets one open file at a time and answers with frames. It may be killed at any moment: it owns nothing.
+`python -m workers.decode.child SOCKET LIFELINE MAX_PIXELS THREADS CHOICE LIBRARY STRICT` gets one open file at a time,
+with a request, and answers with frames.
 """
 
 import importlib
@@ -21,21 +21,21 @@ from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
 from workers.decode import frames_at, pyav
 from workers.decode.open_video import DecodeTask, out_of_memory
-from workers.decode.picture import thumbnail
+from workers.decode.picture import store_form, thumbnail
 from workers.decode.probe import probe
 from workers.decode.remux import CutFile, cut
-from workers.decode.sample import KeptFrame
+from workers.decode.sample import KeptFrame, Tally
 from workers.protocol import Closed, probe_from_json, probe_to_json, receive, send
 from workers.sandbox import confine, die_with_owner
 from workers.sources.video_file import VideoFile
 
-ALIVE_SECONDS = 0.5
-# A decoder keeps up to 17 pictures of 1.5 to 3 bytes a pixel; RGB and its copies come on top.
+ALIVE_SECONDS = 0.5  # between two signs of progress
+# The memory limit. A decoder keeps up to 17 pictures of 1.5 to 3 bytes a pixel; RGB and its copies are added to that.
 BASE_BYTES, BYTES_PER_PIXEL = 1 << 30, 24
 
 
 class Reply:
-    """The way back to the owner."""
+    """Sends answers to the owner, and checks the limit on processor time."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
@@ -44,7 +44,7 @@ class Reply:
         self._first_ticks: int | None = None
 
     def begin(self, request: dict) -> None:
-        """A new answer, and how much processor time is allowed for it."""
+        """Begins a new answer, with the processor time that its request allows."""
         self._began = time.process_time()
         self._grace_seconds = request["grace_seconds"]
         self._busy_seconds = self._grace_seconds + request["busy_seconds"]
@@ -52,12 +52,12 @@ class Reply:
         self._first_ticks = None
 
     def send(self, kind: str, values: dict | None = None, body: bytes = b"") -> None:
-        """One message."""
+        """Sends one message."""
         send(self._connection, {"kind": kind} | (values or {}), body)
         self._last = time.monotonic()
 
     def alive(self) -> None:
-        """Shows progress, at most every ALIVE_SECONDS.
+        """Tells the owner that work goes on, at most every ALIVE_SECONDS.
 
         Raises:
             VideoProblem: the allowed processor time is used up.
@@ -67,7 +67,7 @@ class Reply:
             self.send("alive")
 
     def frame(self, kept: KeptFrame) -> None:
-        """A frame: pixels, then its thumbnail; raises as `alive`."""
+        """Sends a frame, pixels and then thumbnail; raises as `alive`."""
         self._check_busy()
         if self._first_ticks is None:
             self._first_ticks = kept.ticks
@@ -78,12 +78,12 @@ class Reply:
 
     def _check_busy(self) -> None:
         if time.process_time() > self._began + self._busy_seconds:
-            detail = f"not decoded after {self._busy_seconds:.0f} s of processor time, the most for its length"
+            detail = f"not decoded after {self._busy_seconds:.0f} s of processor time, the limit for its length"
             raise VideoProblem(Reason.TIMEOUT, detail)
 
 
 def main(arguments: list[str]) -> None:
-    """Answers requests until the owner is gone."""
+    """Answers requests until the owner ends."""
     descriptor, lifeline, max_pixels, threads = map(int, arguments[:4])
     die_with_owner(lifeline)
     connection = socket.socket(fileno=descriptor)
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     answer.send("ready", {"sandbox_missing": missing})
     while not (missing and arguments[6] == "strict"):
         request, _, source = receive(connection, with_descriptor=True)
-        assert source is not None  # it comes with every request
+        assert source is not None  # every request sends a file along
         try:
             _handle(request, VideoFile(source), max_pixels, threads, answer)
         finally:
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answer: Reply) -> None:
-    """Answers one request with its result, a problem of the video, or a traceback of ours; then "done"."""
+    """Answers one request: the result, a problem of the video, or the traceback of a bug; then "done"."""
     answer.begin(request)
     try:
         if request["kind"] == "probe":
@@ -138,17 +138,17 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
 
 
 def _decode(answer: Reply, task: DecodeTask, library: str) -> None:
-    """Sends a segment's frames: decord's where it is the one, and PyAV's from where decord gets unsure."""
+    """Sends a segment's frames: decord's if it was asked for, and PyAV's from the place where decord fails."""
     last_ticks = None
     if library == "decord":
-        from workers.decode.decord import Unsure, decode
+        from workers.decode import decord
 
         try:
-            for kept in decode(task):
+            for kept in pyav.kept_frames(task, decord.read_frames(task), store_form, Tally()):
                 answer.frame(kept)
                 last_ticks = kept.ticks
             return
-        except Unsure:
+        except decord.Unreliable:
             answer.send("taken_over")
     for kept in pyav.decode(task):
         if last_ticks is None or kept.ticks > last_ticks:
@@ -156,7 +156,7 @@ def _decode(answer: Reply, task: DecodeTask, library: str) -> None:
 
 
 def _load_everything(choice: Choice, library: str) -> None:
-    """Loads what libraries load on first use: no file can be opened later."""
+    """Loads what libraries load on first use, because no file can be opened in the sandbox."""
     thumbnail(np.zeros((8, 8, 3), np.uint8))  # Pillow's JPEG writer
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if not module.name.endswith(("__main__", "datasets")):

@@ -1,15 +1,11 @@
-"""decode: one segment of a video -> batches of frames, through a process that can be killed.
+"""The Decoder: asks a decoder process for the frames of a video.
 
-This is the owner's side and loads no decoder: a file that hangs or crashes one costs that process, not the job.
+Only that process loads a decoder library. So a file that hangs or crashes the library does not harm the job.
 """
 
 import os
 import queue
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -22,41 +18,41 @@ from typing import Any
 import numpy as np
 
 from storage.errors import UsageError, VideoProblem
-from storage.processes import python_path
 from storage.records import FRAME_SIDE, Choice, FrameBatch, Probe, Reason, Segment
-from workers.protocol import Closed, probe_from_json, probe_to_json, receive, send
+from workers.child_process import ChildProcess
+from workers.protocol import Closed, probe_from_json, probe_to_json, send
 from workers.sandbox import STEPS, missing_here, told
 from workers.sources.identity import open_source
 
 FRAME_BYTES = FRAME_SIDE * FRAME_SIDE * 3
-FRAMES_AHEAD = 64  # at most so many decoded frames (22 MB) wait for the consumer
-# What a decoder may use, besides the time without progress: seconds of processor time per second of HD video, a
-# hundred times what it takes, and a length that no file of a size exceeds, whatever its header says.
+FRAMES_AHEAD = 64  # the most decoded frames (22 MB) that wait for the consumer
+# Limits of processor time. A second of HD video takes about a hundredth of this.
 BUSY_SECONDS_PER_SECOND = 10
 HD_PIXELS = 1920 * 1080
-PADDING_PIXELS = 128  # FFmpeg pads each side of a picture (800 to 832, say) before it compares with its limit
-LEAST_BYTES_PER_SECOND = 2_000
+PADDING_PIXELS = 128  # FFmpeg pads each side of a picture (800 to 832, for instance) before it checks its limit
+LEAST_BYTES_PER_SECOND = 2_000  # a file of a given size holds no more seconds than this allows, whatever it says
 PROBED_BYTES_PER_SECOND = 1_000_000
-# A decoder that hung or died is tried once more, in a new process: a second time the file is to blame.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
+# After these reasons a video is tried once more, in a new process. If that fails too, the file is to blame.
 RETRIED = (Reason.TIMEOUT, Reason.CRASHED, Reason.WORKER_LOST)
 
 
 class Decoder:
-    """Owns one decoder process, started when first needed and again after a hang or a crash; a context manager.
+    """One decoder process, started when it is first needed and again after a hang or crash; a context manager.
 
-    For one user at a time: a new call ends what is left of the one before.
+    It serves one caller at a time: a new call ends an earlier one that is not finished.
 
     Args:
-        max_pixels: of one frame; larger ones are TOO_LARGE before they are decoded.
-        timeout_seconds: without any progress, after which the process is killed and the video is at TIMEOUT. So is one
-            that makes progress without end: processor time is limited too, by the length of what is decoded.
-        threads: of the codec; the frames are the same for any number.
-        choice: what `decode` will be asked for at most; SCENES loads what finds them.
-        library: "pyav", or "decord" for the files that it reads right.
-        is_strict: decode nothing in a process that the kernel does not confine in every way (sandbox.py).
+        max_pixels: a video with larger frames is TOO_LARGE; its frames are not decoded.
+        timeout_seconds: the process is killed after this time without progress, and the video fails with TIMEOUT.
+            Processor time is limited too, by the length of what is decoded.
+        threads: of the codec; any number gives the same frames.
+        choice: SCENES lets the process load PySceneDetect.
+        library: "pyav", or "decord" for files on which both give the same frames.
+        is_strict: refuse to decode if the machine does not allow every step of the sandbox.
 
     Attributes:
-        library: that the last decoding ended with; PyAV takes over where decord meets damage.
+        library: what decoded last, "pyav" or "decord"; PyAV takes over where decord finds damage.
         bytes_read: of video files, by all calls of frames_at and batches_at.
     """
 
@@ -78,7 +74,7 @@ class Decoder:
         self._library = library
         self._is_strict = is_strict
         self._sandbox_missing: tuple[str, ...] = ()
-        self._child: _Child | None = None
+        self._child: ChildProcess | None = None
         self._call: _Call | None = None
         self.library = ""
         self.bytes_read = 0
@@ -91,14 +87,14 @@ class Decoder:
 
     @property
     def sandbox_missing(self) -> tuple[str, ...]:
-        """What the processes that were started so far were not kept from (sandbox.STEPS)."""
+        """The steps of the sandbox (sandbox.STEPS) that the machine did not allow."""
         return self._sandbox_missing
 
     def probe(self, path: str | bytes) -> Probe:
-        """What the file's video stream says about itself.
+        """Size, codec, clock and possible cuts of a file's video stream.
 
         Raises:
-            VideoProblem: the file is gone, closed to us, no video, or nothing in it can be decoded.
+            VideoProblem: the file is missing, cannot be read, is no video, or has no frame that can be decoded.
         """
         request = {"kind": "probe", "library": self._library}
         with self._ask(path, request, lambda size_bytes: size_bytes / PROBED_BYTES_PER_SECOND) as call:
@@ -116,14 +112,14 @@ class Decoder:
         batch: int,
         choice: Choice = Choice.RATE,
     ) -> Iterator[FrameBatch]:
-        """The segment's kept frames, `batch` at a time, decoded ahead of the consumer.
+        """The chosen frames of a segment, in batches; decoding runs ahead of the consumer.
 
-        At a rate, instants are the video's first frame + k / fps, exactly; of each the frame then shown is taken, each
-        frame once. Keyframes and first frames of scenes lie at least 1 / fps apart, and the segment's first frame is
-        always one. Closing the iterator early ends the decoding.
+        Choice.RATE takes the frame that is shown at each of the times first frame + k / fps, and no frame twice.
+        Keyframes and first frames of scenes are at least 1 / fps apart, and the segment's first frame is always taken.
+        Closing the iterator early ends the decoding.
 
         Raises:
-            VideoProblem: after every good frame, where the segment is not whole; what came before stays valid.
+            VideoProblem: the segment is not whole; raised after its last good frame, and all frames are valid.
         """
         fps = Fraction(fps)
         if fps <= 0 or batch < 1:
@@ -160,17 +156,17 @@ class Decoder:
             raise problem
 
     def frames_at(self, path: str | bytes, probe: Probe, ticks: Sequence[int], times_rise: bool = False) -> np.ndarray:
-        """Exactly the frames at these presentation times, in the order asked for; adds to `bytes_read`.
+        """The frames at these presentation times, in the given order; adds to `bytes_read`.
 
         Args:
             path, probe: the source.
-            ticks: the frames' times.
-            times_rise: that the file's clock never begins anew is known, as of a video that was indexed whole. Else a
-                file without an index is read through first, without decoding.
+            ticks: times of frames.
+            times_rise: the file's clock is known never to restart, as in a video that was indexed without a problem.
+                If this is not known, a file without an index is first read to its end, without decoding.
         Returns:
             (T, 336, 336, 3) uint8.
         Raises:
-            VideoProblem: the file cannot be read, or has no frame at one of these times.
+            VideoProblem: the file cannot be read, or has no frame at one of the times.
         """
         wanted = [int(tick) for tick in ticks]
         if not wanted:
@@ -181,15 +177,15 @@ class Decoder:
     def batches_at(
         self, path: str | bytes, probe: Probe, ticks: Sequence[int], batch: int, times_rise: bool = False
     ) -> Iterator[np.ndarray]:
-        """The frames at these ascending presentation times, `batch` at a time, decoded ahead of the consumer.
+        """The frames at these ascending presentation times, in batches; decoding runs ahead of the consumer.
 
-        The file is gone through once. Adds to `bytes_read` when it is.
+        The file is read once. Adds to `bytes_read` at the end.
 
         Args:
-            path, probe, ticks, times_rise: as frames_at has them.
-            batch: frames at once.
+            path, probe, ticks, times_rise: as frames_at.
+            batch: most frames in a batch.
         Yields:
-            (at most `batch`, 336, 336, 3) uint8.
+            (T, 336, 336, 3) uint8.
         Raises:
             VideoProblem: as frames_at.
         """
@@ -205,7 +201,7 @@ class Decoder:
     def _pictures_at(
         self, path: str | bytes, probe: Probe, wanted: list[int], times_rise: bool
     ) -> Generator[np.ndarray, None, None]:
-        """The frames at these times, ascending, each once."""
+        """The frames at these times in ascending order, each once."""
         request: dict[str, Any] = {"kind": "frames_at", "probe": probe_to_json(probe), "ticks": wanted}
         request["times_rise"] = times_rise
         with self._ask(path, request, partial(self._busy_seconds, probe, Segment("", None, None, 0))) as call:
@@ -223,17 +219,17 @@ class Decoder:
         container: str,
         write: Callable[[int, bytes], None],
     ) -> dict[str, float]:
-        """Copies a stretch of a video and its sound, from the keyframe before it on, without decoding.
+        """Copies a range of a video with its sound, without decoding; the copy begins at the keyframe before the range.
 
         Args:
             path, probe: the source.
-            start_seconds, end_seconds: positions that a player shows, half-open.
+            start_seconds, end_seconds: positions as a player shows them, half-open.
             container: FFmpeg's name of the new file's format.
-            write: is given an offset in the new file and bytes.
+            write: called with an offset in the new file and the bytes to write there.
         Returns:
-            start_seconds and end_seconds of what came out, as positions in the source, and stream_count.
+            start_seconds and end_seconds of the copy, as positions in the source, and stream_count.
         Raises:
-            VideoProblem: the source cannot be read, has no picture there, or cannot be copied into this format.
+            VideoProblem: the source cannot be read, has no picture in the range, or cannot be copied to this format.
         """
         request: dict[str, Any] = {"kind": "cut", "probe": probe_to_json(probe), "format": container}
         request |= {"start_seconds": start_seconds, "end_seconds": end_seconds}
@@ -247,7 +243,7 @@ class Decoder:
         return done
 
     def close(self) -> None:
-        """Ends the process; the decoder may be used again and starts another."""
+        """Ends the process; the next call starts a new one."""
         if self._call is not None:
             self._call.abandon()
             self._call = None
@@ -255,13 +251,21 @@ class Decoder:
             self._child.kill()
             self._child = None
 
-    def _take_missing(self, steps: Sequence[str]) -> None:
-        self._sandbox_missing = tuple(step for step in STEPS if step in {*self._sandbox_missing, *steps})
+    def _begin(self, header: dict) -> None:
+        """Reads a new process's first message, sent before it opens a file.
+
+        Raises:
+            UsageError: the sandbox is not complete, and has to be.
+        """
+        missing = [step for step in STEPS if step in header["sandbox_missing"]]
+        self._sandbox_missing = tuple(step for step in STEPS if step in {*self._sandbox_missing, *missing})
+        if self._is_strict and missing:
+            raise UsageError(not_confined(missing))
 
     def _busy_seconds(self, probe: Probe, segment: Segment, size_bytes: int) -> float:
-        """Seconds of processor time that decoding a segment may take, by what its file says of its length.
+        """Processor time that decoding a segment may take, by the length that its file states.
 
-        A file that is longer than it says gets more on the way, by the times of its frames.
+        The decoder process raises the limit if the times of the frames show that the file is longer.
         """
         start = probe.first_ticks if segment.start_ticks is None else segment.start_ticks
         if segment.end_ticks is not None:
@@ -278,41 +282,41 @@ class Decoder:
     def _ask(self, path: str | bytes, request: dict, busy_seconds: Callable[[int], float]) -> "_Call":
         if self._call is not None and not self._call.finished:
             self.close()
-        if self._child is not None and not self._child.usable:
+        if self._child is not None and not self._child.is_running:
             self.close()
         descriptor = open_source(path)
         try:
             if self._child is None:
-                self._child = _Child(
-                    self._max_pixels, self._threads, self._choice, self._library, self._is_strict, self._take_missing
-                )
+                strictness = "strict" if self._is_strict else "lenient"
+                arguments = (self._max_pixels, self._threads, self._choice, self._library, strictness)
+                self._child = ChildProcess("workers.decode.child", arguments, (), _ENVIRONMENT)
             request["grace_seconds"] = self._grace_seconds
             request["busy_seconds"] = busy_seconds(os.fstat(descriptor).st_size)
-            self._call = _Call(self._child, request, descriptor, self._timeout_seconds)
+            self._call = _Call(self._child, request, descriptor, self._timeout_seconds, self._begin)
         finally:
             os.close(descriptor)
         return self._call
 
 
 def allowed_pixels(probe: Probe) -> int:
-    """The limit on pixels under which a video that was read once is read again."""
+    """The limit on pixels for reading a video that was read before."""
     return (probe.width + PADDING_PIXELS) * (probe.height + PADDING_PIXELS)
 
 
 def check_choice(choice: Choice) -> None:
-    """Raises UsageError where a choice needs a package that is not installed."""
+    """Raises UsageError if a choice of frames needs a package that is not installed."""
     if choice is Choice.SCENES and find_spec("scenedetect") is None:
-        raise UsageError("--sample scenes: PySceneDetect is not installed; pip install 'vidx[scenes]' adds it")
+        raise UsageError("--sample scenes: PySceneDetect is not installed; install it with pip install 'vidx[scenes]'")
 
 
 def check_confined() -> None:
-    """Raises UsageError where this machine does not confine a decoder in every way."""
+    """Raises UsageError if this machine does not allow every step of the sandbox."""
     if missing := missing_here():
         raise UsageError(not_confined(missing))
 
 
 def not_confined(missing: Sequence[str]) -> str:
-    """The line that says why --strict-sandbox refuses."""
+    """The error message of --strict-sandbox."""
     return (
         f"--strict-sandbox: the decoder cannot be kept from {told(missing)} on {socket.gethostname()} (its kernel or "
         "container does not allow it); index on another machine, or leave the option out"
@@ -336,101 +340,24 @@ def _pixels_of(body: bytearray) -> np.ndarray:
     return np.frombuffer(body, np.uint8, FRAME_BYTES).reshape(FRAME_SIDE, FRAME_SIDE, 3)
 
 
-class _Child:
-    """The decoder process and the socket to it.
+class _Call:
+    """One request and its answer; a context manager that kills the process if the answer is not read to its end.
 
-    Attributes:
-        is_ready: whether it has said anything.
+    A thread moves messages from the socket to a bounded queue. So the process decodes ahead of the consumer, by the
+    length of the queue at most.
     """
 
     def __init__(
         self,
-        max_pixels: int,
-        threads: int,
-        choice: Choice,
-        library: str,
-        is_strict: bool,
-        tell_missing: Callable[[Sequence[str]], None],
+        child: ChildProcess,
+        request: dict,
+        descriptor: int,
+        timeout_seconds: float,
+        begin: Callable[[dict], None],
     ):
-        self.connection, theirs = socket.socketpair()
-        lifeline_theirs, self._lifeline = os.pipe()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill)
-        settings = {"PYTHONPATH": python_path(), "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
-        how = "strict" if is_strict else "lenient"
-        arguments = [theirs.fileno(), lifeline_theirs, max_pixels, threads, choice, library, how]
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "workers.decode.child", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                pass_fds=(theirs.fileno(), lifeline_theirs),
-                env=os.environ | settings,
-            )
-        finally:
-            theirs.close()
-            os.close(lifeline_theirs)
-        self.is_ready = False
-        self._is_strict, self._tell_missing = is_strict, tell_missing
-        self._closed = False
-        self._closing = threading.Lock()  # the owner and the thread that reads may both end it
-
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
-
-    @property
-    def usable(self) -> bool:
-        """Whether it runs."""
-        return not self._closed and self._process.poll() is None
-
-    def begin(self, header: dict) -> None:
-        """Takes in the first thing that the process says, before it has read anything.
-
-        Raises:
-            UsageError: it is not confined as it has to be, and ends.
-        """
-        self.is_ready = True
-        missing = [step for step in STEPS if step in header.get("sandbox_missing", ())]
-        self._tell_missing(missing)
-        if self._is_strict and missing:
-            raise UsageError(not_confined(missing))
-
-    def kill(self) -> None:
-        """Ends the process at once and waits for that; does nothing the second time."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        self._process.kill()
-        self._process.wait()
-        self.connection.close()
-        self._errors.close()
-        os.close(self._lifeline)
-
-    def describe_death(self) -> str:
-        """How it ended, in one line."""
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "the decoder process stopped answering"
-        self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return f"the decoder process {how}" + (f": {lines[-1]}" if lines else "")
-
-
-class _Call:
-    """One request and the messages that answer it; a context manager that kills the child when left early.
-
-    A thread takes the messages off the socket into a bounded queue, so that the child decodes while the consumer
-    is busy elsewhere, and no further ahead than the queue is long.
-    """
-
-    def __init__(self, child: _Child, request: dict, descriptor: int, timeout_seconds: float):
         self._child = child
         self._timeout_seconds = timeout_seconds
+        self._begin = begin
         self._messages: queue.Queue = queue.Queue(FRAMES_AHEAD)
         self._abandoned = threading.Event()
         self.finished = False
@@ -446,7 +373,7 @@ class _Call:
             self.abandon()
 
     def __iter__(self) -> Iterator[tuple[dict, bytearray]]:
-        """The answer's messages; a problem that the child reports is raised when the answer is complete."""
+        """The messages of the answer; a problem that the process reports is raised after the last one."""
         problem = None
         while not self.finished:
             header, body = self._messages.get()
@@ -463,7 +390,7 @@ class _Call:
             raise problem
 
     def abandon(self) -> None:
-        """Kills the child, so that nothing of this answer is left on the way."""
+        """Kills the process; what it has not sent yet is lost."""
         self._abandoned.set()
         self._child.kill()
         self.finished = True
@@ -477,11 +404,11 @@ class _Call:
                 os.close(descriptor)
             kind = None
             while kind != "done":
-                header, body, _ = receive(self._child.connection)
+                header, body = self._child.receive()
                 kind = header["kind"]
-                if not self._child.is_ready:
-                    self._child.begin(header)
-                if kind not in ("alive", "ready"):
+                if kind == "ready":
+                    self._begin(header)
+                elif kind != "alive":
                     self._put((header, body))
         except UsageError as error:
             self._child.kill()
@@ -491,10 +418,10 @@ class _Call:
             detail = f"no progress for {self._timeout_seconds:g} s; the decoder was stopped"
             self._put((VideoProblem(Reason.TIMEOUT, detail), b""))
         except (Closed, OSError):
-            detail = "" if self._abandoned.is_set() else self._child.describe_death()
+            detail = "" if self._abandoned.is_set() else f"the decoder process {self._child.describe_end()}"
             self._child.kill()
-            # One that died before it had anything to read died of the machine.
-            reason = Reason.CRASHED if self._child.is_ready else Reason.WORKER_LOST
+            # A process that ends before its first message has not read the file.
+            reason = Reason.CRASHED if self._child.has_answered else Reason.WORKER_LOST
             self._put((VideoProblem(reason, detail), b""))
 
     def _put(self, message: tuple) -> None:

@@ -1,20 +1,20 @@
-"""The presentation time of every decoded frame, on one clock from a video's first frame to its last."""
+"""Presentation times of decoded frames, on one clock from a video's first frame to its last."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-RESTART_SECONDS = 1  # a clock that goes back by more begins anew; less is a slip of single frames
-LEAP_SECONDS = 10  # forward, by which a wrapped clock must jump to have begun anew; as ffmpeg's own threshold
-# MPEG clocks count 33 bits. FFmpeg adds 2**33 to times far below the first one, so that a clock that begins anew
-# there seems to leap forward. Source: ISO/IEC 13818-1, 2.4.3.7; libavformat's update_wrap_reference.
+RESTART_SECONDS = 1  # a clock that goes back by more has restarted; by less, only single times are wrong
+LEAP_SECONDS = 10  # least jump forward of a wrapped clock that has restarted; the ffmpeg command's threshold
+# MPEG clocks have 33 bits. FFmpeg adds 2**33 to times far below the first one. So a clock that restarts there seems
+# to jump forward. Source: ISO/IEC 13818-1, 2.4.3.7; libavformat's update_wrap_reference.
 _WRAP_TICKS = {"mpegts": 1 << 33, "mpeg": 1 << 33}
 
 
 @dataclass(frozen=True)
 class TimedFrame:
-    """One decoded frame: presentation time and duration in ticks, and the decoder's own picture."""
+    """A decoded frame: presentation time and duration in ticks, and the picture as the decoder gives it."""
 
     ticks: int
     duration_ticks: int
@@ -22,14 +22,14 @@ class TimedFrame:
 
     @property
     def end_ticks(self) -> int:
-        """When it is no longer shown, by its own duration."""
+        """The end of the frame, by its own duration."""
         return self.ticks + max(self.duration_ticks, 1)
 
 
 class BestEffortClock:
-    """Presentation times as ffprobe's best_effort_timestamp gives them; PyAV hands on the raw ones.
+    """Presentation times as ffprobe's best_effort_timestamp, which PyAV does not give.
 
-    Source: FFmpeg, libavcodec/decode.c, guess_correct_pts: whichever of pts and dts went back less often.
+    Source: FFmpeg, libavcodec/decode.c, guess_correct_pts: of pts and dts, the one that went back less often.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class BestEffortClock:
         self._faulty_pts = self._faulty_dts = 0
 
     def ticks(self, pts: int | None, dts: int | None) -> int | None:
-        """The time of the next frame out of the decoder; None where it has none."""
+        """The time of the decoder's next frame; None if it has none."""
         if dts is not None:
             self._faulty_dts += dts <= self._last_dts
             self._last_dts = dts
@@ -54,17 +54,17 @@ class BestEffortClock:
 
 
 class OneClock:
-    """Puts what follows a restart of a file's clock behind what comes before, as a player shows it.
+    """Shifts the times after a restart of a file's clock, so that the frames follow those before it, as in a player.
 
-    Recordings that were joined, or written by a device that was switched off and on, begin anew at some time. A single
-    frame with a wrong time is no restart: the frame after it tells.
+    The clock restarts where recordings were joined, or where a device was switched off and on. A single frame with a
+    wrong time is no restart; the next frame decides.
 
     Args:
         time_base: seconds per tick.
         container: FFmpeg's name of the format.
 
     Attributes:
-        restarts: where the clock began anew, in ticks of the one clock; the first thousand.
+        restarts: times of the restarts, in ticks of the shifted clock; the first thousand.
     """
 
     def __init__(self, time_base: Fraction, container: str):
@@ -74,16 +74,16 @@ class OneClock:
         self.restarts: list[int] = []
 
     def place(self, frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
-        """The frames, those after a restart with later times than they say."""
+        """The frames, with shifted times after each restart."""
         offset = 0
         before: TimedFrame | None = None  # the frame before `last`
         last: TimedFrame | None = None
-        doubtful: TimedFrame | None = None  # the clock began anew here, or its time alone is wrong
+        doubtful: TimedFrame | None = None  # either the clock restarts here, or only this time is wrong
 
         for frame in frames:
             if doubtful is not None and last is not None:
                 if _goes_on_from(doubtful, last, frame):
-                    offset += self._begin_anew(last, doubtful, offset)
+                    offset += self._restart(last, doubtful, offset)
                     yield _later(doubtful, offset)
                     before, last = None, doubtful
                 else:
@@ -97,26 +97,26 @@ class OneClock:
                 before = last
             last = frame
         if doubtful is not None and last is not None:
-            offset += self._begin_anew(last, doubtful, offset)
+            offset += self._restart(last, doubtful, offset)
             yield _later(doubtful, offset)
 
     def _is_doubtful(self, before: TimedFrame | None, last: TimedFrame, frame: TimedFrame) -> bool:
         if frame.ticks < last.ticks - self._back:
-            # Where the frame fits behind the one before the last, the last one was wrong by itself.
+            # If the frame fits after the one before `last`, only the time of `last` was wrong.
             return before is None or frame.ticks <= before.ticks
         if self._wrap is None or frame.ticks - last.end_ticks < self._leap:
             return False
         return frame.ticks % self._wrap < last.ticks % self._wrap
 
-    def _begin_anew(self, last: TimedFrame, first: TimedFrame, offset: int) -> int:
-        """By how many ticks more what follows is moved."""
+    def _restart(self, last: TimedFrame, first: TimedFrame, offset: int) -> int:
+        """Notes a restart; returns the further shift of the frames from `first` on."""
         if len(self.restarts) < 1000:
             self.restarts.append(last.end_ticks + offset)
         return last.end_ticks - first.ticks
 
 
 def _goes_on_from(doubtful: TimedFrame, last: TimedFrame, frame: TimedFrame) -> bool:
-    """Whether a frame's time is nearer to the end of the doubtful one than to that of the frame before that."""
+    """Whether a frame's time is closer to the end of the doubtful frame than to the end of the last good one."""
     return abs(frame.ticks - doubtful.end_ticks) <= abs(frame.ticks - last.end_ticks)
 
 

@@ -1,4 +1,4 @@
-"""What was found wrong while a video was read, and the rules that tell damage from what every player passes over."""
+"""Damage that is found while a video is read, and the rules for what counts as damage."""
 
 import re
 from collections.abc import Iterable
@@ -8,30 +8,30 @@ import av
 
 from storage.errors import VideoProblem
 
-# FFmpeg's own words for picture data that could not be read; other error lines (references that a cut left
-# dangling, clocks) appear in files that play from end to end.
+# FFmpeg's messages about data that cannot be read. Its other error lines (missing references after a cut, clocks)
+# also appear for files that play from end to end.
 _DAMAGE = re.compile(
     r"error while decoding|concealing|damaged|corrupt|invalid mb|invalid nal|illegal|overread|ended prematurely"
     r"|missing picture|splitting the input|could not find ref|partial file|truncat|not all references|bytestream"
     r"|exceed.* (?:packet|data)|cabac_max_bin|invalid (?:data|slice|start|block|as first byte)|slice mismatch",
     re.IGNORECASE,
 )
-# What a decoder says of pictures that need earlier ones or headers, where a recording begins without them.
+# Messages about frames that need earlier frames or headers, as at the start of a cut recording.
 _NEEDS_EARLIER = re.compile(r"\bref|missing picture|non-existing|no frame|mmco|recovery|keyframe", re.IGNORECASE)
-_KEPT = 1000  # details
+_MOST_MARKS = 1000
 
 
 @dataclass
 class Damage:
-    """What is wrong with a stretch of video: when, in ticks (None: unknown), and in FFmpeg's words.
+    """The damage in a part of a video.
 
     Attributes:
-        marks: the first thousand details.
-        count: of all of them.
-        passed_over: the first detail about pictures before the first whole one, which may be how a recording begins.
-        has_whole_picture: whether one picture has come out undamaged.
-        suspects: packets that the container calls incomplete and the decoder has nothing to say about.
-        end: what decoding ended with before the end.
+        marks: the first thousand places: time in ticks (None: unknown), and FFmpeg's message.
+        count: of all places.
+        passed_over: the first message that is not counted, because it concerns the start of a cut recording.
+        has_whole_picture: whether an undamaged frame was decoded.
+        suspects: packets that the container calls incomplete and that the decoder does not complain about.
+        end: the problem that ended decoding early.
     """
 
     marks: list[tuple[int | None, str]] = field(default_factory=list)
@@ -42,37 +42,37 @@ class Damage:
     end: VideoProblem | None = None
 
     def note(self, ticks: int | None, detail: str) -> None:
-        """Counts all, keeps the first few."""
+        """Adds a place."""
         self.count += 1
-        if len(self.marks) < _KEPT:
+        if len(self.marks) < _MOST_MARKS:
             self.marks.append((ticks, detail))
 
     def before(self, end_ticks: int | None) -> list[str]:
-        """Details of what lies before end_ticks."""
+        """Messages of the places before end_ticks."""
         return [detail for ticks, detail in self.marks if end_ticks is None or ticks is None or ticks < end_ticks]
 
     @property
     def first_detail(self) -> str | None:
-        """What is told of a video that has no whole picture."""
+        """The first message, for a video without a whole frame."""
         return self.marks[0][1] if self.marks else self.passed_over
 
 
 def words_of_damage(lines: Iterable[tuple]) -> str | None:
-    """The first of FFmpeg's error lines that speaks of damage."""
-    return next((words.strip() for _, _, words in lines if _DAMAGE.search(words)), None)
+    """The first of FFmpeg's error lines that reports damage."""
+    return next((text.strip() for _, _, text in lines if _DAMAGE.search(text)), None)
 
 
 class DamageWatch:
-    """Judges packets and frames as they pass, and notes the damage.
+    """Checks packets and frames while they are decoded, and notes their damage.
 
-    A recording may begin in the middle of a group of pictures: until its first keyframe nothing is noted, and until
-    its first whole picture nothing about missing references. A damaged first keyframe is noted.
+    A recording may begin in the middle of a group of pictures. So nothing is noted before its first keyframe, and no
+    missing references before its first whole frame. A damaged first keyframe is noted.
 
     Args:
-        damage: is filled in.
-        start_ticks: damage before this time is not noted: pictures that a seek drops may lack their references.
-        is_transport: whether this is MPEG-TS, where a packet is called incomplete after any jump of its counter, as
-            where recordings were joined: it is only counted.
+        damage: to be filled.
+        start_ticks: damage before this time is not noted. Frames before it may lack their references after a seek.
+        is_transport: whether this is MPEG-TS. There FFmpeg calls a packet incomplete after any jump of its counter,
+            also where recordings were joined. Such packets are only counted.
     """
 
     def __init__(self, damage: Damage, start_ticks: int | None, is_transport: bool):
@@ -81,15 +81,15 @@ class DamageWatch:
         self._is_transport = is_transport
         self._has_begun = start_ticks is not None  # a seek lands on a keyframe
         self._begins_ticks: int | None = None
-        self._troubled: set[int | None] = set()  # times of packets that were not decoded well, till a whole picture
+        self._troubled: set[int | None] = set()  # times of damaged packets before the first whole frame
 
     def packet(self, packet: av.Packet | None, ticks: int | None, trouble: str | None) -> None:
-        """A packet after its decoding.
+        """Checks a packet that was decoded.
 
         Args:
             packet: None at the end.
-            ticks: when its picture is shown, if known.
-            trouble: what the decoder said, if that is damage.
+            ticks: when its frame is shown, if known.
+            trouble: the decoder's message of damage, if any.
         """
         if packet is not None and packet.is_discard:
             return
@@ -104,27 +104,27 @@ class DamageWatch:
             return
         if not self._damage.has_whole_picture:
             self._troubled.add(ticks)
-        self._tell(ticks, trouble)
+        self._note(ticks, trouble, may_lack_references=bool(_NEEDS_EARLIER.search(trouble)))
 
     def frame(self, pts: int | None, ticks: int, is_corrupt: bool) -> None:
-        """A frame that came out of the decoder.
+        """Checks a decoded frame.
 
         Args:
-            pts: its time as its packet had it.
+            pts: the time that its packet states.
             ticks: when it is shown.
-            is_corrupt: whether the decoder marked it so.
+            is_corrupt: whether the decoder marked it as corrupt.
         """
         if is_corrupt:
-            self._tell(ticks, "a picture is damaged", by_itself=False)
+            self._note(ticks, "a frame is damaged", may_lack_references=True)
         elif not self._damage.has_whole_picture and pts not in self._troubled:
             self._damage.has_whole_picture = True
             self._troubled.clear()
 
-    def _tell(self, ticks: int | None, detail: str, by_itself: bool = True) -> None:
+    def _note(self, ticks: int | None, detail: str, may_lack_references: bool) -> None:
         if _before(ticks, self._start_ticks):
             return
-        may_be_how_it_begins = not self._damage.has_whole_picture and (not by_itself or _NEEDS_EARLIER.search(detail))
-        if self._has_begun and not _before(ticks, self._begins_ticks) and not may_be_how_it_begins:
+        is_cut_start = may_lack_references and not self._damage.has_whole_picture
+        if self._has_begun and not _before(ticks, self._begins_ticks) and not is_cut_start:
             self._damage.note(ticks, detail)
         else:
             self._damage.passed_over = self._damage.passed_over or detail

@@ -1,4 +1,4 @@
-"""Whether a video is encrypted: pictures that nobody without the key can decode are no damage, and no pictures."""
+"""Whether a video is encrypted, so that it is not reported as damaged and its noise is not indexed."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _SCRAMBLED_SHARE = 0.5  # of the packets that carry a payload
 
 
 def is_encrypted(packet: av.Packet) -> bool:
-    """Whether a packet's container says that (part of) it is encrypted, as Common Encryption in MP4 does."""
+    """Whether a packet is encrypted, in whole or in part, by what its container says (Common Encryption in MP4)."""
     if not packet.has_sidedata("encryption_info"):
         return False
     return _has_protected_bytes(bytes(packet.get_sidedata("encryption_info")))
@@ -41,12 +41,12 @@ def _has_protected_bytes(info: bytes) -> bool:
 
 
 def names_key(stream: av.VideoStream) -> bool:
-    """Whether the container names a key for a whole stream, as Matroska and WebM do."""
+    """Whether the container states a key for a whole stream (Matroska and WebM)."""
     return "enc_key_id" in stream.metadata
 
 
 def looks_encrypted(file: VideoFile) -> bool:
-    """Whether a file's own structure says that its video is encrypted; asked where no whole picture comes out.
+    """Whether a file's structure says that its video is encrypted; to be asked if no whole frame can be decoded.
 
     Source: ISO/IEC 23001-7 (MP4); ISO/IEC 13818-1, 2.4.3.3 and 2.4.3.7 (transport and program streams); ASF 3.14.
     """
@@ -62,7 +62,7 @@ def looks_encrypted(file: VideoFile) -> bool:
 
 
 def _mp4_sample_entries(file: VideoFile, start: int, end: int, path: Sequence[bytes] = _MP4_PATH) -> Iterator[bytes]:
-    """The kind of the first sample entry of each track, below boxes of the kinds in the path."""
+    """The kind of the first sample entry of each track, found along a path of boxes."""
     for kind, body, box_end in mp4_boxes(file, start, end):
         if kind != path[0]:
             continue

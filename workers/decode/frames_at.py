@@ -1,10 +1,10 @@
-"""The frames at given times, each decoded from a key frame shortly before it.
+"""The frames at given times, each decoded from a keyframe shortly before it.
 
-A picture must come out as it does where the file is decoded from its start. Decoding may begin at an entry, a key
-frame that needs nothing before it, as the decoding of segments does. Of other key frames nobody knows whether the
-pictures behind them need something from before, as in an open group of pictures, or whether the clock is right at
-once. So decoding begins a key frame earlier there. What is found is used where nothing on the way was damaged or
-missing, or where two such beginnings give the same; else the file is read from its start.
+A frame must be the same as in a decoding from the file's start. An entry is a keyframe that needs nothing before it,
+so decoding may begin there. Other keyframes may be followed by frames that need earlier ones, as in an open group of
+pictures, or by wrong times. There decoding begins one keyframe earlier. The frame that is found is used if nothing
+before it was damaged or missing, or if two different starts give the same frame. Else the file is decoded from its
+start.
 """
 
 from collections import deque
@@ -28,14 +28,13 @@ from workers.decode.pyav import read_frames, to_rgb
 from workers.decode.time_search import find_cluster, find_tag, has_cues, place_before
 from workers.sources.video_file import VideoFile
 
-HELD_BYTES = 64 << 20  # of packets between a key frame and a wanted frame that wait to be decoded
-NEAR_SECONDS = 10  # an entry so near before a frame is used without looking for a nearer one
-JUMPS = 3  # to a frame, each to an earlier key frame, before the file is read from its start
-LATE_FRAMES = 32  # with later times, after which a frame is not waited for any more
-# In these a frame's time follows from the packet that it came out with, a few frames after its own.
-_DELAYED_CLOCKS = ("avi",)
+HELD_BYTES = 64 << 20  # most packets that are kept between a keyframe and the wanted frame
+NEAR_SECONDS = 10  # an entry this close before a frame is used; no closer one is searched for
+JUMPS = 3  # attempts for one frame, each from an earlier keyframe, before the file is decoded from its start
+LATE_FRAMES = 32  # frames with later times after which a frame is given up
+_DELAYED_CLOCKS = ("avi",)  # a frame gets its time from a packet a few frames later
 _FULLY_INDEXED = ("mov,", "avi")
-_INTRA = (PictureType.I, PictureType.NONE)  # some decoders do not say
+_INTRA = (PictureType.I, PictureType.NONE)  # NONE: some decoders do not state the type
 
 
 def frames_at(
@@ -52,33 +51,32 @@ def frames_at(
     Args:
         file, probe: the video.
         ticks: the frames' times.
-        times_rise: that the file's clock never begins anew is known. It is found out otherwise: after a jump nobody
-            could say to which of the clock's runs a time belongs.
-        threads, max_pixels, alive: as DecodeTask has them.
+        times_rise: the file's clock is known never to restart. If it is not known, it is checked first, because after
+            a restart one time can mean two frames.
+        threads, max_pixels, alive: as in DecodeTask.
     Raises:
-        VideoProblem: no frame has one of these times, or what is read before it cannot be decoded on.
+        VideoProblem: there is no frame at one of the times, or the video cannot be decoded up to it.
     """
     reformatter = VideoReformatter()
     with _Reader(file, probe, times_rise, threads, max_pixels, alive) as reader:
         for wanted in sorted(set(ticks)):
             found = reader.frame_at(wanted)
             if found is None:
-                at = float(wanted * probe.time_base)
-                detail = f"no frame comes out at {at:.3f} s of the file's clock"
+                detail = f"there is no frame at {float(wanted * probe.time_base):.3f} s of the file's clock"
                 raise reader.problem or VideoProblem(Reason.CORRUPT, detail)
             yield wanted, model_pixels(to_rgb(found.picture, reformatter))
 
 
 @dataclass
 class _Landing:
-    """Packets from a key frame on, as they were read, and what was damaged among them.
+    """A keyframe where decoding may begin, with the packets that were read from it on.
 
     Attributes:
-        ticks: the key frame's time.
-        is_entry: whether decoding can begin there.
-        damage_count: found before it.
+        ticks: the keyframe's time.
+        is_entry: whether it needs nothing before it.
+        damage_count: damage that was found before it.
         packets: up to the next landing.
-        size_bytes: of these.
+        size_bytes: of the packets.
     """
 
     ticks: int
@@ -89,10 +87,10 @@ class _Landing:
 
 
 class _Reader:
-    """A video that is read forward, and jumps; a context manager.
+    """Finds frames of a video in ascending order, by decoding on or by jumping to a keyframe; a context manager.
 
     Attributes:
-        problem: what the last decoding ended with before the file's end.
+        problem: why the last decoding ended before the file's end.
     """
 
     def __init__(
@@ -112,15 +110,15 @@ class _Reader:
         self._video: OpenVideo | None = None
         self._has_cues = has_cues(file)
         self._frames: Iterator[TimedFrame] = iter(())
-        self._next: TimedFrame | None = None  # read, but not yet given
-        self._position: int | None = None  # of the last frame that was read
+        self._next: TimedFrame | None = None  # read, but not used yet
+        self._position: int | None = None  # time of the last frame that was read
         self._damage = Damage()
-        self._began: int | None = None  # the key frame that decoding began at; None: the file's start
-        self._settled = probe.first_ticks  # from this time on nothing may be damaged
-        self._to_settle = 0  # so many pictures that need no other one have still to come out
-        self._stays = False  # no more jumps
-        self._wasted = 0  # ticks that were decoded and not used
-        self._reach = 0  # how many ticks of decoding a jump has cost at most
+        self._began: int | None = None  # the keyframe at which decoding began; None: the file's start
+        self._settled = probe.first_ticks  # damage counts from this time on
+        self._to_settle = 0  # intra-coded frames that must still be decoded before frames can be trusted
+        self._stays = False  # do not jump any more
+        self._wasted = 0  # ticks that were decoded without a result
+        self._reach = 0  # the most ticks that a jump had to decode
 
     def __enter__(self) -> "_Reader":
         return self
@@ -134,18 +132,18 @@ class _Reader:
         return self._video
 
     def frame_at(self, wanted: int) -> TimedFrame | None:
-        """The frame at a time after the last one's, or None where none comes out."""
-        if self._goes_on(wanted):
+        """The frame at a time later than that of the last one, or None if there is none."""
+        if self._decodes_on(wanted):
             found = self._read_to(wanted)
             if found is not None and self._is_right():
                 return found
         unsure, before = None, wanted
         for _ in range(JUMPS):
             if self._wasted > wanted - self._probe.first_ticks:
-                self._stays = True  # reading all would have been shorter
+                self._stays = True  # decoding everything would have been cheaper
             if self._stays or not self._jump(wanted, before):
                 break
-            assert self._began is not None  # it jumped
+            assert self._began is not None  # set by _jump
             before = self._began - 1
             found = self._read_to(wanted)
             if found is not None and (self._is_right() or (unsure is not None and _are_same(found, unsure))):
@@ -153,25 +151,23 @@ class _Reader:
             unsure = found
             self._wasted += wanted - self._began
         else:
-            self._stays = True  # each frame may be like this one, and nothing is decoded often
+            self._stays = True  # other frames may fail in the same way
         self._reach = max(self._reach, wanted - self._probe.first_ticks)
         self._begin()
         return self._read_to(wanted)
 
-    def _goes_on(self, wanted: int) -> bool:
-        """Whether decoding on is the shortest way to a frame, and gives it as it should be."""
+    def _decodes_on(self, wanted: int) -> bool:
+        """Whether to decode on to a frame, without a jump."""
         if self._position is None or not self._is_right():
             return False
-        if self._stays:
-            return True
-        return wanted - self._position <= self._reach
+        return self._stays or wanted - self._position <= self._reach
 
     def _is_right(self) -> bool:
-        """Whether what comes out now is surely what decoding from the file's start gives."""
+        """Whether the frames that are decoded now are certainly the same as in a decoding from the file's start."""
         return self._began is None or (self._damage.count == 0 and self._to_settle <= 0)
 
     def _read_to(self, wanted: int) -> TimedFrame | None:
-        """Decodes up to a frame; of several with one time it is the last, as the index has it."""
+        """Decodes up to a frame; of several frames at one time, the last one is taken, as when indexing."""
         found, late = None, 0
         while late < LATE_FRAMES:
             frame, self._next = self._next or next(self._frames, None), None
@@ -183,7 +179,7 @@ class _Reader:
             self._position = frame.ticks
             self._to_settle -= frame.picture.pict_type in _INTRA
             if frame.picture.is_corrupt and frame.ticks >= self._settled:
-                self._damage.note(frame.ticks, "a picture is damaged")
+                self._damage.note(frame.ticks, "a frame is damaged")
             if frame.ticks == wanted:
                 found = frame
             late += frame.ticks > wanted
@@ -192,24 +188,24 @@ class _Reader:
     # --- going somewhere
 
     def _begin(self) -> None:
-        """Opens the file anew, at its start."""
+        """Opens the file again and decodes from its start."""
         self._open()
         self._began, self._damage = None, Damage()
         clock = OneClock(self._probe.time_base, self._probe.container)
         self._frames = clock.place(self._before_problem(read_frames(self._opened, self._damage, self._alive)))
 
     def _jump(self, wanted: int, before: int) -> bool:
-        """Stands the file at a key frame, and begins to decode.
+        """Moves to a keyframe and begins to decode there.
 
         Args:
             wanted: the frame's time.
-            before: the time of that key frame at most.
+            before: the latest time for the keyframe.
         Returns:
-            False where it would have to begin at the file's start.
+            False if decoding has to begin at the file's start.
         """
         if self._video is None:
             self._open()
-            # Without a start time the packets have no times at all.
+            # A stream without a start time has packets without times.
             self._times_rise = self._times_rise or _have_rising_times(self._opened, self._alive)
             self._stays = self._opened.stream.start_time is None or not self._times_rise
         if self._stays:
@@ -225,7 +221,7 @@ class _Reader:
         return False
 
     def _land(self, aim: int, before: int) -> list[_Landing]:
-        """Seeks to a time, and reads on to the last key frames up to another; empty where these are too few."""
+        """Seeks to the time `aim` and reads on to the last keyframes up to `before`; empty if there are too few."""
         try:
             if not self._seek(aim):
                 return []
@@ -245,7 +241,7 @@ class _Reader:
                 landings[-1].size_bytes += packet.size
             decoded = packet.pts if packet.dts is None else packet.dts
             if decoded is None or decoded > before:
-                break  # no frame is shown before it is decoded
+                break  # later packets are shown later still
             if landings and landings[0].is_entry and before - landings[0].ticks <= NEAR_SECONDS * self._second:
                 break
             if sum(landing.size_bytes for landing in landings) > HELD_BYTES:
@@ -256,7 +252,7 @@ class _Reader:
         return list(landings)
 
     def _seek(self, ticks: int) -> bool:
-        """Stands the file at or before a time; False where no such place is found."""
+        """Moves to a place at or before a time; False if none is found."""
         name = self._opened.format_name
         if name == "flv":
             place = place_before(self._file, find_tag, ticks)
@@ -272,7 +268,7 @@ class _Reader:
         return True
 
     def _decode(self, landings: list[_Landing]) -> None:
-        """Begins with packets that were read, and goes on behind them."""
+        """Decodes the packets that were read, and then those that follow."""
         video, first = self._opened, landings[0]
         held = chain.from_iterable(landing.packets for landing in landings)
         packets = chain(held, video.packets(self._damage, self._alive))
@@ -310,7 +306,7 @@ class _Reader:
 
 
 def _have_rising_times(video: OpenVideo, alive: Callable[[], None]) -> bool:
-    """Whether a video's clock never begins anew, from its index or else by reading its packets, without decoding."""
+    """Whether a video's clock never restarts; read from its index, or else from all its packets."""
     if video.format_name.startswith(_FULLY_INDEXED):
         times = (entry.timestamp for entry in video.stream.index_entries)
         return all(earlier < later for earlier, later in pairwise(times))

@@ -1,4 +1,4 @@
-"""Opening a video through PyAV and reading its packets: nothing but the one file, and no error unheard."""
+"""Opening a video through PyAV and reading its packets; no other file is read, and no error line is lost."""
 
 import itertools
 import logging
@@ -19,27 +19,27 @@ from workers.decode.encryption import ENCRYPTED_DETAIL, looks_encrypted, names_k
 from workers.decode.structure import begins_as_jpeg, cut_short, end_of_recording, is_picture, name_content
 from workers.sources.video_file import VideoFile
 
-# Containers of one file that hold video, and audio ones, so that a song is told from a file of no kind.
+# Containers that hold video in one file. Audio formats are included so that the message can say "no video stream".
 DEMUXERS = (
     "mov,matroska,avi,mpegts,mpeg,ogg,flv,asf,mxf,nut,rm,ivf,gxf,dv,nsv,nuv,wtv,yuv4mpegpipe,"
     "h261,h263,h264,hevc,vvc,m4v,mpegvideo,mjpeg,mpjpeg,vc1,obu,av1,cavsvideo,dirac,"
     "mp3,aac,ac3,eac3,dts,flac,wav,w64,aiff,au,caf,amr,ape,wv,tta,mpc,mpc8,tak,dsf,aa,loas,truehd,mlp"
 )
-_READ_FAILURES = 64  # in a row, after which the rest of a file is given up
+_READ_FAILURES = 64  # read errors in a row after which the rest of a file is not read
 
 
 def _unknown_type(cls: type[SideDataType], value: object) -> SideDataType:
-    """A member for a kind of side data that PyAV does not know."""
+    """An enum member for a kind of side data that PyAV does not know."""
     member: Any = object.__new__(cls)
     member._name_, member._value_ = f"UNKNOWN_{value}", value
     return member
 
 
-# FFmpeg 8.1 gives frames side data of kinds that PyAV 18.1 raises for, however the frame is asked (EXIF, views of
-# spatial video). Mended after 18.1: github.com/PyAV-Org/PyAV/pull/2392.
+# PyAV 18.1 raises for kinds of side data that FFmpeg 8.1 added (EXIF, views of spatial video).
+# Fixed after 18.1: github.com/PyAV-Org/PyAV/pull/2392.
 SideDataType._missing_ = classmethod(_unknown_type)  # type: ignore[method-assign, assignment]  # as an enum has it
 
-# FFmpeg's error lines are read here (av.logging.Capture) and go nowhere else.
+# FFmpeg's error lines are captured by OpenVideo (av.logging.Capture) and not printed.
 av.logging.set_level(av.logging.ERROR)
 av.logging.set_skip_repeated(False)
 logging.getLogger("libav").addHandler(logging.NullHandler())
@@ -48,15 +48,15 @@ logging.getLogger("libav").propagate = False
 
 @dataclass(frozen=True)
 class DecodeTask:
-    """Which frames of a file are wanted, and how it may be read.
+    """A request for frames of a file.
 
     Attributes:
         file, probe: the video.
-        segment: the stretch of it.
-        fps, choice: which of its frames, as Sampling has them.
+        segment: the part of it.
+        fps, choice: which of its frames, as in Sampling.
         threads: of the decoder.
-        max_pixels: of a frame; larger ones are refused.
-        alive: called now and then; raises where nobody waits for the frames any more, or they take too long.
+        max_pixels: of a frame; larger frames are refused.
+        alive: called often; raises if decoding takes too long, or nobody waits for the frames.
     """
 
     file: VideoFile
@@ -72,14 +72,14 @@ class DecodeTask:
 class OpenVideo:
     """A file opened by PyAV, with its video stream; a context manager.
 
-    Nothing but the given descriptor is read: FFmpeg gets no path, and every file that a format asks for is refused.
+    Only the given descriptor is read. FFmpeg gets no path, and opening any other file is refused.
 
     Attributes:
-        lines: FFmpeg's error lines (level, who, words) since they were last cleared.
+        lines: FFmpeg's error lines (level, component, text) since they were last cleared.
         time_base: seconds per tick of the stream.
 
     Raises:
-        VideoProblem: no format on the list, no video stream, no decoder for it, or a picture above max_pixels.
+        VideoProblem: the format or codec is not supported, there is no video stream, or frames exceed max_pixels.
     """
 
     def __init__(self, file: VideoFile, max_pixels: int, threads: int):
@@ -94,7 +94,7 @@ class OpenVideo:
             raise
         try:
             self.stream = self._checked(self.container.streams.best("video"))
-            assert self.stream.time_base is not None  # FFmpeg gives each stream one
+            assert self.stream.time_base is not None  # FFmpeg sets it for every stream
             self.time_base = self.stream.time_base
             for other in self.container.streams:
                 if other.index != self.stream.index:
@@ -110,12 +110,12 @@ class OpenVideo:
     def _checked(self, stream: av.stream.Stream | None) -> av.VideoStream:
         if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = sorted({other.type for other in self.container.streams})
-            picture = " (its picture is a cover, not a video)" if stream is not None else ""
+            picture = " (its picture is a cover)" if stream is not None else ""
             raise VideoProblem(
                 Reason.NO_VIDEO_STREAM, f"streams in the file: {', '.join(kinds) or 'none'}, no video{picture}"
             )
         if stream.codec_context is None:
-            raise VideoProblem(Reason.UNSUPPORTED_CODEC, "there is no decoder for the codec of its video stream")
+            raise VideoProblem(Reason.UNSUPPORTED_CODEC, "FFmpeg has no decoder for the codec of the video stream")
         if names_key(stream):
             raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
         check_pixels(stream.codec_context.width, stream.codec_context.height, self.max_pixels)
@@ -128,14 +128,14 @@ class OpenVideo:
         self.close()
 
     def close(self) -> None:
-        """Closes the container, not the file."""
+        """Closes the container; the file stays open."""
         self.container.close()
         self._capture.__exit__(None, None, None)
 
     def packets(self, damage: Damage, alive: Callable[[], None]) -> Iterator[av.Packet]:
-        """The stream's packets, on from where the file stands; goes on behind read errors while any come.
+        """The stream's packets from the current position on; continues after read errors, which are noted as damage.
 
-        Matroska's reader ends a damaged file early with no other sign than an error line.
+        Error lines of the container's reader are noted too: Matroska's reports a damaged file in no other way.
         """
         packets = self.container.demux(self.stream)
         failures = 0
@@ -144,23 +144,23 @@ class OpenVideo:
             self.lines.clear()
             try:
                 packet = next(packets, None)
-            except IndexError:  # PyAV 18 ends so where a stream appeared midway
+            except IndexError:  # PyAV 18 raises it at the end if a stream appeared midway
                 packet = None
             except av.error.MemoryError as error:
                 raise out_of_memory() from error
             except av.FFmpegError as error:
                 failures += 1
-                damage.note(None, f"the file cannot be read on: {error.strerror}")
+                damage.note(None, f"reading the file failed: {error.strerror}")
                 packets = self.container.demux(self.stream)
                 continue
             failures = 0
-            for _, who, words in self.lines:
-                if who == self.format_name:
-                    damage.note(None, words.strip())
+            for _, component, text in self.lines:
+                if component == self.format_name:
+                    damage.note(None, text.strip())
             self.lines.clear()
             if packet is None:
                 return
-            if packet.size:  # empty: Theora's sign to show the frame before once more; PyAV's to drain
+            if packet.size:  # an empty packet repeats a frame in Theora, and ends the stream in PyAV
                 yield packet
 
     @property
@@ -179,15 +179,15 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def check_refused_size(lines: list, max_pixels: int) -> None:
-    """Raises VideoProblem(TOO_LARGE) where FFmpeg has refused a picture size by itself."""
-    for _, _, words in lines:
-        match = re.search(r"Picture size (\d+)x(\d+)", words)
+    """Raises VideoProblem(TOO_LARGE) if FFmpeg itself has refused the size of a frame."""
+    for _, _, text in lines:
+        match = re.search(r"Picture size (\d+)x(\d+)", text)
         if match:
             check_pixels(int(match[1]), int(match[2]), max_pixels)
 
 
 def open_container(file: VideoFile, max_pixels: int, lines: list) -> av.container.InputContainer:
-    """A file opened by PyAV, which reads nothing else; as OpenVideo."""
+    """Opens a file with PyAV, which can read no other file; raises as OpenVideo."""
     options = {
         "format_whitelist": DEMUXERS,
         "protocol_whitelist": "file",
@@ -216,7 +216,7 @@ def _open(file: VideoFile, options: dict[str, str], kind: str | None = None) -> 
 
 
 def _open_jpeg_stream(file: VideoFile, options: dict[str, str]) -> av.container.InputContainer | None:
-    """A file of JPEG pictures one after the other, which FFmpeg takes for a picture; None for a single picture."""
+    """Opens a sequence of JPEG pictures, which FFmpeg takes for one picture; None if there is only one."""
     try:
         with _open(file, options, "mjpeg") as container:
             pictures = [bytes(packet) for packet in itertools.islice(container.demux(video=0), 2) if packet.size]
@@ -228,7 +228,7 @@ def _open_jpeg_stream(file: VideoFile, options: dict[str, str]) -> av.container.
 
 
 def _refuse_open(url: str, flags: int, options: dict) -> None:
-    raise VideoProblem(Reason.REFUSED_FORMAT, f"it asks for another file: {url}")
+    raise VideoProblem(Reason.REFUSED_FORMAT, f"the file refers to another file: {url}")
 
 
 def _unopened(file: VideoFile, error: av.FFmpegError) -> VideoProblem:
@@ -243,11 +243,11 @@ def _unopened(file: VideoFile, error: av.FFmpegError) -> VideoProblem:
         return VideoProblem(Reason.NOT_A_VIDEO, f"this is {content}, not a video")
     if looks_encrypted(file):
         return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
-    if isinstance(error, av.error.ArgumentError):  # what FFmpeg answers for a format that is not on the list
-        return VideoProblem(Reason.REFUSED_FORMAT, "its format is not among the video formats that are read")
-    return VideoProblem(Reason.NOT_A_VIDEO, f"no video format is recognised in it ({error.strerror})")
+    if isinstance(error, av.error.ArgumentError):  # raised for formats that are not in DEMUXERS
+        return VideoProblem(Reason.REFUSED_FORMAT, "its format is not among the supported video formats")
+    return VideoProblem(Reason.NOT_A_VIDEO, f"FFmpeg recognises no video format in it ({error.strerror})")
 
 
 def out_of_memory() -> VideoProblem:
-    """What it means that a decoder ran into the limit on its memory."""
-    return VideoProblem(Reason.TOO_LARGE, "decoding it needs more memory than a decoder is allowed")
+    """The problem of a video whose decoding exceeds the memory limit."""
+    return VideoProblem(Reason.TOO_LARGE, "decoding needs more memory than a decoder may use")

@@ -1,4 +1,4 @@
-"""A decoded picture as it is stored: upright, 336 x 336 for the model, and a small JPEG for people."""
+"""The stored forms of a decoded frame: upright, as 336 x 336 pixels for the model and as a small JPEG for people."""
 
 import io
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ THUMBNAIL_QUALITY = 70
 
 @dataclass(frozen=True)
 class Orientation:
-    """How stored pixels are turned to be shown: first transposed, then mirrored along the shown axes."""
+    """How a frame's pixels are turned to be shown: first transposed, then mirrored along the new axes."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -26,7 +26,7 @@ class Orientation:
     def of_display_matrix(cls, matrix: tuple[int, ...]) -> "Orientation":
         """From FFmpeg's nine numbers, row by row: x' = a x + c y, y' = b x + d y for (a, b, _, c, d, ...).
 
-        The nearest quarter turn is taken; a scale other than 1 has no meaning for pixels.
+        The nearest quarter turn is taken; scales are ignored.
         """
         a, b, _, c, d = matrix[:5]
         if abs(a) + abs(d) >= abs(b) + abs(c):
@@ -35,13 +35,13 @@ class Orientation:
 
     @property
     def rotation_degrees(self) -> int:
-        """Counter-clockwise; of a mirrored picture, that of the turn left after mirroring the columns."""
+        """The turn, counter-clockwise; for a mirrored frame, the turn after mirroring its columns."""
         if self.transpose:
             return 90 if self.flip_rows else 270
         return 180 if self.flip_rows else 0
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """A view of (height, width, 3) pixels as shown."""
+        """(height, width, 3) pixels as they are shown; a view."""
         if self.transpose:
             pixels = pixels.transpose(1, 0, 2)  # (width, height, 3)
         return pixels[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
@@ -56,21 +56,21 @@ class StoredPicture:
 
 
 def store_form(shown: np.ndarray) -> StoredPicture:
-    """Both stored forms of upright (height, width, 3) uint8 RGB; the input may be a view and is not changed."""
+    """Both stored forms of an upright frame, (height, width, 3) uint8 RGB."""
     return StoredPicture(model_pixels(shown), thumbnail(shown))
 
 
 def model_pixels(shown: np.ndarray) -> np.ndarray:
-    """336 x 336 by nearest neighbour, aspect ratio ignored, as the published code resizes."""
+    """A frame as (336, 336, 3), by nearest neighbour without keeping the aspect ratio, as in the published code."""
     rows, columns = _index(shown.shape[0]), _index(shown.shape[1])
-    whole = shown.view("V3")[..., 0]  # (height, width), a pixel as one item: three times as fast
+    whole = shown.view("V3")[..., 0]  # (height, width), one item per pixel: three times as fast
     return whole[rows[:, None], columns[None, :]].view(np.uint8).reshape(FRAME_SIDE, FRAME_SIDE, 3)
 
 
 def thumbnail(shown: np.ndarray) -> bytes:
-    """A JPEG whose longer side is at most 160 pixels, aspect ratio kept."""
+    """A JPEG of a frame, with its aspect ratio; the longer side has at most 160 pixels."""
     height, width = shown.shape[:2]
-    # Whole pixels are skipped down to four times the size before averaging: an 8K frame would cost 100 MB more.
+    # Pixels are skipped down to four times the size before averaging; an 8K frame would take 100 MB more.
     stride = max(1, max(height, width) // (4 * THUMBNAIL_SIDE))
     picture = Image.fromarray(np.ascontiguousarray(shown[::stride, ::stride]))
     scale = min(1.0, THUMBNAIL_SIDE / max(height, width))

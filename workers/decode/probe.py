@@ -1,4 +1,4 @@
-"""The first look at a video: its stream, its clock, and where it may be cut; runs in the decoder process."""
+"""Probe: a video's stream, its clock, and the places where it can be cut; runs in the decoder process."""
 
 import itertools
 from collections.abc import Callable
@@ -19,24 +19,24 @@ from workers.decode.pyav import FrameStorer, orientation, read_frames
 from workers.decode.structure import cut_short, refuse_others
 from workers.sources.video_file import VideoFile
 
-HEAD_FRAMES = 24  # decoded to see whether packets and frames agree
-HEAD_PIXELS = 60_000_000  # or fewer of them: large frames take long
-CUT_SECONDS = 1  # cuts lie at least so far apart, or a file of keyframes alone would list every frame
-# Containers with clocks that start anywhere: what a player shows as 0 is the container's start.
+HEAD_FRAMES = 24  # decoded to check that packets and frames agree
+HEAD_PIXELS = 60_000_000  # fewer large frames are decoded, because they take long
+CUT_SECONDS = 1  # least distance of cuts; a file of keyframes alone would list every frame
+# Containers whose clock does not start at 0: a player shows the container's start as 0.
 _FREE_CLOCKS = {"mpegts", "mpeg", "ogg"}
 
 
 def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], None], library: str = "pyav") -> Probe:
-    """What the file's video stream says about itself.
+    """Size, codec, clock and possible cuts of a file's video stream.
 
     Args:
-        file: the file, and all that is read.
+        file: the video.
         max_pixels: of one frame.
         threads: of the decoder.
-        alive: called often while work goes on.
-        library: "decord" to decode with it where it reads the file right; of other files, and else, PyAV.
+        alive: called often.
+        library: "decord" to choose it for files on which it gives the same frames as PyAV.
     Raises:
-        VideoProblem: the file is no video, has none inside, or not one whole frame of it can be decoded.
+        VideoProblem: the file is no video, has no video stream, or has no whole frame that can be decoded.
     """
     refuse_others(file)
     with OpenVideo(file, max_pixels, threads) as video:
@@ -70,17 +70,17 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
     cuts = _space_out(table, facts["time_base"]) if whole and can_cut(facts["container"], facts["codec"]) else ()
     decoder = "pyav"
     if whole and picture is not None:
-        from workers.decode.decord import reads_right  # a library of its own, of which most jobs have no need
+        from workers.decode.decord import reads_right  # loads the library, which most jobs do not need
 
         decoder = "decord" if reads_right(file, facts, pixel_format, table, picture, threads) else "pyav"
     return Probe(decoder=decoder, cuts=cuts, **facts)
 
 
 def _read_head(video: OpenVideo, alive: Callable[[], None]) -> list[TimedFrame]:
-    """The first frames; where none of them is whole, the file is read on until one is.
+    """The first frames; if none of them is whole, reading continues up to one that is.
 
     Raises:
-        VideoProblem: there is none.
+        VideoProblem: no frame is whole.
     """
     damage = Damage()
     frames = read_frames(video, damage, alive)
@@ -91,7 +91,7 @@ def _read_head(video: OpenVideo, alive: Callable[[], None]) -> list[TimedFrame]:
     head = [first, *itertools.islice(frames, max(2, min(HEAD_FRAMES, HEAD_PIXELS // pixels)) - 1)]
     if not damage.has_whole_picture and not any(damage.has_whole_picture for _ in frames):
         raise _all_damaged(video, damage)
-    if damage.first_detail is not None and looks_encrypted(video.file):  # some noise decodes without a complaint
+    if damage.first_detail is not None and looks_encrypted(video.file):  # encrypted data can decode to noise
         raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
     return head
 
@@ -103,14 +103,14 @@ def _no_frames(video: OpenVideo, damage: Damage) -> VideoProblem:
     if looks_encrypted(video.file):
         return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
     if damage.first_detail is None:
-        return VideoProblem(Reason.NO_FRAMES, "its video stream holds no frame")
-    return VideoProblem(Reason.CORRUPT, f"not one frame can be decoded: {damage.first_detail}")
+        return VideoProblem(Reason.NO_FRAMES, "the video stream has no frames")
+    return VideoProblem(Reason.CORRUPT, f"no frame can be decoded: {damage.first_detail}")
 
 
 def _all_damaged(video: OpenVideo, damage: Damage) -> VideoProblem:
     if looks_encrypted(video.file):
         return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
-    return VideoProblem(Reason.CORRUPT, f"every picture in it is damaged, first: {damage.first_detail}")
+    return VideoProblem(Reason.CORRUPT, f"every frame is damaged; the first damage: {damage.first_detail}")
 
 
 def _clock_offset(video: OpenVideo, first_ticks: int) -> float:
@@ -121,7 +121,7 @@ def _clock_offset(video: OpenVideo, first_ticks: int) -> float:
 
 
 def _duration(video: OpenVideo, offset: float) -> float | None:
-    """Up to where a player's clock runs: FFmpeg 8 counts an MP4's from its first frame, which may lie after 0."""
+    """The end of the video on a player's clock; FFmpeg 8 counts an MP4's duration from its first frame, not from 0."""
     container, stream = video.container, video.stream
     if container.duration is not None:
         return ((container.start_time or 0) + container.duration) / 1e6 - offset
@@ -129,7 +129,7 @@ def _duration(video: OpenVideo, offset: float) -> float | None:
 
 
 def _space_out(table: PacketTable, time_base: Fraction) -> tuple[tuple[int, int], ...]:
-    """Entries at least CUT_SECONDS apart, each with its rank; never the first frame."""
+    """Entries at least CUT_SECONDS apart, as (ticks, rank); without the first frame."""
     ranks = {ticks: rank for rank, ticks in enumerate(table.ticks)}
     cuts, last = [], table.ticks[0]
     for ticks in sorted(table.entries):

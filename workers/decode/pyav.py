@@ -1,9 +1,9 @@
-"""Decoding through PyAV: every format on the list, with exact timestamps, and no damage unnoticed."""
+"""Decoding through PyAV: all supported formats, with exact times; all damage is reported."""
 
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -22,7 +22,7 @@ from workers.decode.sample import Grid, KeptFrame, Spaced, Tally, sample
 from workers.decode.structure import cut_short
 from workers.decode.transport import find_losses
 
-_PROBED_BYTES = 8 << 20  # more than FFmpeg's own 5 MB
+_PROBED_BYTES = 8 << 20  # more than the 5 MB that FFmpeg reads to find the streams
 _MATRIX_BYTES = 9 * 4
 
 
@@ -33,35 +33,33 @@ def read_frames(
     start_ticks: int | None = None,
     packets: Iterator[av.Packet] | None = None,
 ) -> Iterator[TimedFrame]:
-    """All frames in the decoder's order, from start_ticks or a little earlier on.
+    """All frames in the decoder's order, from start_ticks or a little earlier; pictures are PyAV's VideoFrame.
 
-    A frame's picture is PyAV's VideoFrame. Errors in single packets end up in `damage`, and decoding goes on
-    behind them, as a player would.
+    An error in a packet is added to `damage`, and decoding continues with the next packet, as in a player.
 
     Args:
         video: at its beginning, or after `seek`.
-        damage: filled in on the way.
+        damage: filled while frames are read.
         alive: called at every packet.
-        start_ticks: damage before this time is not noted: the frames that a seek drops may lack their references.
-        packets: what to decode, where it is not all that the file has from where it stands.
+        start_ticks: damage before this time is not noted. Frames before it may lack their references after a seek.
+        packets: what to decode; None: all packets from the file's position on.
     Raises:
-        VideoProblem: a frame is larger than max_pixels or than memory allows, or the video is encrypted.
+        VideoProblem: a frame has more than max_pixels or does not fit into memory, or the video is encrypted.
     """
     clock = BestEffortClock()
-    has_pts = video.format_name != "avi"  # FFmpeg 8 makes some up there, in decoding order; 5 did not
+    has_pts = video.format_name != "avi"  # FFmpeg 8 invents them for AVI, in decoding order
     watch = DamageWatch(damage, start_ticks, video.format_name == "mpegts")
     end_ticks: int | None = None  # of the frame before
     locked = None
     for packet in itertools.chain(packets or video.packets(damage, alive), [None]):  # None drains the decoder
         if packet is not None and is_encrypted(packet):
             locked, packet = packet, None
-        ticks = _shown_ticks(packet)
         frames, trouble = _decode(video, packet)
-        watch.packet(packet, ticks, trouble)
+        watch.packet(packet, _shown_ticks(packet), trouble)
         for frame in frames:
             check_pixels(frame.width, frame.height, video.max_pixels)
             shown_ticks = clock.ticks(frame.pts if has_pts else None, frame.dts)
-            if shown_ticks is None:  # the last frames of a file without presentation times
+            if shown_ticks is None:  # among the last frames of a file without presentation times
                 shown_ticks = (video.stream.start_time or 0) if end_ticks is None else end_ticks
             duration = _duration(video, frame)
             watch.frame(frame.pts, shown_ticks, frame.is_corrupt)
@@ -78,10 +76,10 @@ def _shown_ticks(packet: av.Packet | None) -> int | None:
 
 
 def _decode(video: OpenVideo, packet: av.Packet | None) -> tuple[list[av.VideoFrame], str | None]:
-    """The frames that a packet completes, and what of it could not be decoded.
+    """The frames that a packet completes, and what FFmpeg says of its damage, if anything.
 
     Raises:
-        VideoProblem: a frame is larger than max_pixels or than memory allows.
+        VideoProblem: a frame has more than max_pixels or does not fit into memory.
     """
     video.lines.clear()
     context = video.stream.codec_context
@@ -103,11 +101,11 @@ def _encrypted_from(video: OpenVideo, ticks: int | None, end_ticks: int | None) 
     if end_ticks is None:
         return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
     at = float((end_ticks if ticks is None else ticks) * video.time_base)
-    return VideoProblem(Reason.ENCRYPTED, f"from {at:.1f} s on it is encrypted, and vidx has no key for it")
+    return VideoProblem(Reason.ENCRYPTED, f"the video is encrypted from {at:.1f} s on, and vidx has no key for it")
 
 
 def _duration(video: OpenVideo, frame: av.VideoFrame) -> int:
-    """The frame's own duration, or one frame at the stream's rate."""
+    """The duration that the frame states, else that of one frame at the stream's rate."""
     if frame.duration:
         return frame.duration
     rate = video.stream.average_rate or video.stream.guessed_rate
@@ -115,10 +113,9 @@ def _duration(video: OpenVideo, frame: av.VideoFrame) -> int:
 
 
 def seek(video: OpenVideo, ticks: int) -> None:
-    """Moves to a keyframe at or before ticks, in presentation time.
+    """Moves to a keyframe at or before a presentation time.
 
-    The format may look for decoding times, so the landing is checked on the first packet and the aim taken
-    earlier until it fits; with no luck the file is read from its beginning.
+    Some formats seek by decoding time and land too late. Then an earlier place is tried, down to the file's beginning.
     """
     container, stream = video.container, video.stream
     back = 0
@@ -136,16 +133,16 @@ def seek(video: OpenVideo, ticks: int) -> None:
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """(height, width, 3) uint8 RGB in one copy, upright; a view."""
+    """A frame as (height, width, 3) uint8 RGB, turned upright; a view."""
     rgb = reformatter.reformat(frame, format="rgb24", threads=1)
     plane = rgb.planes[0]
-    shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)  # lines may be padded
+    shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)  # rows may be padded
     pixels = np.ndarray(shape, np.uint8, memoryview(plane), strides=strides)
     return orientation(frame).apply(pixels)
 
 
 def orientation(frame: av.VideoFrame) -> Orientation:
-    """How the frame is turned to be shown."""
+    """How a frame's pixels are turned to be shown."""
     for data in cast("Iterable[SideData]", frame.side_data):
         if data.type.name == "DISPLAYMATRIX" and len(bytes(data)) >= _MATRIX_BYTES:
             return Orientation.of_display_matrix(tuple(np.frombuffer(bytes(data), np.int32).tolist()))
@@ -153,21 +150,21 @@ def orientation(frame: av.VideoFrame) -> Orientation:
 
 
 class FrameStorer:
-    """Makes the stored form of PyAV's frames; holds the colour converter between them."""
+    """Converts PyAV's frames to the stored form; keeps its colour converter from frame to frame."""
 
     def __init__(self):
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> StoredPicture:
-        """Pixels for the model and a thumbnail."""
+        """Pixels for the model, and a thumbnail."""
         return store_form(to_rgb(frame, self._reformatter))
 
 
 def decode(task: DecodeTask) -> Iterator[KeptFrame]:
-    """The segment's kept frames, in order; pictures are StoredPicture.
+    """The chosen frames of a segment, in order; pictures are StoredPicture.
 
     Raises:
-        VideoProblem: after the last good frame, where the segment is not whole.
+        VideoProblem: the segment is not whole; raised after its last good frame.
     """
     start, end = task.segment.start_ticks, task.segment.end_ticks
     if task.choice is Choice.KEYFRAMES and can_cut(task.probe.container, task.probe.codec):
@@ -184,7 +181,7 @@ def decode(task: DecodeTask) -> Iterator[KeptFrame]:
         if start is not None:
             seek(video, start)
         frames = clock.place(_until_problem(read_frames(video, damage, task.alive, start), damage))
-        yield from sample(frames, _chooser(task), start, end, task.segment.first_index, FrameStorer(), tally)
+        yield from kept_frames(task, frames, FrameStorer(), tally)
         if video.format_name == "mpegts" and not damage.marks:
             _look_for_losses(video, damage)
     problem = _judge(task, damage, tally, clock.restarts)
@@ -192,19 +189,25 @@ def decode(task: DecodeTask) -> Iterator[KeptFrame]:
         raise problem
 
 
-def _chooser(task: DecodeTask) -> Callable[[TimedFrame, int], bool]:
+def kept_frames(
+    task: DecodeTask, frames: Iterable[TimedFrame], convert: Callable[[Any], StoredPicture], tally: Tally
+) -> Iterator[KeptFrame]:
+    """The frames that a task's fps and choice keep; all arguments as `sample` takes them."""
     step, end = 1 / (task.fps * task.probe.time_base), task.segment.end_ticks
+    takes: Callable[[TimedFrame, int], bool]
     if task.choice is Choice.KEYFRAMES:
-        return Spaced(step, end, lambda frame: bool(frame.picture.key_frame)).takes
-    if task.choice is Choice.SCENES:
-        from workers.decode.scenes import SceneStarts  # of an extra
+        takes = Spaced(step, end, lambda frame: bool(frame.picture.key_frame)).takes
+    elif task.choice is Choice.SCENES:
+        from workers.decode.scenes import SceneStarts  # needs the extra `scenes`
 
-        return Spaced(step, end, SceneStarts(), may_be_late=True).takes
-    return Grid.of(task.probe, task.fps).takes
+        takes = Spaced(step, end, SceneStarts(), may_be_late=True).takes
+    else:
+        takes = Grid.of(task.probe, task.fps).takes
+    return sample(frames, takes, task.segment, convert, tally)
 
 
 def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFrame]:
-    """The segment's keyframes with nothing decoded between them, so that damage there does not show.
+    """The segment's keyframes, without decoding the frames between them; damage there is not found.
 
     Args:
         task: the segment.
@@ -226,14 +229,14 @@ def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFram
             if not ends:
                 break
     if damage.end is None and ends:
-        damage.note(None, f"{len(ends)} of {len(wanted)} keyframes do not come out")
+        damage.note(None, f"{len(ends)} of {len(wanted)} keyframes cannot be decoded")
     problem = _judge(task, damage, None)
     if problem is not None:
         raise problem
 
 
 def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[TimedFrame]:
-    """The frames before a problem, which is kept for later: the last of them must still come out."""
+    """The frames before a problem; the problem is kept in `damage`, so that the last frames are still given."""
     try:
         yield from frames
     except VideoProblem as problem:
@@ -241,7 +244,7 @@ def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[Tim
 
 
 def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequence[int] = ()) -> VideoProblem | None:
-    """What is to be said of a segment that was read; a tally of None: not every frame was."""
+    """The problem of a segment that was read; tally is None if not every frame was decoded."""
     restarted = _restarted(task.probe, restarts)
     problem = _damage_of(task, damage, tally)
     if problem is None:
@@ -250,8 +253,8 @@ def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequ
 
 
 def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
-    """Notes packets of a transport stream that are missing; not every packet that is called incomplete is."""
-    # Of packets that FFmpeg reads while it looks for the streams, some are not called incomplete.
+    """Notes missing packets of a transport stream; FFmpeg also calls packets incomplete that are whole."""
+    # Where FFmpeg looks for the streams, at the file's start, it does not report every incomplete packet.
     losses = find_losses(video.file, video.stream.id, video.file.size if damage.suspects else _PROBED_BYTES)
     if losses.count:
         damage.note(None, f"packets are missing at byte {losses.first_byte}")
@@ -264,7 +267,7 @@ def _restarted(probe: Probe, restarts: Sequence[int]) -> str:
         return ""
     shown = ", ".join(f"{float(probe.time_seconds(ticks)):.1f} s" for ticks in restarts[:3])
     more = f" and {len(restarts) - 3} more times" if len(restarts) > 3 else ""
-    return f"its clock begins anew at {shown}{more}; what follows is shown right behind what comes before"
+    return f"its clock restarts at {shown}{more}; the frames after a restart follow those before it without a gap"
 
 
 def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:
@@ -281,10 +284,10 @@ def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoPr
         return None
     if tally.jump_ticks * probe.time_base > RESTART_SECONDS:
         back, at = float(tally.jump_ticks * probe.time_base), float(probe.time_seconds(tally.jump_at_ticks))
-        detail = f"a frame's time goes back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
+        detail = f"frame times go back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
         return VideoProblem(Reason.CORRUPT, detail)
     expected = None if segment.end_ticks is None else dict(probe.cuts).get(segment.end_ticks)
     if expected is not None and tally.frame_count != expected - segment.first_index:
         wanted = expected - segment.first_index
-        return VideoProblem(Reason.CORRUPT, f"{tally.frame_count} frames come out of a stretch of {wanted}")
+        return VideoProblem(Reason.CORRUPT, f"only {tally.frame_count} of {wanted} frames can be decoded")
     return None

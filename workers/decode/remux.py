@@ -1,4 +1,4 @@
-"""Cutting a moment out of a video by copying packets, in the decoder process: nothing is decoded, nothing encoded."""
+"""Cuts a moment out of a video by copying packets, without decoding or encoding; runs in the decoder process."""
 
 import io
 import math
@@ -17,19 +17,19 @@ from workers.sources.video_file import VideoFile
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-HIDES_LEAD = {"mp4", "mov"}  # formats whose edit lists have a player skip what comes before a time
-BACK_SECONDS = (0, 2, 10, 60, 600)  # to seek before the moment, until a keyframe before it is found
-MARGIN_SECONDS = 1.0  # of sound that is stored away from its picture
+HIDES_LEAD = {"mp4", "mov"}  # formats with edit lists, by which a player skips what comes before a time
+BACK_SECONDS = (0, 2, 10, 60, 600)  # seconds before the moment at which a keyframe is searched, in turn
+MARGIN_SECONDS = 1.0  # how far sound may be stored after its picture
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What came out: positions in the source, in seconds.
+    """The result of a cut; positions in the source.
 
     Attributes:
         start_seconds: where a player of the new file begins.
-        end_seconds: where its last picture ends.
-        stream_count: video and audio streams copied.
+        end_seconds: where its last frame ends.
+        stream_count: of video and audio streams.
     """
 
     start_seconds: float
@@ -38,10 +38,10 @@ class Cut:
 
 
 class CutFile(io.RawIOBase):
-    """A file that somebody else writes: each stretch of bytes is handed on with its place.
+    """A seekable file that passes everything written to it on to a function.
 
     Args:
-        write: is given an offset and bytes.
+        write: called with an offset and the bytes.
     """
 
     def __init__(self, write: Callable[[int, bytes], None]):
@@ -49,15 +49,15 @@ class CutFile(io.RawIOBase):
         self._place = self._size = 0
 
     def writable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True
 
     def seekable(self) -> bool:
-        """It is: some formats fill in their headers at the end."""
+        """Always True; some formats complete their headers at the end."""
         return True
 
     def write(self, data: "ReadableBuffer") -> int:
-        """At the current position."""
+        """Writes at the current position; returns the number of bytes."""
         data = bytes(data)
         self._write(self._place, data)
         self._place += len(data)
@@ -65,7 +65,7 @@ class CutFile(io.RawIOBase):
         return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """The new position."""
+        """Moves to a position and returns it."""
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         return self._place
 
@@ -84,29 +84,29 @@ def cut(
     new: CutFile,
     alive: Callable[[], None],
 ) -> Cut:
-    """Copies a stretch of a video and its sound, from the keyframe before it on.
+    """Copies a range of a video with its sound; the copy begins at the keyframe before the range.
 
     Args:
         file, probe: the source.
-        start_seconds, end_seconds: positions that a player shows, half-open.
+        start_seconds, end_seconds: positions as a player shows them, half-open.
         kind: FFmpeg's name of the new file's format.
-        max_pixels: of a frame; larger ones are refused.
+        max_pixels: of a frame; larger frames are refused.
         new: the file to write.
-        alive: called now and then.
+        alive: called often.
     Raises:
-        VideoProblem: the source cannot be read or has no picture there, or the format cannot hold its streams.
+        VideoProblem: the source cannot be read, has no picture in the range, or cannot be copied to this format.
     """
     with av.logging.Capture(local=False) as lines, open_container(file, max_pixels, lines) as container:
         start, end = (seconds + probe.clock_offset_seconds for seconds in (start_seconds, end_seconds))
         video = container.streams[probe.stream_index]
-        assert isinstance(video, av.VideoStream)  # as it was when it was probed
+        assert isinstance(video, av.VideoStream)  # as when it was probed
         streams = [video, *(stream for stream in container.streams if stream.type == "audio")]
         first = _seek(container, video, start, alive)
         if first is None:
             raise _no_picture(start_seconds, end_seconds)
         lines.clear()
         begins = first
-        if kind in HIDES_LEAD:  # a player would skip a picture that began before
+        if kind in HIDES_LEAD:  # the cut begins with a whole frame, because players skip one that began earlier
             begins = _on_screen(container, video, first, start, alive)
             _seek(container, video, start, alive)
         try:
@@ -120,8 +120,8 @@ def cut(
                     packet.stream = copies[packet.stream.index]
                     out.mux(packet)
         except (av.FFmpegError, ValueError) as error:
-            words = "; ".join(dict.fromkeys(line.strip() for _, _, line in lines)) or str(error)
-            raise VideoProblem(Reason.UNSUPPORTED_CODEC, f"cannot be copied into this format: {words}") from error
+            reason = "; ".join(dict.fromkeys(text.strip() for _, _, text in lines)) or str(error)
+            raise VideoProblem(Reason.UNSUPPORTED_CODEC, f"cannot be copied into this format: {reason}") from error
     if last <= start:
         raise _no_picture(start_seconds, end_seconds)
     return Cut(begins - probe.clock_offset_seconds, last - probe.clock_offset_seconds, len(streams))
@@ -134,7 +134,7 @@ def _no_picture(start_seconds: float, end_seconds: float) -> VideoProblem:
 def _seek(
     container: av.container.InputContainer, video: av.VideoStream, start: float, alive: Callable[[], None]
 ) -> float | None:
-    """Stands the file at the last keyframe before a time, as far as its index tells; that keyframe's time."""
+    """Moves to the last keyframe before a time, by the file's index; returns the keyframe's time."""
     for back in BACK_SECONDS:
         found = _keyframe_after(container, video, max(0.0, start - back), alive)
         if found is not None and (found <= start or start - back <= 0):
@@ -158,7 +158,7 @@ def _keyframe_after(
 
 
 def _go_to(container: av.container.InputContainer, video: av.VideoStream, seconds: float) -> None:
-    assert video.time_base is not None  # FFmpeg gives each stream one
+    assert video.time_base is not None  # FFmpeg sets it for every stream
     container.seek(int(seconds / video.time_base), stream=video, backward=True)
 
 
@@ -170,7 +170,7 @@ def _moment(
     end: float,
     alive: Callable[[], None],
 ) -> Iterator[av.Packet]:
-    """The packets to copy: pictures from the keyframe at `first` on, and sound from where a player begins."""
+    """The packets to copy: frames from the keyframe at `first` on, and sound from where a player begins."""
     video, has_begun, early = streams[0], False, []
     for packet in _with_decode_times(container.demux(streams)):
         alive()
@@ -192,14 +192,14 @@ def _moment(
             yield packet
             yield from early
             early = []
-        elif decoded < end and shown >= first:  # pictures that lead the keyframe need what is not copied
+        elif decoded < end and shown >= first:  # leading frames of the keyframe need packets that are not copied
             yield packet
 
 
 def _on_screen(
     container: av.container.InputContainer, video: av.VideoStream, first: float, start: float, alive: Callable[[], None]
 ) -> float:
-    """When the picture that is seen at a time began to be shown, or the keyframe where that comes later."""
+    """When the frame that is shown at `start` begins, or the time of the keyframe if that is later."""
     found = first
     for packet in _with_decode_times(container.demux(video)):
         alive()
@@ -211,9 +211,9 @@ def _on_screen(
 
 
 def _ended(packets: Iterator[av.Packet], video: av.VideoStream, end: float) -> Iterator[av.Packet]:
-    """Packets whose pictures are seen until a time and no longer.
+    """The packets, with durations changed so that no frame is shown after `end`.
 
-    Pictures that come after it but are decoded before, as others need them, are seen for a tick each.
+    Frames that are shown later but needed by earlier ones are shown for one tick each.
     """
     held, late = [], []
     for packet in packets:
@@ -233,17 +233,17 @@ def _ended(packets: Iterator[av.Packet], video: av.VideoStream, end: float) -> I
 
 
 def _with_decode_times(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    """Packets that all say when they are decoded, in rising order.
+    """The packets, all with ascending decoding times.
 
-    Matroska leaves the first ones of a stream with reordered frames without: they get the ticks before the first that
-    is known.
+    In Matroska the first packets of a stream with reordered frames have none. They get the ticks just before the first
+    known time.
     """
     waiting: dict[int, list[av.Packet]] = {}
     last: dict[int, int] = {}
     while True:
         try:
             packet = next(packets, None)
-        except IndexError:  # PyAV 18 ends so where a stream appeared midway
+        except IndexError:  # PyAV 18 raises it at the end if a stream appeared midway
             packet = None
         if packet is None:
             return
@@ -264,23 +264,23 @@ def _with_decode_times(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
 
 
 def _shown(packet: av.Packet) -> float:
-    """When it is shown, in seconds of the file's clock."""
+    """When a packet is shown, in seconds of the file's clock."""
     return _decoded(packet) if packet.pts is None else float(packet.pts * packet.time_base)
 
 
 def _decoded(packet: av.Packet) -> float:
-    """When it is decoded, of a packet that says so."""
+    """When a packet is decoded, in seconds of the file's clock; it must state that."""
     assert packet.dts is not None
     return float(packet.dts * packet.time_base)
 
 
 def _length(packet: av.Packet) -> float:
-    """How long it is shown, in seconds; 0 where the file does not say."""
+    """How long a packet is shown, in seconds; 0 if the file does not say."""
     return float((packet.duration or 0) * packet.time_base)
 
 
 def _shift(packet: av.Packet, seconds: float) -> None:
-    """Makes a time of the source the new file's zero."""
+    """Subtracts a time from a packet's times."""
     ticks = round(Fraction(seconds) / packet.time_base)
     assert packet.dts is not None
     packet.dts -= ticks

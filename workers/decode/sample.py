@@ -1,17 +1,17 @@
-"""Which frames are kept, each once, with the span it stands for: those at even instants, or where something begins."""
+"""Sampling: which frames of a segment are kept, and how long each one stands for the video."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from storage.records import Probe
+from storage.records import Probe, Segment
 from workers.decode.clock import TimedFrame
 
 
 @dataclass(frozen=True)
 class KeptFrame:
-    """A frame that is stored, standing for [ticks, end_ticks); picture is what `convert` made of it."""
+    """A frame that is stored, for the time [ticks, end_ticks); picture is the result of `convert`."""
 
     ticks: int
     end_ticks: int
@@ -21,18 +21,18 @@ class KeptFrame:
 
 @dataclass(frozen=True)
 class Grid:
-    """The instants first_ticks + k * step, k = 0, 1, 2 ..., in ticks, exactly."""
+    """The times first_ticks + k * step for k = 0, 1, 2 ..., in ticks, exact."""
 
     first_ticks: int
     step: Fraction
 
     @classmethod
     def of(cls, probe: Probe, fps: Fraction) -> "Grid":
-        """Instants at fps per second from the video's first frame on."""
+        """A grid of fps times per second that begins at the video's first frame."""
         return cls(probe.first_ticks, 1 / (fps * probe.time_base))
 
     def takes(self, frame: TimedFrame, end_ticks: int) -> bool:
-        """Whether an instant lies in [frame.ticks, end_ticks); never counts through the instants before."""
+        """Whether one of the times is in [frame.ticks, end_ticks)."""
         step = self.step.numerator, self.step.denominator
         # The first k with first + k * step >= frame.ticks, by ceiling division in integers.
         k = max(0, -((self.first_ticks - frame.ticks) * step[1] // step[0]))
@@ -41,15 +41,15 @@ class Grid:
 
 @dataclass
 class Spaced:
-    """Frames with which something begins, at least a step apart; for one segment.
+    """Keyframes or first frames of scenes, at least a step apart; for one segment.
 
-    A segment's first frame is always one, and so is the next segment's.
+    The first frame of a segment is always kept.
 
     Attributes:
         step: ticks.
         end_ticks: of the segment; None: the video's end.
-        begins: whether something begins with a frame.
-        may_be_late: whether a beginning too soon after the last kept frame is kept as soon as the step has passed.
+        begins: whether a frame is a keyframe or the first of a scene.
+        may_be_late: if a scene begins too soon after the last kept frame, keep a frame of it once the step has passed.
     """
 
     step: Fraction
@@ -60,7 +60,7 @@ class Spaced:
     _late: bool = False
 
     def takes(self, frame: TimedFrame, _end_ticks: int = 0) -> bool:
-        """Whether a frame is kept; asked of every frame in order."""
+        """Whether a frame is kept; must be called for every frame, in order."""
         if self.end_ticks is not None and frame.ticks >= self.end_ticks:
             return True
         begins = self.begins(frame) or self._late
@@ -74,12 +74,11 @@ class Spaced:
 
 @dataclass
 class Tally:
-    """What `sample` saw on its way.
+    """Counts of what `sample` has read.
 
     Attributes:
         frame_count: frames of the segment, kept or not.
-        jump_ticks: the largest step back of the clock, and where it happened; frames before the clock's
-            highest mark have no place on it and are not kept.
+        jump_ticks, jump_at_ticks: the largest step back of the frames' times, and the time at which it happened.
     """
 
     frame_count: int = 0
@@ -90,30 +89,27 @@ class Tally:
 def sample(
     frames: Iterable[TimedFrame],
     takes: Callable[[TimedFrame, int], bool],
-    start_ticks: int | None,
-    end_ticks: int | None,
-    first_index: int,
+    segment: Segment,
     convert: Callable[[Any], Any],
     tally: Tally,
 ) -> Iterator[KeptFrame]:
-    """The segment's frames that are kept, in order.
+    """The frames of a segment that are kept, in order.
 
-    Reads on past end_ticks until it is known where the last kept frame's span ends; of the video's last
-    frame that is its own end.
+    Frames behind the segment are read until the next kept frame is known, where the last kept one ends.
 
     Args:
-        frames: all frames from start_ticks or earlier on, in presentation order.
-        takes: whether a frame is kept, asked once of each together with the time at which the next is shown.
-        start_ticks, end_ticks: the segment; None is open.
-        first_index: rank of the segment's first frame.
-        convert: called once for each kept frame, as soon as it is known to be kept.
-        tally: filled in on the way.
+        frames: all frames from the segment's start or earlier on, in presentation order.
+        takes: whether a frame is kept; called once for each frame, with the time at which the next one is shown.
+        segment: only its frames are kept.
+        convert: called once for each kept frame.
+        tally: filled while frames are read.
     """
-    waiting: KeptFrame | None = None  # kept, but the end of its span is not known yet
-    shown: TimedFrame | None = None  # its own end is not known before the next frame
-    shown_index = first_index
-    low_mark: int | None = None  # the time before that of `shown`
-    index = first_index - 1
+    start_ticks, end_ticks = segment.start_ticks, segment.end_ticks
+    waiting: KeptFrame | None = None  # kept, but its end is not known yet
+    shown: TimedFrame | None = None  # its end is the time of the next frame
+    shown_index = segment.first_index
+    low_mark: int | None = None  # the time of the frame before `shown`
+    index = segment.first_index - 1
 
     def keep(shown: TimedFrame, end: int) -> KeptFrame | None:
         if not takes(shown, end):
@@ -127,9 +123,10 @@ def sample(
         index += 1
         tally.frame_count += end_ticks is None or frame.ticks < end_ticks
         if shown is not None and frame.ticks <= shown.ticks:
-            # A step back. Of two frames at one time the later one is shown; a single frame with a time far
-            # ahead was wrong by itself; otherwise this frame has no place.
-            _note_jump(tally, shown.ticks, frame.ticks)
+            # Times go back. If the new frame still comes after the frame before `shown`, it takes the place of
+            # `shown`, whose time was wrong or the same. Else the new frame is left out.
+            if shown.ticks - frame.ticks > tally.jump_ticks:
+                tally.jump_ticks, tally.jump_at_ticks = shown.ticks - frame.ticks, shown.ticks
             if low_mark is None or frame.ticks > low_mark:
                 shown, shown_index = frame, index
             continue
@@ -137,7 +134,7 @@ def sample(
             kept = keep(shown, frame.ticks)
             if kept is not None:
                 if waiting is not None:
-                    yield _ending(waiting, kept.ticks)
+                    yield replace(waiting, end_ticks=kept.ticks)
                 waiting = kept
             low_mark = shown.ticks
             if end_ticks is not None and shown.ticks >= end_ticks and (waiting is None or waiting.ticks >= end_ticks):
@@ -145,20 +142,10 @@ def sample(
         shown, shown_index = frame, index
     if shown is None:
         return
-    end = shown.ticks + max(shown.duration_ticks, 1)
-    kept = keep(shown, end)
+    kept = keep(shown, shown.end_ticks)
     if kept is not None:
         if waiting is not None:
-            yield _ending(waiting, kept.ticks)
+            yield replace(waiting, end_ticks=kept.ticks)
         waiting = kept
     if waiting is not None and (end_ticks is None or waiting.ticks < end_ticks):
-        yield _ending(waiting, end)
-
-
-def _ending(frame: KeptFrame, end_ticks: int) -> KeptFrame:
-    return KeptFrame(frame.ticks, end_ticks, frame.frame_index, frame.picture)
-
-
-def _note_jump(tally: Tally, high_ticks: int, ticks: int) -> None:
-    if high_ticks - ticks > tally.jump_ticks:
-        tally.jump_ticks, tally.jump_at_ticks = high_ticks - ticks, high_ticks
+        yield replace(waiting, end_ticks=shown.end_ticks)

@@ -1,4 +1,4 @@
-"""Where scenes begin, by PySceneDetect; of the extra `scenes`, and loaded by decoder processes that need it alone."""
+"""First frames of scenes, found by PySceneDetect (the extra `scenes`)."""
 
 import av
 import numpy as np
@@ -7,11 +7,11 @@ from scenedetect import ContentDetector, FrameTimecode
 
 from workers.decode.clock import TimedFrame
 
-SIDE = 256  # the longer side of what is compared: PySceneDetect's own default is about that
+SIDE = 256  # longer side of the compared pictures, about PySceneDetect's own default
 
 
 class SceneStarts:
-    """Whether a scene begins with a frame: it differs from the one before as PySceneDetect's default demands."""
+    """Whether a scene begins with a frame, by PySceneDetect's default threshold."""
 
     def __init__(self):
         self._detector = ContentDetector(min_scene_len=0)
@@ -19,7 +19,7 @@ class SceneStarts:
         self._count = 0
 
     def __call__(self, frame: TimedFrame) -> bool:
-        """To be asked of every frame in order."""
+        """Must be called for every frame, in order."""
         self._count += 1
         return bool(self._detector.process_frame(FrameTimecode(self._count, 1.0), self._small(frame.picture)))
 

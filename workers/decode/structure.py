@@ -1,8 +1,8 @@
-"""What a file's own bytes say without decoding: what it is not, and whether it ends before it says it does.
+"""What a file's bytes show without decoding: that it is no video, or that its end is missing.
 
-FFmpeg reads a cut file to its last whole packet and calls that the end, so the container's own sizes are held
-against the file's: boxes of MP4, the segment of Matroska, chunks of AVI, pages of Ogg, packets of MPEG-TS,
-tags of FLV, the header of ASF.
+FFmpeg reads a cut file up to its last whole packet and reports no error. So the sizes that the container states are
+compared with the file's: boxes of MP4, the segment of Matroska, chunks of AVI, pages of Ogg, packets of MPEG-TS, tags
+of FLV, the header of ASF.
 """
 
 import os
@@ -19,9 +19,9 @@ from workers.sources.video_file import VideoFile
 HEAD_BYTES = 4096
 _UNKNOWN_SIZE = 0xFFFFFFFF
 _JPEG_HEAD_BYTES = 3 << 16  # its first segments, of at most 64 KB each
-_KEPT_ZEROS = 1024  # which may belong to the last packet
+_KEPT_ZEROS = 1024  # zeros at the end that may belong to the last packet
 
-# Text that names other files or addresses: never opened, whatever the file is called.
+# Text that refers to other files or addresses; always refused.
 _REFUSED = (
     (rb"#EXTM3U", "an HLS playlist"),
     (rb"ffconcat version", "an ffconcat script"),
@@ -53,18 +53,18 @@ _OTHER = (
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive"),
     (rb"%PDF", "a PDF document"),
     (rb"\x7fELF|MZ", "a program"),
-    (rb".{1060,1080}(M[.!]K[.!]|FLT[48]|[1-9]CHN|[1-3]\dCH)", "tracker music"),  # behind a title of 20 bytes
+    (rb".{1060,1080}(M[.!]K[.!]|FLT[48]|[1-9]CHN|[1-3]\dCH)", "tracker music"),  # after a title of 20 bytes
     (rb"L\x00R\x00F\x00\x00\x00", "an e-book"),
     (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!DOCTYPE\s+html|html)", "an HTML page"),
 )
 
-_CONTROLS = {*range(32), 127} - set(b"\t\n\v\f\r\x1b")  # bytes that no text holds
+_CONTROLS = {*range(32), 127} - set(b"\t\n\v\f\r\x1b")  # bytes that do not occur in text
 
 
 def refuse_others(file: VideoFile) -> None:
-    """Raises VideoProblem where the file is empty, text that names other files, or a picture that FFmpeg plays.
+    """Raises VideoProblem if the file is empty, text that refers to other files, or a picture that FFmpeg would play.
 
-    Those are HEIF pictures, and JPEG pictures that bring others along (a smaller one, or a map for HDR), in the
+    FFmpeg would play HEIF pictures, and JPEG pictures that contain others (a preview, or a map for HDR) in the
     Multi-Picture Format of CIPA DC-007.
     """
     head = file.read_at(0, HEAD_BYTES)
@@ -73,7 +73,7 @@ def refuse_others(file: VideoFile) -> None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     kind = _match(_REFUSED, text)
     if kind is not None:
-        raise VideoProblem(Reason.REFUSED_FORMAT, f"this is {kind}, which names other files; index those themselves")
+        raise VideoProblem(Reason.REFUSED_FORMAT, f"this is {kind}, which refers to other files; index those instead")
     if head[4:8] == b"ftyp" and _is_heif_picture(file):
         raise VideoProblem(Reason.NOT_A_VIDEO, "this is a HEIF picture, not a video")
     if begins_as_jpeg(file) and re.search(rb"\xff\xe2..MPF\0", file.read_at(0, _JPEG_HEAD_BYTES), re.DOTALL):
@@ -81,7 +81,7 @@ def refuse_others(file: VideoFile) -> None:
 
 
 def name_content(file: VideoFile) -> str | None:
-    """What the file is where it is clearly no video, such as "a PNG picture"; None where that is open."""
+    """The kind of a file that is certainly no video, such as "a PNG picture"; else None."""
     head = file.read_at(0, HEAD_BYTES)
     kind = foreign_content(head)
     if kind is None and len(head) < 16:
@@ -92,13 +92,13 @@ def name_content(file: VideoFile) -> str | None:
 
 
 def foreign_content(head: bytes) -> str | None:
-    """What a file of something else than video is, by its first bytes; None where they do not tell."""
+    """The kind of a file that is no video, by its first bytes; None if they do not show it."""
     kind = _match(_PICTURES, head) or _match(_OTHER, head.removeprefix(b"\xef\xbb\xbf").lstrip())
     return "text" if kind is None and _is_text(head) else kind
 
 
 def is_picture(file: VideoFile) -> str | None:
-    """The kind of picture, where the file is one."""
+    """The kind of picture, if the file is one."""
     return _match(_PICTURES, file.read_at(0, HEAD_BYTES))
 
 
@@ -108,7 +108,7 @@ def begins_as_jpeg(file: VideoFile) -> bool:
 
 
 def _is_heif_picture(file: VideoFile) -> bool:
-    """Items of pictures and no movie. Source: ISO/IEC 23008-12, 6 and 10; a sequence of pictures has a movie box."""
+    """True if there are picture items and no movie box. Source: ISO/IEC 23008-12, 6 and 10."""
     has_items = False
     for kind, body, _ in _top_boxes(file):
         if kind == b"moov":
@@ -118,14 +118,14 @@ def _is_heif_picture(file: VideoFile) -> bool:
 
 
 def end_of_recording(file: VideoFile) -> int:
-    """Where a transport stream or an Ogg file ends; FFmpeg takes many zeros behind it for damage."""
+    """Where a transport stream or Ogg file ends, without trailing zeros, which FFmpeg would report as damage."""
     if packet_layout(file) is None and file.read_at(0, 4) != b"OggS":
         return file.size
     return min(file.size, _end_of_content(file) + _KEPT_ZEROS)
 
 
 def cut_short(file: VideoFile) -> str | None:
-    """How the file shows that its end is missing, or None where it shows no such thing."""
+    """How a file shows that its end is missing; None if it does not."""
     now = os.fstat(file.descriptor).st_size
     if now < file.size:
         return f"it shrank from {file.size} to {now} bytes while it was read"
@@ -141,7 +141,7 @@ def _match(table: tuple[tuple[bytes, str], ...], head: bytes) -> str | None:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether the bytes are text in UTF-8, in UTF-16 with its mark, or in an encoding of one byte a letter."""
+    """Whether the bytes are text, in UTF-8, UTF-16 with a byte order mark, or an encoding of one byte a letter."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = head[: len(head) // 2 * 2].decode("utf-16", "ignore")
         return all(character.isprintable() or character.isspace() for character in text)
@@ -155,7 +155,7 @@ def _missing(file: VideoFile, end: int, what: str) -> str | None:
 
 
 def _mp4_cut(file: VideoFile) -> str | None:
-    """Holds the top-level boxes against the file's size."""
+    """Compares the ends of the top-level boxes with the file's size."""
     seen = set()
     for kind, _, end in _top_boxes(file):
         missing = _missing(file, end, f"box '{kind.decode('ascii')}'")
@@ -168,16 +168,16 @@ def _mp4_cut(file: VideoFile) -> str | None:
 
 
 def _top_boxes(file: VideoFile) -> Iterator[tuple[bytes, int, int]]:
-    """As mp4_boxes, up to padding or junk behind the last box of a file."""
+    """The top-level boxes, as mp4_boxes, up to padding or junk after the last one."""
     return takewhile(lambda box: box[0].replace(b" ", b"").isalnum(), mp4_boxes(file, 0, file.size))
 
 
 def mp4_boxes(file: VideoFile, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The boxes of one level of an MP4: kind, and where the body begins and ends. Source: ISO/IEC 14496-12, 4.2.
+    """The boxes of one level of an MP4: kind, start and end of the body. Source: ISO/IEC 14496-12, 4.2.
 
     Args:
         file: the file.
-        start, end: the range that they lie in; the last one's own end may lie behind it.
+        start, end: the range of the level; the last box may state an end after it.
     """
     while start + 8 <= end:
         size, kind = struct.unpack(">I4s", file.read_at(start, 8))
@@ -193,7 +193,7 @@ def mp4_boxes(file: VideoFile, start: int, end: int) -> Iterator[tuple[bytes, in
 
 
 def _matroska_cut(file: VideoFile) -> str | None:
-    """Holds the segment's size against the file's. Source: RFC 8794, 4 and 6."""
+    """Compares the segment's size with the file's. Source: RFC 8794, 4 and 6."""
     offset = 0
     for _ in range(16):
         element, id_length = _ebml_number(file.read_at(offset, 12), keep_marker=True)
@@ -201,7 +201,7 @@ def _matroska_cut(file: VideoFile) -> str | None:
         if not id_length or not size_length:
             return None
         start = offset + id_length + size_length
-        if size is None:  # unknown: a live recording, which ends where it ends
+        if size is None:  # unknown, as in a live recording
             return None
         if element == 0x18538067:
             return _missing(file, start + size, "the segment")
@@ -210,7 +210,7 @@ def _matroska_cut(file: VideoFile) -> str | None:
 
 
 def _ebml_number(data: bytes, keep_marker: bool) -> tuple[int | None, int]:
-    """An EBML variable-length integer and its length in bytes; None where all bits are one (unknown)."""
+    """An EBML variable-length integer and its length in bytes; None if all bits are one (unknown)."""
     if not data or data[0] == 0:
         return 0, 0
     length = 9 - data[0].bit_length()
@@ -224,11 +224,11 @@ def _ebml_number(data: bytes, keep_marker: bool) -> tuple[int | None, int]:
 
 
 def _avi_cut(file: VideoFile) -> str | None:
-    """Walks the RIFF chunks (one per gigabyte in OpenDML)."""
+    """Compares the ends of the RIFF chunks (one per gigabyte in OpenDML) with the file's size."""
     offset = 0
     while offset + 12 <= file.size:
         kind, size, form = struct.unpack("<4sI4s", file.read_at(offset, 12))
-        if kind != b"RIFF" or size == _UNKNOWN_SIZE:  # which a writer leaves that cannot go back, into a pipe
+        if kind != b"RIFF" or size == _UNKNOWN_SIZE:  # a program that writes to a pipe cannot fill the size in
             return None
         if size == 0 and form in (b"AVI ", b"AVIX"):
             return "its header was never completed, as after an interrupted recording"
@@ -240,10 +240,7 @@ def _avi_cut(file: VideoFile) -> str | None:
 
 
 def _ogg_cut(file: VideoFile) -> str | None:
-    """Looks at the last page: it must be whole, and one of the pages near the end must close a stream.
-
-    Source: RFC 3533, 6.
-    """
+    """Checks that the last page is whole and that one of the last pages closes a stream. Source: RFC 3533, 6."""
     tail_start = max(0, file.size - 5 * 65307)  # five pages of the largest size
     tail = file.read_at(tail_start, file.size - tail_start)
     closed, last = False, None
@@ -270,7 +267,7 @@ def _ts_cut(file: VideoFile) -> str | None:
 
 
 def _flv_cut(file: VideoFile) -> str | None:
-    """The four bytes at the end give the length of the last tag; zeros may follow them, or be their end."""
+    """Compares the last four bytes with the length of the last tag; zeros may follow them, or be part of them."""
     content_end = _end_of_content(file)
     ends = (end for end in (content_end, content_end + 1, content_end + 2, content_end + 3) if end <= file.size)
     return None if any(_ends_with_flv_tag(file, end) for end in ends) else "its last tag is cut"
@@ -283,7 +280,7 @@ def _ends_with_flv_tag(file: VideoFile, end: int) -> bool:
 
 
 def _end_of_content(file: VideoFile) -> int:
-    """Where the zeros begin that a file ends with."""
+    """Where the zeros at the end of a file begin."""
     end = file.size
     while end > 0:
         start = max(0, end - (1 << 16))
@@ -295,7 +292,7 @@ def _end_of_content(file: VideoFile) -> int:
 
 
 def _asf_cut(file: VideoFile) -> str | None:
-    """Holds the file properties' size against the file's. Source: ASF specification 3.2."""
+    """Compares the size in the file properties with the file's. Source: ASF specification 3.2."""
     header = file.read_at(0, 1 << 16)
     place = header.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
     if place < 0 or len(header) < place + 92:

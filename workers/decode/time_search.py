@@ -1,6 +1,6 @@
-"""Where in a file a time lies, for formats without an index, which FFmpeg would read from their start up to there.
+"""Binary search for a time in files without an index, which FFmpeg would read from their start.
 
-A file is searched by halves: from any byte on, the next place is found at which reading may begin, and its time.
+From any byte on, the next place can be found where reading may begin, with its time.
 """
 
 import re
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 from workers.sources.video_file import VideoFile
 
-CHUNK_BYTES = 1 << 12  # read at first, and twice as much each time nothing is found
+CHUNK_BYTES = 1 << 12  # the first read; each further one reads twice as much
 HEAD_BYTES = 1 << 16
 _FLV_TAG_BYTES = 11
-# A cluster: its size in one to eight bytes, perhaps a checksum, and its time first. Source: RFC 9559, 5.1.3.
+# A cluster: its size in one to eight bytes, an optional checksum, its time. Source: RFC 9559, 5.1.3.
 _CLUSTER = re.compile(
     rb"\x1f\x43\xb6\x75(?:[\x80-\xff]|[\x40-\x7f].|[\x20-\x3f]..|[\x10-\x1f].{3}|[\x08-\x0f].{4}|[\x04-\x07].{5}"
     rb"|[\x02\x03].{6}|\x01.{7})(?:\xbf\x84.{4})?\xe7([\x81-\x88])(.{8})",
@@ -24,9 +24,9 @@ Finder = Callable[[VideoFile, int, int], tuple[int, int] | None]
 
 
 def find_tag(file: VideoFile, start: int, end: int) -> tuple[int, int] | None:
-    """Offset and milliseconds of the first FLV tag in [start, end) that is whole, or None.
+    """Offset and milliseconds of the first whole FLV tag in [start, end), or None.
 
-    Its length stands in front of it and behind it, with three zeros between. Source: FLV specification 10.1, E.4.1.
+    A tag is recognised by its length, which is written before and after it. Source: FLV specification 10.1, E.4.1.
     """
     for offset, count in _chunks(start, end):
         chunk = file.read_at(offset, count + _FLV_TAG_BYTES)
@@ -39,7 +39,7 @@ def find_tag(file: VideoFile, start: int, end: int) -> tuple[int, int] | None:
 
 
 def find_cluster(file: VideoFile, start: int, end: int) -> tuple[int, int] | None:
-    """Offset and time, in the file's own unit, of the first Matroska cluster in [start, end), or None."""
+    """Offset and time, in the file's time unit, of the first Matroska cluster in [start, end), or None."""
     for offset, count in _chunks(start, end):
         chunk = file.read_at(offset, count + _CLUSTER_BYTES)
         match = _CLUSTER.search(chunk)
@@ -49,18 +49,18 @@ def find_cluster(file: VideoFile, start: int, end: int) -> tuple[int, int] | Non
 
 
 def has_cues(file: VideoFile) -> bool:
-    """Whether a Matroska file says in front of its first cluster that it has an index."""
+    """Whether a Matroska file announces an index before its first cluster."""
     head = file.read_at(0, HEAD_BYTES)
     match = _CLUSTER.search(head)
     return _CUES in head[: match.start() if match else None]
 
 
 def place_before(file: VideoFile, find: Finder, ticks: int) -> int | None:
-    """The offset of the last place at or before a time, within CHUNK_BYTES; None where the first is later.
+    """The offset of the last place at or before a time, to about CHUNK_BYTES; None if the first place is later.
 
     Args:
-        file: times rise in it.
-        find: gives the first place in a stretch of the file, and its time.
+        file: with ascending times.
+        find: gives the offset and time of the first place in a range of bytes.
         ticks: the time.
     """
     low, high, found = 0, file.size, None
@@ -78,7 +78,7 @@ def place_before(file: VideoFile, find: Finder, ticks: int) -> int | None:
 
 
 def _chunks(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Offset and length of stretches that make up [start, end), each twice as long as the one before."""
+    """Offset and length of chunks of [start, end), each twice as long as the one before."""
     count = CHUNK_BYTES
     while start < end:
         yield start, min(count, end - start)

@@ -1,4 +1,4 @@
-"""Packets of an MPEG transport stream, counted without decoding: which are missing, and where recordings were joined.
+"""Missing packets of an MPEG transport stream, found by their counters, and places where recordings were joined.
 
 Source: ISO/IEC 13818-1, 2.4.3 (packets, continuity_counter) and 2.4.4 (tables).
 """
@@ -10,22 +10,22 @@ import numpy as np
 
 from workers.sources.video_file import VideoFile
 
-# (bytes of a packet, where its sync byte stands): plain, with a time stamp in front, with error correction behind.
+# (bytes of a packet, place of its sync byte): plain, with a time stamp before it, with error correction after it.
 LAYOUTS = ((188, 0), (192, 4), (204, 0))
 SYNC_BYTE = 0x47
 _CHUNK_PACKETS = 1 << 15
 _LAST_TABLE_PID, _NULL_PID = 31, 0x1FFF
-_TABLE_PIDS = {0, 17}  # the program association and the service description table; a program's own map comes on top
+_TABLE_PIDS = {0, 17}  # program association and service description; those of program maps are added
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What the counters of one stream's packets say.
+    """Missing packets of one stream.
 
     Attributes:
-        count: places where packets are missing, or arrived damaged.
-        first_byte: the first of them, or None.
-        joins: places where another recording begins: the counters of the tables begin anew with it.
+        count: places where packets are missing or damaged.
+        first_byte: the first of these places, or None.
+        joins: places where another recording begins.
     """
 
     count: int
@@ -34,7 +34,7 @@ class Losses:
 
 
 def packet_layout(file: VideoFile) -> tuple[int, int] | None:
-    """Bytes of a packet and the place of its sync byte; None where the file is no transport stream."""
+    """Bytes of a packet and the place of its sync byte; None if the file is no transport stream."""
     head = file.read_at(0, 204 * 4)
     for size, first in LAYOUTS:
         if len(head) > 3 * size + first and all(head[first + i * size] == SYNC_BYTE for i in range(4)):
@@ -43,10 +43,15 @@ def packet_layout(file: VideoFile) -> tuple[int, int] | None:
 
 
 def find_losses(file: VideoFile, pid: int, size_bytes: int) -> Losses:
-    """Holds the counters of a stream's packets against one another; reads so much of the file.
+    """Missing packets of a stream, by jumps of its packet counter.
 
-    FFmpeg calls a packet incomplete after any jump of its counter. A recording that was joined to another one has
-    such a jump and misses nothing: it begins with a new picture and with tables of its own.
+    FFmpeg calls a packet incomplete after any jump. But a jump where another recording begins loses nothing: there a
+    new frame begins, and the counters of the tables jump too.
+
+    Args:
+        file: the transport stream.
+        pid: of the stream.
+        size_bytes: how much of the file is read.
     """
     layout = packet_layout(file)
     if layout is None:
@@ -71,7 +76,7 @@ def find_losses(file: VideoFile, pid: int, size_bytes: int) -> Losses:
 
 
 def scrambled_share(file: VideoFile, size_bytes: int) -> float:
-    """The share of scrambled packets among those with contents, 0 where there are none; reads so much of the file."""
+    """The share of scrambled packets among those with a payload, in the first size_bytes of a file; 0 if none has."""
     layout = packet_layout(file)
     payload_count = scrambled_count = 0
     for _, packets in _packets(file, *layout, size_bytes) if layout else ():
@@ -86,10 +91,10 @@ class _Counter:
     """Follows the continuity counter of one PID.
 
     Attributes:
-        jumps: packets, by number in the file, whose counter is not the next one.
-        before: for each jump, the packet of this PID before it.
-        begins: for each jump, whether its packet begins a picture or table.
-        damaged: packets that the receiver marked as damaged.
+        jumps: numbers, in the file, of packets whose counter does not follow that of the packet before.
+        before: for each jump, the number of the PID's packet before it.
+        begins: for each jump, whether its packet begins a frame or table.
+        damaged: numbers of packets that the receiver marked as damaged.
     """
 
     def __init__(self):
@@ -100,7 +105,7 @@ class _Counter:
         self.damaged: list[int] = []
 
     def take(self, packets: np.ndarray, start: int, pid: int) -> None:
-        """The next stretch of the file: (N, 188) uint8, of which the first is number `start`."""
+        """Reads the next packets of the file: (N, 188) uint8, the first of them number `start`."""
         places = np.flatnonzero(_pids(packets) == pid)
         if not len(places):
             return
@@ -121,7 +126,7 @@ class _Counter:
 
 
 def _packets(file: VideoFile, size: int, first: int, size_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first, (N, 188) uint8) of one stretch after the other."""
+    """The packets of a file in chunks: number of the first one, and (N, 188) uint8."""
     number, end = 0, size_bytes // size
     while number < end:
         data = file.read_at(number * size, size * min(_CHUNK_PACKETS, end - number))
@@ -133,7 +138,7 @@ def _packets(file: VideoFile, size: int, first: int, size_bytes: int) -> Iterato
 
 
 def _pids(packets: np.ndarray) -> np.ndarray:
-    """(N,) int; -1 where a packet has no sync byte."""
+    """(N,) int, the PID of each packet; -1 if it has no sync byte."""
     pids = (packets[:, 1] & 0x1F).astype(int) << 8 | packets[:, 2]
     return np.where(packets[:, 0] == SYNC_BYTE, pids, -1)
 

@@ -21,11 +21,11 @@ from transformers import LlamaConfig
 
 from storage.errors import ClusterError, UsageError
 from storage.files import to_uri, write_bytes
+from workers.cache_folder import cache_folder
 from workers.llm.engine import MADE_BY_LLM, EngineName, SamplingParams, no_numbers
 from workers.models.bundle import Bundle
 from workers.models.checkpoint import TensorEntry
 from workers.models.load import tensor_values
-from workers.sources.hash_cache import cache_folder
 
 if TYPE_CHECKING:
     from vllm import LLMEngine

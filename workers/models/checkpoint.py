@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import UsageError
-from workers.sources.hash_cache import cache_folder
+from workers.cache_folder import cache_folder
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _CACHE_FROM_BYTES = 64 << 20  # smaller files are hashed faster than anyone notices

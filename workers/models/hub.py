@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import UsageError
+from workers.cache_folder import cache_folder
 from workers.models.checkpoint import read_json, shard_names
-from workers.sources.hash_cache import cache_folder
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a name in a hub id
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?", re.ASCII)

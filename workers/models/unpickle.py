@@ -1,21 +1,17 @@
 """Pickled weights as safetensors, by a process that can open nothing else (unpickle_child.py)."""
 
 import os
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from storage.errors import UsageError
-from storage.processes import python_path
+from workers.child_process import ChildProcess
 from workers.models.checkpoint import read_header
-from workers.protocol import Closed, receive
+from workers.protocol import Closed
 
 STEPS = {"network", "files"}  # that the process gives up
 TIMEOUT_SECONDS = 600  # without a word from the process
-_THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a sandbox wants one thread
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def convert(source: Path, target: Path, report: Callable[[int], None]) -> set[str]:
@@ -46,48 +42,21 @@ def convert(source: Path, target: Path, report: Callable[[int], None]) -> set[st
 
 def _run(source: Path, read: int, written: int, report: Callable[[int], None]) -> set[str]:
     """What the process has given up."""
-    ours, theirs = socket.socketpair()
-    lifeline_theirs, lifeline = os.pipe()
-    passed = (theirs.fileno(), lifeline_theirs, read, written)
-    with ours, tempfile.TemporaryFile() as errors:
-        try:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "workers.models.unpickle_child",
-                    *map(str, passed),
-                    os.path.realpath(source),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=passed,
-                env=os.environ | _THREADS | {"PYTHONPATH": python_path()},
-            )
-        finally:
-            theirs.close()
-            os.close(lifeline_theirs)
-        ours.settimeout(TIMEOUT_SECONDS)
-        try:
-            return _listen(ours, source, report)
-        except (Closed, TimeoutError) as error:
-            process.kill()
-            errors.seek(0)
-            said = errors.read().decode("utf-8", "replace").strip().splitlines()
-            how = f": {said[-1]}" if said else " or stopped answering"
-            raise UsageError(f"{source}: pickled weights; the process that reads them was killed{how}") from error
-        finally:
-            process.kill()
-            process.wait()
-            os.close(lifeline)
+    arguments = (read, written, os.path.realpath(source))
+    child = ChildProcess("workers.models.unpickle_child", arguments, (read, written), _ENVIRONMENT)
+    child.connection.settimeout(TIMEOUT_SECONDS)
+    try:
+        return _listen(child, source, report)
+    except (Closed, TimeoutError) as error:
+        raise UsageError(f"{source}: pickled weights; the process that reads them {child.describe_end()}") from error
+    finally:
+        child.kill()
 
 
-def _listen(connection: socket.socket, source: Path, report: Callable[[int], None]) -> set[str]:
+def _listen(child: ChildProcess, source: Path, report: Callable[[int], None]) -> set[str]:
     given_up: set[str] = set()
     while True:
-        message, _, _ = receive(connection)
+        message, _ = child.receive()
         if message["kind"] == "ready":
             given_up = set(message["sandbox"])
         elif message["kind"] == "written":

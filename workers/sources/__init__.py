@@ -1,5 +1,5 @@
-"""Sources: the identity of a video by its bytes, and the one open file that a decoder may read.
+"""Sources: the identity of a video, by its bytes, and the open file that a decoder reads.
 
-In: a path. Out: the Content that it has, remembered by the hash cache, and an open file.
+In: a path. Out: its Content, which the hash cache remembers, and an open file.
 Imports: nothing.
 """

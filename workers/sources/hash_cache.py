@@ -1,16 +1,14 @@
-"""Remembers which file had which bytes, so that an unchanged archive is recognised without reading it."""
+"""Hashes of files that were read before, so that unchanged files are recognised without reading them."""
 
-import contextlib
-import errno
 import os
 import re
 import sqlite3
 import threading
 from pathlib import Path
 
-import platformdirs
+from workers.cache_folder import cache_folder
 
-# A file that changed this shortly before it was read may change once more without its times showing it.
+# A file that changed shortly before it was read may change again within the resolution of its times.
 SETTLED_SECONDS = 2.0
 _TABLE = """
 CREATE TABLE IF NOT EXISTS hashes (
@@ -20,28 +18,13 @@ CREATE TABLE IF NOT EXISTS hashes (
 """
 
 
-def cache_folder() -> Path:
-    """What can be made anew is kept here: the folder VIDX_CACHE, or the user's cache folder.
-
-    Raises:
-        OSError: neither is known, as of a user without a home.
-    """
-    if os.environ.get("VIDX_CACHE"):
-        return Path(os.environ["VIDX_CACHE"])
-    with contextlib.suppress(RuntimeError):
-        folder = Path(platformdirs.user_cache_dir("vidx"))
-        if folder.is_absolute():
-            return folder
-    raise FileNotFoundError(errno.ENOENT, "no home folder is known")
-
-
 class HashCache:
-    """Hashes by device, inode, size, modification and change time, in a file that all jobs of a user share.
+    """SHA-256 of files by device, inode, size, modification and change time, in a file that a user's jobs share.
 
-    It is never needed: where it cannot be read or written, it is empty and stays so.
+    A cache that cannot be read or written is empty and stays empty; that is no error.
 
     Attributes:
-        problem: why it cannot be used; empty where it can.
+        problem: why it cannot be read or written; empty if it can.
     """
 
     def __init__(self, path: Path | None = None):
@@ -52,17 +35,18 @@ class HashCache:
         try:
             place = self._path = path or cache_folder() / "hashes.sqlite"
             place.parent.mkdir(parents=True, exist_ok=True)
-            self._open(place)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # no space, no permission, in use
-                self._give_up(error)
-            else:
-                self._begin_anew(place)
-        except OSError as error:
+            try:
+                self._open(place)
+            except sqlite3.OperationalError:  # no space, no permission, in use
+                raise
+            except sqlite3.DatabaseError:  # damaged
+                place.unlink()
+                self._open(place)
+        except (OSError, sqlite3.DatabaseError) as error:
             self._give_up(error)
 
     def get(self, stat: os.stat_result) -> str | None:
-        """The SHA-256 that a file in this state has had."""
+        """The SHA-256 of a file in this state, or None where it is not known."""
         rows = self._run(
             "SELECT size_bytes, mtime_ns, ctime_ns, video_id FROM hashes WHERE device = ? AND inode = ?", _key(stat)
         )
@@ -70,7 +54,13 @@ class HashCache:
         return known if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known) else None
 
     def put(self, stat: os.stat_result, video_id: str, read_ns: int) -> None:
-        """Remembers a hash of bytes that were read from read_ns on, between two looks that both gave `stat`."""
+        """Remembers the hash of a file.
+
+        Args:
+            stat: the file's state, the same before and after it was read.
+            video_id: the SHA-256.
+            read_ns: when reading began.
+        """
         if read_ns - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9:
             self._run("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)", (*_key(stat), *_state(stat), video_id))
 
@@ -91,13 +81,6 @@ class HashCache:
         connection.execute(_TABLE)
         self._connection = connection
 
-    def _begin_anew(self, place: Path) -> None:
-        try:
-            place.unlink()
-            self._open(place)
-        except (OSError, sqlite3.DatabaseError) as error:
-            self._give_up(error)
-
     def _give_up(self, error: Exception) -> None:
         self._connection = None
         self.problem = (
@@ -106,7 +89,7 @@ class HashCache:
 
 
 def _key(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino - (stat.st_ino >> 63 << 64)  # SQLite's integers have a sign
+    return stat.st_dev, stat.st_ino - (stat.st_ino >> 63 << 64)  # SQLite's integers are signed
 
 
 def _state(stat: os.stat_result) -> tuple[int, int, int]:

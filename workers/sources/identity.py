@@ -1,4 +1,4 @@
-"""Identity of a source by its bytes, and whether it is still what it was; no decoder is involved."""
+"""Identity of a source: the SHA-256 of its bytes, and checks that the file has not changed since."""
 
 import errno
 import hashlib
@@ -13,13 +13,13 @@ from workers.sources.hash_cache import HashCache
 
 
 def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
-    """The SHA-256 of a file's bytes, with the size and time by which a later change shows.
+    """The SHA-256 of a file, with its size and modification time.
 
     Args:
         path: of the file.
-        cache: of hashes; a file that it knows in its present state is not read.
+        cache: a file whose hash is in it, in its present state, is not read.
     Raises:
-        VideoProblem: the file is missing, may not be read, is no regular file, or changes while it is read.
+        VideoProblem: the file is missing, cannot be read, is no regular file, or changes while it is read.
     """
     descriptor = open_source(path)
     with open(descriptor, "rb", buffering=0) as file:
@@ -32,14 +32,14 @@ def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
             raise problem_of(error) from error
         after = os.fstat(descriptor)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise VideoProblem(Reason.CHANGED, "the file changed while it was read; try again when it is written")
+        raise VideoProblem(Reason.CHANGED, "the file changed while it was read; index it again when it is complete")
     if cache is not None and before.st_ctime_ns == after.st_ctime_ns:
         cache.put(after, video_id, read_ns)
     return Content(video_id, after.st_size, after.st_mtime_ns)
 
 
 def check_unchanged(path: str | bytes, content: Content) -> None:
-    """Nothing, where the file still has the size and modification time that it was identified with.
+    """Checks that a file still has the size and modification time that it had when it was hashed.
 
     Raises:
         VideoProblem: CHANGED, VANISHED or PERMISSION.
@@ -55,16 +55,16 @@ def check_unchanged(path: str | bytes, content: Content) -> None:
 
 
 def check_still_there(row: VideoRow) -> None:
-    """Nothing, where the video's file still holds what was indexed.
+    """Checks that an indexed video's file is there and has not changed.
 
     Raises:
-        VideoProblem: it is gone or holds something else; the detail names it.
+        VideoProblem: the file is gone or has changed; the detail names it.
     """
     path = file_path(row.uri)
     try:
         now = os.stat(path)
         same = now.st_size == row.size_bytes
-        if same and now.st_mtime_ns != row.mtime_ns:  # touched or copied back: only the bytes can tell
+        if same and now.st_mtime_ns != row.mtime_ns:  # perhaps only touched, or copied back
             same = identify(path, HashCache()).video_id == row.video_id
     except OSError as error:
         raise in_video(row, VideoProblem(Reason.VANISHED, str(error.strerror))) from error
@@ -77,19 +77,19 @@ def check_still_there(row: VideoRow) -> None:
 
 
 def in_video(row: VideoRow, problem: VideoProblem) -> VideoProblem:
-    """The same problem, naming the video."""
+    """The same problem, with the video's name in its detail."""
     return VideoProblem(problem.reason, f"{source_text(row.uri)}: {problem.detail}")
 
 
 def open_source(path: str | bytes) -> int:
-    """A descriptor for reading a regular file; pipes, devices and folders are refused without waiting on them.
+    """Opens a regular file for reading and returns its descriptor; never blocks on a pipe or device.
 
     Raises:
-        VideoProblem: the file is missing, may not be read, or is no regular file.
+        VideoProblem: the file is missing, cannot be read, or is no regular file.
     """
     try:
         _refuse_irregular(os.stat(path).st_mode)
-        # Between stat and open the name may come to mean a pipe: do not block on it, and look again.
+        # A pipe may take the file's place between stat and open: O_NONBLOCK, and a second check.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise problem_of(error) from error
@@ -102,7 +102,7 @@ def open_source(path: str | bytes) -> int:
 
 
 def problem_of(error: OSError | ValueError) -> VideoProblem:
-    """What a failed system call on a source means for the video."""
+    """The VideoProblem for a failed system call on a source."""
     if isinstance(error, ValueError):
         return VideoProblem(Reason.VANISHED, f"no file can have this name: {error}")
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):

@@ -1,27 +1,27 @@
-"""The one file a decoder may read: an open descriptor, seekable, that counts what is read."""
+"""The open file that a decoder reads; it counts the bytes."""
 
 import os
 
 from workers.sources.identity import problem_of
 
-# After a jump so much is read at most, and twice as much each time that reading goes on there: FFmpeg asks for 256 kB
-# wherever it looks for a time or for the next box.
+# The most that is read after a jump; the limit doubles with each further read. FFmpeg asks for 256 kB even where it
+# only looks for a time or for the next box.
 FIRST_BYTES = 1 << 11
 
 
 class VideoFile:
-    """A seekable reader over a descriptor that it does not own, with its own position.
+    """A seekable file over a descriptor, with a position of its own; does not close the descriptor.
 
     Args:
-        descriptor: the file.
-        hidden: a stretch of it that is left out, as if it were not there.
+        descriptor: of the file.
+        hidden: a range of bytes that is left out, as if it were not there.
 
     Attributes:
-        size: bytes, when it was opened; a reader may take a smaller one.
-        bytes_read: what has been read so far.
+        size: bytes of the file when it was opened; may be set to less.
+        bytes_read: so far.
 
     Raises:
-        VideoProblem: the disk or the network behind the file fails.
+        VideoProblem: reading fails.
     """
 
     def __init__(self, descriptor: int, hidden: range = range(0)):
@@ -33,14 +33,14 @@ class VideoFile:
         self._at_once = FIRST_BYTES
 
     def read(self, count: int) -> bytes:
-        """Up to count bytes from the current position; fewer after a jump."""
+        """At most `count` bytes from the current position; fewer after a jump."""
         data = self.read_at(self._position, min(count, self._at_once))
         self._position += len(data)
         self._at_once = max(FIRST_BYTES, 2 * len(data))
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """The new position."""
+        """Moves to a position and returns it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         position = max(0, base + offset)
         if position != self._position:
@@ -52,7 +52,7 @@ class VideoFile:
         return self._position
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """Up to count bytes from offset, none behind `size`; the position stays."""
+        """At most `count` bytes from an offset, up to `size`; does not move the position."""
         if not 0 <= offset < self.size:
             return b""
         count = min(count, self.size - offset)
