@@ -131,7 +131,7 @@ def test_a_model_that_is_not_there_names_the_command_that_gets_it(vidx, places, 
     }
     run = vidx(command, *given[command], "--model", "ICTNLP/llava-mini-llama-3.1-8b", env=places)
     assert (run.code, len(run.err.splitlines())) == (2, 1)
-    assert "`vidx models --fetch ICTNLP/llava-mini-llama-3.1-8b` gets it" in run.err
+    assert "`vidx models --fetch ICTNLP/llava-mini-llama-3.1-8b` downloads it" in run.err
 
 
 def test_a_tower_that_is_not_there_names_the_command_that_gets_it(vidx, repositories, places, tmp_path):
@@ -141,7 +141,9 @@ def test_a_tower_that_is_not_there_names_the_command_that_gets_it(vidx, reposito
     command = ("index", CLIP, "--archive", str(tmp_path / "archive"), "--model", MODEL)
     run = vidx(*command, env=places)
     assert (run.code, len(run.err.splitlines())) == (2, 1)
-    assert f"its vision tower {TOWER} is not in the local hub cache; `vidx models --fetch {TOWER}` gets it" in run.err
+    assert (
+        f"its vision tower {TOWER} is not in the local hub cache; `vidx models --fetch {TOWER}` downloads it" in run.err
+    )
     assert vidx("models", "--fetch", TOWER, env=places).code == 0
     assert vidx(*command, "--dry-run", env=places).code == 0
 

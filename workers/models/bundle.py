@@ -1,8 +1,8 @@
-"""A model bundle: which directory a name means, what its files say, and the id that archives know it by.
+"""A model bundle: finding it by its name, its settings, and the id by which archives know it.
 
-A bundle is a directory in the published LLaVA-Mini layout (config.json, safetensors, tokenizer) and the CLIP directory
-that its `mm_vision_tower` names. What it knows and does not know is a text in its own metadata: the object `vidx` in
-config.json. Imports no torch: finding a small bundle takes milliseconds.
+A bundle is a directory in the published LLaVA-Mini layout (config.json, safetensors, tokenizer), with the CLIP
+directory that its `mm_vision_tower` names. The object `vidx` in config.json is its card: what it knows and does not
+know. Imports no torch, and checks config.json without pydantic, whose import would add 0.14 s to every search.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ _TOWER_DEFAULTS = {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num
 
 @dataclass(frozen=True)
 class Card:
-    """What a model says about itself: the object `vidx` in its config.json.
+    """What a model states about itself: the object `vidx` in its config.json.
 
     Attributes:
         licence: of the weights.
-        knows, does_not_know: for people, one or two sentences each; a note in one line gives the first of them.
-        trained: for people, how and on what.
-        accuracy: source of pre-fusion ("exact", "patches", "tokens") -> kind of question -> per cent answered right.
-        unknown_answers: the answers that say that the model does not know -> why it gives them.
+        knows, does_not_know: one or two sentences each; notes show the first sentence.
+        trained: how and on what it was trained.
+        accuracy: source of pre-fusion ("exact", "patches", "tokens") -> kind of question -> per cent of right answers.
+        unknown_answers: answers that mean "I do not know" -> why the model gives them.
         search_floor: the least cosine of a text and a frame that counts as found; None where the files do not say.
-        takes_history: it was trained on conversations; else each question is best put to it by itself.
-        most_frames: so many frames of one answer it was trained on; None where its context is the limit.
+        takes_history: whether it was trained on conversations. If not, each question is asked without the ones before.
+        most_frames: the most frames per answer that it was trained on; None: as many as its context holds.
     """
 
     licence: str
@@ -55,37 +55,37 @@ class Card:
 
     @property
     def states_limits(self) -> bool:
-        """Whether the files say what the model does not know, so that it is worth telling."""
+        """Whether the card says what the model does not know."""
         return self.does_not_know != NOT_STATED
 
     def why_unknown(self, answer: str) -> str | None:
-        """Why the model gives an answer that says that it does not know; None for any other answer.
+        """Why the model gives an answer, if the answer means "I do not know"; else None.
 
-        Case, surrounding space and a full stop at the end do not count.
+        Case, surrounding spaces and a full stop at the end are ignored.
         """
         return next((why for text, why in self.unknown_answers.items() if _bare(text) == _bare(answer)), None)
 
     def begins_unknown(self, answer: str) -> bool:
-        """Whether a text may be the beginning of an answer that says that the model does not know."""
+        """Whether a text may be the beginning of an answer that means "I do not know"."""
         return any(_bare(text).startswith(_bare(answer)) for text in self.unknown_answers)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The settings of config.json that the code reads by name.
+    """The settings in config.json.
 
     Attributes:
         compressor_size: C; a frame has C*C vision tokens.
-        resolution_ratio: r; with r > 1 the model sees r x r blocks of a frame besides the frame.
-        select_layer: which of the tower's hidden states holds the patches; negative, counted from the end.
+        resolution_ratio: r; with r > 1 the model sees r x r blocks of a frame and the whole frame.
+        select_layer: the tower's hidden state that holds the patches; negative, counted from the end.
         prefusion_layer_count: Llama blocks before the LLM.
         hidden_size: H, width of the LLM.
-        context_length: tokens that the LLM was made for.
+        context_length: most tokens of prompt, frames and answer.
         eos_ids: tokens that end an answer.
-        pad_pictures: a still picture is padded to a square (frames are square already).
+        pad_pictures: whether a still picture is padded to a square (frames are square).
         projector_type: for example mlp2x_gelu.
         tower: a directory or a hub id.
-        llama: config.json itself, for the Llama blocks, with the rope settings as `rope_parameters`.
+        llama: all of config.json, for the Llama blocks, with the rope settings as `rope_parameters`.
     """
 
     compressor_size: int
@@ -103,16 +103,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model on disk, found but not loaded.
+    """A model on disk, not loaded.
 
     Attributes:
-        name: as the user names it.
+        name: the name by which it was found.
         directory, tower_directory: of LLaVA-Mini and of its CLIP.
-        tower_name: the hub id or directory that was asked for instead of the CLIP that config.json names, or nothing.
-        tower: CLIP's config.json; `vision` the part of it that describes the vision tower.
-        pictures: what the tower's image processor does.
-        has_search_key: CLIP's visual projection is there, so frames get a search key.
-        has_text_search: the text tower, its projection and its tokenizer are there too.
+        tower_name: the hub id or directory given with --tower; empty if config.json names the CLIP.
+        tower: CLIP's config.json.
+        pictures: settings of the tower's image processor.
+        has_search_key: whether CLIP's visual projection is there, so that frames get a search key.
+        has_text_search: whether the text tower, its projection and its tokenizer are there too.
     """
 
     name: str
@@ -128,54 +128,54 @@ class Bundle:
 
     @property
     def vision(self) -> Mapping[str, Any]:
-        """The settings of the vision tower, defaults filled in."""
+        """The settings of the vision tower, with defaults."""
         return _TOWER_DEFAULTS | sub_config(self.tower, "vision_config")
 
     @property
     def tokens_per_frame(self) -> int:
-        """Vision tokens of a frame, as the LLM counts them."""
+        """Vision tokens of a frame in the LLM's context."""
         return self.config.compressor_size**2
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        """(C*C, H): what is stored of a frame as the LLM receives it."""
+        """(C*C, H), the shape of a frame's stored vision tokens."""
         return self.tokens_per_frame, self.config.hidden_size
 
     @property
     def compressed_shape(self) -> tuple[int, int]:
-        """(C*C, D): what is stored of a frame before the projector."""
+        """(C*C, D), the shape of a frame's stored compressor output."""
         return self.tokens_per_frame, self.vision["hidden_size"]
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt, frames and answer may take together."""
+        """Most tokens of prompt, frames and answer together."""
         return self.config.context_length
 
     @property
     def patches_per_picture(self) -> int:
-        """Patches of one picture that the tower sees."""
+        """Patches of one picture in the tower."""
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
     @property
     def pictures_per_frame(self) -> int:
-        """1, or the blocks of a frame and the frame itself."""
+        """Pictures that the tower sees of a frame: the frame alone, or its blocks and the frame."""
         return 1 if self.config.resolution_ratio == 1 else self.config.resolution_ratio**2 + 1
 
     @property
     def patches_per_frame(self) -> int:
-        """Patches that pre-fusion reads before the compressed tokens."""
+        """Patches of a frame in pre-fusion."""
         return self.patches_per_picture * self.pictures_per_frame
 
     @property
     def default_patch_rows(self) -> int:
-        """Rows per picture in the patch tier unless a user says otherwise: 1/9 of its patches (64 of 576)."""
+        """The default of --patches: 1/9 of a picture's patches (64 of 576)."""
         return max(1, self.patches_per_picture // 9)
 
     def check_patch_rows(self, patch_rows: int) -> None:
-        """Refuses a patch tier that the model cannot give.
+        """Checks the value of --patches.
 
         Raises:
-            UsageError: names the number and the most allowed.
+            UsageError: the model has not that many patches.
         """
         most = self.patches_per_picture
         if not 0 <= patch_rows <= most:
@@ -183,10 +183,10 @@ class Bundle:
 
     @cached_property
     def model_id(self) -> str:
-        """16 hex digits of the hash of all weights and of every setting that changes a stored number.
+        """16 hex digits of a hash of all weights and of every setting that changes stored numbers.
 
-        The same for any sharding and for any place on disk. Hashing published weights (17 GB) takes a while once;
-        then it comes from the user's cache until path, size or time of a file changes.
+        Sharding and the place on disk do not matter. Hashing published weights (17 GB) takes long the first time;
+        then the digests come from the cache folder.
         """
         config = self.config
         blocks = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act")
@@ -212,21 +212,20 @@ class Bundle:
 
 
 def find_bundle(name: str, tower: str | None = None) -> Bundle:
-    """The bundle that a built-in name, a directory or a hub id (ID or ID@REVISION) means.
+    """The bundle with a name: a built-in name, a directory, or a hub id (OWNER/NAME or OWNER/NAME@REVISION).
 
-    A hub id is taken from the local cache, so that neither speed nor meaning of a search hangs on the network; fetch.py
-    puts it there.
+    Hub repositories are found in the local caches only (fetch.py downloads them).
 
     Args:
         name: of the model.
-        tower: a directory or hub id of the CLIP to take instead of the one that the model names.
+        tower: directory or hub id of a CLIP that replaces the one that the model names.
     Raises:
-        UsageError: nothing has that name, or what has it is no usable LLaVA-Mini.
+        UsageError: there is no such model, or it is no usable LLaVA-Mini.
     """
     if name in built_in_names():
         return read_bundle(name, Path(str(files("configs") / name)), tower)
     if os.path.isdir(name):
-        path = os.path.abspath(name)  # an archive remembers it, and workers run elsewhere
+        path = os.path.abspath(name)  # archives store it, and workers have other working directories
         return read_bundle(path, Path(path), tower)
     if is_hub_id(name) and not os.path.exists(name):
         try:
@@ -241,12 +240,12 @@ def find_bundle(name: str, tower: str | None = None) -> Bundle:
 
 
 def list_bundles(tower: str | None = None) -> list[Bundle]:
-    """What is at hand without a download: built-in bundles, then LLaVA-Mini repositories in the local hub cache.
+    """The bundles that can be used without a download: built-in ones, then those in the local hub caches.
 
-    A cached repository that cannot be read as a model (half a download, say), or whose tower is away, is not at hand.
+    Repositories that are incomplete, or whose tower is missing, are left out.
 
     Args:
-        tower: the one for those of the hub, as find_bundle takes it.
+        tower: replaces the tower of repositories, as in find_bundle.
     Raises:
         UsageError: there is no such tower.
     """
@@ -260,15 +259,15 @@ def list_bundles(tower: str | None = None) -> list[Bundle]:
 
 
 def built_in_names() -> list[str]:
-    """Names of the bundles that are shipped with the program."""
+    """Names of the bundles that are part of vidx."""
     return sorted(entry.name for entry in files("configs").iterdir() if (entry / "config.json").is_file())
 
 
 def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
-    """The bundle in a directory of the published layout; tower as find_bundle takes it.
+    """The bundle in a directory of the published layout; tower as in find_bundle.
 
     Raises:
-        UsageError: a file is missing or says something that this program cannot do.
+        UsageError: a file is missing, or has a setting that is not supported.
     """
     path = directory / "config.json"
     values = read_json(path)
@@ -297,23 +296,23 @@ def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
     )
     if bundle.pictures.crop_side != bundle.vision["image_size"]:
         raise UsageError(
-            f"{tower_directory}: the image processor gives {bundle.pictures.crop_side} pixels, "
-            f"the tower wants {bundle.vision['image_size']}; both files must agree"
+            f"{tower_directory}: crop_size in preprocessor_config.json is {bundle.pictures.crop_side}, image_size in "
+            f"config.json is {bundle.vision['image_size']}; they must be equal"
         )
     return bundle
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """True where a directory holds a tokenizer in one of the two published forms."""
+    """True if a directory has a tokenizer in one of the two published forms."""
     return (directory / "tokenizer.json").is_file() or all(
         (directory / part).is_file() for part in ("vocab.json", "merges.txt")
     )
 
 
 def sub_config(tower: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part of CLIP's config.json: `vision_config` or `text_config`; a vision-only tower is all vision.
+    """A part of CLIP's config.json, `vision_config` or `text_config`; all of it for a tower without text.
 
-    Older files repeat a part as `<name>_dict`, which wins, as in transformers.
+    Older files have the part a second time as `<name>_dict`, which is preferred, as in transformers.
     """
     if tower["model_type"] == "clip_vision_model":
         return dict(tower)
@@ -327,7 +326,7 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         if values.get(name, allowed) != allowed:
             raise UsageError(f"{path}: {name} is {values[name]!r}; only {allowed!r} is supported")
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {"rope_type": "default"})
-    if "type" in rope:  # the oldest spelling
+    if "type" in rope:  # the name in old files
         rope.setdefault("rope_type", rope.pop("type"))
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     try:
@@ -346,24 +345,26 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
             | {"rope_parameters": rope},
         )
     except KeyError as error:
-        raise UsageError(f"{path}: {error} is missing; is this a complete LLaVA-Mini checkpoint?") from error
+        raise UsageError(f"{path}: {error} is missing; a LLaVA-Mini checkpoint needs it") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: a setting has the wrong type: {error}") from error
     for name in ("compressor_size", "resolution_ratio", "prefusion_layer_count", "hidden_size", "context_length"):
         if getattr(config, name) < 1:
             raise UsageError(f"{path}: {name} is {getattr(config, name)}; it must be at least 1")
     if config.select_layer >= 0:
-        raise UsageError(f"{path}: mm_vision_select_layer is {config.select_layer}; it must count from the end (-2)")
+        raise UsageError(
+            f"{path}: mm_vision_select_layer is {config.select_layer}; it must be negative, counted from the end"
+        )
     return config
 
 
 def _eos_ids(path: Path, values: dict[str, Any]) -> tuple[int, ...]:
-    """Tokens that end an answer: generation_config.json's, else config.json's, as transformers does."""
+    """Tokens that end an answer, from generation_config.json or else config.json, as in transformers."""
     generation = path.with_name("generation_config.json")
     generated = read_json(generation) if generation.is_file() else {}
     ids = generated.get("eos_token_id", values.get("eos_token_id"))
     if ids is None:
-        raise UsageError(f"{path}: eos_token_id is missing here and in generation_config.json; an answer needs an end")
+        raise UsageError(f"{path}: eos_token_id is missing, here and in generation_config.json; one of them needs it")
     return tuple(ids) if isinstance(ids, list) else (int(ids),)
 
 
@@ -396,22 +397,22 @@ def _is_object_of(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(holds(item) for item in value.values())
 
 
-# The type of a card's field -> whether a value of config.json is of it, and its name for people.
+# Type of a card's field -> check of a value in config.json, and the type's name in messages.
 _CARD_VALUES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: (_is_text, "text"),
     float | None: (_is_number, "a number"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int | None: (lambda value: type(value) is int and value > 0, "a whole number above 0"),
-    Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object that gives a text to each text"),
+    Mapping[str, str]: (lambda value: _is_object_of(value, _is_text), "an object whose values are texts"),
     Mapping[str, Mapping[str, float]]: (
         lambda value: _is_object_of(value, lambda kinds: _is_object_of(kinds, _is_number)),
-        "an object of source -> kind of question -> a number, per cent",
+        "an object of source -> kind of question -> per cent, a number",
     ),
 }
 
 
 def _bare(answer: str) -> str:
-    """An answer as it is compared with others."""
+    """An answer without what a comparison ignores."""
     return answer.strip().removesuffix(".").rstrip().casefold()
 
 
@@ -427,7 +428,7 @@ def _readme_licence(directory: Path) -> str:
 
 
 def _tower_directory(directory: Path, tower: str) -> Path:
-    """Where `mm_vision_tower` points: beside the checkpoint, an absolute path, or a hub id."""
+    """The directory that `mm_vision_tower` names: a path from the checkpoint, a path, or a hub id."""
     for candidate in (directory / tower, Path(tower)):
         if candidate.is_dir():
             return candidate
@@ -435,17 +436,15 @@ def _tower_directory(directory: Path, tower: str) -> Path:
         try:
             return hub_directory(tower)
         except UsageError as error:
-            raise UsageError(
-                f"{directory}: its vision tower {tower} is {error}, and --tower names another one"
-            ) from error
+            raise UsageError(f"{directory}: its vision tower {tower} is {error}; --tower names another") from error
     raise UsageError(
-        f"{directory}: mm_vision_tower {tower!r} is no directory there and no hub id; place CLIP there, or name "
-        "one with --tower"
+        f"{directory}: mm_vision_tower {tower!r} is no directory there and no hub id; put a CLIP there, or name one "
+        "with --tower"
     )
 
 
 def _other_tower(tower: str) -> tuple[str, Path]:
-    """A vision tower that a user names: as an archive remembers it, and where it lies."""
+    """The vision tower given with --tower: its name as archives store it, and its directory."""
     if os.path.isdir(tower):
         path = os.path.abspath(tower)
         return path, Path(path)
@@ -454,4 +453,4 @@ def _other_tower(tower: str) -> tuple[str, Path]:
             return tower, hub_directory(tower)
         except UsageError as error:
             raise UsageError(f"--tower {tower}: {error}") from error
-    raise UsageError(f"--tower {tower}: no such directory, and no hub id of the form OWNER/NAME; name a CLIP")
+    raise UsageError(f"--tower {tower}: no such directory, and no hub id of the form OWNER/NAME; give a CLIP")

@@ -1,8 +1,7 @@
-"""The tensors of a model directory: what is there, their hash, and their values as numpy arrays.
+"""The tensors of a model directory: names and shapes, hashes, and values as numpy arrays.
 
-Reads the safetensors format itself (https://github.com/huggingface/safetensors#format: eight bytes of header length,
-a JSON header, raw data), because finding a model and searching by text must not wait for torch. Nothing is executed:
-pickled weights are refused with the way to convert them.
+Does not import torch, which finding a model and searching by text need not wait for. Pickled weights are never read;
+the error message says how to convert them.
 """
 
 import contextlib
@@ -13,24 +12,24 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from storage.errors import UsageError
 from workers.cache_folder import cache_folder
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_CACHE_FROM_BYTES = 64 << 20  # smaller files are hashed faster than anyone notices
+_CACHE_FROM_BYTES = 64 << 20  # hashes of smaller files are not remembered: hashing them takes no noticeable time
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: bytes [start, end) of `path`, in safetensors' name of its dtype."""
+    """A tensor in a file: bytes [start, end) of `path`; dtype has safetensors' name."""
 
     path: Path
     dtype: str
@@ -40,10 +39,10 @@ class TensorEntry:
 
 
 def list_tensors(directory: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a model directory by name, from one safetensors file or the shards of an index.
+    """The tensors of a model directory, by name.
 
     Raises:
-        UsageError: no safetensors, a shard missing or damaged, or a name that two shards hold.
+        UsageError: there are no safetensors files, one is missing or damaged, or two have a tensor of the same name.
     """
     entries: dict[str, TensorEntry] = {}
     for path in weight_files(directory):
@@ -55,10 +54,10 @@ def list_tensors(directory: Path) -> dict[str, TensorEntry]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, sorted by name.
+    """The safetensors files of a model directory: one, or the shards that an index names, sorted.
 
     Raises:
-        UsageError: there are none (with the way to convert pickled ones), or the index names one that is not there.
+        UsageError: there are none, or a shard is missing.
     """
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -66,20 +65,20 @@ def weight_files(directory: Path) -> list[Path]:
         names = shard_names(index, ".safetensors")
         for name in names:
             if not (directory / name).is_file():
-                raise UsageError(f"{directory}: {name}, which {index.name} names, is missing; complete the download")
+                raise UsageError(f"{directory}: {name} is missing ({index.name} names it); complete the download")
         return [directory / name for name in names]
     if single.is_file():
         return [single]
     if (directory / "pytorch_model.bin").is_file():
         raise UsageError(
-            f"{directory}: has pytorch_model.bin but no model.safetensors, and pickled weights are not read; convert "
+            f"{directory}: has pytorch_model.bin but no model.safetensors; pickled weights are not read, convert "
             'them once: python -c "import torch, safetensors.torch as s; '
             "w = torch.load('pytorch_model.bin', weights_only=True); "
             "s.save_file({k: v.contiguous() for k, v in w.items()}, 'model.safetensors')\""
         )
     raise UsageError(
         f"{directory}: has no model.safetensors and no model.safetensors.index.json; give a model with safetensors "
-        "weights (a hub revision that has them can be named as ID@REVISION)"
+        "weights (for a hub revision that has them: OWNER/NAME@REVISION)"
     )
 
 
@@ -87,23 +86,23 @@ def shard_names(index: Path, suffix: str) -> list[str]:
     """The files that an index of weights names, sorted.
 
     Raises:
-        UsageError: it is none, or names something else than files beside it.
+        UsageError: the file is no such index, or names a file outside its directory or with another suffix.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(f"{index}: no index of weights: it needs an object named weight_map") from error
+        raise UsageError(f"{index}: no index of weights; it needs an object named weight_map") from error
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(suffix):
-            raise UsageError(f"{index}: {name!r} is no file name of a shard in this directory")
+            raise UsageError(f"{index}: {name!r} must be the name of a {suffix} file in this directory")
     return names
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model directory.
+    """The JSON object in a file of a model directory.
 
     Raises:
-        UsageError: the file cannot be read or holds something else.
+        UsageError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: holds no JSON object")
+        raise UsageError(f"{path}: must hold a JSON object")
     return values
 
 
@@ -120,47 +119,35 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file.
 
     Raises:
-        UsageError: the file is cut off or its header does not describe it.
+        UsageError: the file cannot be read, is damaged, or has a tensor of a dtype that is not supported.
     """
+    entries, dtypes = {}, ", ".join(_ITEM_BYTES)
     try:
-        with open(path, "rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if size_bytes < 8 or header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
-                raise UsageError(f"{path}: no safetensors file, or cut off ({size_bytes} bytes); download it again")
-            header = json.loads(file.read(header_bytes))
+        with open(path, "rb") as raw, safe_open(path, framework="np") as file:
+            end = 8 + int.from_bytes(raw.read(8), "little")  # tensors follow the header, without gaps
+            for name in file.offset_keys():
+                tensor = file.get_slice(name)
+                dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+                if dtype not in _ITEM_BYTES:
+                    raise UsageError(f"{path}: {name} is {dtype}; supported are {dtypes}")
+                start, end = end, end + math.prod(shape) * _ITEM_BYTES[dtype]
+                entries[name] = TensorEntry(path, dtype, shape, start, end)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: no safetensors file: its header is not JSON; download it again") from error
-    base = 8 + header_bytes
-    entries = {}
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            start, end = value["data_offsets"]
-            entry = TensorEntry(path, value["dtype"], tuple(value["shape"]), base + start, base + end)
-            item_bytes = _ITEM_BYTES[entry.dtype]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path}: {name} is described wrongly: {value!r}") from error
-        if not base <= entry.start <= entry.end <= size_bytes:
-            raise UsageError(f"{path}: {name} lies outside the file ({size_bytes} bytes); download it again")
-        if entry.end - entry.start != math.prod(entry.shape) * item_bytes:
-            raise UsageError(f"{path}: {name} has {entry.end - entry.start} bytes, not those of {entry.shape}")
-        entries[name] = entry
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise UsageError(f"{path}: no safetensors file, or damaged ({reason}); download it again") from error
     return entries
 
 
 def read_float32(entry: TensorEntry, rows: Sequence[int] | None = None) -> np.ndarray:
-    """One tensor's values as float32, whatever it is stored as; float32 stays a view of the mapped file.
+    """A tensor's values as float32; a view of the mapped file if they are stored as float32.
 
     Args:
-        rows: read only these of the first axis, in this order.
+        entry: an array, not a single value.
+        rows: read only these rows of the first axis, in this order.
     """
     stored = "<u2" if entry.dtype == "BF16" else _NUMPY[entry.dtype]
-    if not entry.shape:
-        raise ValueError(f"read_float32 wants an array, not a single value of {entry.path}")
     raw: np.ndarray = np.memmap(entry.path, stored, "r", entry.start, entry.shape)
     if rows is not None:
         raw = raw[list(rows)]
@@ -170,7 +157,10 @@ def read_float32(entry: TensorEntry, rows: Sequence[int] | None = None) -> np.nd
 
 
 def tensor_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of each tensor's dtype, shape and bytes, by name: the same however the tensors are sharded."""
+    """SHA-256 of each tensor's dtype, shape and bytes, by name; the same for any sharding.
+
+    Digests of large files are remembered in the cache folder until path, size or time of the file changes.
+    """
     files = weight_files(directory)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter lock
         per_file = list(pool.map(_file_digests, files))
@@ -182,16 +172,17 @@ def _file_digests(path: Path) -> Mapping[str, str]:
     stat = real.stat()
     if stat.st_size < _CACHE_FROM_BYTES:
         return _hash_tensors(real)
-    stamp = asdict(_Stamp(os.fspath(real), stat.st_size, stat.st_mtime_ns))
-    name = f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a missing or spoilt cache costs time only
-        cache = cache_folder() / "tensors" / name
+    stamp = {"path": os.fspath(real), "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    try:
+        cache = cache_folder() / "tensors" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
+    except OSError:  # no home folder
+        return _hash_tensors(real)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged
         cached = json.loads(cache.read_text(encoding="utf-8"))
         if cached["stamp"] == stamp:
             return dict(cached["digests"])
     digests = _hash_tensors(real)
-    with contextlib.suppress(OSError):  # a home that is not there or cannot be written costs time only
-        cache = cache_folder() / "tensors" / name
+    with contextlib.suppress(OSError):  # cannot be written
         cache.parent.mkdir(parents=True, exist_ok=True)
         draft = cache.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps({"stamp": stamp, "digests": digests}), encoding="utf-8")
@@ -199,14 +190,8 @@ def _file_digests(path: Path) -> Mapping[str, str]:
     return digests
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    path: str
-    size_bytes: int
-    mtime_ns: int
-
-
 def _hash_tensors(path: Path) -> dict[str, str]:
+    # By their bytes in the file: safetensors gives bfloat16 values only through torch.
     digests = {}
     entries = read_header(path)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:

@@ -1,8 +1,7 @@
-"""Fetch: a model of the hub into the local cache, and safetensors of it where it has pickled weights alone.
+"""Fetch: downloads a model from the hub into the local cache, and converts pickled weights to safetensors.
 
-Settings come first, so that what is no model of ours is refused before its weights are downloaded; then the weights, as
-safetensors where the repository has them. Pickled ones are converted once (unpickle.py), into a cache of our own in the
-hub's layout, by which the name then finds them.
+Settings are downloaded and checked before the weights. Weights are downloaded as safetensors if the repository has
+them. Pickled weights are converted once (unpickle.py) into a cache of vidx, which has the hub's layout.
 """
 
 import re
@@ -30,8 +29,8 @@ from workers.models.hub import (
 from workers.models.unpickle import convert
 
 MODEL_TYPES = (MODEL_TYPE, "clip", "clip_vision_model")
-_SETTINGS = re.compile(r"[\w.-]+\.(json|txt|jinja)|README\.md", re.ASCII)  # never code
-# Indexes and single files, the better kind first, with what the files are called that an index names.
+_SETTINGS = re.compile(r"[\w.-]+\.(json|txt|jinja)|README\.md", re.ASCII)  # code is never downloaded
+# Indexes and single files of weights, in order of preference, with the suffix of the files that an index names.
 _WEIGHTS = (
     ("model.safetensors.index.json", ".safetensors"),
     ("model.safetensors", ".safetensors"),
@@ -42,11 +41,11 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class Fetching:
-    """Where a fetch stands.
+    """Progress of a fetch.
 
     Attributes:
         step: "download" or "convert".
-        name, file: of the repository, and of the file at work.
+        name, file: of the repository, and of its current file.
         done_bytes, total_bytes: of all files of this step.
     """
 
@@ -59,16 +58,16 @@ class Fetching:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A repository that is at hand.
+    """A repository in the local cache.
 
     Attributes:
-        name: as it was asked for.
-        directory: where its files lie.
-        model_type: what its config.json says.
-        tower: the vision tower that a model names, a hub id or a folder; empty for a tower.
-        downloaded_bytes: what it took; 0 where all was there.
-        is_converted: its weights were pickled.
-        kept: what the process that has just unpickled them could not give up here, "network" or "files".
+        name: as given by the user.
+        directory: of its files.
+        model_type: from its config.json.
+        tower: the vision tower that a model names, a hub id or a directory; empty for a tower.
+        downloaded_bytes: 0 if all files were there.
+        is_converted: whether its weights were pickled.
+        kept: steps of the sandbox ("network", "files") that this machine did not allow while weights were converted.
     """
 
     name: str
@@ -84,16 +83,16 @@ Report = Callable[[Fetching], None]
 
 
 def fetch(name: str, tower: str | None, report: Report) -> list[Fetched]:
-    """Brings a model or a vision tower, and the tower that a model needs, into the local cache.
+    """Downloads a model and its vision tower, or a tower alone, into the local cache.
 
     Args:
         name: OWNER/NAME or OWNER/NAME@REVISION.
-        tower: the one to take instead of that which the model names, a hub id or a directory.
-        report: hears how far it is.
+        tower: hub id or directory of a tower that replaces the one that the model names.
+        report: called with the progress.
     Returns:
-        The repository, and the tower's where that is one of the hub.
+        The repository, and the tower's if it is on the hub.
     Raises:
-        UsageError: it is not there, is no such model, or has weights that are refused.
+        UsageError: the repository cannot be downloaded, is no such model, or has weights that are refused.
     """
     model = _fetch_one(name, report)
     needed = model.tower if tower is None else tower
@@ -118,15 +117,14 @@ def _fetch_one(name: str, report: Report) -> Fetched:
 
 
 def _pickled_snapshot(hub_id: HubId) -> Path | None:
-    """A snapshot of the hub's cache that lacks nothing but safetensors."""
+    """A complete snapshot in the hub's cache whose weights are pickled."""
     directory = find_snapshot(hub_cache(), hub_id)
-    if directory is None or not has_settings(directory):
-        return None
-    return directory if _pickled_names(directory) else None
+    is_usable = directory is not None and has_settings(directory) and _pickled_names(directory)
+    return directory if is_usable else None
 
 
 def _pickled_names(directory: Path) -> list[str]:
-    """The files of pickled weights in a directory; none where one is missing."""
+    """The files of pickled weights in a directory; none if one is missing."""
     index = directory / "pytorch_model.bin.index.json"
     names = shard_names(index, ".bin") if index.is_file() else ["pytorch_model.bin"]
     return names if all((directory / name).is_file() for name in names) else []
@@ -136,7 +134,7 @@ def _pickled_names(directory: Path) -> list[str]:
 
 
 def _download(name: str, hub_id: HubId, report: Report) -> tuple[Path, int]:
-    """The snapshot of a repository, with safetensors or else pickled weights; and the bytes of what it took."""
+    """Downloads a repository; returns its directory and the number of downloaded bytes."""
     with _hub_errors(name):
         from huggingface_hub import HfApi
 
@@ -148,72 +146,71 @@ def _download(name: str, hub_id: HubId, report: Report) -> tuple[Path, int]:
             raise UsageError(f"{name}: has neither safetensors nor pytorch_model.bin; weights found: {others}")
         settings = [file for file in sizes if _SETTINGS.fullmatch(file) and (".index." not in file or file == kind[0])]
         if "config.json" not in settings:
-            raise UsageError(f"{name}: has no config.json; is this a model?")
-        take = _Taker(name, hub_id, sizes, report)
-        directory = take.files(["config.json"]).parent  # from here on, its branch is known in the cache
+            raise UsageError(f"{name}: has no config.json, which a model needs")
+        download = _Downloader(name, hub_id, sizes, report)
+        directory = download.files(["config.json"]).parent
         model_type = read_json(directory / "config.json").get("model_type")
         if model_type not in MODEL_TYPES:
             raise UsageError(f"{name}: model_type is {model_type!r}; only {', '.join(MODEL_TYPES)} can be used")
-        take.files(settings)
+        download.files(settings)
         index, suffix = directory / kind[0], kind[1]
         weights = shard_names(index, suffix) if index.suffix == ".json" else [kind[0]]
         lacking = [file for file in weights if file not in sizes]
         if lacking:
-            raise UsageError(f"{name}: {lacking[0]}, which {kind[0]} names, is not in the repository")
-        take.check_room(weights, directory)
-        take.files(weights, is_told=True)
-        return directory, take.taken_bytes
+            raise UsageError(f"{name}: {lacking[0]} is not in the repository, but {kind[0]} names it")
+        _check_room(name, sum(sizes[file] for file in weights if not (directory / file).is_file()), directory)
+        download.files(weights, is_reported=True)
+        return directory, download.downloaded_bytes
 
 
-class _Taker:
-    """Downloads files of one repository, of those that are not in the cache yet.
+def _check_room(name: str, needed_bytes: int, directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed_bytes > free:
+        raise UsageError(
+            f"{name}: has {needed_bytes / 1e9:.1f} GB of weights, but the disk of {directory} has only "
+            f"{free / 1e9:.1f} GB free; HF_HOME names another folder"
+        )
+
+
+class _Downloader:
+    """Downloads files of a repository that are not in the cache yet.
 
     Attributes:
-        taken_bytes: of files that were downloaded.
+        downloaded_bytes: so far.
     """
 
     def __init__(self, name: str, hub_id: HubId, sizes: Mapping[str, int], report: Report):
-        self.taken_bytes = 0
+        self.downloaded_bytes = 0
         self._name = name
         self._hub_id = hub_id
         self._sizes = sizes
         self._report = report
 
-    def files(self, names: Sequence[str], is_told: bool = False) -> Path:
-        """Where the last one lies; told are those that take long."""
+    def files(self, names: Sequence[str], is_reported: bool = False) -> Path:
+        """Downloads files, with progress reports if wanted; returns the path of the last one."""
         from huggingface_hub import hf_hub_download
 
         total = sum(self._sizes[name] for name in names)
         done, path = 0, ""
         for name in names:
-            heard: list[int] = []
+            counts: list[int] = []
 
-            def hear(count: int, name: str = name, done: int = done, heard: list[int] = heard) -> None:
-                heard.append(count)
-                if is_told:
-                    self._report(Fetching("download", self._name, name, done + count, total))
+            def count(file_bytes: int, name: str = name, done: int = done, counts: list[int] = counts) -> None:
+                counts.append(file_bytes)
+                if is_reported:
+                    self._report(Fetching("download", self._name, name, done + file_bytes, total))
 
-            hear(0)
+            count(0)
             path = hf_hub_download(
-                self._hub_id.repository, name, revision=self._hub_id.revision, tqdm_class=_counting_class(hear)
+                self._hub_id.repository, name, revision=self._hub_id.revision, tqdm_class=_counting_class(count)
             )
             done += self._sizes[name]
-            self.taken_bytes += self._sizes[name] if any(heard) else 0
+            self.downloaded_bytes += self._sizes[name] if any(counts) else 0
         return Path(path)
 
-    def check_room(self, names: Sequence[str], directory: Path) -> None:
-        """Refuses what the disk has no room for, before it is full."""
-        needed = sum(self._sizes[name] for name in names if not (directory / name).is_file())
-        free = shutil.disk_usage(directory).free
-        if needed > free:
-            raise UsageError(
-                f"{self._name}: {needed / 1e9:.1f} GB of weights, and the disk of {directory} has {free / 1e9:.1f} GB "
-                "free; HF_HOME names another folder"
-            )
 
-
-def _counting_class(hear: Callable[[int], None]) -> type:
-    """A class of progress bars that shows nothing; how many bytes of a file are there is heard."""
+def _counting_class(count: Callable[[int], None]) -> type:
+    """A class of progress bars that show nothing and call a function with the bytes of the file so far."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
@@ -223,14 +220,14 @@ def _counting_class(hear: Callable[[int], None]) -> type:
         def display(self, *_: Any, **__: Any) -> None:
             """Nothing."""
 
-        def update(self, count: float | None = 1) -> bool | None:
-            shown = super().update(count)
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
             if self.unit == "B":
-                hear(int(self.n))
+                count(int(self.n))
             return shown
 
         def close(self) -> None:
-            self.disable = True  # or it would write a line
+            self.disable = True  # else it writes a line
             super().close()
 
     return Bar
@@ -238,18 +235,17 @@ def _counting_class(hear: Callable[[int], None]) -> type:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """What the hub or the way to it says, in one line."""
+    """Turns errors of the hub and of the network into UsageError."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it tells each try
+    logging.set_verbosity_error()  # else it reports each attempt
     try:
         yield
     except GatedRepoError as error:
         raise UsageError(
-            f"{name}: the hub gives it to those only who have accepted its terms there; do so, then log in with "
-            "`hf auth login`"
+            f"{name}: its terms must be accepted on the hub first; accept them, then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise UsageError(
@@ -259,13 +255,14 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise UsageError(f"{name}: the hub says: {str(error).strip().splitlines()[0]}") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise UsageError(
-            f"{name}: the hub is out of reach; what was downloaded stays, and is not asked for again"
+            f"{name}: the hub is out of reach; files that are complete are not downloaded again"
         ) from error
     except OSError as error:
-        why = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        raise UsageError(f"{name}: cannot be downloaded: {why}; HF_HOME names another folder") from error
+        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        raise UsageError(f"{name}: cannot be downloaded: {reason}; HF_HOME names another folder") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):  # by its version
+        # The HTTP library depends on the version of huggingface_hub.
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
             raise UsageError(f"{name}: the hub is out of reach: {' '.join(str(error).split())}") from error
         raise
     finally:
@@ -276,7 +273,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def _convert(name: str, hub_id: HubId, source: Path, report: Report) -> tuple[Path, frozenset[str]]:
-    """The repository in the cache of converted ones, weights as safetensors; and Fetched.kept."""
+    """Converts a repository's weights; returns its directory in the cache of converted ones, and Fetched.kept."""
     pickled = _pickled_names(source)
     total = sum((source / file).stat().st_size for file in pickled)
     try:
@@ -286,10 +283,10 @@ def _convert(name: str, hub_id: HubId, source: Path, report: Report) -> tuple[Pa
         done, kept = 0, set()
         for file in pickled:
 
-            def tell(count: int, file: str = file, done: int = done) -> None:
-                report(Fetching("convert", name, file, done + count, total))
+            def count(file_bytes: int, file: str = file, done: int = done) -> None:
+                report(Fetching("convert", name, file, done + file_bytes, total))
 
-            kept |= convert(source / file, target / _converted_name(file), tell)
+            kept |= convert(source / file, target / _converted_name(file), count)
             done += (source / file).stat().st_size
         index = source / "pytorch_model.bin.index.json"
         if index.is_file():
@@ -298,7 +295,7 @@ def _convert(name: str, hub_id: HubId, source: Path, report: Report) -> tuple[Pa
                 text = text.replace(f'"{file}"', f'"{_converted_name(file)}"')
             (target / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         settings = [file for file in source.iterdir() if _SETTINGS.fullmatch(file.name) and ".index." not in file.name]
-        for path in sorted(settings, key=lambda path: path.name == "config.json"):  # with it the folder is complete
+        for path in sorted(settings, key=lambda path: path.name == "config.json"):  # last: it makes the folder complete
             shutil.copyfile(path, target / path.name)
         reference = folder / "refs" / hub_id.revision
         reference.parent.mkdir(parents=True, exist_ok=True)

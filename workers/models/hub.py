@@ -1,7 +1,10 @@
-"""The hub's repositories in the local cache: where a name's files lie, and which models are at hand.
+"""Repositories of the Hugging Face hub in the local caches: finding a repository's files, and listing models.
 
-There are two caches of one layout, the hub's own and ours, which holds what was made of pickled weights (fetch.py).
-Nothing is downloaded here, so that neither speed nor meaning of a search hangs on the network.
+There are two caches of the same layout: the hub's own, and one of vidx for converted pickled weights (fetch.py).
+Nothing is downloaded here, so a search never waits for the network.
+
+The layout is read here and not by huggingface_hub: try_to_load_from_cache takes 0.2 s to import, and scan_cache_dir
+sizes every file and leaves out a whole repository for one dangling link.
 """
 
 import contextlib
@@ -14,21 +17,21 @@ from storage.errors import UsageError
 from workers.cache_folder import cache_folder
 from workers.models.checkpoint import read_json, shard_names
 
-_PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a name in a hub id
+_PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # owner or name in a hub id
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{5,64}")
 
 
 @dataclass(frozen=True)
 class HubId:
-    """OWNER/NAME, and the revision that is meant."""
+    """A repository, OWNER/NAME, and a revision of it."""
 
     repository: str
     revision: str
 
     @property
     def folder(self) -> str:
-        """Its name in a cache."""
+        """The repository's folder in a cache."""
         return "models--" + self.repository.replace("/", "--")
 
 
@@ -38,10 +41,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def parse_hub_id(name: str) -> HubId:
-    """What a hub id means.
+    """Repository and revision of a hub id.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the name is no hub id.
     """
     match = _match(name)
     if match is None:
@@ -54,10 +57,10 @@ def _match(name: str) -> re.Match[str] | None:
 
 
 def hub_directory(name: str) -> Path:
-    """A repository's files, from the local cache.
+    """The directory of a repository's files in the local caches.
 
     Raises:
-        UsageError: they are not all there; says which command gets them.
+        UsageError: files are missing; the message names the command that downloads them.
     """
     hub_id = parse_hub_id(name)
     try:
@@ -69,8 +72,8 @@ def hub_directory(name: str) -> Path:
         raise UsageError(
             f"the local hub cache cannot be used: {error.strerror}: {error.filename}; HF_HOME names another folder"
         ) from error
-    hub_cache()
-    raise UsageError(f"not in the local hub cache; `vidx models --fetch {name}` gets it")
+    hub_cache()  # raises if its place is not known
+    raise UsageError(f"not in the local hub cache; `vidx models --fetch {name}` downloads it")
 
 
 def cached_repositories(model_type: str) -> list[tuple[str, Path]]:
@@ -83,7 +86,7 @@ def cached_repositories(model_type: str) -> list[tuple[str, Path]]:
     for cache in _caches():
         for config in sorted(cache.glob("models--*--*/snapshots/*/config.json")):
             snapshot = config.parent
-            with contextlib.suppress(UsageError, OSError):  # some other program's half download
+            with contextlib.suppress(UsageError, OSError):  # an incomplete download
                 if read_json(config).get("model_type") == model_type and is_complete(snapshot):
                     _, owner, repository = snapshot.parents[1].name.split("--", 2)
                     found.append((f"{owner}/{repository}@{snapshot.name}", snapshot))
@@ -91,29 +94,24 @@ def cached_repositories(model_type: str) -> list[tuple[str, Path]]:
 
 
 def hub_cache() -> Path:
-    """The hub's own cache.
+    """The hub's own cache folder.
 
     Raises:
-        UsageError: nobody knows where it would be.
+        UsageError: HF_HOME is not set and the user has no home folder.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE  # 0.2 s that a model on disk need not wait for
+    from huggingface_hub.constants import HF_HUB_CACHE  # not at the top: a model in a directory does not need it
 
     if not os.path.isabs(HF_HUB_CACHE):
-        raise UsageError("no home folder is known, where the hub's cache would be; set HOME, or HF_HOME to a folder")
+        raise UsageError("the place of the hub's cache is not known: there is no home folder; set HF_HOME to a folder")
     return Path(HF_HUB_CACHE)
 
 
 def converted_cache() -> Path:
-    """Where repositories lie whose pickled weights were converted.
-
-    Raises:
-        OSError: nobody knows where it would be.
-    """
+    """The cache folder for repositories whose pickled weights were converted; raises as cache_folder."""
     return cache_folder() / "hub"
 
 
 def _caches() -> list[Path]:
-    """Both, as far as they are known."""
     found = []
     for cache in (hub_cache, converted_cache):
         with contextlib.suppress(UsageError, OSError):
@@ -122,7 +120,7 @@ def _caches() -> list[Path]:
 
 
 def find_snapshot(cache: Path, hub_id: HubId) -> Path | None:
-    """The folder of a repository's files at a revision, all of them or some; None where there is none."""
+    """The folder of a repository's files at a revision, which may be incomplete; None if there is none."""
     folder = cache / hub_id.folder
     try:
         commit = (folder / "refs" / hub_id.revision).read_text(encoding="ascii").strip()
@@ -135,18 +133,15 @@ def find_snapshot(cache: Path, hub_id: HubId) -> Path | None:
 
 
 def is_complete(directory: Path) -> bool:
-    """True where settings, weights and what goes with them are there: other programs download single files."""
-    return has_settings(directory) and all((directory / name).is_file() for name in _weight_names(directory))
+    """True if all settings and weights are there; other programs may have downloaded single files."""
+    index = directory / "model.safetensors.index.json"
+    names = shard_names(index, ".safetensors") if index.is_file() else ["model.safetensors"]
+    return has_settings(directory) and all((directory / name).is_file() for name in names)
 
 
 def has_settings(directory: Path) -> bool:
-    """The same but for the weights."""
+    """True if all settings are there, of a model or of a vision tower."""
     if not (directory / "config.json").is_file():
         return False
     is_tower = str(read_json(directory / "config.json").get("model_type")).startswith("clip")
     return (directory / ("preprocessor_config.json" if is_tower else "tokenizer.json")).is_file()
-
-
-def _weight_names(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
-    return shard_names(index, ".safetensors") if index.is_file() else ["model.safetensors"]

@@ -1,8 +1,7 @@
-"""Load: modules built without memory, checked against a checkpoint key by key, then filled one tensor at a time.
+"""Loading: builds modules without memory, checks them against a checkpoint, and fills them tensor by tensor.
 
-A module is built on torch's meta device, so a 17 GB model needs its memory once. Every tensor is copied out of its
-file: a view of the mapped file would lie where the file puts it, and matrix kernels round differently at another
-alignment.
+Modules are built on torch's meta device, so a 17 GB model takes its memory once. Every tensor is copied out of the
+mapped file, because matrix kernels round differently at another alignment.
 """
 
 import re
@@ -23,10 +22,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that an option names; `auto` is the GPU where there is one.
+    """The device that --device names; `auto` is the GPU if there is one.
 
     Raises:
-        UsageError: a GPU was asked for and there is none, or the name is unknown.
+        UsageError: the name is unknown, or torch finds no such GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +39,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def sum_exactly() -> None:
-    """Has a GPU sum half-precision products, and multiply float32, in float32; torch's defaults take less."""
+    """Makes a GPU sum half-precision products, and multiply float32, in float32; torch's defaults are less precise."""
     matmul = torch.backends.cuda.matmul
     matmul.allow_fp16_reduced_precision_reduction = False
     matmul.allow_bf16_reduced_precision_reduction = False
@@ -48,14 +47,14 @@ def sum_exactly() -> None:
 
 
 def use_cores(count: int) -> None:
-    """Has torch compute on so many cores; Ray gives a worker's libraries one."""
+    """Makes torch compute on `count` cores; in a Ray worker it would use one."""
     torch.set_num_threads(count)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that an option names; `auto` is float32 on a CPU and float16 on a GPU.
+    """The precision that --dtype names; `auto` is float32 on a CPU and float16 on a GPU.
 
-    The published model runs in float16, which is also 7 to 10 times closer to float32 than bfloat16 is.
+    The published model runs in float16, whose results are 7 to 10 times closer to float32 than those of bfloat16.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
@@ -65,7 +64,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def build_empty(build: Callable[[], Module]) -> Module:
-    """What `build` makes, for inference, with shapes and without memory."""
+    """The module that `build` makes, for inference, with shapes but without memory."""
     with torch.device("meta"):
         return build().eval().requires_grad_(False)
 
@@ -73,13 +72,15 @@ def build_empty(build: Callable[[], Module]) -> Module:
 def check_tensors(
     directory: Path, tensors: Mapping[str, TensorEntry], modules: Mapping[str, nn.Module], unused: Sequence[str]
 ) -> None:
-    """Refuses a checkpoint that is not exactly the wanted one.
+    """Checks that a checkpoint has exactly the tensors of some modules.
 
     Args:
-        modules: key prefix -> module whose state must be there under that prefix.
-        unused: patterns of keys that are not read by design.
+        directory: of the checkpoint, for messages.
+        tensors: of the checkpoint.
+        modules: key prefix -> module.
+        unused: patterns of keys that may be there and are not read.
     Raises:
-        UsageError: names the first missing, extra or misshapen key, with both shapes.
+        UsageError: a key is missing, extra, or of another shape; the message names it.
     """
     wanted = {
         f"{prefix}{key}": tuple(value.shape) for prefix, module in modules.items() for key, value in _state(module)
@@ -93,13 +94,15 @@ def check_tensors(
             raise UsageError(f"{directory}: {name} is {tensors[name].dtype}; only floating-point weights can be loaded")
     for name, entry in tensors.items():
         if name not in wanted and not any(re.fullmatch(pattern, name) for pattern in unused):
-            raise UsageError(f"{directory}: {name} of shape {entry.shape} is one key too many; no part has it")
+            raise UsageError(
+                f"{directory}: {name} of shape {entry.shape} is one key too many; config.json and weights must agree"
+            )
 
 
 def fill(
     tensors: Mapping[str, TensorEntry], modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Gives checked modules (prefix -> module) their weights, one tensor in flight at a time."""
+    """Copies weights into modules (key prefix -> module) that were checked, one tensor at a time."""
     places = {f"{prefix}{key}": (module, key) for prefix, module in modules.items() for key, _ in _state(module)}
     for name, value in tensor_values({name: tensors[name] for name in places}):
         module, key = places[name]
@@ -108,7 +111,7 @@ def fill(
 
 
 def tensor_values(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values, file by file, each value a view of the mapped file as long as that is open."""
+    """Names and values, file by file; a value is a view of a mapped file and valid until the next one."""
     by_file: dict[Path, list[str]] = {}
     for name, entry in tensors.items():
         by_file.setdefault(entry.path, []).append(name)
@@ -119,7 +122,7 @@ def tensor_values(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, tor
 
 
 def _state(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A module's weights by key; a weight that two keys share (a tied output layer) counts under the first."""
+    """A module's weights by key; a weight that two keys share (a tied output layer) is listed under the first."""
     seen: set[int] = set()
     state = []
     for key, value in module.state_dict(keep_vars=True).items():

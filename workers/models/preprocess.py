@@ -1,11 +1,11 @@
-"""Pictures as the vision tower wants them: 336 x 336 by nearest neighbour, cut into parts, resized by the CLIP rule.
+"""Preprocessing of pictures for the vision tower: 336 x 336 by nearest neighbour, cut into parts, resized as in CLIP.
 
-Source: LLaVA-Mini (arXiv 2501.03895), released code: `load_video` and its callers resize every frame to 336 x 336
-with nearest neighbour, aspect ratio ignored, before the CLIP image processor; with `resolution_ratio` r the model sees
-the r x r blocks of that picture and then the picture itself. Pillow does the CLIP processor's bicubic resize, as in the
-published run; on a tower of 336 pixels and ratio 1 nothing is left to resize.
+Source: LLaVA-Mini (arXiv 2501.03895), released code. `load_video` and its callers resize every frame to 336 x 336 by
+nearest neighbour, without keeping the aspect ratio, before the CLIP image processor. With `resolution_ratio` r the
+model sees the r x r blocks of that picture, then the picture. Pillow does the CLIP processor's bicubic resize, as in
+the published run; with a tower of 336 pixels and ratio 1 nothing is resized.
 
-Imports no torch: the decode layer uses `nearest_index` in a process of its own.
+Imports no torch, because the decoder process uses `nearest_index`.
 """
 
 import json
@@ -26,11 +26,11 @@ RESIZE_THREADS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What the tower's image processor does to a picture.
+    """Settings of the tower's image processor.
 
     Attributes:
         resize_side: shortest edge after the resize, in pixels.
-        crop_side: side of the centre crop, in pixels: what the tower sees.
+        crop_side: side of the centre crop, which the tower sees, in pixels.
         resample: Pillow's number of the resize filter (3 is bicubic).
         rescale: factor from 0..255 to the range of mean and std.
         mean, std: per channel, red first.
@@ -45,23 +45,23 @@ class PictureSettings:
 
 
 def nearest_index(source_size: int, side: int = FRAME_SIDE) -> np.ndarray:
-    """The source pixel that each of `side` output pixels shows along one axis.
+    """The source pixel of each of `side` output pixels along one axis.
 
-    The published resize computes floor(i * scale) in float32; integer division gives another pixel at
-    some sizes (2 of 336 rows at 1080), so float32 it stays.
+    Computed in float32 as in the published code: floor(i * scale). Integer division gives another pixel at some sizes
+    (2 of 336 rows at 1080).
 
     Returns:
         (side,) int64, ascending, each in [0, source_size).
     """
     if source_size < 1 or side < 1:
-        raise ValueError(f"nearest_index wants sizes of at least 1, not {source_size} -> {side}")
+        raise ValueError(f"nearest_index({source_size=}, {side=}): both must be at least 1")
     scale = np.float32(source_size) / np.float32(side)
     index = np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64)
     return np.minimum(index, source_size - 1)
 
 
 def resize_nearest(pixels: np.ndarray, side: int = FRAME_SIDE) -> np.ndarray:
-    """Pictures as side x side, nearest neighbour, aspect ratio ignored.
+    """Pictures resized to side x side by nearest neighbour, without keeping the aspect ratio.
 
     Args:
         pixels: (T, height, width, 3) uint8.
@@ -74,7 +74,7 @@ def resize_nearest(pixels: np.ndarray, side: int = FRAME_SIDE) -> np.ndarray:
 
 
 def split_blocks(pixels: np.ndarray, ratio: int) -> np.ndarray:
-    """The r x r blocks of each picture, row-major; rows and columns left over at the far edges are dropped.
+    """The r x r blocks of each picture, row-major; remaining rows and columns at the far edges are dropped.
 
     Args:
         pixels: (T, height, width, 3) uint8.
@@ -88,7 +88,7 @@ def split_blocks(pixels: np.ndarray, ratio: int) -> np.ndarray:
 
 
 def frame_parts(pixels: np.ndarray, ratio: int, settings: PictureSettings) -> np.ndarray:
-    """Frames of a video as the tower sees them, not yet normalised.
+    """The parts of video frames that the tower sees, not yet normalised.
 
     Args:
         pixels: (T, 336, 336, 3) uint8.
@@ -105,11 +105,11 @@ def frame_parts(pixels: np.ndarray, ratio: int, settings: PictureSettings) -> np
 
 
 def picture_parts(picture: np.ndarray, ratio: int, pad: bool, settings: PictureSettings) -> np.ndarray:
-    """A still picture as the published code shows it to the tower: never through 336 x 336.
+    """The parts of a still picture that the tower sees in the published code; it is not resized to 336 x 336.
 
-    Source: released code, `split_image` and `process_images`: blocks are cut from the picture in its own size, and
-    each is padded to a square with the mean colour where config.json says `image_aspect_ratio: pad`; otherwise the
-    CLIP processor's centre crop drops what does not fit.
+    Source: released code, `split_image` and `process_images`. Blocks are cut from the picture in its own size. Each
+    block is padded to a square with the mean colour if config.json says `image_aspect_ratio: pad`; else the CLIP
+    processor crops it.
 
     Args:
         picture: (height, width, 3) uint8.
@@ -133,7 +133,7 @@ def _pad_to_square(picture: np.ndarray, settings: PictureSettings) -> np.ndarray
 
 
 def _clip_resize(pictures: np.ndarray, settings: PictureSettings) -> np.ndarray:
-    """The CLIP processor's geometry: shortest edge to resize_side, centre crop. (n, h, w, 3) -> (n, S, S, 3)."""
+    """Resize and centre crop of the CLIP processor: (n, h, w, 3) -> (n, S, S, 3)."""
     height, width = pictures.shape[1:3]
     short, crop = settings.resize_side, settings.crop_side
     new_height = short if height <= width else int(short * height / width)
@@ -152,7 +152,7 @@ def read_settings(tower_directory: Path) -> PictureSettings:
     """The settings in a tower's preprocessor_config.json.
 
     Raises:
-        UsageError: the file is missing, no JSON, or asks for something a square 336 x 336 frame cannot get.
+        UsageError: the file is missing or no JSON, or has a setting that is not supported.
     """
     path = tower_directory / "preprocessor_config.json"
     try:
@@ -184,7 +184,7 @@ def read_settings(tower_directory: Path) -> PictureSettings:
 
 
 def _side(value: int | dict[str, int], name: str) -> int:
-    """The square side that a size entry states; older files write a bare number."""
+    """The side of the square in a size entry; older files have only a number there."""
     if isinstance(value, dict):
         return int(value[name] if name in value else value["height"])
     return int(value)
@@ -196,18 +196,18 @@ def _three(values: list[float]) -> tuple[float, float, float]:
 
 
 def published_sample(frame_count: int, fps: float) -> list[int]:
-    """The frame indices that the published code samples from a video: about one per second.
+    """The frame indices that the published code samples from a video, about one per second.
 
-    Kept for comparison with the published numbers; our own job samples by presentation time instead.
+    Used for comparisons with the published numbers only; vidx samples by presentation time.
     Source: released code, `load_video`: n = min(total, int(total // fps)), then `middle_of_segments`.
     """
     return middle_of_segments(frame_count, min(frame_count, int(frame_count // fps)))
 
 
 def middle_of_segments(frame_count: int, sample_count: int) -> list[int]:
-    """The middle of each of `sample_count` equal stretches of [0, frame_count - 1].
+    """The middle of each of `sample_count` equal parts of [0, frame_count - 1].
 
-    Source: released code, `get_seq_frames`: borders are rounded half to even, the middle rounded down.
+    Source: released code, `get_seq_frames`: borders are rounded half to even, middles are rounded down.
     """
     if sample_count < 1:
         return []

@@ -1,7 +1,7 @@
 """The process that reads pickled weights, `python -m workers.models.unpickle_child SOCKET LIFELINE SOURCE TARGET PATH`.
 
-Its owner is workers.models.unpickle. torch's loader of weights alone takes tensors and refuses everything else; should
-it ever be deceived, there is nothing here to reach: the process gets one open file to read and one to write.
+Its owner is workers.models.unpickle. torch.load with weights_only=True accepts tensors and refuses everything else. If
+that check ever failed, the process could still reach only one open file to read and one to write.
 """
 
 import io
@@ -21,11 +21,11 @@ from torch import Tensor
 from workers.protocol import Closed, send
 from workers.sandbox import die_with_owner, leave_network_and_files, limit_memory
 
-BASE_BYTES = 2 << 30  # of torch itself
+BASE_BYTES = 2 << 30  # memory for torch itself
 PROCESSOR_SECONDS = 3600
 WRITTEN_AT_ONCE = 64 << 20
-MOST_TIMES = 4  # what the tensors take, as a multiple of their file: they may share values
-# safetensors' names.
+MOST_TIMES = 4  # most bytes of the tensors, as a multiple of their file's; tensors may share values
+# Names in safetensors.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -41,11 +41,11 @@ _DTYPES = {
 
 
 class Refused(Exception):
-    """The file is no weights, or holds something else besides."""
+    """The file is damaged, or holds something else than tensors."""
 
 
 def main(arguments: list[str]) -> None:
-    """Converts one file, and says how that went."""
+    """Converts one file, and reports the result."""
     channel, lifeline, source, target = map(int, arguments[:4])
     die_with_owner(lifeline)
     connection = socket.socket(fileno=channel)
@@ -68,62 +68,60 @@ def main(arguments: list[str]) -> None:
 
 
 def load(path: str, source: int) -> Any:
-    """What is in a file of pickled weights, mapped where its format allows that.
+    """The content of a file of pickled weights; memory-mapped if its format allows that.
 
     Raises:
-        Refused: it holds more than tensors, or is damaged.
+        Refused: the file is damaged, or holds something else than tensors.
     """
     for is_mapped in (True, False):
         file: Any = path if is_mapped else os.fdopen(os.dup(source), "rb")
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
         except pickle.UnpicklingError as error:
-            raise Refused(_what_it_asks_for(str(error))) from error
-        except (MemoryError, KeyboardInterrupt):
+            named = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_][\w.]*)", str(error))
+            if named is None:
+                raise Refused("it is damaged, or holds something else than tensors") from error
+            raise Refused(f"it asks for {named[1]}, which is not allowed in weights") from error
+        except MemoryError:
             raise
-        except Exception as error:  # of whatever class: the bytes may be anything
+        except Exception as error:  # any class: the bytes may be anything
             if "can't allocate memory" in str(error):
                 raise MemoryError from error
             if not is_mapped:
-                why = " ".join(str(error).split())[:200] or type(error).__name__
-                raise Refused(f"it cannot be read: {why}") from error
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise Refused(f"it cannot be read: {reason}") from error
     raise AssertionError
 
 
-def _what_it_asks_for(said: str) -> str:
-    """Torch's long words on a pickle that it refuses, in a few."""
-    named = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_][\w.]*)", said)
-    if named is None:
-        return "it is damaged, or holds something else than tensors"
-    return f"it asks for {named[1]}, which is no part of weights"
-
-
 def checked(loaded: Any, size_bytes: int) -> dict[str, Tensor]:
-    """Tensors by name, as they can be written.
+    """The loaded tensors by name, in the order in which they are written.
 
     Raises:
-        Refused: something else is among them, or they are far larger than their file.
+        Refused: there is something else than tensors, or they are much larger than their file.
     """
     if not isinstance(loaded, Mapping) or not loaded:
         raise Refused(f"it holds {type(loaded).__name__}, not tensors by name")
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise Refused(f"under {str(name)[:100]!r} it holds {type(value).__name__}, not a tensor")
+            raise Refused(f"{str(name)[:100]!r} is {type(value).__name__}, not a tensor")
         if value.layout is not torch.strided or value.device.type != "cpu" or value.dtype not in _DTYPES:
-            raise Refused(f"{name[:100]!r} is a tensor of a kind that no model has ({value.dtype}, {value.layout})")
-    total = sum(value.numel() * value.element_size() for value in loaded.values())
+            raise Refused(f"{name[:100]!r} is a tensor of an unsupported kind ({value.dtype}, {value.layout})")
+    total = sum(value.nbytes for value in loaded.values())
     if total > MOST_TIMES * size_bytes:
-        raise Refused(f"its tensors take {total} bytes, and the file has {size_bytes}")
-    # the widest values first, so that each lies where its size wants it
+        raise Refused(f"its tensors take {total} bytes, more than {MOST_TIMES} times the file's {size_bytes}")
+    # Wide dtypes first, so that every tensor is aligned to its item size.
     return dict(sorted(loaded.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
 def write(tensors: Mapping[str, Tensor], target: int, report: Any) -> None:
-    """A safetensors file: the length of a JSON header, the header, the values in its order."""
+    """Writes a safetensors file: the length of a JSON header, the header, the values in its order.
+
+    safetensors' own writers need a path, or all values in memory at once.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, value in tensors.items():
-        start, end = end, end + value.numel() * value.element_size()
+        start, end = end, end + value.nbytes
         header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -138,7 +136,7 @@ def write(tensors: Mapping[str, Tensor], target: int, report: Any) -> None:
 
 
 def _load_everything() -> None:
-    """Loads what torch loads on first use, of both of its formats: no other file can be opened later."""
+    """Loads what torch loads on first use, for both of its formats, because no file can be opened in the sandbox."""
     for is_zip in (True, False):
         buffer = io.BytesIO()
         torch.save({"a": torch.zeros(2, dtype=torch.float16)}, buffer, _use_new_zipfile_serialization=is_zip)
