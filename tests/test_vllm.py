@@ -171,9 +171,9 @@ def test_an_engine_whose_step_failed_answers_no_more(bundle, monkeypatch, place)
     rows = torch.zeros(1, 300, SIZES["hidden_size"])
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
-        with pytest.raises(ClusterError, match="--engine vllm: vLLM broke off: no memory; start again"):
+        with pytest.raises(ClusterError, match="--engine vllm: vLLM failed: no memory; start again"):
             said(engine, rows)
-    with pytest.raises(ClusterError, match="--engine vllm: vLLM broke off: no memory; start again"):
+    with pytest.raises(ClusterError, match="--engine vllm: vLLM failed: no memory; start again"):
         said(engine, rows)
 
 

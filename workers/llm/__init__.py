@@ -1,5 +1,5 @@
-"""The LLM: a prompt with vision tokens in, words out; transformers or vLLM runs it.
+"""The LLM: answers a question about frames, run by transformers or vLLM.
 
-In: a question and the stored or decoded frames. Out: text, piece by piece.
+In: a question, and stored or decoded frames. Out: text, piece by piece.
 Imports: workers.models, workers.vision.
 """

@@ -1,7 +1,7 @@
-"""Engines: what runs the LLM over rows of embeddings, transformers' (here) or vLLM's (vllm_engine.py).
+"""Engines run the LLM over rows of embeddings: with transformers (here) or with vLLM (vllm_engine.py).
 
-An engine gives contexts. A context holds the rows that one prompt has given to the LLM; rows may be taken off its end
-and others added, and an answer may follow, which leaves no rows.
+An engine makes contexts. A context holds the rows of one prompt. Rows can be added at its end or removed from it, and
+the LLM's answer to the rows can be read, which does not change the rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ MADE_BY_LLM = "what the LLM makes of the question and its frames"
 
 
 def no_numbers(what: str, dtype: torch.dtype) -> UsageError:
-    """The error for NaN or infinity, which would be read as an answer of exclamation marks."""
+    """The error for NaN or infinity, which would otherwise give an answer of exclamation marks."""
     name = str(dtype).removeprefix("torch.")
-    better = "" if dtype is torch.float32 else "--dtype float32, which holds larger ones, or "
+    better = "" if dtype is torch.float32 else "--dtype float32, which has a larger range, or "
     return UsageError(
         f"{what} has values that are no numbers (NaN or infinity, computed in {name}), so there is no answer; try "
         f"{better}--fuse tokens, which reads less of each frame, or other frames"
@@ -32,63 +32,66 @@ def no_numbers(what: str, dtype: torch.dtype) -> UsageError:
 
 
 class Context(Protocol):
-    """The rows that one prompt has given to the LLM, and the answer to them."""
+    """The rows of one prompt in the LLM, and the answer to them."""
 
     @property
     def row_count(self) -> int:
-        """S."""
+        """Number of rows, S."""
 
     @property
     def size_bytes(self) -> int:
-        """What is kept of them, outside of what the engine holds in any case."""
+        """Memory of the rows, without what the engine has reserved."""
 
     def add(self, embeds: Tensor) -> None:
-        """Some more rows, (1, S, H)."""
+        """Adds rows, (1, S, H)."""
 
     def keep(self, row_count: int) -> None:
-        """Forgets all but the first so many rows; others have to be added before an answer."""
+        """Removes all but the first `row_count` rows; rows must be added before the next answer."""
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """The answer to the rows, id by id, up to an end token (not yielded) or so many.
+        """The ids of the LLM's answer, without the end token; at most most_tokens.
 
-        Its own rows are forgotten; before another answer, rows have to be added.
+        The context has the same rows afterwards; rows must be added before the next answer.
 
         Raises:
-            UsageError: before the first id: what follows the rows is no number, and no further answer can be had.
+            UsageError: before the first id, if the LLM's result is NaN or infinity; the context cannot be used again.
         """
 
 
 class Engine(Protocol):
-    """What runs the LLM."""
+    """Runs the LLM."""
 
     @property
     def most_rows(self) -> int | None:
-        """There is memory for so many in a context, answer included; None where it is not reserved."""
+        """The most rows of a context, with its answer; None if no memory is reserved for contexts."""
 
     def context(self) -> Context:
-        """One without rows."""
+        """A context without rows."""
 
 
 class TransformersEngine:
-    """transformers' own LLM."""
+    """Runs the LLM with transformers.
+
+    Args:
+        llm: the module.
+        eos_ids: tokens that end an answer.
+    """
 
     most_rows = None
 
     def __init__(self, llm: LlamaForCausalLM, eos_ids: tuple[int, ...]):
-        """An engine for answers that end with one of some ids."""
         self.llm = llm
         self._eos_ids = eos_ids
 
     def context(self) -> "TransformersContext":
-        """One without rows."""
         return TransformersContext(self.llm, self._eos_ids)
 
 
 class TransformersContext:
-    """Rows, as the LLM's keys and values.
+    """A Context that holds the LLM's keys and values.
 
     Attributes:
-        logits: (V,), of what follows the rows; None where there are none, and after `keep`.
+        logits: (V,), of the token after the rows; None if there are no rows, and after `keep`.
     """
 
     def __init__(self, llm: LlamaForCausalLM, eos_ids: tuple[int, ...]):
@@ -103,35 +106,30 @@ class TransformersContext:
 
     @property
     def row_count(self) -> int:
-        """S."""
         return self._cache.get_seq_length()
 
     @property
     def size_bytes(self) -> int:
-        """Of keys and values."""
-        parts = [part for layer in self._layers for part in (layer.keys, layer.values) if part is not None]
-        return sum(part.numel() * part.element_size() for part in parts)
+        parts = (part for layer in self._layers for part in (layer.keys, layer.values))
+        return sum(part.nbytes for part in parts if part is not None)
 
     @torch.inference_mode()
     def add(self, embeds: Tensor) -> None:
-        """Some more rows, (1, S, H)."""
         rows = self.row_count + embeds.shape[1]
         for piece in embeds.split(rows_at_once(rows), dim=1):
             output = self._llm(inputs_embeds=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self.logits = output.logits[0, -1]
 
     def keep(self, row_count: int) -> None:
-        """Forgets all but the first so many rows; others have to be added before an answer."""
         self.logits = None
-        for layer in self._layers:  # Cache.crop means one thing in one version and another in the next
+        for layer in self._layers:  # not Cache.crop, whose meaning depends on the version of transformers
             assert layer.keys is not None
             assert layer.values is not None
             layer.keys, layer.values = layer.keys[:, :, :row_count], layer.values[:, :, :row_count]
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
         assert self.logits is not None
-        if not self.logits.max().isfinite():  # also where one of them is NaN
+        if not self.logits.max().isfinite():  # max is NaN if any value is
             raise no_numbers(MADE_BY_LLM, self.logits.dtype)
         rows, choose = self.row_count, _chooser(sampling, self.logits.device)
         try:
@@ -147,7 +145,7 @@ class TransformersContext:
 
     @torch.inference_mode()
     def say(self, token: int) -> None:
-        """One more row, that of an id."""
+        """Adds the row of a token."""
         self.add(self._llm.model.embed_tokens(torch.tensor([[token]], device=self._llm.device)))
 
 

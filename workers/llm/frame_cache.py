@@ -1,10 +1,9 @@
-"""Frames that a model is shown: what was computed of them for one prompt serves the next one too.
+"""A cache for further questions about the same frames.
 
-Pre-fusion and the LLM are causal and read the frames first, so all that comes before the first different id of two
-prompts is the same for both: each frame's rows and the shared text in pre-fusion, and in the LLM the shared text and
-the frames' tokens. Their keys and values are kept; a further question pays for its own words, and a further turn of a
-conversation for the last answer and its own. What comes out is what the whole prompt would give, up to the order of
-sums (tests/test_frame_cache.py).
+Pre-fusion and the LLM are causal. So keys and values of everything before the first different id of two prompts are
+the same for both: the frames' rows and the shared text in pre-fusion, the shared text and the frames' tokens in the
+LLM. They are kept. A further question computes only its own text; a further turn of a conversation also computes the
+last answer. Results are those of the whole prompt, up to the order of sums (tests/test_frame_cache.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from workers.vision.llava_mini import FusionInputs, Past, frames_and_text, in_pi
 
 
 class ShownFrames:
-    """T frames in the order of time, and the prompt that was read with them last."""
+    """T frames in order of time, with the keys and values of the last prompt."""
 
     def __init__(
         self,
@@ -30,42 +29,42 @@ class ShownFrames:
         inputs: Callable[[], Iterable[FusionInputs]],
         most_bytes: int,
     ):
-        """Frames; nothing is computed yet.
+        """Takes frames; computes nothing yet.
 
         Args:
             model: the whole model.
             tokens: (T, C*C, H), the stored vision tokens.
-            inputs: what pre-fusion reads of the same frames, in any order; called again where its keys and values are
-                not kept.
-            most_bytes: keys and values of pre-fusion are kept up to this; those of the LLM always.
+            inputs: gives the inputs of pre-fusion for the same frames, in any order; called for each prompt if
+                pre-fusion's keys and values are not kept.
+            most_bytes: pre-fusion's keys and values are kept if they take at most this; those of the LLM always.
         """
         self._model = model
         self._tokens = tokens
         self._inputs = inputs
         self._most_bytes = most_bytes
-        self._ids: list[int] = []  # what is in both caches
-        self._batches: list[list[Past]] = []  # for each batch of frames, by block
-        self._context: Context | None = None  # of the LLM
+        self._ids: list[int] = []  # of the prompt whose keys and values are kept
+        self._batches: list[list[Past]] = []  # pre-fusion's, for each batch of frames and block
+        self._context: Context | None = None  # the LLM's
 
     @property
     def frame_count(self) -> int:
-        """T."""
+        """Number of frames, T."""
         return len(self._tokens)
 
     @property
     def size_bytes(self) -> int:
-        """What is kept."""
+        """Memory of all keys and values."""
         parts = (part for batch in self._batches for past in batch for part in (past.keys, past.values))
         kept = self._context.size_bytes if self._context else 0
-        return kept + sum(part.numel() * part.element_size() for part in parts if part is not None)
+        return kept + sum(part.nbytes for part in parts if part is not None)
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> Context:
-        """The LLM's context after a prompt (from `prompt_ids`).
+        """Reads a prompt (from `prompt_ids`) into the LLM; returns its context.
 
         Raises:
-            VideoProblem: the inputs raised it; the next prompt starts anew.
-            UsageError: the fused text is no number.
+            VideoProblem: raised by `inputs`.
+            UsageError: the fused text is NaN or infinity.
         """
         ids = list(ids)
         known = min(_common(self._ids, ids), len(ids) - 1)
@@ -83,14 +82,14 @@ class ShownFrames:
                 context = self._context = self._model.engine.context()
                 embeds = answer_embeds(self._model, ids, fused, self._tokens)
             context.add(embeds)
-        except BaseException:  # as Ctrl-C: what is half done is of no use
-            self._begin_anew()
+        except BaseException:  # also Ctrl-C
+            self._clear()
             raise
         self._ids = ids
         return context
 
     def reply(self, ids: Sequence[int], most_tokens: int, sampling: SamplingParams = SamplingParams()) -> Iterator[int]:
-        """The answer to a prompt, id by id, up to an end token (not yielded) or so many.
+        """The ids of the answer to a prompt, without the end token; at most most_tokens.
 
         Raises:
             VideoProblem, UsageError: before the first id, as `read` and Context.reply.
@@ -99,13 +98,13 @@ class ShownFrames:
         try:
             yield from context.reply(most_tokens, sampling)
         except UsageError:
-            self._begin_anew()
+            self._clear()
             raise
 
     # --- pre-fusion
 
     def _fuse(self, ids: Sequence[int], known: int) -> Tensor:
-        """(L - known, H) float32: the text from place `known` on, fused with each frame, and the mean."""
+        """The text from place `known` on, fused with each frame and averaged: (L - known, H) float32."""
         if not self._batches and not self._fits(ids):
             return fuse_question(self._model, ids, self._inputs())[known:]
         if not self._batches:
@@ -115,12 +114,12 @@ class ShownFrames:
             known_here = known
             sums = [self._more(ids, known, batch) for batch in self._batches]
         new = list(ids[known_here:])
-        fused = embed_text(self._model, new).float()  # what is masked stays as it is
+        fused = embed_text(self._model, new).float()  # rows of masked ids stay unchanged
         fused[unmasked(new)] = torch.stack(sums).sum(dim=0) / self.frame_count
         return fused[known - known_here :]
 
     def _first(self, ids: Sequence[int], inputs: FusionInputs) -> Tensor:
-        """(U, H) float32, summed over some frames, whose keys and values are kept from now on."""
+        """The fused text summed over some frames, (U, H) float32; keeps their keys and values."""
         vision, text = self._model.vision, self._text(ids)
         sequence, positions = frames_and_text(vision, inputs, text)
         pasts = [Past() for _ in vision.prefusion]
@@ -130,10 +129,10 @@ class ShownFrames:
         return fused.float().sum(dim=0)
 
     def _more(self, ids: Sequence[int], known: int, pasts: Sequence[Past]) -> Tensor:
-        """(U, H) float32 of the text from place `known` on, summed over the frames of a batch."""
+        """The fused text from place `known` on, summed over the frames of a batch: (U, H) float32."""
         vision = self._model.vision
         keys = pasts[0].keys
-        assert keys is not None  # of the rows before
+        assert keys is not None  # kept by _first
         text = self._text(ids[known:]).expand(len(keys), -1, -1)
         if not text.shape[1]:
             return text.float().sum(dim=0)
@@ -143,22 +142,22 @@ class ShownFrames:
             return prefuse(vision, text, positions, text.shape[1], pasts).float().sum(dim=0)
 
     def _text(self, ids: Sequence[int]) -> Tensor:
-        """(U, H): the embeddings of the ids that frames are fused with."""
+        """The embeddings of the ids that are not masked: (U, H)."""
         return embed_text(self._model, [ids[place] for place in unmasked(ids)])
 
     def _fits(self, ids: Sequence[int]) -> bool:
-        """Whether pre-fusion's keys and values may be kept; reckoned with all patches, of which few may be stored."""
+        """Whether pre-fusion's keys and values may be kept; counts all patches, also those that are not stored."""
         vision = self._model.vision
         rows = vision.bundle.patches_per_frame + self._tokens.shape[1] + len(ids)
         return self.frame_count * rows * prefusion_row_bytes(self._model) <= self._most_bytes
 
-    # --- forgetting
+    # --- removing
 
-    def _begin_anew(self) -> None:
+    def _clear(self) -> None:
         self._ids, self._batches, self._context = [], [], None
 
     def _forget_from(self, known: int) -> None:
-        """Keeps what belongs to the first so many ids."""
+        """Keeps only the keys and values of the first `known` ids."""
         if not known or self._context is None:
             self._batches, self._context = [], None
             return
@@ -169,7 +168,7 @@ class ShownFrames:
 
 
 def prefusion_row_bytes(model: LlavaMini) -> int:
-    """Keys and values of one row in all blocks of pre-fusion."""
+    """Memory of one row's keys and values in all blocks of pre-fusion."""
     weights = [block.self_attn.k_proj.weight for block in model.vision.prefusion]
     return sum(2 * weight.shape[0] * weight.element_size() for weight in weights)
 

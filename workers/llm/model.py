@@ -1,9 +1,10 @@
-"""LLaVA-Mini's LLM part: the prompt fused with frames, and the answer (the vision part: workers/vision/llava_mini.py).
+"""LLaVA-Mini's LLM part: fuses the prompt with frames, and answers (the vision part: workers/vision/llava_mini.py).
 
-Source: LLaVA-Mini (arXiv 2501.03895, section 4), released code at commit 47da113. Where they differ, the code is
-followed, as its weights want it:
-- the text part of pre-fusion is the whole prompt, system message and headers included;
-- ids <= 0 (the image placeholder, and id 0 too) are padding there: attended by nobody, replaced by raw embeddings.
+Source: LLaVA-Mini (arXiv 2501.03895, section 4), released code at commit 47da113. Where they differ, we follow the
+code, which belongs to the weights:
+- The text part of pre-fusion is the whole prompt, with system message and headers.
+- Ids <= 0 (the image placeholder, and id 0) are padding there: no row attends to them, and their rows keep the
+  embeddings.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ from workers.vision.llava_mini import (
 
 @dataclass(frozen=True, repr=False)
 class LlavaMini:
-    """The whole model, loaded: the vision part, and the LLM that answers with what runs it."""
+    """The whole model, loaded: the vision part, and the LLM with the engine that runs it."""
 
     vision: VisionPart
     embed_tokens: nn.Embedding
@@ -44,7 +45,7 @@ class LlavaMini:
 
     @property
     def llm(self) -> LlamaForCausalLM:
-        """The LLM itself, which transformers' engine alone can show."""
+        """The LLM's module; only with transformers as the engine."""
         return self._transformers_engine.llm
 
     @property
@@ -57,20 +58,21 @@ class LlavaMini:
 
 
 def load_model(bundle: Bundle, options: ModelOptions = ModelOptions(), kept_bytes: int = 0) -> LlavaMini:
-    """The whole model.
+    """Loads the whole model.
 
     Args:
-        bundle: where it lies.
-        options: how it is held.
-        kept_bytes: of keys and values that vLLM may keep beyond those of one whole context.
+        bundle: the model's files.
+        options: device, precision and engine.
+        kept_bytes: memory for keys and values that vLLM gets in addition to that for one full context.
     Raises:
-        UsageError: a key is missing, extra or misshapen, the tokenizer cannot be used, or the engine cannot run it.
+        UsageError: a key is missing, extra, or of another shape, the tokenizer cannot be used, or the engine cannot
+            run the model.
     """
     tokenizer = load_tokenizer(bundle)
     vision, llm = load_parts(bundle, options.device, options.dtype)
     tensors = list_tensors(bundle.directory)
     if options.engine == EngineName.VLLM:
-        from workers.llm.vllm_engine import VllmEngine  # with vLLM
+        from workers.llm.vllm_engine import VllmEngine  # not at the top: vLLM is an extra
 
         fill(tensors, {"model.embed_tokens.": llm.model.embed_tokens}, vision.device, vision.dtype)
         running = VllmEngine(bundle, tensors, llm.config, vision.device, vision.dtype, kept_bytes)
@@ -80,7 +82,7 @@ def load_model(bundle: Bundle, options: ModelOptions = ModelOptions(), kept_byte
         whole = {"model.embed_tokens.": llm.model.embed_tokens, "model.norm.": llm.model.norm, "lm_head.": llm.lm_head}
         if llm.config.tie_word_embeddings:
             del whole["lm_head."]
-        for number, block in enumerate(llm.model.layers):  # block by block, so that one alone is ever there in full
+        for number, block in enumerate(llm.model.layers):  # only one block at a time is in full precision
             fill(tensors, {f"model.layers.{number}.": block}, torch.device("cpu"), vision.dtype)
             quantize_matrices(block, Quantize(options.quantize), vision.device, vision.dtype)
     fill(tensors, whole, vision.device, vision.dtype)
@@ -91,15 +93,16 @@ def load_model(bundle: Bundle, options: ModelOptions = ModelOptions(), kept_byte
 
 
 def fuse_question(model: LlavaMini, ids: Sequence[int], batches: Iterable[FusionInputs]) -> Tensor:
-    """A prompt's text features, fused with each frame and averaged over all of them.
+    """A prompt's text features, fused with each frame and averaged over the frames.
 
-    Memory is bounded by the batches: the mean is a running float32 sum, as in the released code.
+    The mean is a running float32 sum, as in the released code, so memory depends only on the size of the batches.
 
     Args:
+        model: the whole model.
         ids: from `prompt_ids`.
         batches: frames in any order, a few hundred at a time.
     Returns:
-        (L, H) float32; the row of the placeholder is there and means nothing.
+        (L, H) float32; the row of the placeholder has no meaning.
     Raises:
         ValueError: there are no frames.
     """
@@ -126,22 +129,24 @@ def fuse_frames(model: LlavaMini, ids: Sequence[int], inputs: FusionInputs) -> T
 
 
 def unmasked(ids: Sequence[int]) -> list[int]:
-    """Places of what attends and is attended to: ids above 0 (released code)."""
+    """Places of the ids above 0; the others are masked (released code)."""
     return [place for place, token in enumerate(ids) if token > 0]
 
 
 def embed_text(model: LlavaMini, ids: Sequence[int]) -> Tensor:
-    """The LLM's embeddings of ids, those below 0 as id 0: (L, H)."""
+    """The LLM's embeddings of ids, (L, H); ids below 0 get the embedding of id 0."""
     return model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=model.vision.device).clamp(min=0))
 
 
 @torch.inference_mode()
 def answer_embeds(model: LlavaMini, ids: Sequence[int], fused: Tensor, frame_tokens: np.ndarray) -> Tensor:
-    """What enters the LLM: fused text, the frames' vision tokens in place of the placeholder, fused text.
+    """The LLM's input: the fused text, with the frames' vision tokens in place of the placeholder.
 
     Args:
+        model: the whole model.
+        ids: from `prompt_ids`.
         fused: (L, H), from `fuse_question`.
-        frame_tokens: (T, C*C, H), the stored vision tokens in the order of time.
+        frame_tokens: (T, C*C, H), the stored vision tokens in order of time.
     Returns:
         (1, L - 1 + T*C*C, H).
     """
@@ -152,17 +157,14 @@ def answer_embeds(model: LlavaMini, ids: Sequence[int], fused: Tensor, frame_tok
 
 
 def generate(model: LlavaMini, embeds: Tensor, max_new_tokens: int) -> Iterator[int]:
-    """Greedy decoding, id by id, up to an end token (not yielded) or max_new_tokens."""
+    """The ids of a greedy answer, without the end token; at most max_new_tokens."""
     context = model.engine.context()
     context.add(embeds)
     yield from context.reply(max_new_tokens, SamplingParams())
 
 
 def greedy_logits(model: LlavaMini, embeds: Tensor) -> Iterator[Tensor]:
-    """The logits, (V,), of one step after another, each step continuing with the best token; endless.
-
-    The engine has to be transformers'.
-    """
+    """The logits, (V,), of each step of a greedy answer, without end; only with transformers as the engine."""
     context = model._transformers_engine.context()
     context.add(embeds)
     while context.logits is not None:

@@ -1,4 +1,4 @@
-"""How a model that answers is held, checked before torch is imported, which takes seconds."""
+"""Options of a model that answers; they are checked before torch is imported, which takes seconds."""
 
 import importlib.util
 import os
@@ -7,19 +7,19 @@ from enum import StrEnum
 
 from storage.errors import UsageError
 
-# Devices of which one is there where torch may find a GPU: NVIDIA's, the same under WSL, and AMD's.
+# Device files of GPUs: NVIDIA's, NVIDIA's under WSL, AMD's.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 class EngineName(StrEnum):
-    """What runs the LLM."""
+    """The library that runs the LLM."""
 
     TRANSFORMERS = "transformers"
     VLLM = "vllm"
 
 
 class Quantize(StrEnum):
-    """How the LLM's matrices are kept."""
+    """Precision of the LLM's matrices."""
 
     EIGHT = "8bit"
     FOUR = "4bit"
@@ -30,8 +30,8 @@ class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest one; above that the greater, the more freely it is drawn.
-        seed: of the draws; the same gives the same answer on one machine.
+        temperature: 0 takes the most likely token; higher values draw more freely.
+        seed: of the draws; the same seed gives the same answer on the same machine.
     """
 
     temperature: float = 0.0
@@ -40,14 +40,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model that answers is held.
+    """Device, precision and engine of a model that answers.
 
     Attributes:
-        device, dtype: as workers.models.load.choose_device and choose_dtype take them.
-        quantize: how the LLM's matrices are kept, "8bit" or "4bit"; None for as dtype says.
-        engine: what runs the LLM, "transformers" or "vllm".
+        device, dtype: as in workers.models.load.choose_device and choose_dtype.
+        quantize: precision of the LLM's matrices, "8bit" or "4bit"; None: that of dtype.
+        engine: the library that runs the LLM, "transformers" or "vllm".
     Raises:
-        UsageError: there is no such way, or two of them exclude each other.
+        UsageError: a value is unknown, or two options exclude each other.
     """
 
     device: str = "auto"
@@ -61,19 +61,19 @@ class ModelOptions:
                 raise UsageError(f"--{name} {value}: unknown; allowed are {', '.join(allowed)}")
         if self.engine == EngineName.VLLM and self.quantize is not None:
             raise UsageError(
-                f"--quantize {self.quantize} is for --engine {EngineName.TRANSFORMERS}; leave one of them out"
+                f"--quantize {self.quantize} is for --engine {EngineName.TRANSFORMERS}; leave out one of the options"
             )
 
     @property
     def reserves_memory(self) -> bool:
-        """Its engine takes memory for contexts once, when it is loaded, and its `most_rows` says for how long ones."""
+        """Whether the engine reserves memory for contexts when it is loaded; its `most_rows` is then their limit."""
         return self.engine == EngineName.VLLM
 
     def check_installed(self) -> None:
-        """To be called where the model is loaded, which may be another machine.
+        """Checks that this machine, which will load the model, has the needed packages and GPU.
 
         Raises:
-            UsageError: what it needs is not installed here, or there is no GPU.
+            UsageError: a package is not installed, or there is no GPU.
         """
         check_device(self.device)
         if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
@@ -85,10 +85,10 @@ class ModelOptions:
 
 
 def check_device(name: str) -> None:
-    """Refuses a GPU where there is surely none; what torch can use of one that is there, it says itself.
+    """Checks that there is a GPU if --device names one, without importing torch.
 
     Raises:
-        UsageError: no GPU.
+        UsageError: there is no GPU.
     """
     if name.startswith("cuda") and not any(map(os.path.exists, _GPU_DEVICES)):
         raise UsageError(f"--device {name}: there is no GPU on this machine; use --device cpu")

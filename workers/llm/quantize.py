@@ -1,6 +1,6 @@
-"""The LLM's matrices in 8 or 4 bits, by bitsandbytes: a half or a quarter of their memory for some precision.
+"""Quantizes the LLM's matrices to 8 or 4 bits with bitsandbytes: half or a quarter of the memory, less precision.
 
-LLM.int8 (arXiv 2208.07339) and NF4 (QLoRA, arXiv 2305.14314). What indexing computes, pre-fusion too, stays as it is.
+LLM.int8 (arXiv 2208.07339) and NF4 (QLoRA, arXiv 2305.14314). The vision part and pre-fusion are not quantized.
 """
 
 import logging
@@ -10,12 +10,12 @@ from torch import nn
 
 from workers.llm.model_options import Quantize
 
-OUTLIER = 6.0  # activations above it are multiplied in full precision (LLM.int8, section 3.2)
+OUTLIER = 6.0  # larger activations are multiplied in full precision (LLM.int8, section 3.2)
 
 
 def quantize_matrices(block: nn.Module, way: Quantize, device: torch.device, dtype: torch.dtype) -> None:
-    """Moves a block that lies in the computer's memory to a device, its matrices quantized on the way."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells what else could be installed, and every cast
+    """Quantizes the matrices of a block on the CPU, and moves the block to a device."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs optional packages and every cast
     import bitsandbytes
 
     for name, linear in [(name, each) for name, each in block.named_modules() if type(each) is nn.Linear]:

@@ -1,7 +1,7 @@
-"""The LLM run by vLLM, which takes rows of embeddings too (arXiv 2309.06180): for a GPU that answers many questions.
+"""An engine that runs the LLM with vLLM (arXiv 2309.06180), for a GPU that answers many questions.
 
-Keys and values lie in pages that all contexts share, and rows that a context begins with are found there again by
-their content. It runs in this process; the vision part and pre-fusion stay with us.
+vLLM keeps keys and values in pages that all contexts share, and finds the first rows of a context there by their
+content. It runs in this process and gets rows of embeddings; the vision part and pre-fusion are computed without it.
 """
 
 import itertools
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from vllm import LLMEngine
     from vllm import SamplingParams as VllmSampling
 
-LOAD_FORMAT = "vidx"  # by which vLLM knows how to load a bundle's LLM
+LOAD_FORMAT = "vidx"  # vLLM's name for the loader that is registered here
 LLM_KEYS = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
-# Besides weights and pages: what one pass of pre-fusion may hold (llava_mini.py), which vLLM's own passes use again, as
-# they come after it, and a GiB for its compiled graphs and what it allocates anew.
+# Memory besides weights and pages: the activations of pre-fusion (llava_mini.py), which vLLM uses after it, and 1 GiB
+# for vLLM's compiled graphs and further allocations.
 _WORKING_BYTES = {"cpu": 1 << 30, "cuda": 5 << 30}
-_SPARE_ROWS = 256  # of two pages of keys and values: a context's last one may be nearly empty, and one is never used
+_SPARE_ROWS = 256  # two pages: a context's last page may be nearly empty, and vLLM never uses one page
 _QUIET = {
-    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent anywhere
+    "VLLM_NO_USAGE_STATS": "1",  # no usage statistics are sent
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
@@ -47,11 +47,11 @@ _QUIET = {
 class VllmEngine:
     """vLLM with a bundle's LLM.
 
-    Its steps are made by a thread of its own, so that a Ctrl-C never comes into the midst of one: it keeps pages of
-    what it means to compute.
+    vLLM is called in a thread of its own, so that Ctrl-C cannot interrupt a step. An interrupted step leaves pages that
+    vLLM takes for computed.
 
     Attributes:
-        most_rows: there is memory for so many in a context, answer included.
+        most_rows: the most rows of a context, with its answer.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class VllmEngine:
         """Loads the LLM.
 
         Args:
-            bundle: where it lies.
-            tensors: all of its own, which were checked.
-            settings: of its blocks.
-            device, dtype: where and how it computes.
-            kept_bytes: of keys and values beyond those of one whole context, for further questions.
+            bundle: the model's files.
+            tensors: of the bundle, checked before.
+            settings: of the LLM's blocks.
+            device, dtype: of the computation.
+            kept_bytes: memory for keys and values in addition to that for one full context, for further questions.
         Raises:
-            UsageError: vLLM cannot run this model here, or there is not the memory for it.
+            UsageError: vLLM cannot run this model here, or there is too little memory.
         """
         self.eos_ids = bundle.config.eos_ids
         self._dtype = dtype
         self._numbers = itertools.count()
         self._failed: Exception | None = None
         self._thread = ThreadPoolExecutor(1, "vllm", torch.set_num_threads, (torch.get_num_threads(),))
-        self._thread.submit(int).result()  # it starts, before vLLM takes set_num_threads away
+        self._thread.submit(int).result()  # starts the thread before vLLM replaces torch.set_num_threads
         tensors = {name: entry for name, entry in tensors.items() if name.startswith(LLM_KEYS)}
         weight_bytes = sum(math.prod(entry.shape) for entry in tensors.values()) * dtype.itemsize
         key_heads, head_dim = settings.num_key_value_heads, settings.head_dim
-        assert key_heads is not None  # LlamaConfig fills both in
+        assert key_heads is not None  # LlamaConfig sets both
         assert head_dim is not None
         row_bytes = 2 * settings.num_hidden_layers * key_heads * head_dim * dtype.itemsize
         wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
@@ -100,17 +100,16 @@ class VllmEngine:
             directory = _describe(bundle, settings)
             share = (weight_bytes + page_bytes) / total
             self._llm = _start(directory, device, dtype, self.most_rows, page_bytes, share)
-            trial = torch.zeros(1, settings.hidden_size, dtype=dtype)  # some sizes fail in the first step only
+            trial = torch.zeros(1, settings.hidden_size, dtype=dtype)  # some sizes fail only in the first step
             list(self.reply(trial, 1, SamplingParams()))
 
     def context(self) -> "VllmContext":
-        """One without rows."""
         return VllmContext(self)
 
     def reply(self, rows: Tensor, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """The answer to rows, (S, H), id by id, as Context.reply.
+        """The ids of the answer to rows, (S, H), as Context.reply.
 
-        vLLM shows no logits; where they are no numbers, the likelihood of the chosen id is none either.
+        vLLM does not give logits. If they are NaN or infinity, so is the likelihood of the chosen id.
         """
         from vllm import SamplingParams as VllmSampling
         from vllm.sampling_params import RequestOutputKind
@@ -124,14 +123,14 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        number, ended, said = str(next(self._numbers)), False, 0
+        number, ended, token_count = str(next(self._numbers)), False, 0
         try:
             self._do(self._ask, number, rows, params)
             while not ended:
                 tokens, likelihood, ended = self._do(self._step, number)
-                if tokens and not said and not math.isfinite(likelihood):
+                if tokens and not token_count and not math.isfinite(likelihood):
                     raise no_numbers(MADE_BY_LLM, self._dtype)
-                said += len(tokens)
+                token_count += len(tokens)
                 for token in tokens:
                     if token in self.eos_ids:
                         return
@@ -141,12 +140,10 @@ class VllmEngine:
                 self._do(self._llm.abort_request, [number])
 
     def _do(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Has the thread make a call, after those before it.
-
-        What fails in the midst of a step leaves pages that are known and were never computed: no further one is made.
+        """Makes a call in the thread, and waits for its result; after a failure no further call is made.
 
         Raises:
-            ClusterError: this call failed, or one before it.
+            ClusterError: this call or an earlier one failed.
         """
         return self._thread.submit(self._guarded, call, *arguments).result()
 
@@ -154,53 +151,48 @@ class VllmEngine:
         if self._failed is None:
             try:
                 return call(*arguments)
-            except Exception as error:  # of whatever class: an allocation, a kernel, a driver
+            except Exception as error:  # any class: from an allocation, a kernel or a driver
                 self._failed = error
         raise ClusterError(
-            f"--engine {EngineName.VLLM}: vLLM broke off: {_in_a_line(self._failed)}; start again, with fewer frames "
-            f"if it had too little memory, or take --engine {EngineName.TRANSFORMERS}"
+            f"--engine {EngineName.VLLM}: vLLM failed: {_in_a_line(self._failed)}; start again, with fewer frames "
+            f"if the memory was too small, or use --engine {EngineName.TRANSFORMERS}"
         ) from self._failed
 
     def _ask(self, number: str, rows: Tensor, params: "VllmSampling") -> None:
         self._llm.add_request(number, self._llm.renderer.render_cmpl([{"prompt_embeds": rows}])[0], params)
 
     def _step(self, number: str) -> tuple[list[int], float, bool]:
-        """What a request has said since the last step, how likely all of it is, as a logarithm, and whether it ends."""
+        """New ids of a request, the logarithm of the likelihood of all its ids, and whether it has ended."""
         outputs = [output for output in self._llm.step() if output.request_id == number]
-        said = [token for output in outputs for token in output.outputs[0].token_ids]
-        likelihood = outputs[-1].outputs[0].cumulative_logprob if said else 0.0
-        return said, likelihood, any(output.finished for output in outputs)
+        tokens = [token for output in outputs for token in output.outputs[0].token_ids]
+        likelihood = outputs[-1].outputs[0].cumulative_logprob if tokens else 0.0
+        return tokens, likelihood, any(output.finished for output in outputs)
 
 
 class VllmContext:
-    """Rows as they are; their keys and values are vLLM's to keep."""
+    """A Context that holds rows on the CPU; vLLM keeps their keys and values."""
 
     def __init__(self, engine: VllmEngine):
         self._engine = engine
-        self._rows: Tensor | None = None  # (S, H), in the computer's memory
+        self._rows: Tensor | None = None  # (S, H)
 
     @property
     def row_count(self) -> int:
-        """S."""
         return 0 if self._rows is None else len(self._rows)
 
     @property
     def size_bytes(self) -> int:
-        """Of the rows."""
         return 0 if self._rows is None else self._rows.nbytes
 
     def add(self, embeds: Tensor) -> None:
-        """Some more rows, (1, S, H)."""
         new = embeds[0].cpu()
         self._rows = new if self._rows is None else torch.cat([self._rows, new])
 
     def keep(self, row_count: int) -> None:
-        """Forgets all but the first so many rows."""
         assert self._rows is not None
         self._rows = self._rows[:row_count]
 
     def reply(self, most_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """The answer to the rows, id by id, up to an end token (not yielded) or so many."""
         assert self._rows is not None
         yield from self._engine.reply(self._rows, most_tokens, sampling)
 
@@ -221,14 +213,14 @@ def _start(
             max_num_seqs=1,
             kv_cache_memory_bytes=page_bytes,
             gpu_memory_utilization=memory_share,
-            enforce_eager=device.type == "cpu",  # compiling takes minutes there
+            enforce_eager=device.type == "cpu",  # compilation takes minutes on a CPU
             disable_log_stats=True,
         )
     )
 
 
 def _describe(bundle: Bundle, settings: LlamaConfig) -> Path:
-    """A directory that describes the LLM alone; always the same, as vLLM keeps what it compiles by its path."""
+    """A directory with the LLM's config.json; always the same one, because vLLM finds compiled code by its path."""
     directory = cache_folder() / "vllm" / bundle.model_id
     directory.mkdir(parents=True, exist_ok=True)
     described = LlamaConfig(
@@ -239,13 +231,13 @@ def _describe(bundle: Bundle, settings: LlamaConfig) -> Path:
 
 
 def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
-    """Has vLLM load these tensors: it knows neither the published layout nor what else lies in its files."""
+    """Makes vLLM load these tensors; it does not know the published layout."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class Loader(BaseModelLoader):
         def download_model(self, model_config: Any) -> None:
-            """All is here."""
+            """Nothing to download."""
 
         def load_weights(self, model: Any, model_config: Any) -> None:
             model.load_weights(tensor_values(tensors))
@@ -255,15 +247,15 @@ def _register_loader(tensors: Mapping[str, TensorEntry]) -> None:
 
 @contextmanager
 def _starting(name: str, device: torch.device) -> Iterator[None]:
-    """vLLM, quiet, in this process and on this device; why it does not start, in one line."""
+    """Sets vLLM up to run quietly, in this process and on this device; turns its errors into UsageError."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader is known to this process alone
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader is registered only in this process
     if device.type == "cpu":
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else it takes one thread
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # until it has read the variables
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else vLLM uses one thread
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # before vLLM reads the variables
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own, on torch's older names
+        warnings.simplefilter("ignore")  # about deprecated names in torch
         try:
             from vllm.platforms import current_platform
 
@@ -275,13 +267,13 @@ def _starting(name: str, device: torch.device) -> Iterator[None]:
                 )
             if device.index:
                 raise UsageError(
-                    f"--engine {EngineName.VLLM}: vLLM takes the first GPU, not {device}; say which one that is with "
+                    f"--engine {EngineName.VLLM}: vLLM uses the first GPU, not {device}; make {device} the first with "
                     f"CUDA_VISIBLE_DEVICES={device.index}"
                 )
             yield
         except UsageError:
             raise
-        except Exception as error:  # of whatever class: it comes from a model's sizes, a kernel or a driver
+        except Exception as error:  # any class: from a model's sizes, a kernel or a driver
             reason = _in_a_line(error.__cause__ or error if isinstance(error, ClusterError) else error)
             raise UsageError(
                 f"--engine {EngineName.VLLM}: vLLM cannot run {name} here: {reason}; --engine "
@@ -294,7 +286,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free, and all."""
+    """Free and total bytes of a device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     import psutil  # comes with vLLM

@@ -1,6 +1,6 @@
-"""Frames and pictures as vectors: CLIP, LLaVA-Mini's compressor and pre-fusion, VisionZip.
+"""Frames, pictures and texts as vectors: CLIP, LLaVA-Mini's compressor and pre-fusion, VisionZip.
 
-In: FrameBatch, or a text or picture that is searched for. Out: TokenBatch (vision tokens, compressor outputs, patch
-rows, search keys), or a search key.
+In: FrameBatch, or the text or picture of a search. Out: TokenBatch (vision tokens, compressor outputs, patch rows,
+search keys), or a search key.
 Imports: workers.decode, workers.models.
 """

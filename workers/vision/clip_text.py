@@ -1,7 +1,7 @@
-"""Text as a search key: CLIP's text tower in numpy, in the space of the frames' search keys.
+"""Search keys of texts: CLIP's text tower, in numpy.
 
-Why not transformers: `vidx search` may take one second as a whole process, and importing torch alone takes longer. The
-result equals transformers' CLIPTextModelWithProjection within 1e-5. Source: CLIP (arXiv 2103.00020), section 2.4.
+transformers is not used because `vidx search` may take one second in all, and importing torch takes longer. Results
+equal those of transformers' CLIPTextModelWithProjection within 1e-5. Source: CLIP (arXiv 2103.00020), section 2.4.
 """
 
 import json
@@ -21,35 +21,35 @@ _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|
 
 
 class TextEncoder:
-    """A CLIP text tower, its weights mapped from the bundle's files.
+    """A bundle's CLIP text tower and tokenizer.
 
     Raises:
-        UsageError: the bundle has no text tower, or the tower is not laid out as CLIP's.
+        UsageError: the bundle has no text tower, or the tower is not a CLIP's.
     """
 
     def __init__(self, bundle: Bundle):
         if not bundle.has_text_search:
             raise UsageError(
                 f"{bundle.name}: its vision tower {bundle.tower_directory} has no text tower, joint projection or "
-                "tokenizer, so frames cannot be searched by text; use a bundle whose mm_vision_tower is a full CLIP"
+                "tokenizer, so frames cannot be searched by text; use a model whose mm_vision_tower is a full CLIP"
             )
         self._tower = TextTower(bundle.tower_directory, sub_config(bundle.tower, "text_config"))
         self._tokenizer = load_clip_tokenizer(bundle.tower_directory)
 
     def embed(self, text: str) -> np.ndarray:
-        """The search key of a text: (E,) float32, L2-normalised; a text that is too long is cut at its end."""
+        """The search key of a text: (E,) float32, L2-normalised; the end of a text that is too long is ignored."""
         ids = self._tokenizer.encode(text).ids
         most = self._tower.position_count
         if len(ids) > most:
-            ids = [*ids[: most - 1], ids[-1]]  # the end token closes what is left, as in transformers
+            ids = [*ids[: most - 1], ids[-1]]  # the end token stays, as in transformers
         return self._tower.embed_ids(ids)
 
 
 class TextTower:
-    """The weights and settings of a text tower.
+    """The weights and settings of a text tower; weights are mapped from its files.
 
     Attributes:
-        position_count: the most ids that it takes.
+        position_count: the most ids of a text.
     """
 
     def __init__(self, directory: Path, settings: dict):
@@ -61,7 +61,9 @@ class TextTower:
         self._end_id = settings["eos_token_id"]
         if settings["hidden_act"] not in _ACTIVATIONS:
             allowed = ", ".join(_ACTIVATIONS)
-            raise UsageError(f"{directory}: text hidden_act is {settings['hidden_act']!r}; supported are {allowed}")
+            raise UsageError(
+                f"{directory}: hidden_act of the text is {settings['hidden_act']!r}; allowed are {allowed}"
+            )
         self._activation = _ACTIVATIONS[settings["hidden_act"]]
         positions = self._entry("text_model.embeddings.position_embedding.weight")
         self.position_count, self._width = positions.shape
@@ -70,13 +72,13 @@ class TextTower:
         self._check_shapes(settings.get("intermediate_size"))
 
     def embed_ids(self, ids: list[int]) -> np.ndarray:
-        """The joint embedding of tokenised text, start and end tokens included: (E,) float32, L2-normalised.
-
-        Zeros where it has no direction.
-        """
+        """The joint embedding of ids, including start and end token: (E,) float32, L2-normalised, or zeros."""
         embeddings = self._entry("text_model.embeddings.token_embedding.weight")
         if not ids or not 0 <= min(ids) <= max(ids) < embeddings.shape[0]:
-            raise UsageError(f"{self._directory}: the tokenizer gives ids outside 0..{embeddings.shape[0] - 1}")
+            raise UsageError(
+                f"{self._directory}: the tokenizer gives ids outside of 0 to {embeddings.shape[0] - 1}; tokenizer and "
+                "weights must belong together"
+            )
         places = self._entry("text_model.embeddings.position_embedding.weight")
         hidden = read_float32(embeddings, ids) + read_float32(places, range(len(ids)))  # (L, D)
         for layer in range(self._layer_count):
@@ -87,7 +89,7 @@ class TextTower:
         return key / length if length else key
 
     def _check_shapes(self, inner: int | None) -> None:
-        """Refuses a text tower with a missing, extra or misshapen key."""
+        """Raises UsageError if a key of the text tower is missing, extra, or of another shape."""
         width = self._width
         inner = inner or self._entry("text_model.encoder.layers.0.mlp.fc1.bias").shape[0]
         vocabulary_size = self._entry("text_model.embeddings.token_embedding.weight").shape[0]
@@ -108,21 +110,26 @@ class TextTower:
             wanted |= {f"text_model.encoder.layers.{i}.{key}": shape for key, shape in layer.items()}
         for name, shape in wanted.items():
             if self._entry(name).shape != shape:
-                raise UsageError(f"{self._directory}: {name} has shape {self._entry(name).shape}, wanted {shape}")
+                raise UsageError(
+                    f"{self._directory}: {name} has shape {self._entry(name).shape}, config.json asks for {shape}"
+                )
         for name in self._tensors:
             if name.startswith("text_model.") and name not in wanted and not name.endswith(".position_ids"):
                 raise UsageError(f"{self._directory}: {name} is one key too many; config.json and weights must agree")
 
     def _end_position(self, ids: list[int]) -> int:
-        """Where the text ends.
+        """The place of the end token.
 
-        Configs written before 2023 say eos 2, which no CLIP tokenizer gives: there the highest id marks the end
+        Old configs say eos_token_id 2, which CLIP tokenizers never give. Then the highest id is the end token
         (transformers pull request 24773).
         """
         if self._end_id == 2:
             return int(np.argmax(ids))
         if self._end_id not in ids:
-            raise UsageError(f"{self._directory}: the tokenizer does not end a text with eos_token_id {self._end_id}")
+            raise UsageError(
+                f"{self._directory}: the tokenizer does not end a text with eos_token_id {self._end_id}; tokenizer and "
+                "config.json must belong together"
+            )
         return ids.index(self._end_id)
 
     def _layer(self, hidden: np.ndarray, name: str) -> np.ndarray:
@@ -156,7 +163,7 @@ class TextTower:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._tensors:
-            raise UsageError(f"{self._directory}: {name} is missing; the text tower is not complete")
+            raise UsageError(f"{self._directory}: {name} is missing; the text tower needs it")
         return self._tensors[name]
 
 
@@ -169,7 +176,7 @@ def load_clip_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     path = directory / "tokenizer.json"
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else _from_vocabulary(directory)
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises plain Exception
         raise UsageError(f"{directory}: no usable CLIP tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -177,7 +184,7 @@ def load_clip_tokenizer(directory: Path) -> tokenizers.Tokenizer:
 
 
 def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
-    """The older form on disk, put together as transformers' converter for CLIP does."""
+    """A tokenizer from vocab.json and merges.txt, built as transformers' converter for CLIP does."""
     vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = (line.split() for line in lines if line and not line.startswith("#version"))
@@ -190,7 +197,7 @@ def _from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
 
 
 def clip_tokenizer(model: models.BPE) -> tokenizers.Tokenizer:
-    """A tokenizer that cleans and splits texts as CLIP's does."""
+    """A tokenizer that normalises and splits texts as CLIP's does."""
     tokenizer = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
@@ -201,7 +208,7 @@ def clip_tokenizer(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def enclose_texts(tokenizer: tokenizers.Tokenizer) -> None:
-    """Makes it put CLIP's start and end tokens around every text."""
+    """Makes a tokenizer put CLIP's start and end tokens around every text."""
     ids = tokenizer.get_vocab()
     end, start = ((token, ids[token]) for token in (END, START))
     tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
@@ -212,7 +219,7 @@ def _quick_gelu(values: np.ndarray) -> np.ndarray:
 
 
 def _gelu(values: np.ndarray) -> np.ndarray:
-    """GELU by erf, which numpy lacks: Abramowitz and Stegun 7.1.26, off by at most 1.5e-7."""
+    """GELU with erf, which numpy lacks: Abramowitz and Stegun 7.1.26, with an error of at most 1.5e-7."""
     size = np.abs(values.astype(np.float64)) / np.sqrt(2)
     t = 1 / (1 + 0.3275911 * size)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))

@@ -1,7 +1,7 @@
-"""The vision tower: CLIP's patches of layer -2 and, from the same pass, its joint embedding as a search key.
+"""The vision tower: CLIP's patches of layer -2 and, in the same pass, its joint embedding as a search key.
 
-Source: CLIP (arXiv 2103.00020); the modules are transformers' own, driven here layer by layer so that the last layer
-computes its class token alone, and so that VisionZip gets what it needs of one layer without a full attention map.
+Source: CLIP (arXiv 2103.00020). The modules are those of transformers. They run layer by layer here, so that the last
+layer computes only its class token, and VisionZip gets queries and keys of one layer without a full attention map.
 LLaVA-Mini's released code takes `hidden_states[mm_vision_select_layer]` without the class token.
 """
 
@@ -23,8 +23,8 @@ from workers.models.checkpoint import list_tensors, read_json
 from workers.models.load import build_empty, check_tensors, fill, sum_exactly
 from workers.models.preprocess import PictureSettings
 
-# Not read by design. The text side belongs to clip_text.py; cosines are reported without CLIP's logit scale; old files
-# carry position_ids, which are 0, 1, 2, ...
+# Keys that are not read: the text side (clip_text.py), CLIP's logit scale, which cosines do not need, and position_ids
+# in old files, which are 0, 1, 2, ...
 _UNUSED = (r"text_model\..*", r"text_projection\.weight", r"logit_scale", r".*\.position_ids")
 
 
@@ -44,8 +44,8 @@ class ClipTower(nn.Module):
 
     Attributes:
         layer_count: layers before the selected hidden state.
-        projection_width: E of the joint embedding; 0 where the tower has none, then layers past the selected
-            one and post_layernorm are loaded (the checkpoint holds them) but never run.
+        projection_width: E of the joint embedding, or 0 if the tower has none. Then the layers after the selected one
+            and post_layernorm are loaded, because the checkpoint has them, but never run.
     """
 
     def __init__(self, config: CLIPVisionConfig, select_layer: int, projection_width: int):
@@ -58,19 +58,19 @@ class ClipTower(nn.Module):
 
     @property
     def layers(self) -> Sequence[CLIPEncoderLayer]:
-        """All of them, past the selected one too."""
+        """All layers, also those after the selected one."""
         return cast("Sequence[CLIPEncoderLayer]", self.vision_model.encoder.layers)
 
 
 @dataclass(frozen=True)
 class TowerFeatures:
-    """What one pass of the tower gives for B pictures of N patches.
+    """The results of one pass of the tower, for B pictures of N patches.
 
     Attributes:
         hidden: (B, 1 + N, D), the selected hidden state, class token first.
-        class_query: (B, heads, 1, D / heads), the class token's query in the layer that made it, scaled.
+        class_query: (B, heads, 1, D / heads), the class token's scaled query in the layer that computes `hidden`.
         keys: (B, heads, 1 + N, D / heads), that layer's keys.
-        search_key: (B, E), L2-normalised; E is 0 where the tower has no joint embedding.
+        search_key: (B, E), L2-normalised; E is 0 if the tower has no joint embedding.
     """
 
     hidden: Tensor
@@ -83,17 +83,19 @@ def load_tower(directory: Path, select_layer: int, device: torch.device, dtype: 
     """The vision tower in a CLIP directory.
 
     Args:
-        select_layer: which hidden state holds the patches; negative, counted from the end.
+        directory: of the tower.
+        select_layer: the hidden state that holds the patches; negative, counted from the end.
+        device, dtype: of its weights.
     Raises:
-        UsageError: a key is missing, extra or misshapen, or the selected layer does not exist.
+        UsageError: a key is missing, extra, or of another shape, or the selected layer does not exist.
     """
     sum_exactly()
     tensors = list_tensors(directory)
     config = vision_config(read_json(directory / "config.json"))
     if config.num_hidden_layers + 1 + select_layer < 1:
         raise UsageError(
-            f"mm_vision_select_layer is {select_layer}, but the tower {directory} has only "
-            f"{config.num_hidden_layers} layers"
+            f"mm_vision_select_layer is {select_layer}, but the tower {directory} has {config.num_hidden_layers} "
+            f"layers; give at least {-config.num_hidden_layers}"
         )
     width = tensors["visual_projection.weight"].shape[0] if "visual_projection.weight" in tensors else 0
     tower = build_empty(lambda: ClipTower(config, select_layer, width))
@@ -111,7 +113,7 @@ def vision_config(tower: dict) -> CLIPVisionConfig:
         if tower["model_type"] == "clip_vision_model":
             return CLIPVisionConfig(**tower)
         config = CLIPConfig(**tower).vision_config
-        assert isinstance(config, CLIPVisionConfig)  # made from what the dict has of it
+        assert isinstance(config, CLIPVisionConfig)  # CLIPConfig makes it from the dict
         return config
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -121,8 +123,8 @@ def vision_config(tower: dict) -> CLIPVisionConfig:
 def pixel_values(parts: np.ndarray, pictures: PictureSettings, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normalised pixels on the device: (..., S, S, 3) uint8 -> (..., 3, S, S).
 
-    Rescaled in float64 and normalised in float32, as the published image processor does: with that the tower's
-    output is bit-equal to the published one, without it 1e-5 off.
+    Pixels are rescaled in float64 and normalised in float32, as in the published image processor. Then the tower's
+    output equals the published one bit by bit; otherwise it differs by 1e-5.
     """
     mean, std = (torch.tensor(values, device=device) for values in (pictures.mean, pictures.std))
     pixels = torch.from_numpy(np.ascontiguousarray(parts)).to(device)
@@ -147,7 +149,7 @@ def tower_features(tower: ClipTower, pixels: Tensor) -> TowerFeatures:
 
 
 def _search_key(tower: ClipTower, hidden: Tensor) -> Tensor:
-    """The joint embedding: the rest of the layers, the very last one for the class token alone."""
+    """The joint embedding: the remaining layers, the last of them for the class token only."""
     if not tower.projection_width:
         return hidden.new_empty(len(hidden), 0)
     rest = tower.layers[tower.layer_count :]
@@ -160,7 +162,7 @@ def _search_key(tower: ClipTower, hidden: Tensor) -> Tensor:
 
 
 def encoder_block(layer: CLIPEncoderLayer, hidden: Tensor, query_count: int | None = None) -> Tensor:
-    """One CLIP layer, for all rows or for the first `query_count` alone.
+    """The output of one CLIP layer, for all rows or for the first `query_count` rows.
 
     Args:
         hidden: (B, S, D).
@@ -180,7 +182,7 @@ def _finish_block(layer: CLIPEncoderLayer, hidden: Tensor, queries: Tensor, keys
 def attention_inputs(
     layer: CLIPEncoderLayer, hidden: Tensor, query_count: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries of the first rows, keys and values of all: each (B, heads, rows, D / heads)."""
+    """Scaled queries of the first rows, keys and values of all rows: each (B, heads, rows, D / heads)."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     split = (attention.num_heads, attention.head_dim)

@@ -1,7 +1,7 @@
-"""Encode: frames in, what is stored of them out. FrameBatch -> TokenBatch.
+"""Encode: FrameBatch -> TokenBatch, what is stored of each frame.
 
-One pass: vision tower -> compressor -> projector -> pre-fusion, every stage over a whole batch of frames, cut only
-where the activations of published widths would not fit a bounded amount of memory.
+Vision tower, compressor, projector and pre-fusion each compute a whole batch of frames. Batches whose activations
+exceed a fixed amount of memory are cut into pieces.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +26,15 @@ from workers.vision.llava_mini import (
 from workers.vision.visionzip import keep_patches
 
 _FLOAT16_MAX = 65504.0
-_LENGTH_ERROR = 0.01  # of a search key whose length is 1
+_LENGTH_ERROR = 0.01  # by which the length of a search key may differ from 1
 
 
 @dataclass(frozen=True, repr=False)
 class FrameFeatures:
-    """What the tower and the compressor make of T frames.
+    """The tower's and the compressor's results for T frames.
 
     Attributes:
-        tower: of all T * P pictures, frame by frame.
+        tower: for all T * P pictures, frame by frame.
         patches: (T, P*N, D), in pre-fusion's order.
         compressed: (T, C*C, D), before the projector.
         attention: (T, C*C, r*r*N), the compressor's, averaged over heads.
@@ -51,12 +51,12 @@ class FrameFeatures:
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
-    """What is stored of the T frames of a batch.
+    """The encoded frames of a batch.
 
     Attributes:
         tokens: of the K frames that can be stored.
-        places: (K,) int64, ascending, which of the batch they are.
-        unfit: place -> why, of the others.
+        places: (K,) int64, ascending, their places in the batch.
+        unfit: place -> reason, for the other frames.
     """
 
     tokens: TokenBatch
@@ -74,21 +74,23 @@ class Encoded:
 
 
 def encode_frames(vision: VisionPart, batch: FrameBatch, patch_rows: int) -> Encoded:
-    """What is stored of a batch of frames.
+    """Encodes a batch of frames.
 
     Args:
-        patch_rows: rows of the patch tier per picture that the model sees of a frame; 0 for none.
+        vision: the model.
+        batch: frames.
+        patch_rows: stored patch rows per picture that the model sees of a frame; 0 for none.
     Raises:
-        UsageError: more patch rows than a picture has patches.
+        UsageError: patch_rows is more than a picture has patches.
     """
     return _encode_all(vision, batch.pixels, patch_rows)
 
 
 def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> TokenBatch:
-    """The same of pixels alone, (T, 336, 336, 3) uint8, and of every one of them.
+    """Encodes frames given as pixels, (T, 336, 336, 3) uint8.
 
     Raises:
-        UsageError: as `encode_frames`; or one of them cannot be stored.
+        UsageError: as `encode_frames`, or a frame cannot be stored.
     """
     encoded = _encode_all(vision, pixels, patch_rows)
     for why in encoded.unfit.values():
@@ -97,17 +99,17 @@ def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> To
 
 
 def exact_inputs(vision: VisionPart, pixels: np.ndarray) -> Iterator[FusionInputs]:
-    """What `--fuse exact` reads of frames, (T, 336, 336, 3) uint8: all patches, encoded again, piece by piece."""
+    """The inputs of pre-fusion for `--fuse exact`: all patches of frames, (T, 336, 336, 3) uint8, in pieces."""
     for piece in _pieces(vision, pixels):
         with torch.inference_mode():
             inputs = all_patches(frame_features(vision, frame_pixels(vision, piece)))
             if vision.dtype is not torch.float32:
-                _mend(vision, piece, inputs)
+                _recompute(vision, piece, inputs)
         yield inputs
 
 
-def _mend(vision: VisionPart, pixels: np.ndarray, inputs: FusionInputs) -> None:
-    """Puts what float32 gives in the place of what half precision could not compute."""
+def _recompute(vision: VisionPart, pixels: np.ndarray, inputs: FusionInputs) -> None:
+    """Replaces results that are not finite in half precision by those of float32."""
     patches, compressed = inputs.patches, inputs.compressed
     places = (~(_are_numbers(patches) & _are_numbers(compressed))).nonzero()[:, 0]
     done = 0
@@ -118,21 +120,21 @@ def _mend(vision: VisionPart, pixels: np.ndarray, inputs: FusionInputs) -> None:
 
 
 def all_patches(features: FrameFeatures) -> FusionInputs:
-    """What pre-fusion reads of frames as published: every patch."""
+    """The inputs of pre-fusion as published: every patch."""
     frame_count, patch_count, _ = features.patches.shape
     positions = torch.arange(patch_count, device=features.patches.device).expand(frame_count, -1)
     return FusionInputs(features.patches, positions, features.compressed)
 
 
 def frame_pixels(vision: VisionPart, pixels: np.ndarray) -> Tensor:
-    """Frames as the tower takes them: (T, 336, 336, 3) uint8 -> (T, P, 3, S, S), normalised, on the device."""
+    """The tower's input for frames: (T, 336, 336, 3) uint8 -> (T, P, 3, S, S), normalised, on the device."""
     bundle = vision.bundle
     parts = frame_parts(pixels, bundle.config.resolution_ratio, bundle.pictures)
     return pixel_values(parts, bundle.pictures, vision.device, vision.dtype)
 
 
 def frame_features(vision: VisionPart, pixels: Tensor) -> FrameFeatures:
-    """Tower and compressor over a batch: (T, P, 3, S, S) normalised pixels in."""
+    """The tower's and the compressor's results for (T, P, 3, S, S) normalised pixels."""
     tower = tower_features(vision.tower, pixels.flatten(0, 1))
     features = tower.hidden[:, 1:].unflatten(0, pixels.shape[:2])  # (T, P, N, D)
     grid, patches = arrange_patches(features, vision.bundle.config.resolution_ratio)
@@ -141,16 +143,18 @@ def frame_features(vision: VisionPart, pixels: Tensor) -> FrameFeatures:
 
 
 def vision_tokens(vision: VisionPart, features: FrameFeatures) -> Tensor:
-    """The vision tokens after pre-fusion, as the LLM receives them: (T, C*C, H)."""
+    """The vision tokens that the LLM receives, after pre-fusion: (T, C*C, H)."""
     return prefuse_vision(vision, vision.projector(features.patches), vision.projector(features.compressed))
 
 
 def grid_places(places: Tensor, picture: int, ratio: int, side: int) -> Tensor:
-    """Places in one picture's grid of patches -> places among all patches of a frame's pre-fusion input.
+    """Converts places in one picture's grid of patches to places among all patches of a frame.
 
     Args:
         places: row-major places in a side x side grid.
-        picture: which part of the frame: 0 .. r*r - 1 its blocks, row-major, r*r the whole.
+        picture: part of the frame: 0 to r*r - 1 for its blocks, row-major, r*r for the whole frame.
+        ratio: r.
+        side: of the grid.
     """
     if ratio == 1:
         return places
@@ -163,11 +167,11 @@ def grid_places(places: Tensor, picture: int, ratio: int, side: int) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class _Computed:
-    """What the model makes of T frames, before it is known whether it can be stored.
+    """The model's results for T frames, before it is known whether they can be stored.
 
     Attributes:
-        token, compressor_out, search_key: as in TokenBatch, but of the model's precision, the key of float32.
-        patch_values, patch_scales, patch_places: as in PatchRows; None without a patch tier.
+        token, compressor_out, search_key: as in TokenBatch, but in the model's precision (the key in float32).
+        patch_values, patch_scales, patch_places: as in PatchRows; None if no patch rows are stored.
     """
 
     token: Tensor
@@ -194,10 +198,10 @@ class _Computed:
                 return f"a {what} of {largest:g} does not fit float16 (at most {_FLOAT16_MAX:g}), in which it is stored"
         if self.patch_scales is not None and not self.patch_scales[place].isfinite().all():
             return "a patch row does not fit float32, in which its scale is stored"
-        return "its search key has no direction: the tower gives zeros, or no numbers"
+        return "its search key has no direction: the tower gives zeros, NaN or infinity"
 
     def stored(self, places: np.ndarray) -> TokenBatch:
-        """Some of the frames, which fit, as they are stored."""
+        """The stored form of some frames, all of which fit."""
         where = torch.from_numpy(places).to(self.token.device)
 
         def half(values: Tensor) -> np.ndarray:
@@ -220,7 +224,7 @@ def _encode_all(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> Enco
 
 @torch.inference_mode()
 def _encode(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> Encoded:
-    """One pass; and frames that half precision cannot compute once more in float32, the others as they are."""
+    """Encodes frames in one pass; frames that do not fit in half precision are encoded again in float32."""
     computed = _compute(vision, pixels, patch_rows)
     fits = computed.fits()
     fit, unfit = np.flatnonzero(fits), np.flatnonzero(~fits)
@@ -242,7 +246,12 @@ def _compute(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> _Comput
 
 
 def _merge(pieces: Sequence[Encoded], places: Sequence[np.ndarray]) -> Encoded:
-    """Pieces of one batch, whose frames are at these places of it, as one."""
+    """Joins pieces of a batch.
+
+    Args:
+        pieces: of the batch.
+        places: for each piece, the places of its frames in the batch.
+    """
     if len(pieces) == 1:
         return pieces[0]
     found = np.concatenate([at[piece.places] for piece, at in zip(pieces, places, strict=True)])
@@ -254,7 +263,7 @@ def _merge(pieces: Sequence[Encoded], places: Sequence[np.ndarray]) -> Encoded:
 
 
 def _fits_float16(values: Tensor) -> Tensor:
-    """(T,) bool: which of T rows, (T, ...), are numbers that float16 has room for."""
+    """(T,) bool: which of T rows, (T, ...), are finite in float16."""
     return _are_numbers(values.to(torch.float16))
 
 
@@ -266,7 +275,7 @@ def _are_numbers(values: Tensor) -> Tensor:
 def _patch_rows(
     vision: VisionPart, tower: TowerFeatures, frame_count: int, row_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The patch tier: per picture the rows that VisionZip keeps; int8 values, a scale per row, and places."""
+    """The patch rows that VisionZip keeps of each picture: int8 values, a scale per row, and places."""
     ratio = vision.bundle.config.resolution_ratio
     side = round(vision.bundle.patches_per_picture**0.5)
     rows, places = keep_patches(tower, row_count)  # (T*P, K, D), (T*P, K)
@@ -279,13 +288,13 @@ def _patch_rows(
 
 
 def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (..., D) float32 as the patch tier stores them: int8 values, and a scale for each row, (...)."""
+    """The stored form of patch rows (..., D) float32: int8 values, and a scale for each row, (...)."""
     scales = rows.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (rows / scales[..., None]).round().to(torch.int8), scales
 
 
 def _pieces(vision: VisionPart, pixels: np.ndarray) -> Iterator[np.ndarray]:
-    """Frames in runs whose activations fit; the size depends on model and device alone."""
+    """Frames in pieces whose activations fit; the size depends only on model and device."""
     if not len(pixels):
         raise ValueError("encode needs at least one frame")
     step = frames_at_once(vision, vision.bundle.patches_per_frame + vision.bundle.tokens_per_frame)

@@ -1,15 +1,18 @@
 """LLaVA-Mini's vision part: compressor, projector and pre-fusion (the LLM: workers/llm/model.py).
 
-Source: LLaVA-Mini (arXiv 2501.03895, section 4), released code at commit 47da113. Where they differ, the code is
-followed, as its weights want it: the paper projects patches first; the code compresses in the tower's space and
-projects afterwards.
+Source: LLaVA-Mini (arXiv 2501.03895, section 4), released code at commit 47da113. They differ: the paper projects
+patches first; the code compresses in the tower's space and projects afterwards. We follow the code, which belongs to
+the weights.
 
-Where this program computes less for the same numbers: frames go as one batch; the compressor's constant queries are
-folded into its keys; padded text is left out of the sequence instead of masked (positions count on without it, so the
-rest is plainly causal); the last pre-fusion block computes only the rows that are used. Since pre-fusion is causal with
-vision first, a frame's vision token does not depend on the question and is computed once, when a video is indexed.
+The same numbers are computed with less work:
+- Frames are computed as one batch.
+- The compressor's queries are constant, and folded into its keys.
+- Masked text is left out of the sequence. Positions are those without it, so a causal mask is enough.
+- The last pre-fusion block computes only the rows that are used.
+- Pre-fusion is causal and reads vision first. So a frame's vision token does not depend on the question, and is
+  computed once, when a video is indexed.
 
-The vision tower and the Llama blocks are transformers' own classes.
+The vision tower and the Llama blocks are classes of transformers.
 """
 
 import re
@@ -40,16 +43,16 @@ from workers.models.checkpoint import list_tensors
 from workers.models.load import build_empty, check_tensors, choose_device, choose_dtype, fill
 from workers.vision.clip_vision import ClipTower, load_tower
 
-COMPRESSOR_HEADS = 8  # whatever the config says (released code, build_compressor)
-# Not read by design. The released loader takes the tower from the directory that mm_vision_tower names, never the copy
-# inside the checkpoint, and only that directory has the projections for the search key; inv_freq follows from config.
+COMPRESSOR_HEADS = 8  # fixed in the released code (build_compressor)
+# Keys that are not read. The released loader takes the tower from the directory that mm_vision_tower names, not the
+# copy in the checkpoint, which lacks the projections for the search key. inv_freq follows from the config.
 _UNUSED = (r"model\.vision_tower\..*", r".*\.rotary_emb\.inv_freq")
-# Activations that one pass may hold. Enough rows to keep a GPU's matrix units busy; on a CPU small, for its caches.
+# Most activations of one pass: enough rows to use a GPU fully; few on a CPU, for its caches.
 _ACTIVATION_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
 class Compressor(nn.Module):
-    """Learned queries that attend to the patches: a holder of weights; `fold` and `compress` compute."""
+    """The weights of the learned queries that attend to the patches; `fold` and `compress` compute with them."""
 
     def __init__(self, token_count: int, width: int):
         super().__init__()
@@ -62,12 +65,12 @@ class Compressor(nn.Module):
 
 @dataclass(frozen=True)
 class FoldedCompressor:
-    """A compressor ready for N patches, its constant queries multiplied into the key projection.
+    """A compressor for N patches, with its constant queries multiplied into the key projection.
 
     Attributes:
         module: norms and output projection.
-        score_weight: (heads * C*C, D); its product with a normed patch is that patch's attention logit.
-        score_bias: (heads * C*C, N); the logit's part that depends on the patch's place alone.
+        score_weight: (heads * C*C, D); multiplied by a normed patch, it gives the patch's attention logit.
+        score_bias: (heads * C*C, N); the part of the logit that depends only on the patch's place.
         value_weight: (heads, D / heads, D).
         value_bias: (D,).
     """
@@ -81,7 +84,7 @@ class FoldedCompressor:
 
 @dataclass(frozen=True, repr=False)
 class VisionPart:
-    """Everything that indexing needs, loaded: tower, compressor, projector and pre-fusion."""
+    """The loaded part of a model that indexing needs: tower, compressor, projector and pre-fusion."""
 
     bundle: Bundle
     device: torch.device
@@ -94,11 +97,11 @@ class VisionPart:
 
     @cached_property
     def in_float32(self) -> "VisionPart":
-        """The same in float32, for the few frames that half precision cannot compute; loaded when one is met.
+        """The same part in float32, for frames that half precision cannot compute; loaded when it is first needed.
 
-        On the CPU where a GPU has not the memory for both.
+        It is on the CPU if the GPU's memory is too small for both.
         """
-        with torch.inference_mode(False):  # weights that are made in it cannot be used outside
+        with torch.inference_mode(False):  # weights created in inference mode cannot be used outside of it
             try:
                 return load_vision(self.bundle, str(self.device), "float32")
             except torch.OutOfMemoryError:
@@ -110,7 +113,7 @@ class VisionPart:
 
 @dataclass(frozen=True, repr=False)
 class FusionInputs:
-    """What pre-fusion reads of T frames before the text.
+    """The inputs of pre-fusion for T frames, which come before the text.
 
     Attributes:
         patches: (T, K, D) features of the tower's selected layer.
@@ -125,7 +128,7 @@ class FusionInputs:
     def __post_init__(self):
         frame_count, _, width = self.patches.shape
         if self.positions.shape != self.patches.shape[:2] or self.compressed.shape[::2] != (frame_count, width):
-            raise ValueError(f"FusionInputs do not fit together: {self!r}, positions {tuple(self.positions.shape)}")
+            raise ValueError(f"shapes do not match: {self!r}, positions {tuple(self.positions.shape)}")
 
     def __repr__(self) -> str:
         return f"FusionInputs(patches={tuple(self.patches.shape)}, compressed={tuple(self.compressed.shape)})"
@@ -135,16 +138,16 @@ class FusionInputs:
 
 
 def load_vision(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> VisionPart:
-    """The part of a model that indexing needs; of a published checkpoint about 2.5 GB instead of 17.
+    """Loads the part of a model that indexing needs; about 2.5 of 17 GB of a published checkpoint.
 
     Raises:
-        UsageError: a key is missing, extra or misshapen, in whatever part of the checkpoint.
+        UsageError: a key of the checkpoint is missing, extra, or of another shape, in any part.
     """
     return load_parts(bundle, device, dtype)[0]
 
 
 def load_parts(bundle: Bundle, device_name: str, dtype_name: str) -> tuple[VisionPart, LlamaForCausalLM]:
-    """The vision part, and the LLM checked but still without memory."""
+    """The loaded vision part, and the LLM, which is checked but has no memory yet."""
     device = choose_device(device_name)
     dtype = choose_dtype(dtype_name, device)
     tensors = list_tensors(bundle.directory)
@@ -180,11 +183,12 @@ def _llama_settings(bundle: Bundle) -> LlamaConfig:
 
 
 def _compressor_width(bundle: Bundle) -> int:
-    """The tower's width, which the published compressor has too (1024), whatever else the config says."""
+    """The tower's width, as in the published compressor (1024); its setting in the config is ignored."""
     width = bundle.vision["hidden_size"]
     if width % COMPRESSOR_HEADS:
         raise UsageError(
-            f"{bundle.tower_directory}: hidden_size {width} is no multiple of the compressor's {COMPRESSOR_HEADS} heads"
+            f"{bundle.tower_directory}: hidden_size is {width}; it must be a multiple of the compressor's "
+            f"{COMPRESSOR_HEADS} heads"
         )
     return width
 
@@ -197,7 +201,7 @@ def _empty_projector(bundle: Bundle) -> nn.Sequential:
     width = bundle.config.hidden_size
     layers: list[nn.Module] = [nn.Linear(bundle.vision["hidden_size"], width)]
     for _ in range(int(match[1]) - 1):
-        layers += [nn.GELU(), nn.Linear(width, width)]  # GELU by erf; the tanh form is off by 8e-4
+        layers += [nn.GELU(), nn.Linear(width, width)]  # GELU with erf; with tanh results differ by 8e-4
     return nn.Sequential(*layers)
 
 
@@ -205,14 +209,14 @@ def _empty_projector(bundle: Bundle) -> nn.Sequential:
 
 
 def arrange_patches(features: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-    """The patches in pre-fusion's order, and those that the compressor attends to.
+    """The patches for the compressor, and the patches for pre-fusion.
 
     Args:
-        features: (T, P, N, D), the tower's patches of each part of a frame, the whole picture last.
+        features: (T, P, N, D), the tower's patches of each part of a frame, the whole frame last.
         ratio: r; P = 1, or r*r + 1.
     Returns:
-        (T, r*r*N, D), the blocks' patches as one grid row by row (for r = 1 the picture's own), and
-        (T, P*N, D), that grid and then the whole picture's patches.
+        (T, r*r*N, D), the blocks' patches as one grid, row by row (for r = 1 the frame's own), and
+        (T, P*N, D), that grid and then the whole frame's patches.
     """
     if ratio == 1:
         return features[:, 0], features[:, 0]
@@ -223,14 +227,17 @@ def arrange_patches(features: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
 
 
 def fold(compressor: Compressor, patch_count: int) -> FoldedCompressor:
-    """The compressor for `patch_count` patches, with what does not depend on them multiplied out in float32.
+    """The compressor for `patch_count` patches; what does not depend on the patches is computed here, in float32.
 
     Raises:
         UsageError: patch_count is no square.
     """
     side = round(patch_count**0.5)
     if side * side != patch_count:
-        raise UsageError(f"the compressor wants a square grid of patches, not {patch_count}; check the tower's sizes")
+        raise UsageError(
+            f"the tower gives {patch_count} patches; the compressor needs a square number: check image_size and "
+            "patch_size of the tower"
+        )
     width = compressor.query.shape[1]
     heads, head_width = COMPRESSOR_HEADS, width // COMPRESSOR_HEADS
     weights = compressor.attn.in_proj_weight.float().unflatten(0, (3, heads, head_width))  # (3, heads, dh, D)
@@ -240,7 +247,7 @@ def fold(compressor: Compressor, patch_count: int) -> FoldedCompressor:
         compressor.query.float(), (width,), compressor.ln_q.weight.float(), compressor.ln_q.bias.float()
     )
     queries = torch.einsum("hed,cd->hce", weights[0], queries + places) + bias[0][:, None]  # (heads, C*C, dh)
-    # the key bias adds the same to every patch's logit, so softmax drops it
+    # The key bias adds the same number to every logit, so it has no effect on the softmax.
     scores = torch.einsum("hce,hed->hcd", queries, weights[1]) * head_width**-0.5  # (heads, C*C, D)
     grid_places = _stretch(places, side)  # (N, D)
     scores = scores.flatten(0, 1)  # (heads * C*C, D)
@@ -255,7 +262,7 @@ def fold(compressor: Compressor, patch_count: int) -> FoldedCompressor:
 
 
 def _stretch(places: Tensor, side: int) -> Tensor:
-    """The C x C learned places as a side x side grid, bicubic: (C*C, D) -> (side*side, D)."""
+    """The C x C learned positions, resized to a side x side grid (bicubic): (C*C, D) -> (side*side, D)."""
     source = round(len(places) ** 0.5)
     if source == side:
         return places
@@ -265,7 +272,7 @@ def _stretch(places: Tensor, side: int) -> Tensor:
 
 
 def compress(patches: Tensor, compressor: FoldedCompressor) -> tuple[Tensor, Tensor]:
-    """C*C vision tokens per frame, by attention of the learned queries to the patches.
+    """The compressor's output, C*C vision tokens per frame, by attention of the learned queries to the patches.
 
     Args:
         patches: (T, N, D) features of the tower's selected layer.
@@ -283,7 +290,7 @@ def compress(patches: Tensor, compressor: FoldedCompressor) -> tuple[Tensor, Ten
 
 
 def prefuse_vision(vision: VisionPart, patches: Tensor, compressed: Tensor) -> Tensor:
-    """The vision tokens as the LLM receives them; no question needed, because pre-fusion is causal.
+    """The vision tokens that the LLM receives; independent of the question, because pre-fusion is causal.
 
     Args:
         patches: (T, N, H), projected. compressed: (T, C*C, H), projected.
@@ -300,7 +307,7 @@ def prefuse_vision(vision: VisionPart, patches: Tensor, compressed: Tensor) -> T
 
 @dataclass(eq=False)
 class Past:
-    """Keys and values of a block's rows so far, (T, key heads, P, H / heads) each; None before the first."""
+    """Keys and values of a block's rows so far, (T, key heads, P, H / heads) each; None if there are no rows."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -309,14 +316,14 @@ class Past:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of some more rows, after all before them."""
+        """Adds keys and values of further rows; returns those of all rows."""
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         self.keys, self.values = keys, values
         return keys, values
 
     def crop(self, length: int) -> None:
-        """Forgets the rows from a place on; the memory is free once the next ones are there."""
+        """Keeps the first `length` rows; the memory of the others is freed when rows are added."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
@@ -324,13 +331,14 @@ class Past:
 def prefuse(
     vision: VisionPart, sequence: Tensor, positions: Tensor, kept: int, past: Sequence[Past] | None = None
 ) -> Tensor:
-    """Causal pre-fusion; the last block computes the last `kept` rows alone.
+    """Causal pre-fusion; the last block computes only the last `kept` rows.
 
     Args:
-        sequence: (T, S, H). positions: (1 or T, S).
+        vision: the model.
+        sequence: (T, S, H).
+        positions: (1 or T, S).
         kept: how many rows are wanted.
-        past: for each block, the rows before these, to which these are added; None where they are the first and no
-            others follow.
+        past: for each block the rows before these, to which these are added; None if there are no other rows.
     Returns:
         (T, kept, H).
     """
@@ -339,7 +347,7 @@ def prefuse(
     last_number = len(vision.prefusion) - 1
     for number, block in enumerate(vision.prefusion):
         wanted = kept if number == last_number else count if held else None
-        allowed = None  # causal where all rows are wanted; the very last row sees all
+        allowed = None  # with all rows the mask is causal; the last row attends to all
         if wanted not in (None, 1):
             allowed = torch.ones(wanted, held + count, dtype=torch.bool, device=sequence.device)
             allowed = allowed.tril(held + count - wanted)
@@ -363,12 +371,14 @@ def block_rows(
     allowed: Tensor | None = None,
     past: Past | None = None,
 ) -> Tensor:
-    """The last `kept` rows of a Llama block's output; all, causal, where kept is None.
+    """The last `kept` rows of a Llama block's output; all rows, with a causal mask, if kept is None.
 
     Args:
+        block: of the LLM or pre-fusion.
         sequence: (T, S, H).
         rotary: cosines and sines, (1 or T, S, H / heads).
-        allowed: (kept, P + S) bool, which rows each kept one may attend to; None with kept: all of them.
+        kept: how many rows are wanted.
+        allowed: (kept, P + S) bool, which rows each kept row may attend to; None: all.
         past: the P rows before these, to which these are added.
     Returns:
         (T, kept, H).
@@ -383,7 +393,7 @@ def block_rows(
     queries = queries.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (T, heads, kept, H / heads)
     cosines, sines = (part[:, first:] for part in rotary)
     queries = apply_rotary_pos_emb(queries, queries, cosines, sines)[0]
-    if allowed is not None:  # the fused GPU kernels take grouped keys or a mask, not both
+    if allowed is not None:  # fused GPU kernels accept grouped keys or a mask, not both
         keys, values = (repeat_kv(part, attention.num_key_value_groups) for part in (keys, values))
     attended = functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=allowed, is_causal=kept is None, enable_gqa=allowed is None
@@ -392,11 +402,11 @@ def block_rows(
     return residual + block.mlp(block.post_attention_layernorm(residual))
 
 
-# --- what pre-fusion reads
+# --- inputs of pre-fusion
 
 
 def tokens_inputs(vision: VisionPart, compressor_out: np.ndarray) -> FusionInputs:
-    """What `--fuse tokens` reads: the stored compressor outputs alone, at their published place.
+    """The inputs of pre-fusion for `--fuse tokens`: only the stored compressor outputs.
 
     Args:
         compressor_out: (T, C*C, D) float16, as stored.
@@ -408,7 +418,7 @@ def tokens_inputs(vision: VisionPart, compressor_out: np.ndarray) -> FusionInput
 
 
 def patches_inputs(vision: VisionPart, compressor_out: np.ndarray, rows: PatchRows) -> FusionInputs:
-    """What `--fuse patches` reads: the stored patch rows too, each at its own place in the grid."""
+    """The inputs of pre-fusion for `--fuse patches`: stored compressor outputs and patch rows."""
     values = torch.from_numpy(rows.values).to(vision.device).float()
     scales = torch.from_numpy(rows.scales).to(vision.device)
     patches = (values * scales[..., None]).to(vision.dtype)  # (T, K, D)
@@ -417,7 +427,7 @@ def patches_inputs(vision: VisionPart, compressor_out: np.ndarray, rows: PatchRo
 
 
 def in_pieces(vision: VisionPart, batches: Iterable[FusionInputs], text_rows: int) -> Iterator[FusionInputs]:
-    """Batches of frames, cut to what one pass of pre-fusion with so much text may hold."""
+    """Batches of frames, cut to pieces that fit one pass of pre-fusion with `text_rows` rows of text."""
     for batch in batches:
         step = frames_at_once(vision, batch.patches.shape[1] + batch.compressed.shape[1] + text_rows)
         for start in range(0, len(batch.compressed), step):
@@ -426,13 +436,14 @@ def in_pieces(vision: VisionPart, batches: Iterable[FusionInputs], text_rows: in
 
 
 def frames_and_text(vision: VisionPart, inputs: FusionInputs, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-fusion's rows of each frame with the text after it, (T, S, H), and their positions, (T, S).
+    """Pre-fusion's rows of each frame and of the text after it, (T, S, H), and their positions, (T, S).
 
-    Every part keeps its published position: a patch its place, compressed tokens and text as if all of a
-    frame's patches stood before them, however few are given.
+    Positions are those of the published code, with all patches of a frame, even if fewer are given.
 
     Args:
-        text: (U, H), embeddings of what is not masked.
+        vision: the model.
+        inputs: of T frames.
+        text: (U, H), embeddings of the text that is not masked.
     """
     frame_count = len(inputs.compressed)
     frames = [vision.projector(inputs.patches), vision.projector(inputs.compressed)]
@@ -442,16 +453,15 @@ def frames_and_text(vision: VisionPart, inputs: FusionInputs, text: Tensor) -> t
 
 
 def precise_attention(vision: VisionPart) -> AbstractContextManager[None]:
-    """On a CPU, attention with an exact exponential.
+    """Makes attention on a CPU use an exact exponential.
 
-    The fast kernel rounds it to 20 bits, and greedy decoding amplifies that: the largest distance to the published
-    logits is then 5.1e-5 instead of 2.4e-5.
+    The fast kernel rounds it to 20 bits. The largest difference from the published logits is then 5.1e-5, not 2.4e-5.
     """
     return sdpa_kernel(SDPBackend.MATH) if vision.device.type == "cpu" else nullcontext()
 
 
 def frames_at_once(vision: VisionPart, row_count: int) -> int:
-    """Frames of `row_count` pre-fusion rows whose activations fit what one pass may hold; at least 1."""
+    """The most frames of `row_count` pre-fusion rows that fit one pass; at least 1."""
     mlp = vision.prefusion[0].mlp
     head_count = mlp.hidden_size // vision.prefusion[0].self_attn.head_dim
     width = 3 * mlp.intermediate_size + 8 * mlp.hidden_size + 2 * head_count * row_count
@@ -460,5 +470,5 @@ def frames_at_once(vision: VisionPart, row_count: int) -> int:
 
 
 def to_device(vision: VisionPart, values: np.ndarray) -> Tensor:
-    """Values in the memory and the precision of the model."""
+    """Values as a tensor on the model's device and in its precision."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(vision.device, vision.dtype)

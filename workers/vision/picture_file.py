@@ -1,4 +1,4 @@
-"""A picture that somebody has, read from its file."""
+"""Reading the picture file of `vidx search --image`."""
 
 import struct
 import warnings
@@ -12,10 +12,10 @@ from storage.errors import UsageError
 
 
 def read_picture(path: str) -> np.ndarray:
-    """(height, width, 3) uint8 RGB of a picture file, turned as it says.
+    """A picture file as (height, width, 3) uint8 RGB, turned upright.
 
     Raises:
-        UsageError: it cannot be read, or is no picture.
+        UsageError: the file cannot be read, or is no picture.
     """
     try:
         with warnings.catch_warnings():
@@ -25,7 +25,7 @@ def read_picture(path: str) -> np.ndarray:
     except UnidentifiedImageError:
         raise UsageError(f"--image {path}: no picture that Pillow can read; give a JPEG, PNG or WebP file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UsageError(f"--image {path}: larger than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
+        raise UsageError(f"--image {path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"--image {path}: cannot be read: {reason}") from error

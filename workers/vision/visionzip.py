@@ -1,7 +1,7 @@
-"""VisionZip: the few patches of a picture that carry most of it.
+"""VisionZip: the few patch rows that represent a picture.
 
-Source: VisionZip (arXiv 2412.04467, section 3), released code at commit 3151f6d. Dominant rows are those that the class
-token attends to most in the tower's layer -2; the others are merged into contextual rows by the similarity of that
+Source: VisionZip (arXiv 2412.04467, section 3), released code at commit 3151f6d. Dominant rows are those to which the
+class token attends most in the tower's layer -2. The others are merged into contextual rows by the similarity of that
 layer's keys. The paper averages a contextual group; the code adds the mean of the others to the target. We follow the
 code.
 """
@@ -19,16 +19,16 @@ PROPORTION = (54, 10)  # dominant to contextual rows in the paper's setting of 6
 
 @dataclass(frozen=True, repr=False)
 class Selection:
-    """What VisionZip keeps of B pictures; positions count the class token as 0 and patches from 1.
+    """The rows that VisionZip keeps of B pictures; index 0 is the class token, patches count from 1.
 
     Attributes:
-        all_indices: (B, X), class token first, then patches by falling attention.
+        all_indices: (B, X), class token first, then patches by descending attention.
         kept: (B, X), the same in ascending order.
         remaining: (B, R), the other patches in ascending order.
-        targets: (Y,), which of the remaining ones became contextual rows.
-        assignment: (B, R - Y), the target (0..Y) that each other remaining patch joins.
-        counts: (B, Y) float32, how many joined each target, at least 1: what the sum is divided by.
-        rows: (B, X + Y, D) float32: dominant rows in ascending order, then contextual ones.
+        targets: (Y,), places in `remaining` of the patches that become contextual rows.
+        assignment: (B, R - Y), for each other remaining patch the target (0..Y) that it joins.
+        counts: (B, Y) float32, patches that joined each target, at least 1; divisor of their sum.
+        rows: (B, X + Y, D) float32, dominant rows in ascending order, then contextual rows.
     """
 
     all_indices: Tensor
@@ -44,13 +44,13 @@ class Selection:
 
 
 def class_attention(features: TowerFeatures) -> Tensor:
-    """The class token's attention in the selected layer, (B, heads, 1 + N); the other rows are never computed."""
+    """The class token's attention in the selected layer, (B, heads, 1 + N)."""
     logits = features.class_query.float() @ features.keys.float().mT  # (B, heads, 1, 1 + N)
     return logits.softmax(dim=-1)[:, :, 0]
 
 
 def key_metric(features: TowerFeatures) -> Tensor:
-    """That layer's keys, averaged over heads: (B, 1 + N, D / heads)."""
+    """The selected layer's keys, averaged over heads: (B, 1 + N, D / heads)."""
     return features.keys.float().mean(dim=1)
 
 
@@ -58,17 +58,17 @@ def select(hidden: Tensor, attention: Tensor, metric: Tensor, dominant: int, con
     """The dominant and contextual rows of a batch of pictures.
 
     Args:
-        hidden: (B, 1 + N, D), class token first, of any precision; sums are made in float32 at least.
-        attention: (B, N), what the class token pays each patch, summed over heads.
-        metric: (B, 1 + N, M), in which rows are compared.
-        dominant: X, rows kept as they are, the class token among them.
-        contextual: Y, rows that gather the others.
+        hidden: (B, 1 + N, D), class token first, in any precision; sums are computed in float32 at least.
+        attention: (B, N), the class token's attention to each patch, summed over heads.
+        metric: (B, 1 + N, M), vectors by which rows are compared.
+        dominant: X, rows that are kept unchanged, including the class token.
+        contextual: Y, rows into which the others are merged.
     Raises:
-        ValueError: the picture has fewer rows than asked for.
+        ValueError: the picture has fewer rows.
     """
     batch, row_count, _ = hidden.shape
     if dominant < 1 or contextual < 0 or dominant + contextual > row_count:
-        raise ValueError(f"cannot keep {dominant} + {contextual} of {row_count} rows (the class token is one of them)")
+        raise ValueError(f"cannot keep {dominant} + {contextual} of {row_count} rows (with the class token)")
     best = attention.topk(dominant - 1, dim=1).indices + 1  # (B, X - 1)
     all_indices = torch.cat([best.new_zeros(batch, 1), best], dim=1)  # (B, X)
     kept = all_indices.sort(dim=1).values
@@ -81,11 +81,11 @@ def select(hidden: Tensor, attention: Tensor, metric: Tensor, dominant: int, con
     is_target[targets] = True
     others = remaining[:, ~is_target]  # (B, R - Y)
     target_rows = remaining[:, targets]  # (B, Y)
-    others = others if contextual else others[:, :0]  # with no target to join they are dropped
+    others = others if contextual else others[:, :0]  # without targets they are dropped
     metric = functional.normalize(metric, dim=-1)
     similarity = _rows(metric, others) @ _rows(metric, target_rows).mT  # (B, R - Y, Y)
     assignment = similarity.argmax(dim=2) if contextual else others
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # float16 does not hold a sum of hundreds
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a sum of hundreds may overflow float16
     joined = functional.one_hot(assignment, max(1, contextual))[:, :, :contextual].to(hidden.dtype)  # (B, R - Y, Y)
     counts = joined.sum(dim=1).clamp(min=1)  # (B, Y)
     sums = joined.mT @ _rows(hidden, others)  # (B, Y, D)
@@ -95,20 +95,20 @@ def select(hidden: Tensor, attention: Tensor, metric: Tensor, dominant: int, con
 
 
 def keep_patches(features: TowerFeatures, row_count: int) -> tuple[Tensor, Tensor]:
-    """`row_count` patch rows per picture in VisionZip's proportion, class token left out, in order of place.
+    """`row_count` patch rows per picture in VisionZip's proportion, without the class token, in order of place.
 
     Returns:
-        (B, row_count, D) rows and (B, row_count) int64 places in the picture's grid; a contextual row has its
-        target's.
+        (B, row_count, D) rows and (B, row_count) int64 places in the picture's grid; a contextual row has the place
+        of its target.
     Raises:
         ValueError: a picture has fewer patches.
     """
-    dominant = -(-row_count * PROPORTION[0] // sum(PROPORTION))  # rounded up: a single row is a dominant one
+    dominant = -(-row_count * PROPORTION[0] // sum(PROPORTION))  # rounded up, so a single row is dominant
     return keep_rows(features, dominant, row_count - dominant)
 
 
 def keep_rows(features: TowerFeatures, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
-    """The same for so many patch rows of both kinds."""
+    """As keep_patches, for given numbers of dominant and contextual rows."""
     attention = class_attention(features)[:, :, 1:].sum(dim=1)  # (B, N)
     selection = select(features.hidden, attention, key_metric(features), dominant + 1, contextual)
     places = torch.cat([selection.kept, selection.remaining[:, selection.targets]], dim=1)[:, 1:] - 1
