@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
+from ops.published import resize_nearest
 from workers.llm.engine import ModelOptions
 from workers.llm.model import LlavaMini, load_model
 from workers.models.bundle import find_bundle
-from workers.models.preprocess import resize_nearest
 
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = ("llava-mini-tiny", "llava-mini-tiny-c2-hd")

@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 from transformers.models.clip.configuration_clip import CLIPConfig
 
+from ops.published import resize_nearest
 from storage.errors import UsageError
 from storage.records import FrameBatch
 from workers.models.bundle import find_bundle, read_bundle
-from workers.models.preprocess import resize_nearest
 from workers.vision import visionzip
 from workers.vision.clip_vision import pixel_values, tower_features
 from workers.vision.encode import encode_frames, encode_pixels, frame_features, frame_pixels, vision_tokens

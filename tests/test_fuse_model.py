@@ -284,7 +284,7 @@ def test_the_room_in_the_context_is_known_before_a_model_is_loaded():
 def test_a_broken_chat_template_is_named(tmp_path):
     bundle = find_bundle(str(REFERENCE / "llava-mini-tiny" / "checkpoint"))
     tokenizer = load_tokenizer(bundle)
-    for template, message in (("{{ raise_exception('no system turn') }}", "no system turn"), ("nothing", "drops")):
+    for template, message in (("{{ raise_exception('no system turn') }}", "no system turn"), ("nothing", "omits")):
         environment = tokenizer.template.environment
         broken = type(tokenizer)(tokenizer.tokenizer, environment.from_string(template), {}, "", False)
         with pytest.raises(UsageError, match=message):

@@ -11,14 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from ops.published import picture_parts, published_sample, resize_nearest
 from storage.errors import UsageError
 from workers.models.preprocess import (
     frame_parts,
     nearest_index,
-    picture_parts,
-    published_sample,
     read_settings,
-    resize_nearest,
     split_blocks,
 )
 
@@ -44,9 +42,9 @@ def test_an_index_map_only_ascends_and_stays_inside(size):
 
 def test_resize_takes_whole_pixels_and_ignores_the_aspect_ratio():
     picture = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(1, 2, 4, 3)
-    resized = resize_nearest(picture, side=4)
-    assert resized.shape == (1, 4, 4, 3)
-    np.testing.assert_array_equal(resized[0, :, :, 0], picture[0][[0, 0, 1, 1]][:, [0, 1, 2, 3], 0])
+    resized = resize_nearest(picture)
+    assert resized.shape == (1, 336, 336, 3)
+    np.testing.assert_array_equal(resized[0, ::84, ::84, 0], picture[0][[0, 0, 1, 1]][:, [0, 1, 2, 3], 0])
 
 
 def test_high_resolution_blocks_come_row_by_row_and_the_whole_picture_last():

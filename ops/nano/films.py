@@ -9,7 +9,8 @@ import numpy as np
 
 from ops.nano.render import frame
 from ops.nano.scenes import Script
-from workers.models.preprocess import PictureSettings, frame_parts, resize_nearest
+from workers.decode.picture import model_pixels
+from workers.models.preprocess import PictureSettings, frame_parts
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,5 @@ def read_frames(path: Path, pictures: PictureSettings) -> np.ndarray:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1
-        frames = [resize_nearest(picture.to_ndarray(format="rgb24")[None])[0] for picture in container.decode(stream)]
+        frames = [model_pixels(picture.to_ndarray(format="rgb24")) for picture in container.decode(stream)]
     return frame_parts(np.stack(frames), 1, pictures)[:, 0]

@@ -82,7 +82,6 @@ class ModelConfig:
         hidden_size: H, width of the LLM.
         context_length: most tokens of prompt, frames and answer.
         eos_ids: tokens that end an answer.
-        pad_pictures: whether a still picture is padded to a square (frames are square).
         projector_type: for example mlp2x_gelu.
         tower: a directory or a hub id.
         llama: all of config.json, for the Llama blocks, with the rope settings as `rope_parameters`.
@@ -95,7 +94,6 @@ class ModelConfig:
     hidden_size: int
     context_length: int
     eos_ids: tuple[int, ...]
-    pad_pictures: bool
     projector_type: str
     tower: str
     llama: Mapping[str, Any]
@@ -224,19 +222,28 @@ def find_bundle(name: str, tower: str | None = None) -> Bundle:
     """
     if name in built_in_names():
         return read_bundle(name, Path(str(files("configs") / name)), tower)
+    try:
+        name, directory = _find_directory(name)
+    except UsageError as error:
+        names = ", ".join(built_in_names())
+        raise UsageError(f"no model named {name}: {error}; built-in names: {names}") from error
+    return read_bundle(name, directory, tower)
+
+
+def _find_directory(name: str) -> tuple[str, Path]:
+    """The directory that a path or hub id names, and the name as archives store it.
+
+    Raises:
+        UsageError: there is none.
+    """
     if os.path.isdir(name):
-        path = os.path.abspath(name)  # archives store it, and workers have other working directories
-        return read_bundle(path, Path(path), tower)
+        path = os.path.abspath(name)  # workers have other working directories
+        return path, Path(path)
     if is_hub_id(name) and not os.path.exists(name):
-        try:
-            directory = hub_directory(name)
-        except UsageError as error:
-            names = ", ".join(built_in_names())
-            raise UsageError(f"no model named {name}: {error}; built-in names: {names}") from error
-        return read_bundle(name, directory, tower)
-    known = ", ".join(built_in_names()) or "none"
-    kind = "not a directory" if os.path.exists(name) else "no such directory, and no hub id of the form OWNER/NAME"
-    raise UsageError(f"no model named {name}: {kind}; built-in names: {known}")
+        return name, hub_directory(name)
+    if os.path.exists(name):
+        raise UsageError("not a directory")
+    raise UsageError("no such directory, and no hub id of the form OWNER/NAME")
 
 
 def list_bundles(tower: str | None = None) -> list[Bundle]:
@@ -338,7 +345,6 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
             hidden_size=int(values["hidden_size"]),
             context_length=int(values["max_position_embeddings"]),
             eos_ids=_eos_ids(path, values),
-            pad_pictures=values.get("image_aspect_ratio") == "pad",
             projector_type=str(values["mm_projector_type"]),
             tower=str(values["mm_vision_tower"]),
             llama={k: v for k, v in values.items() if k not in ("rope_scaling", "rope_theta", "vidx")}
@@ -445,12 +451,7 @@ def _tower_directory(directory: Path, tower: str) -> Path:
 
 def _other_tower(tower: str) -> tuple[str, Path]:
     """The vision tower given with --tower: its name as archives store it, and its directory."""
-    if os.path.isdir(tower):
-        path = os.path.abspath(tower)
-        return path, Path(path)
-    if is_hub_id(tower) and not os.path.exists(tower):
-        try:
-            return tower, hub_directory(tower)
-        except UsageError as error:
-            raise UsageError(f"--tower {tower}: {error}") from error
-    raise UsageError(f"--tower {tower}: no such directory, and no hub id of the form OWNER/NAME; give a CLIP")
+    try:
+        return _find_directory(tower)
+    except UsageError as error:
+        raise UsageError(f"--tower {tower}: {error}") from error

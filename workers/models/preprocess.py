@@ -8,11 +8,10 @@ the published run; with a tower of 336 pixels and ratio 1 nothing is resized.
 Imports no torch, because the decoder process uses `nearest_index`.
 """
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +43,7 @@ class PictureSettings:
     std: tuple[float, float, float]
 
 
+@lru_cache(maxsize=32)
 def nearest_index(source_size: int, side: int = FRAME_SIDE) -> np.ndarray:
     """The source pixel of each of `side` output pixels along one axis.
 
@@ -57,20 +57,9 @@ def nearest_index(source_size: int, side: int = FRAME_SIDE) -> np.ndarray:
         raise ValueError(f"nearest_index({source_size=}, {side=}): both must be at least 1")
     scale = np.float32(source_size) / np.float32(side)
     index = np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64)
-    return np.minimum(index, source_size - 1)
-
-
-def resize_nearest(pixels: np.ndarray, side: int = FRAME_SIDE) -> np.ndarray:
-    """Pictures resized to side x side by nearest neighbour, without keeping the aspect ratio.
-
-    Args:
-        pixels: (T, height, width, 3) uint8.
-    Returns:
-        (T, side, side, 3) uint8.
-    """
-    rows = nearest_index(pixels.shape[1], side)
-    columns = nearest_index(pixels.shape[2], side)
-    return pixels.take(rows, axis=1).take(columns, axis=2)  # three times as fast as both at once
+    index = np.minimum(index, source_size - 1)
+    index.flags.writeable = False  # shared by all callers
+    return index
 
 
 def split_blocks(pixels: np.ndarray, ratio: int) -> np.ndarray:
@@ -104,34 +93,6 @@ def frame_parts(pixels: np.ndarray, ratio: int, settings: PictureSettings) -> np
     return np.concatenate([blocks, _clip_resize(pixels, settings)[:, None]], axis=1)  # (T, r*r + 1, S, S, 3)
 
 
-def picture_parts(picture: np.ndarray, ratio: int, pad: bool, settings: PictureSettings) -> np.ndarray:
-    """The parts of a still picture that the tower sees in the published code; it is not resized to 336 x 336.
-
-    Source: released code, `split_image` and `process_images`. Blocks are cut from the picture in its own size. Each
-    block is padded to a square with the mean colour if config.json says `image_aspect_ratio: pad`; else the CLIP
-    processor crops it.
-
-    Args:
-        picture: (height, width, 3) uint8.
-    Returns:
-        (1, P, S, S, 3) uint8, as `frame_parts`.
-    """
-    parts = [*split_blocks(picture[None], ratio)[0], picture] if ratio > 1 else [picture]
-    if pad:
-        parts = [_pad_to_square(part, settings) for part in parts]
-    return np.concatenate([_clip_resize(part[None], settings) for part in parts])[None]  # (1, P, S, S, 3)
-
-
-def _pad_to_square(picture: np.ndarray, settings: PictureSettings) -> np.ndarray:
-    height, width = picture.shape[:2]
-    side = max(height, width)
-    square = np.empty((side, side, 3), dtype=np.uint8)
-    square[:] = [int(value * 255) for value in settings.mean]
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = picture
-    return square
-
-
 def _clip_resize(pictures: np.ndarray, settings: PictureSettings) -> np.ndarray:
     """Resize and centre crop of the CLIP processor: (n, h, w, 3) -> (n, S, S, 3)."""
     height, width = pictures.shape[1:3]
@@ -154,13 +115,10 @@ def read_settings(tower_directory: Path) -> PictureSettings:
     Raises:
         UsageError: the file is missing or no JSON, or has a setting that is not supported.
     """
+    from workers.models.checkpoint import read_json  # not at the top: the decoder process does not need it
+
     path = tower_directory / "preprocessor_config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read; a vision tower needs its image processor's settings") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
+    values = read_json(path)
     for step in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
         if not values.get(step, True):
             raise UsageError(f"{path}: {step} is false; only towers with the standard CLIP steps are supported")
@@ -193,24 +151,3 @@ def _side(value: int | dict[str, int], name: str) -> int:
 def _three(values: list[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return float(red), float(green), float(blue)
-
-
-def published_sample(frame_count: int, fps: float) -> list[int]:
-    """The frame indices that the published code samples from a video, about one per second.
-
-    Used for comparisons with the published numbers only; vidx samples by presentation time.
-    Source: released code, `load_video`: n = min(total, int(total // fps)), then `middle_of_segments`.
-    """
-    return middle_of_segments(frame_count, min(frame_count, int(frame_count // fps)))
-
-
-def middle_of_segments(frame_count: int, sample_count: int) -> list[int]:
-    """The middle of each of `sample_count` equal parts of [0, frame_count - 1].
-
-    Source: released code, `get_seq_frames`: borders are rounded half to even, middles are rounded down.
-    """
-    if sample_count < 1:
-        return []
-    length = (frame_count - 1) / sample_count
-    borders = [round(length * i) for i in range(sample_count + 1)]
-    return [(start + end) // 2 for start, end in pairwise(borders)]
