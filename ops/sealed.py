@@ -38,12 +38,10 @@ class SealedArchive:
     def write_index_file(self, name: str, data: bytes) -> None:
         """A file of the index, and what its manifest says of it."""
         manifest = self.checked_json("index.json")
-        entries = [file for kind in ("exact", "coded") for keys in manifest[kind] for file in keys["files"]]
-        for entry in [*entries, *([manifest["coarse"]] if manifest["coarse"] else [])]:
+        entries = [file for kind in ("exact", "coded") for file in manifest[kind]["files"]]
+        for entry in [*entries, *([manifest["centroids"]] if manifest["centroids"] else [])]:
             if entry["name"] == name:
-                head = len(data) if entry["head_bytes"] == entry["size_bytes"] else entry["head_bytes"]
                 entry |= {"size_bytes": len(data), "checksum": google_crc32c.value(data)}
-                entry |= {"head_bytes": head, "head_checksum": google_crc32c.value(data[:head])}
         (self.folder / "index" / name).write_bytes(data)
         self.write_checked_json("index.json", manifest)
 

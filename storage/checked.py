@@ -28,7 +28,7 @@ NAME = rf"[0-9A-Za-z][0-9A-Za-z_.-]{{0,{MOST_NAME - 1}}}"
 _NAME_BYTES = (string.ascii_letters + string.digits + "_.-").encode()
 _ID = r"[0-9a-f]{32}"
 JOB_ID = re.compile(_ID)
-INDEX_NAME = re.compile(_ID + r"\.(faiss|codes|runs|rows|coarse)")
+INDEX_NAME = re.compile(_ID + r"\.(keys|codes|runs|rows|centroids)")
 VIDEO_ID = "[0-9a-f]{64}"  # these are read by Python and by Arrow
 LINE = r"[^\x00-\x1f\x7f]*"
 

@@ -65,11 +65,11 @@ def test_a_sweep_removes_files_that_nothing_names_for_a_week_and_nothing_else(ar
     archive.videos.publish([row_for(archive, 2, 9)])
     archive.parts.commit([receipt_for(archive, 3, random_rows(5))])  # not published
     update_index(archive)
-    orphans = {"frames/a.parquet", "frames/a.parquet.b.tmp", "videos/c.parquet", "numbers/d.parquet", "index/e.faiss"}
+    orphans = {"frames/a.parquet", "frames/a.parquet.b.tmp", "videos/c.parquet", "numbers/d.parquet", "index/e.keys"}
     for name in orphans:
         (folder_of(archive) / name).write_bytes(b"x")
     make_old(archive)
-    for name in ("frames/young.parquet", "index/young.faiss"):
+    for name in ("frames/young.parquet", "index/young.keys"):
         (folder_of(archive) / name).write_bytes(b"x")
     before = held_files(archive)
     assert sweep(archive) == len(orphans)

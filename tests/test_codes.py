@@ -17,8 +17,7 @@ from storage.care.clean import sweep
 from storage.errors import ArchiveError
 from storage.files import local_path
 from storage.parts.read import read_keys
-from storage.vectors import centroids as coarse
-from storage.vectors import codes as coded_keys
+from storage.vectors import centroids, codes, nearest
 from storage.vectors import vector_index as vectors
 from storage.vectors.vector_index import improve_index, index_faults, open_index, update_index
 
@@ -30,8 +29,8 @@ def archive(tmp_path, monkeypatch, request):
     """Empty; the frames of what is added look alike in shots of so many."""
     monkeypatch.setattr(small_archive, "SHOT_FRAMES", request.param)
     monkeypatch.setattr(vectors, "EXACT_KEYS", 500)
-    monkeypatch.setattr(vectors, "NARROW_ROWS", 20)
-    monkeypatch.setattr(coarse, "ROUTER_LISTS", 64)  # so that both steps of training and assigning run
+    monkeypatch.setattr(nearest, "NARROW_ROWS", 20)
+    monkeypatch.setattr(centroids, "ROUTER_LISTS", 64)  # so that both steps of training and assigning run
     return create_archive(str(tmp_path / "archive"), model_id=MODEL_ID, model_name="tiny")
 
 
@@ -46,6 +45,10 @@ def suffixes(archive):
     return sorted(name.rsplit(".", 1)[1] for name in os.listdir(index_folder(archive)) if not name.endswith(".lock"))
 
 
+def names(archive, *kinds):
+    return sorted(name for name in os.listdir(index_folder(archive)) if name.rsplit(".", 1)[1] in kinds)
+
+
 def recall(archive, index, k=10, rows=None, frames=None):
     """Share of the true best k that are found, over some queries."""
     shares = []
@@ -58,9 +61,9 @@ def recall(archive, index, k=10, rows=None, frames=None):
 
 def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     fill(archive, range(1, 9))
-    assert suffixes(archive) == ["faiss", "json"]
+    assert suffixes(archive) == ["json", "keys"]
     fill(archive, [9])
-    assert suffixes(archive) == ["coarse", "codes", "json", "rows", "runs"]
+    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
     index = open_index(archive)
     assert (index.frame_count, index.pending_count, index.rebuilt) == (540, 0, False)
     assert recall(archive, index) > 0.98
@@ -70,24 +73,50 @@ def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     assert np.allclose(keys @ unit(3), [hit.score for hit in hits], atol=1e-6)
 
 
-def test_additions_are_coded_by_the_same_lists_and_joined(archive):
+def test_additions_are_exact_until_they_are_many_and_are_coded_by_the_same_lists_then(archive):
     fill(archive, range(1, 10))
-    for name in range(10, 20):
-        fill(archive, [name], count=30)
+    main = names(archive, "centroids", "codes", "runs", "rows")
+    for name in range(10, 19):
+        fill(archive, [name], count=50)
+        assert names(archive, "centroids", "codes", "runs", "rows") == main
+        assert len(names(archive, "keys")) == 1
         assert recall(archive, open_index(archive)) > 0.97
-    names = suffixes(archive)
-    assert names.count("coarse") == 1
-    assert 1 < names.count("codes") == names.count("rows") <= 5
+    fill(archive, range(19, 21), count=50)
+    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert names(archive, "centroids") == [name for name in main if name.endswith("centroids")]
+    assert recall(archive, open_index(archive)) > 0.97
     assert list(index_faults(archive)) == []
-    assert open_index(archive).frame_count == 840
+    assert open_index(archive).frame_count == 1090
+
+
+def test_an_index_that_is_built_a_few_videos_at_a_time_holds_what_one_built_at_once_holds(archive, monkeypatch):
+    fill(archive, range(1, 10))
+    wanted = [open_index(archive).search(unit(seed), 10) for seed in range(5)]
+    vectors.drop_index(archive)
+    monkeypatch.setattr(vectors, "BUILD_KEYS", 130)
+    assert open_index(archive).rebuilt
+    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert list(index_faults(archive)) == []
+    assert [open_index(archive).search(unit(seed), 10) for seed in range(5)] == wanted
+
+
+def test_more_keys_than_are_written_at_once_go_into_the_codes(archive, monkeypatch):
+    fill(archive, range(1, 10))
+    monkeypatch.setattr(vectors, "MOST_EXACT_KEYS", 100)
+    for name in range(10, 14):
+        add_video(archive, name, 60)
+    update_index(archive)
+    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert open_index(archive).frame_count == 780
+    assert recall(archive, open_index(archive)) > 0.97
 
 
 def test_lists_are_made_anew_when_the_archive_has_outgrown_them(archive, monkeypatch):
     fill(archive, range(1, 10))
-    (before,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".coarse")]
+    (before,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".centroids")]
     monkeypatch.setattr(vectors, "GROWTH", 1.5)
     fill(archive, range(10, 16))
-    (after,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".coarse")]
+    (after,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".centroids")]
     assert before != after
     assert suffixes(archive).count("codes") == 1
     assert recall(archive, open_index(archive)) > 0.98
@@ -142,7 +171,7 @@ def test_an_archive_that_shrinks_is_searched_exactly_again(archive):
     archive.videos.delete([archive.videos.find(f"{name}.mp4") for name in range(1, 9)])
     update_index(archive, max_retired=0)
     improve_index(archive)
-    assert suffixes(archive) == ["faiss", "json"]
+    assert suffixes(archive) == ["json", "keys"]
     assert_same(open_index(archive).search(unit(1), 120), brute_force(archive, unit(1), 120))
 
 
@@ -168,7 +197,7 @@ def test_a_search_that_meets_a_damaged_place_says_so_and_blames_no_part(archive)
         best = open_index(archive).search(unit(0), 1)[0]
         (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".rows")]
         path = os.path.join(index_folder(archive), name)
-        rows = np.memmap(path, coded_keys._ROW, "r+")
+        rows = np.memmap(path, codes._ROW, "r+")
         (place,) = np.flatnonzero(rows["row_id"] == (best.video_number << 32) | best.frame_index)
         rows[field][place] ^= 1
         rows.flush()
@@ -221,7 +250,7 @@ def suffixed(archive):
 def test_damage_in_any_file_is_named_or_made_good(archive):
     fill(archive, range(1, 10))
     random = np.random.default_rng(1)
-    for suffix in ("codes", "runs", "rows", "coarse"):
+    for suffix in ("codes", "runs", "rows", "centroids"):
         for _ in range(4):
             (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(suffix)]
             path = os.path.join(index_folder(archive), name)
@@ -238,19 +267,18 @@ def test_damage_in_any_file_is_named_or_made_good(archive):
 
 def test_a_lost_file_is_written_again_from_the_parts(archive):
     fill(archive, range(1, 10))
-    for suffix in ("codes", "runs", "rows", "coarse"):
+    for suffix in ("codes", "runs", "rows", "centroids"):
         (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(suffix)]
         os.remove(os.path.join(index_folder(archive), name))
         assert open_index(archive).rebuilt
         assert recall(archive, open_index(archive)) > 0.98
-        assert suffixes(archive) == ["coarse", "codes", "json", "rows", "runs"]
+        assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
 
 
 def test_a_search_that_meets_a_damaged_key_says_so(archive):
-    fill(archive, range(1, 10))
-    rows = add_video(archive, 30, 40)
-    update_index(archive)
-    (part,) = [part for part in archive.frames.parts() if part.video_number == reserve(archive, 30)]
+    rows = add_video(archive, 1, 60)
+    fill(archive, range(2, 10))
+    (part,) = [part for part in archive.frames.parts() if part.video_number == reserve(archive, 1)]
     path = os.path.join(local_path(archive.frames_uri).decode(), part.path)
     key = rows.tokens.search_key[7]
     with open(path, "rb") as file:
@@ -271,10 +299,10 @@ def test_parts_without_keys_stay_pending_in_a_coded_index(archive):
 
 def test_lists_that_find_too_little_are_made_anew(archive, monkeypatch):
     fill(archive, range(1, 10))
-    (before,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".coarse")]
+    (before,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".centroids")]
     fill(archive, range(10, 13))
     assert os.path.exists(os.path.join(index_folder(archive), before))
-    monkeypatch.setattr(coded_keys, "PROBES", 1)
+    monkeypatch.setattr(codes, "PROBES", 1)
     assert open_index(archive).recall() < 0.9
     fill(archive, range(13, 17))
     assert not os.path.exists(os.path.join(index_folder(archive), before))
@@ -287,12 +315,12 @@ def test_a_list_of_unlike_keys_is_looked_into_before_one_of_alike_keys_that_lies
         direction + noise * random.standard_normal((400, 16)) for direction, noise in ((alike, 0.02), (unlike, 0.2))
     ]
     keys = [group / np.linalg.norm(group, axis=1, keepdims=True) for group in keys]
-    lists = coarse.Coarse.train(np.concatenate(keys).astype(np.float32), 2)
+    lists = centroids.Centroids.train(np.concatenate(keys).astype(np.float32), 2)
     first, second = (np.bincount(lists.assign(lists.rotate(group))).argmax() for group in keys)
     assert first != second
     assert lists.reaches[second] > 3 * lists.reaches[first]
-    centroids = lists.centroids.astype(np.float32)
-    between = np.linalg.solve(np.stack([centroids[first], centroids[second]])[:, :2], [0.5, 0.5])
+    rotated = lists.rotated.astype(np.float32)
+    between = np.linalg.solve(np.stack([rotated[first], rotated[second]])[:, :2], [0.5, 0.5])
     query = np.zeros(16, np.float32)
     query[:2] = between  # its products with both centroids are the same
     products, order = lists.probe(query, 2)

@@ -130,9 +130,7 @@ def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, 
             while not any("frames/s; " in line for line in heard):  # it indexes
                 heard.append(job.stderr.readline())
                 assert heard[-1], heard
-            for pid in [*descendants(process.pid), process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            kill_all(process)
             if how == "ctrl-c":
                 job.send_signal(signal.SIGINT)
             _, err = job.communicate(timeout=120)
@@ -141,6 +139,34 @@ def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, 
     told = "interrupted; what was finished is committed" if how == "ctrl-c" else "does not answer any more"
     assert told in err
     assert vidx("verify", "--archive", place).code == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_question_whose_cluster_dies_ends_with_a_word(vidx, where, archive):
+    with ray_cluster() as (process, inside, outside):
+        command = [VIDX, "chat", "--archive", archive, "--video", "nano_scenes_1.mp4@1-5"]
+        command += ["--address", inside if where == "inside" else outside]
+        with subprocess.Popen(
+            command, env=os.environ | ENVIRONMENT, stdin=-1, stdout=-1, stderr=-1, text=True, bufsize=1
+        ) as talk:
+            talk.stdin.write("What is there?\n")
+            heard = talk.stdout.readline()
+            while "a cow" not in heard:
+                heard = talk.stdout.readline()
+                assert heard
+            kill_all(process)
+            _, err = talk.communicate("Where is the tent?\n", timeout=120)
+    assert talk.returncode == 6, err
+    assert "Traceback" not in err
+    assert "ask again" in err
+
+
+def kill_all(process):
+    """Kills a cluster that a process has started, with that process."""
+    for pid in [*descendants(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid):

@@ -257,7 +257,7 @@ def test_a_repair_that_lost_rows_does_not_end_as_if_all_were_well(archive, vidx)
 
 
 def test_a_damaged_index_is_built_anew(archive):
-    (path,) = folder(archive, "index").glob("*.faiss")
+    (path,) = folder(archive, "index").glob("*.keys")
     flip(path, 4)
     assert repair(archive.uri).to_index == ()
     assert verify(archive.uri).faults == ()

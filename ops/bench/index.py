@@ -32,7 +32,8 @@ from storage.archive.frames import Rows
 from storage.files import tree_size
 from storage.parts.read import part_keys
 from storage.vectors.exact_keys import part_row_ids
-from storage.vectors.vector_index import Index, drop_index, improve_index, open_index, update_index
+from storage.vectors.nearest import Index
+from storage.vectors.vector_index import drop_index, improve_index, open_index, update_index
 from workers.models.bundle import find_bundle
 from workers.vision.clip_text import TextEncoder
 

@@ -18,7 +18,8 @@ from storage.errors import UsageError
 from storage.files import source_text
 from storage.parts.read import read_keys
 from storage.records import FrameRef, Moment
-from storage.vectors.vector_index import Index, open_index
+from storage.vectors.nearest import Index
+from storage.vectors.vector_index import open_index
 from workers.models.bundle import Bundle, find_bundle
 
 HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for

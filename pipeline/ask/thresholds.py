@@ -20,8 +20,9 @@ from storage.checked import Wrong, finite, member, text, whole
 from storage.errors import UsageError
 from storage.files import join
 from storage.parts.read import part_keys
-from storage.vectors.contents import FLOORS, Damaged, read_json, write_json
-from storage.vectors.vector_index import Index, open_index
+from storage.vectors.index_manifest import THRESHOLDS, Damaged, read_json, write_json
+from storage.vectors.nearest import Index
+from storage.vectors.vector_index import open_index
 from workers.models.bundle import Bundle
 from workers.vision.clip_text import TextEncoder
 
@@ -79,7 +80,7 @@ def update_thresholds(archive: Archive, bundle: Bundle) -> None:
             content["text"] = asdict(text_threshold(bundle, open_index(archive)))
         except UsageError:
             return  # a text tower that cannot be used: who searches by text is told
-    write_json(join(archive.index_uri, FLOORS), content)
+    write_json(join(archive.index_uri, THRESHOLDS), content)
 
 
 def text_threshold(bundle: Bundle, index: Index) -> Threshold:
@@ -121,7 +122,7 @@ def _content(archive: Archive) -> tuple[int, dict[str, Threshold]]:
     Nothing where it is damaged or another model's, so that it is worked out anew.
     """
     try:
-        content = read_json(join(archive.index_uri, FLOORS))
+        content = read_json(join(archive.index_uri, THRESHOLDS))
         if member(content, "model_id") != archive.model_id:
             return 0, {}
         kinds = [kind for kind in ("text", "picture") if kind in content]

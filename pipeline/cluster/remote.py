@@ -20,7 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.ask.answer import Asked, Asker, Chosen, Say, silent
 from pipeline.ask.filter import Filter
 from pipeline.ask.search import bundle_of
-from pipeline.cluster.connect import first_line, start_ray
+from pipeline.cluster.connect import address_of_joined, first_line, start_ray
+from pipeline.cluster.supervise import LOOK_SECONDS, watch_joined_ray
 from storage.archive.archive import Archive, open_archive
 from storage.errors import ClusterError, UsageError, VidxError
 from storage.records import Answer, FrameRef
@@ -62,6 +63,7 @@ class RemoteAsker:
         """
         start_ray(address)
         self._address = address
+        self._watch = watch_joined_ray(address, address_of_joined(address), "ask again when it is back")
         self._numbers = itertools.count()
         have = ray.cluster_resources()
         gpus = min(1, int(have.get("GPU", 0))) if options.device != "cpu" else 0
@@ -121,7 +123,7 @@ class RemoteAsker:
             result = self._worker.call.remote(number, name, arguments, others)
             while True:
                 said = self._worker.said.remote(number)
-                if result in ray.wait([said, result], num_returns=1)[0]:
+                if result in self._first_of(said, result):
                     self._get(result)  # raises where the call has failed before it could say so
                 for kind, text in self._get(said):
                     if kind == "end":
@@ -136,9 +138,22 @@ class RemoteAsker:
         except (RayError, ConnectionError) as error:
             raise self._lost(error) from error
 
+    def _first_of(self, *references: Any) -> list[Any]:
+        """The references that are there, as soon as one is.
+
+        Raises:
+            ClusterError: the cluster has died; Ray itself would wait for a minute and then end this process.
+        """
+        while True:
+            found, _ = ray.wait([*references], num_returns=1, timeout=LOOK_SECONDS)
+            if found:
+                return found
+            if self._watch.has_died:
+                raise self._watch.error()
+
     def _get(self, reference: Any) -> Any:
         try:
-            return ray.get(reference)
+            return ray.get(self._first_of(reference)[0])
         except RayTaskError as error:
             if isinstance(error.cause, VidxError):
                 raise error.cause from None

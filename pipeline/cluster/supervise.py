@@ -38,19 +38,24 @@ class RayWatch:
 
     Attributes:
         word: what to say of the death.
+        advice: what the user can do then.
         has_died: whether that was seen at the last look, LOOK_SECONDS ago at most; `is_dead` looks now.
     """
 
-    def __init__(self, is_dead: Callable[[], bool], word: str, silent_seconds: float = 0.0) -> None:
+    def __init__(
+        self, is_dead: Callable[[], bool], word: str, silent_seconds: float = 0.0, advice: str = GO_ON
+    ) -> None:
         """Begins to watch.
 
         Args:
-            is_dead: looks whether the cluster is.
+            is_dead: looks whether the cluster is dead.
             word: what to say then.
             silent_seconds: for how long it has to look dead before it is taken to be.
+            advice: what the user can do then.
         """
         self.is_dead = is_dead
         self.word = word
+        self.advice = advice
         self.has_died = False
         self._silent_seconds = silent_seconds
         self._over = threading.Event()
@@ -67,7 +72,7 @@ class RayWatch:
 
     def error(self, detail: str = "") -> ClusterError:
         """What is told of the death."""
-        return ClusterError(f"{self.word}{detail and f': {detail}'}; {GO_ON}")
+        return ClusterError(f"{self.word}{detail and f': {detail}'}; {self.advice}")
 
     def stop(self) -> None:
         """Watches no more."""
@@ -96,12 +101,13 @@ def watch_own_ray() -> RayWatch:
     return RayWatch(is_dead, RAY_DIED)
 
 
-def watch_joined_ray(name: str, address: str) -> RayWatch:
+def watch_joined_ray(name: str, address: str, advice: str = GO_ON) -> RayWatch:
     """A watch over a cluster that others started.
 
     Args:
         name: the cluster's, as the user gave it.
         address: HOST:PORT of its head, or of its server for clients.
+        advice: what the user can do when it has died.
     """
     host, _, port = address.rpartition(":")
 
@@ -112,7 +118,7 @@ def watch_joined_ray(name: str, address: str) -> RayWatch:
             return True
         return False
 
-    return RayWatch(is_dead, f"the cluster at {name} does not answer any more", SILENT_SECONDS)
+    return RayWatch(is_dead, f"the cluster at {name} does not answer any more", SILENT_SECONDS, advice)
 
 
 def end_at_once(word: str) -> NoReturn:

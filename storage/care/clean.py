@@ -13,7 +13,7 @@ from storage.archive.claims import Job, oldest_start
 from storage.archive.delta import unnamed_files
 from storage.archive.settings import TABLES
 from storage.files import file_path, join, list_names, remove
-from storage.vectors.contents import TRAINING, locked
+from storage.vectors.index_manifest import TRAINING, locked
 from storage.vectors.vector_index import improve_index, named_files, update_index
 
 SWEEP_AGE_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened

@@ -1,6 +1,6 @@
-"""The lists that coded keys are sorted into: a rotation and centroids, of all files of codes together.
+"""Centroids: each coded key stands in the list of the centroid that is nearest to it.
 
-ID.coarse   E as int64, rotation (E, E) float32, centroids (L, E) float16, reaches (L,) float32
+ID.centroids    E as int64, rotation (E, E) float32, centroids (L, E) float16, reaches (L,) float32
 """
 
 from functools import cached_property
@@ -9,36 +9,37 @@ import faiss
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.vectors.contents import MOST_WIDTH, Damaged, Written, map_checked, write_file
+from storage.vectors.exact_keys import scalar_index
+from storage.vectors.index_manifest import MOST_WIDTH, Damaged, Written, map_whole, write_file
 
 ITERATIONS = 12
-REFINE_ITERATIONS = 3  # over all keys and lists where these were made in two steps
+REFINE_ITERATIONS = 3  # over all keys and centroids, after the two steps
 REFINE_PRODUCTS = 1 << 31  # of a key and a centroid; more take longer than they are worth
-REACH = 0.2  # times the root mean square distance of a list's keys to its centroid: how far its best lies above that
-ROUTER_LISTS = 4096  # more centroids than that are found through an index of their own when keys are assigned
+REACH = 0.2  # of the root mean square distance of a list's keys to their centroid
+ROUTER_LISTS = 4096  # with more centroids, keys are assigned through an index of the centroids
 
 
-class Coarse:
-    """The lists that keys are sorted into.
+class Centroids:
+    """A rotation, and one centroid for each list.
 
     Attributes:
-        rotation: (E, E) float32, orthogonal: RaBitQ wants dimensions that are alike.
-        centroids: (L, E) float16, rotated.
-        reaches: (L,) float32, about how much more than its centroid's a list's best product with a query is. It counts
-            where queries are texts: these lie far from all pictures, and a list of unlike ones may hold the best.
+        rotation: (E, E) float32, orthogonal. RaBitQ assumes that all dimensions matter alike.
+        rotated: (L, E) float16, the centroids after the rotation.
+        reaches: (L,) float32, about how far the best product of a query with a key of the list exceeds its product
+            with the centroid. It matters for texts: they lie far from all pictures, and the best picture may be in a
+            list of unlike ones.
+        quantizer: the centroids as FAISS takes them.
     """
 
-    def __init__(self, rotation: np.ndarray, centroids: np.ndarray, reaches: np.ndarray):
+    def __init__(self, rotation: np.ndarray, rotated: np.ndarray, reaches: np.ndarray):
         self.rotation = rotation
-        self.centroids = centroids
+        self.rotated = rotated
         self.reaches = reaches
-        count, width = centroids.shape
-        self.quantizer = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        self.quantizer.add_sa_codes(centroids.view(np.uint8).reshape(count, 2 * width))
+        self.quantizer = scalar_index(rotated)
 
     @classmethod
-    def train(cls, keys: np.ndarray, list_count: int) -> "Coarse":
-        """About so many centroids of (S, E) float32 keys; many of them in two steps, groups and then their parts."""
+    def train(cls, keys: np.ndarray, list_count: int) -> "Centroids":
+        """About `list_count` centroids of (S, E) float32 keys. Many are found in two steps: groups, then each group."""
         width = keys.shape[1]
         rotation = np.linalg.qr(np.random.default_rng(width).standard_normal((width, width)))[0].astype(np.float32)
         rotated = keys @ rotation.T
@@ -63,25 +64,25 @@ class Coarse:
     @property
     def list_count(self) -> int:
         """L."""
-        return len(self.centroids)
+        return len(self.rotated)
 
     def rotate(self, keys: np.ndarray) -> np.ndarray:
         """(T, E) float32."""
         return np.ascontiguousarray(keys.astype(np.float32, copy=False) @ self.rotation.T)
 
     def assign(self, rotated: np.ndarray) -> np.ndarray:
-        """(T,) int64: the list of each rotated key, that of its nearest centroid."""
+        """(T,) int64: for each rotated key the list of its nearest centroid."""
         return np.ascontiguousarray(self._router.search(rotated, 1)[1][:, 0])
 
     def probe(self, rotated: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where to look for what fits a rotated query (E,): (1, count) float32 products with centroids, and lists."""
+        """The lists to search for a rotated query (E,): (1, count) float32 products with the centroids, and lists."""
         products, lists = self.quantizer.search(rotated[None], min(2 * count, self.list_count))
         best = np.argsort(-(products[0] + self.reaches[lists[0]]), kind="stable")[:count]
         return np.ascontiguousarray(products[:, best]), np.ascontiguousarray(lists[:, best])
 
     @cached_property
     def _router(self) -> faiss.Index:
-        centroids, width = self.centroids.astype(np.float32), self.centroids.shape[1]
+        centroids, width = self.rotated.astype(np.float32), self.rotated.shape[1]
         flat = faiss.IndexFlatL2(width)
         if faiss.get_num_gpus() or self.list_count < ROUTER_LISTS:
             flat.add(centroids)
@@ -105,28 +106,28 @@ def _cluster(keys: np.ndarray, count: int, begun: np.ndarray | None = None) -> f
 
 
 def list_count_for(key_count: float) -> int:
-    """How many lists: the power of two next to four times the root of the keys."""
+    """How many lists suit so many keys: the power of two nearest to four times their square root."""
     return 1 << round(np.log2(4 * np.sqrt(key_count)))
 
 
-def write_coarse(archive: Archive, coarse: Coarse) -> Written:
+def write_centroids(archive: Archive, centroids: Centroids) -> Written:
     """Centroids as a file of the index.
 
     Raises:
         ArchiveError: the index cannot be written.
     """
-    width = np.array([len(coarse.rotation)], "<i8")
-    pieces = (width, coarse.rotation.astype("<f4"), coarse.centroids.astype("<f2"), coarse.reaches.astype("<f4"))
-    return write_file(archive, ".coarse", lambda new: sum(new.file.write(piece.tobytes()) for piece in pieces))
+    width = np.array([len(centroids.rotation)], "<i8")
+    arrays = centroids.rotation.astype("<f4"), centroids.rotated.astype("<f2"), centroids.reaches.astype("<f4")
+    return write_file(archive, "centroids", (piece.tobytes() for piece in (width, *arrays)))
 
 
-def open_coarse(archive: Archive, file: Written) -> Coarse:
-    """What was written.
+def open_centroids(archive: Archive, file: Written) -> Centroids:
+    """The centroids of the index.
 
     Raises:
-        Damaged: they are not what was written.
+        Damaged: the file differs from what was written.
     """
-    data = map_checked(archive, file)
+    data = map_whole(archive, file)
     try:
         width = int(data[:8].view("<i8")[0])
         end = 8 + 4 * width * width
@@ -135,12 +136,15 @@ def open_coarse(archive: Archive, file: Written) -> Coarse:
             raise ValueError(f"{len(data)} bytes for width {width}")
         rotation, reaches = data[8:end].view("<f4").reshape(width, width), data[len(data) - 4 * count :].view("<f4")
         if not (np.isfinite(rotation).all() and np.isfinite(reaches).all()):
-            raise ValueError("values that are no numbers")
-        return Coarse(rotation, data[end : len(data) - 4 * count].view("<f2").reshape(count, width), reaches)
+            raise ValueError("NaN or infinity")
+        return Centroids(rotation, data[end : len(data) - 4 * count].view("<f2").reshape(count, width), reaches)
     except (ValueError, IndexError) as error:
         raise Damaged(f"{file.name}: {error}") from error
 
 
 def multiply(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """Their product, in this thread: NumPy's own wakes others, which are in the way of FAISS's for milliseconds."""
+    """The product of a matrix and a vector, in this thread.
+
+    NumPy's own product wakes other threads, which then slow FAISS's threads for milliseconds.
+    """
     return np.einsum("ij,j->i", matrix, vector, optimize=False)

@@ -1,9 +1,11 @@
-"""Search keys as they are stored, float16, in FAISS files that are mapped and scanned: search is exact.
+"""Search keys as they are stored, float16, of which a search compares each.
 
-ID.faiss: FAISS IDMap over SQfp16, row id = video number << 32 | frame index, keys in the order of their parts.
+ID.keys     frame indexes (N,) uint32, then keys (N, E) float16, both in the order of the parts
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import faiss
 import numpy as np
@@ -11,68 +13,92 @@ import numpy as np
 from storage.archive.archive import Archive
 from storage.archive.frames import read_times
 from storage.errors import DamagedError
-from storage.files import NewFile, join, source_text
+from storage.files import join, source_text
 from storage.parts.read import part_keys
-from storage.vectors.contents import (
-    MANIFEST,
+from storage.vectors.index_manifest import (
     MOST_WIDTH,
     Covered,
     Damaged,
     KeyFile,
-    check_whole,
-    map_checked,
-    path_of,
+    PartKeys,
+    map_whole,
     write_file,
 )
 
-MAX_EXACT = 1 << 17  # what an update holds in memory: 200 MB of keys of width 768
-MAX_WIDTH = 1 << 16
-_WIDTH, _COUNT = slice(4, 8), slice(8, 16)  # of a FAISS index's header: its dimensions, and its vectors
-_INNER_COUNT = slice(45, 53)  # the same of the index within IDMap
 
-
+@dataclass(frozen=True, eq=False)
 class ExactKeys:
     """Keys of some parts, in memory or mapped.
 
     Attributes:
-        covered: whose keys, in their order.
+        frame_indexes: (N,) uint32.
+        keys: (N, E) float16.
+        covered: the parts that they belong to.
     """
 
-    def __init__(self, index: faiss.IndexIDMap, covered: Covered):
-        self._index = index
-        self._keys = faiss.downcast_index(index.index)  # by place, so that a selector can be a bitmap
-        self.covered = covered
-        self.row_ids = faiss.vector_to_array(index.id_map)
-        if len(self.row_ids) != covered.key_count or index.ntotal != covered.key_count:
-            raise Damaged(f"{index.ntotal} keys of {covered.key_count}")
+    frame_indexes: np.ndarray
+    keys: np.ndarray
+    covered: Covered
 
     @property
     def width(self) -> int:
         """E."""
-        return self._index.d
+        return self.keys.shape[1]
 
-    def search(self, query: np.ndarray, k: int, mask: np.ndarray | None) -> list[tuple[float, int]]:
-        """(score, row id) of the best keys, of those that the mask, (keys,) bool, lets through."""
+    @cached_property
+    def row_ids(self) -> np.ndarray:
+        """(N,) int64: video number and frame index of each key."""
+        return row_ids_of(np.repeat(self.covered.video_numbers, self.covered.key_counts), self.frame_indexes)
+
+    @cached_property
+    def _index(self) -> faiss.IndexScalarQuantizer:
+        return scalar_index(self.keys)
+
+    def search(self, query: np.ndarray, k: int, passing: np.ndarray | None) -> list[tuple[float, int]]:
+        """(score, row id) of the best keys.
+
+        Args:
+            query: (E,) float32.
+            k: at most so many.
+            passing: (N,) bool, the keys that may be found; None for all.
+        """
         parameters = None
-        if mask is not None:
-            bits = np.packbits(mask, bitorder="little")
+        if passing is not None:
+            bits = np.packbits(passing, bitorder="little")
             parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-        scores, places = self._keys.search(query[None], min(k, self._index.ntotal), params=parameters)
+        scores, places = self._index.search(query[None], min(k, len(self.keys)), params=parameters)
         found = zip(scores[0].tolist(), places[0].tolist(), strict=True)
         return [(score, int(self.row_ids[place])) for score, place in found if place >= 0]  # FAISS pads with -1
 
+    def holds(self, archive: Archive, path: str) -> bool:
+        """Whether the keys of a part are those that it stores.
+
+        Raises:
+            ArchiveError: the part is missing or damaged.
+        """
+        place, stored = self.covered.order[path], part_keys(archive.frames_uri, path)
+        rows = slice(*self.covered.starts[place : place + 2])
+        if stored is None or not self.covered.key_counts[place]:
+            return stored is None and not self.covered.key_counts[place]
+        row_ids = part_row_ids(archive, path, int(self.covered.video_numbers[place]))
+        return np.array_equal(self.keys[rows], stored) and np.array_equal(self.row_ids[rows], row_ids)
+
     def passing(self, parts: Iterable[tuple[int, np.ndarray | None]]) -> np.ndarray:
-        """(keys,) bool: those of some parts, given by their order and the rows in each, None for all of them."""
-        mask = np.zeros(self.covered.key_count, bool)
+        """(N,) bool: the keys of some parts, given by their position and the rows in each, None for all rows."""
+        mask = np.zeros(len(self.keys), bool)
         for part, rows in parts:
             start, end = self.covered.starts[part : part + 2]
             mask[slice(start, end) if rows is None else start + rows] = True
         return mask
 
-    def keys(self, part: int) -> np.ndarray:
-        """(T, E) float16: the keys of one of the parts."""
-        start, count = int(self.covered.starts[part]), int(self.covered.key_counts[part])
-        return self._keys.reconstruct_n(start, count).astype(np.float16)
+
+def scalar_index(keys: np.ndarray) -> faiss.IndexScalarQuantizer:
+    """A FAISS index of (N, E) float16 keys by inner product."""
+    count, width = keys.shape
+    index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    # The codes of QT_fp16 are the float16 keys themselves; FAISS's own encoder takes 20 times as long.
+    index.add_sa_codes(np.ascontiguousarray(keys).view(np.uint8).reshape(count, 2 * width))
+    return index
 
 
 def row_ids_of(video_number: np.ndarray | int, frame_index: np.ndarray) -> np.ndarray:
@@ -90,12 +116,12 @@ def part_row_ids(archive: Archive, path: str, video_number: int) -> np.ndarray:
 
 
 def keys_of(archive: Archive, path: str, row_count: int, width: int | None) -> np.ndarray | None:
-    """(T, E) float16: the search keys of a part, None where it keeps none.
+    """(T, E) float16: the search keys of a part, None where it has none.
 
     Args:
-        archive: whose part.
+        archive: the archive of the part.
         path: the part.
-        row_count: as the log says it.
+        row_count: its count of rows in the table's log.
         width: E of the keys that these will stand beside; None for any.
     Raises:
         ArchiveError: the part is missing or damaged, or has other keys.
@@ -108,120 +134,62 @@ def keys_of(archive: Archive, path: str, row_count: int, width: int | None) -> n
     raise DamagedError(f"{place}: damaged: it has {len(keys)} rows with keys of width {keys.shape[1]}, and {wanted}")
 
 
-def build_exact(archive: Archive, parts: Sequence[tuple[str, int, int]]) -> tuple[faiss.IndexIDMap | None, Covered]:
-    """The keys of parts, given by path, video number and row count; no index where they keep none.
+def build_exact(archive: Archive, parts: Sequence[PartKeys]) -> ExactKeys:
+    """The keys of parts, given by path, video number and row count.
 
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    index, covered = None, []
+    indexes, covered = [np.empty(0, np.uint32)], []
+    keys: list[np.ndarray] = []
     for path, number, row_count in parts:
-        keys = keys_of(archive, path, row_count, None if index is None else index.d)
-        covered.append((path, number, 0 if keys is None else len(keys)))
-        if keys is None:
-            continue
-        if index is None:
-            index = _empty(keys.shape[1])
-        # The codes of QT_fp16 are the float16 keys themselves; FAISS's own encoder takes 20 times as long.
-        index.add_sa_codes(keys.view(np.uint8), part_row_ids(archive, path, number))
-    return index, Covered.of(covered)
+        stored = keys_of(archive, path, row_count, keys[0].shape[1] if keys else None)
+        covered.append((path, number, 0 if stored is None else len(stored)))
+        if stored is not None:
+            indexes.append(read_times(archive.frames_uri, path).frame_index.astype(np.uint32))
+            keys.append(stored)
+    return ExactKeys(np.concatenate(indexes), _joined(keys), Covered.of(covered))
 
 
-def _empty(width: int) -> faiss.IndexIDMap:
-    scalar = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    index = faiss.IndexIDMap(scalar)
-    index.referenced_objects = [scalar]
-    return index
-
-
-def write_exact(archive: Archive, parts: Sequence[tuple[str, int, int]]) -> KeyFile:
-    """The same as a file of the index.
+def join_exact(files: Sequence[ExactKeys], live: Container[str]) -> ExactKeys:
+    """Several groups of keys as one, without the parts that are not in `live`.
 
     Raises:
-        ArchiveError: a part is missing or damaged, or the index cannot be written.
+        Damaged: their keys are not of one width.
     """
-    index, covered = build_exact(archive, parts)
-    if index is None:
-        return KeyFile((), covered)
-    data = faiss.serialize_index(index)
+    kept = [file.covered.keep(live) for file in files]
+    keys = [file.keys[keep] for file, keep in zip(files, kept, strict=True) if keep.any()]
+    if len({piece.shape[1] for piece in keys}) > 1:
+        raise Damaged("keys of several widths")
+    indexes = np.concatenate([file.frame_indexes[keep] for file, keep in zip(files, kept, strict=True)])
+    covered = [part for file in files for part in file.covered.parts() if part[0] in live]
+    return ExactKeys(indexes, _joined(keys), Covered.of(covered))
 
-    def write(new: NewFile) -> int:
-        new.file.write(data)
-        return len(data)  # all of it is its head: a search reads all of it anyway
 
-    return KeyFile((write_file(archive, ".faiss", write),), covered)
+def _joined(keys: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(keys) if keys else np.empty((0, 0), np.float16)
+
+
+def write_exact(archive: Archive, exact: ExactKeys) -> KeyFile:
+    """Keys as a file of the index.
+
+    Raises:
+        ArchiveError: the index cannot be written.
+    """
+    pieces = exact.frame_indexes.astype("<u4").tobytes(), exact.keys.astype("<f2").tobytes()
+    return KeyFile((write_file(archive, "keys", pieces),) if len(exact.keys) else (), exact.covered)
 
 
 def open_exact(archive: Archive, file: KeyFile) -> ExactKeys:
-    """A file of exact keys, mapped.
+    """The exact keys of the index, every byte checked: a search reads them all anyway.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: the file differs from what was written.
     """
-    (written,) = file.files
-    try:
-        _check_layout(map_checked(archive, written), file.covered.key_count)
-        return ExactKeys(faiss.read_index(path_of(archive, written), faiss.IO_FLAG_MMAP_IFC), file.covered)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Damaged(f"{written.name}: {error}") from error
-
-
-def _check_layout(data: np.ndarray, count: int) -> None:
-    """Compares all that FAISS goes by, when it reads a file, with what it writes for so many keys.
-
-    FAISS believes what a file says of its sizes, and looks for memory or for bytes that are not there.
-
-    Raises:
-        ValueError: the file is not laid out so.
-    """
-    width = int.from_bytes(data[_WIDTH].tobytes(), "little")
-    if not 0 < width <= MOST_WIDTH:
-        raise ValueError(f"keys of width {width}")
-    head = bytearray(faiss.serialize_index(_empty(width)).tobytes()[:-16])  # both lengths, of no keys and no ids
-    head[_COUNT] = head[_INNER_COUNT] = count.to_bytes(8, "little")
-    head += (2 * width * count).to_bytes(8, "little")
-    ids = len(head) + 2 * width * count
-    lengths = data[ids : ids + 8].tobytes(), len(data)
-    if data[: len(head)].tobytes() != head or lengths != (count.to_bytes(8, "little"), ids + 8 + 8 * count):
-        raise ValueError(f"not laid out as {count} keys of width {width}")
-
-
-def exact_faults(archive: Archive, file: KeyFile, is_live: Sequence[bool]) -> Iterator[tuple[str, str]]:
-    """Name and what is wrong with a file, by itself and against the parts that are live.
-
-    Raises:
-        ArchiveError: a part is missing or damaged.
-    """
-    try:
-        for written in file.files:
-            check_whole(archive, written)
-        opened = open_exact(archive, file) if file.files else None
-    except Damaged as error:
-        yield file.files[0].name, f"damaged: {error}"
-        return
-    for place, (path, number, count) in enumerate(file.covered.parts()):
-        if not is_live[place]:
-            continue
-        stored = part_keys(archive.frames_uri, path)
-        if stored is None or count == 0 or opened is None:
-            is_right = stored is None and count == 0
-        else:
-            row_ids = opened.row_ids[opened.covered.starts[place] : opened.covered.starts[place + 1]]
-            is_right = np.array_equal(opened.keys(place), stored)
-            is_right = is_right and np.array_equal(row_ids, part_row_ids(archive, path, number))
-        if not is_right:
-            yield file.files[0].name if file.files else MANIFEST, f"its keys of {path} are not those that are stored"
-
-
-def in_groups(parts: Sequence[tuple[str, int, int]], most: int) -> Iterator[list[tuple[str, int, int]]]:
-    """The parts of one file each, of parts given by path, video number and row count."""
-    group: list[tuple[str, int, int]] = []
-    count = 0
-    for path, number, row_count in parts:
-        if group and count + row_count > most:
-            yield group
-            group, count = [], 0
-        group.append((path, number, row_count))
-        count += row_count
-    if group:
-        yield group
+    if not file.files:
+        return ExactKeys(np.empty(0, np.uint32), _joined([]), file.covered)
+    data, count = map_whole(archive, file.files[0]), file.covered.key_count
+    width, rest = divmod(len(data) - 4 * count, 2 * count)
+    if rest or not 0 < width <= MOST_WIDTH:
+        raise Damaged(f"{file.files[0].name}: {len(data)} bytes for {count} keys")
+    return ExactKeys(data[: 4 * count].view("<u4"), data[4 * count :].view("<f2").reshape(count, width), file.covered)

@@ -1,8 +1,8 @@
-"""What the vector index consists of: index/index.json, which is swapped atomically.
+"""The list of the vector index's files: index/index.json, which is replaced atomically.
 
-Its first line is the CRC32C of the rest, which is JSON: for each file its name, bytes and checksums, and the parts
-whose keys it holds, in the order of their keys. Writers change it under a lock that the system takes back from a dead
-process; files are never changed, so that a reader that has one open keeps what it opened.
+Its first line is the CRC32C of the rest. The rest is JSON: the name, size and checksums of each file, and the parts
+whose keys it holds, in the order of the keys. Writers take a lock before they replace it; the system frees the lock of
+a dead process. Files are never changed, so a reader can go on using what it has opened.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,6 @@ from storage.files import (
     local_path,
     make_folder,
     map_file,
-    open_for_read,
     read_bytes,
     remove,
     source_text,
@@ -51,114 +50,121 @@ from storage.files import (
     writing,
 )
 
-INDEX_FORMAT = 4
+INDEX_FORMAT = 5
 MANIFEST = "index.json"
 LOCK = "index.lock"
 TRAINING = "training.lock"
-FLOORS = "floors.json"  # pipeline/ask/thresholds.py
+THRESHOLDS = "floors.json"  # pipeline/ask/thresholds.py
 MOST_JSON_BYTES = 1 << 30  # ten million parts
 MOST_KEYS = 1 << 40
 MOST_WIDTH = 1 << 16  # of a key
-CRC = (1 << 32) - 1
+PartKeys = tuple[str, int, int]  # path, video number, key count
 
 
 class Damaged(Exception):
-    """The index, or a file of it, is not what was written."""
+    """The index or one of its files differs from what was written."""
 
 
 @dataclass(frozen=True, eq=False)
 class Covered:
-    """P parts whose keys are in a file, in the order of their keys; of one that keeps no keys the count is 0.
+    """The P parts whose keys a file holds, in the order of the keys. A part without keys has the count 0.
 
     Attributes:
         paths: P of them.
         video_numbers, key_counts: (P,) int64.
     """
 
-    paths: tuple[str, ...]
-    video_numbers: np.ndarray
-    key_counts: np.ndarray
+    paths: tuple[str, ...] = ()
+    video_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    key_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[str, int, int]]) -> "Covered":
-        """Of (path, video number, key count)."""
+    def of(cls, parts: Sequence[PartKeys]) -> "Covered":
+        """The same from (path, video number, key count) of each part."""
         columns = list(zip(*parts, strict=True)) or [(), (), ()]
         return cls(tuple(columns[0]), np.array(columns[1], np.int64), np.array(columns[2], np.int64))
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(P + 1,) int64: place of each part's first key, and the count of all."""
+        """(P + 1,) int64: the place of each part's first key, then the count of all keys."""
         return np.concatenate([[0], np.cumsum(self.key_counts)]).astype(np.int64)
 
     @property
     def key_count(self) -> int:
-        """Of all parts."""
+        """Keys of all parts."""
         return int(self.starts[-1])
 
     @cached_property
     def order(self) -> dict[str, int]:
-        """Which one a path is."""
+        """Position of each path in `paths`."""
         return {path: place for place, path in enumerate(self.paths)}
 
-    def parts(self) -> list[tuple[str, int, int]]:
-        """(path, video number, key count) of each."""
+    def parts(self) -> list[PartKeys]:
+        """(path, video number, key count) of each part."""
         return list(zip(self.paths, self.video_numbers.tolist(), self.key_counts.tolist(), strict=True))
+
+    def keep(self, live: Container[str]) -> np.ndarray:
+        """(keys,) bool: the keys of the parts that are in `live`."""
+        return np.repeat(np.array([path in live for path in self.paths], bool), self.key_counts)
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file and what it must be: all of it, and its head, which is checked whenever it is opened."""
+    """A file of the index, with its size and its CRC32C."""
 
     name: str
     size_bytes: int
     checksum: int
-    head_bytes: int
-    head_checksum: int
 
 
 @dataclass(frozen=True)
 class KeyFile:
-    """The keys of some parts: `files` are one of exact keys; or of codes, of runs and of rows; or none."""
+    """The keys of some parts.
 
-    files: tuple[Written, ...]
-    covered: Covered
+    Attributes:
+        files: one of exact keys; or one each of codes, runs and rows; or none, where no part has keys.
+        covered: the parts.
+    """
+
+    files: tuple[Written, ...] = ()
+    covered: Covered = field(default_factory=Covered)
 
 
 @dataclass(frozen=True)
-class Manifest:
+class IndexManifest:
     """What the index holds.
 
     Attributes:
-        exact: files of keys as they are stored.
-        coded: files of codes; they share the centroids of `coarse`.
-        coarse: rotation and centroids, None where nothing is coded.
-        trained_count: how many keys there were when those were worked out.
-        checked_count: how many there were when a sample of searches was last compared with the truth.
+        coded: the main structure, codes of most keys.
+        exact: the keys that were added since, as they are stored. In a small archive: all keys.
+        centroids: rotation and centroids of the codes; None while nothing is coded.
+        trained_count: how many keys there were when the centroids were trained.
+        checked_count: how many keys there were when recall was last measured.
     """
 
-    exact: tuple[KeyFile, ...] = ()
-    coded: tuple[KeyFile, ...] = ()
-    coarse: Written | None = None
+    exact: KeyFile = KeyFile()
+    coded: KeyFile = KeyFile()
+    centroids: Written | None = None
     trained_count: int = 0
     checked_count: int = 0
 
     @property
-    def key_files(self) -> tuple[KeyFile, ...]:
-        """All of them."""
-        return (*self.exact, *self.coded)
+    def key_count(self) -> int:
+        """Keys in both files, with those of parts that are gone."""
+        return self.exact.covered.key_count + self.coded.covered.key_count
 
     @property
-    def key_count(self) -> int:
-        """Keys in all files, live or not."""
-        return sum(file.covered.key_count for file in self.key_files)
+    def files(self) -> tuple[Written, ...]:
+        """All files."""
+        centroids = () if self.centroids is None else (self.centroids,)
+        return (*centroids, *self.exact.files, *self.coded.files)
 
     def names(self) -> set[str]:
-        """Of all files."""
-        coarse = set() if self.coarse is None else {self.coarse.name}
-        return coarse | {file.name for keys in self.key_files for file in keys.files}
+        """Names of all files."""
+        return {file.name for file in self.files}
 
 
-def read_manifest(archive: Archive) -> Manifest:
+def read_manifest(archive: Archive) -> IndexManifest:
     """The manifest of an archive's index.
 
     Raises:
@@ -168,13 +174,13 @@ def read_manifest(archive: Archive) -> Manifest:
         content = read_json(join(archive.index_uri, MANIFEST))
         if (member(content, "format"), member(content, "model_id")) != (INDEX_FORMAT, archive.model_id):
             raise Damaged("another format or model")
-        coarse = member(content, "coarse")
-        if coarse is None and members(content, "coded"):
+        centroids, coded = member(content, "centroids"), _key_file(member(content, "coded"), ("codes", "runs", "rows"))
+        if centroids is None and coded.covered.paths:
             raise Damaged("codes without their centroids")
-        return Manifest(
-            tuple(_key_file(values, ("faiss",)) for values in members(content, "exact")),
-            tuple(_key_file(values, ("codes", "runs", "rows")) for values in members(content, "coded")),
-            None if coarse is None else _written(coarse, "coarse"),
+        return IndexManifest(
+            _key_file(member(content, "exact"), ("keys",)),
+            coded,
+            None if centroids is None else _written(centroids, "centroids"),
             whole("trained_count", member(content, "trained_count"), most=MOST_KEYS),
             whole("checked_count", member(content, "checked_count"), most=MOST_KEYS),
         )
@@ -182,39 +188,37 @@ def read_manifest(archive: Archive) -> Manifest:
         raise Damaged(str(error)) from error
 
 
-def write_manifest(archive: Archive, after: Manifest) -> None:
-    """Puts another manifest in place, and removes the files that the one before named and this one does not.
-
-    To be called under `locked`.
+def write_manifest(archive: Archive, after: IndexManifest) -> None:
+    """Replaces the manifest, and removes the files that only the old one names. Call it under `locked`.
 
     Raises:
         ArchiveError: the index cannot be written.
     """
     try:
-        known = read_manifest(archive).names()
+        before = read_manifest(archive).names()
     except Damaged:
-        known = set()  # what it named cannot be told from what others are writing: `vidx clean` sees to it
+        before = set()  # `vidx clean` removes the files that it named
     content = {
         "format": INDEX_FORMAT,
         "model_id": archive.model_id,
         "archive_version": archive.version,
         "trained_count": after.trained_count,
         "checked_count": after.checked_count,
-        "coarse": None if after.coarse is None else asdict(after.coarse),
-        "exact": [_values(file) for file in after.exact],
-        "coded": [_values(file) for file in after.coded],
+        "centroids": None if after.centroids is None else asdict(after.centroids),
+        "exact": _values(after.exact),
+        "coded": _values(after.coded),
     }
     write_json(join(archive.index_uri, MANIFEST), content)
-    for name in known - after.names():
+    for name in before - after.names():
         with contextlib.suppress(OSError, Wrong):
             remove(place_of(archive.index_uri, name))
 
 
 def read_json(uri: str) -> Any:
-    """What write_json wrote; of what kind its values are is still to be looked at.
+    """What write_json wrote. The kinds of its values are not checked yet.
 
     Raises:
-        Damaged: it is missing, or not what was written.
+        Damaged: the file is missing, or differs from what was written.
     """
     with _reading(uri):
         checksum, _, content = read_small(uri, MOST_JSON_BYTES).partition(b"\n")
@@ -224,7 +228,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, content: dict) -> None:
-    """Puts a file in place: the CRC32C of the rest as its first line, and the rest.
+    """Writes a JSON file with the CRC32C of its content as the first line.
 
     Raises:
         ArchiveError: it cannot be written.
@@ -237,14 +241,14 @@ def write_json(uri: str, content: dict) -> None:
 
 @contextlib.contextmanager
 def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bool]:
-    """Keeps other writers of the index out, until this process ends at the latest; says whether it does.
+    """Holds a lock against other writers of the index; gives whether it was taken.
 
-    Where files cannot be locked the last one to write the manifest wins.
+    The system frees it when this process ends. Where files cannot be locked, the last writer of the manifest wins.
 
     Args:
         archive: whose index.
-        name: of the lock: LOCK for the manifest, TRAINING for making it anew.
-        wait: until another has done; or else say False at once.
+        name: of the lock: LOCK for the manifest, TRAINING for training.
+        wait: wait until the lock is free; else give False at once.
     Raises:
         ArchiveError: the index cannot be written.
     """
@@ -268,7 +272,7 @@ def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bo
 
 
 def _open_lock(path: bytes) -> int:
-    """A lock file's descriptor; whatever it is that bears its name keeps what it holds."""
+    """The descriptor of a lock file, whose content is never changed."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -276,64 +280,58 @@ def _open_lock(path: bytes) -> int:
     return descriptor
 
 
-def write_file(archive: Archive, suffix: str, write: Callable[[NewFile], int]) -> Written:
+def write_file(archive: Archive, suffix: str, pieces: Iterable[bytes]) -> Written:
     """A new file of the index, not yet in the manifest.
 
-    Args:
-        archive: whose index.
-        suffix: of its name.
-        write: writes it and says how many bytes are its head.
     Raises:
         ArchiveError: the index cannot be written.
     """
-    name = f"{uuid.uuid4().hex}{suffix}"
+    name = f"{uuid.uuid4().hex}.{suffix}"
     uri = join(archive.index_uri, name)
     with writing(uri):
         make_folder(archive.index_uri)
         new = NewFile(uri)
         try:
-            head_bytes = write(new)
-            size_bytes, checksum = new.file.tell(), new.file.checksum
+            for piece in pieces:
+                new.file.write(piece)
+            written = Written(name, new.file.tell(), new.file.checksum)
             new.keep()
         except BaseException:
             new.discard()
             raise
-        head_checksum = checksum
-        if head_bytes < size_bytes:
-            with open_for_read(uri) as file:
-                head_checksum = google_crc32c.value(file.read(head_bytes))
-    return Written(name, size_bytes, checksum, head_bytes, head_checksum)
+    return written
 
 
-def check_sizes(archive: Archive, manifest: Manifest) -> None:
-    """Raises Damaged where a file is missing or has not as many bytes as were written."""
-    coarse = () if manifest.coarse is None else (manifest.coarse,)
-    for file in (*coarse, *(file for keys in manifest.key_files for file in keys.files)):
+def check_sizes(archive: Archive, manifest: IndexManifest) -> None:
+    """Raises Damaged where a file is missing or has another size than was written."""
+    for file in manifest.files:
         _place(archive, file)
 
 
-def map_checked(archive: Archive, file: Written) -> np.ndarray:
-    """(bytes,) uint8: a file of the index, mapped, after a look at its size and its head.
+def map_whole(archive: Archive, file: Written) -> np.ndarray:
+    """(bytes,) uint8: a file of the index, mapped, after a check of every byte.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: it differs from what was written.
     """
-    uri = _place(archive, file)
-    with _reading(uri):
-        mapping = map_file(uri)
-        data = np.frombuffer(read_bytes(uri) if mapping is None else mapping, np.uint8)
-        if google_crc32c.value(data[: file.head_bytes]) != file.head_checksum:
-            raise Damaged(f"{source_text(uri)}: checksum")
-        return data
-
-
-def check_whole(archive: Archive, file: Written) -> None:
-    """Raises Damaged where any byte of a file is not what was written."""
-    data, checksum = map_checked(archive, file), 0
+    data, checksum = map_sized(archive, file), 0
     for start in range(0, len(data), 1 << 24):
         checksum = google_crc32c.extend(checksum, data[start : start + (1 << 24)].tobytes())
     if checksum != file.checksum:
         raise Damaged(f"{file.name}: checksum")
+    return data
+
+
+def map_sized(archive: Archive, file: Written) -> np.ndarray:
+    """(bytes,) uint8: a file of the index, mapped, after a check of its size alone.
+
+    Raises:
+        Damaged: it is missing or has another size.
+    """
+    uri = _place(archive, file)
+    with _reading(uri):
+        mapping = map_file(uri)
+        return np.frombuffer(read_bytes(uri) if mapping is None else mapping, np.uint8)
 
 
 def path_of(archive: Archive, file: Written) -> str:
@@ -342,7 +340,7 @@ def path_of(archive: Archive, file: Written) -> str:
 
 
 def _place(archive: Archive, file: Written) -> str:
-    """The URI of a file that is there and has as many bytes as were written."""
+    """The URI of a file that exists and has the size that was written."""
     with _reading(file.name):
         uri = place_of(archive.index_uri, file.name)
         size = file_size(uri)
@@ -363,14 +361,8 @@ def _written(values: Any, suffix: str) -> Written:
     name = member(values, "name")
     if not isinstance(name, str) or not INDEX_NAME.fullmatch(name) or not name.endswith(f".{suffix}"):
         raise Wrong(f"it names a file {shown(name)}, which no file of an index is called")
-    size_bytes = whole("size_bytes", member(values, "size_bytes"))
-    return Written(
-        name,
-        size_bytes,
-        whole("checksum", member(values, "checksum"), most=CRC),
-        whole("head_bytes", member(values, "head_bytes"), most=size_bytes),
-        whole("head_checksum", member(values, "head_checksum"), most=CRC),
-    )
+    size_bytes, checksum = (whole(key, member(values, key)) for key in ("size_bytes", "checksum"))
+    return Written(name, size_bytes, checksum)
 
 
 def _key_file(values: Any, suffixes: Sequence[str]) -> KeyFile:
