@@ -16,7 +16,7 @@ from harness import figure, save
 
 from workers.decode.damage import Damage
 from workers.decode.frames_at import frames_at
-from workers.decode.open_video import OpenVideo
+from workers.decode.open_video import OpenVideo, VideoInput
 from workers.decode.probe import probe
 from workers.decode.pyav import read_frames
 from workers.sources.identity import open_source
@@ -61,17 +61,22 @@ def used_seconds(call: Callable[[], object]) -> float:
     return after[0] - before[0] + children[1] - children[0]
 
 
+def as_input(file: VideoFile) -> VideoInput:
+    """A file, to be read by one thread."""
+    return VideoInput(file, MAX_PIXELS, 1, lambda: None)
+
+
 def first_after(file: VideoFile, least_ticks: int) -> int:
     """The time of the first frame from one on, found by decoding all that comes before."""
-    with OpenVideo(file, MAX_PIXELS, 1) as video:
-        frames = read_frames(video, Damage(), lambda: None)
+    with OpenVideo(as_input(file)) as video:
+        frames = read_frames(video, Damage())
         return next(frame.ticks for frame in frames if frame.ticks >= least_ticks)
 
 
 def measure(path: Path, words: str) -> dict:
     """A row of the table for one file."""
     file = VideoFile(open_source(os.fsencode(path)))
-    known = replace(probe(file, MAX_PIXELS, 1, lambda: None), cuts=())  # an archive does not keep them
+    known = replace(probe(as_input(file)), cuts=())  # an archive does not keep them
     second = int(1 / known.time_base)
     least = known.first_ticks + (PIECE_SECONDS * PIECES - BEFORE_END_SECONDS) * second
     wanted: list[int] = []
@@ -80,10 +85,9 @@ def measure(path: Path, words: str) -> dict:
     seek = ["-ss", f"{position:.3f}", "-i", str(path), "-frames:v", "1"]
     scaled = ["-vf", "scale=336:336:flags=neighbor,format=rgb24", "-f", "rawvideo", os.devnull]
     ours, theirs, read = [], [], []
-    how = (known, wanted, True, 1, MAX_PIXELS, lambda: None)
     for _ in range(RUNS):
         file = VideoFile(file.descriptor)
-        ours.append(used_seconds(lambda file=file: list(frames_at(file, *how))))
+        ours.append(used_seconds(lambda file=file: list(frames_at(as_input(file), known, wanted, True))))
         read.append(file.bytes_read)
         theirs.append(used_seconds(lambda: run_ffmpeg(*seek, *scaled)))
     os.close(file.descriptor)

@@ -20,7 +20,7 @@ import numpy as np
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
 from workers.decode import frames_at, pyav
-from workers.decode.open_video import DecodeTask, out_of_memory
+from workers.decode.open_video import DecodeTask, VideoInput, out_of_memory
 from workers.decode.picture import store_form, thumbnail
 from workers.decode.probe import probe
 from workers.decode.remux import CutFile, cut
@@ -92,37 +92,34 @@ def main(arguments: list[str]) -> None:
     answer = Reply(connection)
     answer.send("ready", {"sandbox_missing": missing})
     while not (missing and arguments[6] == "strict"):
-        request, _, source = receive(connection, with_descriptor=True)
-        assert source is not None  # every request sends a file along
+        request, _, opened = receive(connection, with_descriptor=True)
+        assert opened is not None  # every request sends a file along
         try:
-            _handle(request, VideoFile(source), max_pixels, threads, answer)
+            _handle(request, VideoInput(VideoFile(opened), max_pixels, threads, answer.alive), answer)
         finally:
-            os.close(source)
+            os.close(opened)
 
 
-def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answer: Reply) -> None:
+def _handle(request: dict, source: VideoInput, answer: Reply) -> None:
     """Answers one request: the result, a problem of the video, or the traceback of a bug; then "done"."""
     answer.begin(request)
     try:
         if request["kind"] == "probe":
-            found = probe(file, max_pixels, threads, answer.alive, request["library"])
-            answer.send("probe", {"probe": probe_to_json(found)})
+            answer.send("probe", {"probe": probe_to_json(probe(source, request["library"]))})
         elif request["kind"] == "decode":
             segment = Segment("", request["start_ticks"], request["end_ticks"], request["first_index"])
             known, fps = probe_from_json(request["probe"]), Fraction(*request["fps"])
-            choice = Choice(request["choice"])
-            task = DecodeTask(file, known, segment, fps, choice, threads, max_pixels, answer.alive)
+            task = DecodeTask(source, known, segment, fps, Choice(request["choice"]))
             _decode(answer, task, request["library"])
         elif request["kind"] == "frames_at":
-            known, ticks = probe_from_json(request["probe"]), request["ticks"]
-            how = (request["times_rise"], threads, max_pixels, answer.alive)
-            for at, pixels in frames_at.frames_at(file, known, ticks, *how):
+            known = probe_from_json(request["probe"])
+            for at, pixels in frames_at.frames_at(source, known, request["ticks"], request["times_rise"]):
                 answer.send("pixels", {"ticks": at}, pixels.tobytes())
         elif request["kind"] == "cut":
             known, kind = probe_from_json(request["probe"]), request["format"]
             new = CutFile(lambda offset, data: answer.send("write", {"offset": offset}, data))
-            moment = (request["start_seconds"], request["end_seconds"])
-            answer.send("cut", asdict(cut(file, known, *moment, kind, max_pixels, new, answer.alive)))
+            done = cut(source, known, request["start_seconds"], request["end_seconds"], kind, new)
+            answer.send("cut", asdict(done))
         else:
             raise ValueError(f"unknown request {request['kind']!r}")
     except VideoProblem as problem:
@@ -134,7 +131,7 @@ def _handle(request: dict, file: VideoFile, max_pixels: int, threads: int, answe
         raise
     except Exception:
         answer.send("bug", {"traceback": traceback.format_exc()})
-    answer.send("done", {"bytes_read": file.bytes_read})
+    answer.send("done", {"bytes_read": source.file.bytes_read})
 
 
 def _decode(answer: Reply, task: DecodeTask, library: str) -> None:

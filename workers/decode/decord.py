@@ -18,10 +18,9 @@ import decord
 import numpy as np
 
 from workers.decode.clock import TimedFrame
-from workers.decode.open_video import DecodeTask, OpenVideo
+from workers.decode.open_video import DecodeTask, OpenVideo, VideoInput
 from workers.decode.packets import PacketTable, scan_packets
 from workers.decode.picture import model_pixels
-from workers.sources.video_file import VideoFile
 
 PIXEL_FORMATS = ("yuv420p", "yuvj420p")  # on other formats its RGB differs from PyAV's
 MAX_PIXELS = 3840 * 2160  # it holds several RGB copies of a frame
@@ -49,13 +48,13 @@ class Reader:
         Unreliable: decord raises, or FFmpeg inside it writes to stderr.
     """
 
-    def __init__(self, file: VideoFile, threads: int):
+    def __init__(self, source: VideoInput):
         self._reported_bytes = os.fstat(2).st_size  # stderr is a file, which the owner reads after a crash
         self._stdin = os.dup(0)
-        os.dup2(file.descriptor, 0)
+        os.dup2(source.file.descriptor, 0)
         os.lseek(0, 0, os.SEEK_SET)
         try:
-            self._reader = self._guarded(decord.VideoReader, "fd:", decord.cpu(0), -1, -1, threads)
+            self._reader = self._guarded(decord.VideoReader, "fd:", decord.cpu(0), -1, -1, source.threads)
         except Unreliable:
             self.__exit__()
             raise
@@ -110,25 +109,22 @@ class Reader:
         return result
 
 
-def reads_right(
-    file: VideoFile, facts: dict, pixel_format: str, table: PacketTable, expected: np.ndarray, threads: int
-) -> bool:
+def reads_right(source: VideoInput, facts: dict, pixel_format: str, table: PacketTable, expected: np.ndarray) -> bool:
     """Whether decord gives the same frames as PyAV, by its list of frames and by its first frame.
 
     Args:
-        file: the file.
+        source: the video.
         facts: of the probe: width, height, time_base.
         pixel_format: of the frames, by FFmpeg's name.
         table: of the packets.
         expected: (336, 336, 3) uint8, the first frame as PyAV gives it.
-        threads: of the decoder.
     """
     size = facts["height"], facts["width"]
-    is_large = size[0] * size[1] > MAX_PIXELS or file.size > MAX_BYTES or len(table.ticks) > MAX_FRAMES
+    is_large = size[0] * size[1] > MAX_PIXELS or source.file.size > MAX_BYTES or len(table.ticks) > MAX_FRAMES
     if is_large or pixel_format not in PIXEL_FORMATS:
         return False
     try:
-        with Reader(file, threads) as reader:
+        with Reader(source) as reader:
             if not reader.agrees(table, float(facts["time_base"])):
                 return False
             first = reader.read()
@@ -143,15 +139,15 @@ def read_frames(task: DecodeTask) -> Iterator[TimedFrame]:
     Raises:
         Unreliable: PyAV must decode the segment; the frames before are right.
     """
-    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
-        table = scan_packets(video, task.alive)
+    with OpenVideo(task.source) as video:
+        table = scan_packets(video)
     start = task.segment.start_ticks
     if not table.plain or not table.ticks or (start is not None and start not in table.ticks):
         raise Unreliable("the packets are not those of the probe")
-    with Reader(task.file, task.threads) as reader:
+    with Reader(task.source) as reader:
         if not reader.agrees(table, float(task.probe.time_base)):
             raise Unreliable("its list of frames is not that of the packets")
         for ticks, end_ticks in zip(table.ticks, [*table.ticks[1:], table.end_ticks], strict=True):
-            task.alive()
+            task.source.alive()
             yield TimedFrame(ticks, end_ticks - ticks, reader.read())
         reader.check_end()

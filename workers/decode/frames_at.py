@@ -8,8 +8,8 @@ start.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 import av
@@ -21,7 +21,7 @@ from storage.errors import VideoProblem
 from storage.records import Probe, Reason
 from workers.decode.clock import OneClock, TimedFrame
 from workers.decode.damage import Damage
-from workers.decode.open_video import OpenVideo
+from workers.decode.open_video import OpenVideo, VideoInput
 from workers.decode.packets import can_cut, is_entry
 from workers.decode.picture import model_pixels
 from workers.decode.pyav import read_frames, to_rgb
@@ -38,27 +38,20 @@ _INTRA = (PictureType.I, PictureType.NONE)  # NONE: some decoders do not state t
 
 
 def frames_at(
-    file: VideoFile,
-    probe: Probe,
-    ticks: Iterable[int],
-    times_rise: bool,
-    threads: int,
-    max_pixels: int,
-    alive: Callable[[], None],
+    source: VideoInput, probe: Probe, ticks: Iterable[int], times_rise: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The frames at these presentation times, ascending, each once: (ticks, (336, 336, 3) uint8).
 
     Args:
-        file, probe: the video.
+        source, probe: the video.
         ticks: the frames' times.
         times_rise: the file's clock is known never to restart. If it is not known, it is checked first, because after
             a restart one time can mean two frames.
-        threads, max_pixels, alive: as in DecodeTask.
     Raises:
         VideoProblem: there is no frame at one of the times, or the video cannot be decoded up to it.
     """
     reformatter = VideoReformatter()
-    with _Reader(file, probe, times_rise, threads, max_pixels, alive) as reader:
+    with _Reader(source, probe, times_rise) as reader:
         for wanted in sorted(set(ticks)):
             found = reader.frame_at(wanted)
             if found is None:
@@ -93,22 +86,14 @@ class _Reader:
         problem: why the last decoding ended before the file's end.
     """
 
-    def __init__(
-        self,
-        file: VideoFile,
-        probe: Probe,
-        times_rise: bool,
-        threads: int,
-        max_pixels: int,
-        alive: Callable[[], None],
-    ):
+    def __init__(self, source: VideoInput, probe: Probe, times_rise: bool):
         self.problem: VideoProblem | None = None
-        self._file, self._probe, self._times_rise = file, probe, times_rise or bool(probe.cuts)
-        self._threads, self._max_pixels, self._alive = threads, max_pixels, alive
+        self._source, self._probe, self._times_rise = source, probe, times_rise or bool(probe.cuts)
+        self._file = source.file
         self._second = max(1, int(1 / probe.time_base))
         self._settle = 2 if probe.container in _DELAYED_CLOCKS else 1
         self._video: OpenVideo | None = None
-        self._has_cues = has_cues(file)
+        self._has_cues = has_cues(source.file)
         self._frames: Iterator[TimedFrame] = iter(())
         self._next: TimedFrame | None = None  # read, but not used yet
         self._position: int | None = None  # time of the last frame that was read
@@ -192,7 +177,7 @@ class _Reader:
         self._open()
         self._began, self._damage = None, Damage()
         clock = OneClock(self._probe.time_base, self._probe.container)
-        self._frames = clock.place(self._before_problem(read_frames(self._opened, self._damage, self._alive)))
+        self._frames = clock.place(self._before_problem(read_frames(self._opened, self._damage)))
 
     def _jump(self, wanted: int, before: int) -> bool:
         """Moves to a keyframe and begins to decode there.
@@ -206,7 +191,7 @@ class _Reader:
         if self._video is None:
             self._open()
             # A stream without a start time has packets without times.
-            self._times_rise = self._times_rise or _have_rising_times(self._opened, self._alive)
+            self._times_rise = self._times_rise or _have_rising_times(self._opened)
             self._stays = self._opened.stream.start_time is None or not self._times_rise
         if self._stays:
             return False
@@ -229,7 +214,7 @@ class _Reader:
             return []
         video, damage = self._opened, Damage()
         landings: deque[_Landing] = deque(maxlen=self._settle + 1)
-        for packet in video.packets(damage, self._alive):
+        for packet in video.packets(damage):
             ticks = packet.dts if packet.pts is None else packet.pts
             if packet.is_keyframe and ticks is not None and ticks <= before:
                 landing = _Landing(ticks, self._is_entry(packet), damage.count)
@@ -271,10 +256,10 @@ class _Reader:
         """Decodes the packets that were read, and then those that follow."""
         video, first = self._opened, landings[0]
         held = chain.from_iterable(landing.packets for landing in landings)
-        packets = chain(held, video.packets(self._damage, self._alive))
+        packets = chain(held, video.packets(self._damage))
         settled = first if first.is_entry else landings[1]
         self._settled = settled.ticks
-        self._frames = self._before_problem(read_frames(video, self._damage, self._alive, self._settled, packets))
+        self._frames = self._before_problem(read_frames(video, self._damage, self._settled, packets))
         self._began, self._next, self._position = first.ticks, None, None
         self._to_settle = 0 if first.is_entry else 2
 
@@ -294,7 +279,7 @@ class _Reader:
     def _open(self, hidden: range = range(0)) -> None:
         self._close()
         file = VideoFile(self._file.descriptor, hidden) if hidden else self._file
-        self._video = OpenVideo(file, self._max_pixels, self._threads)
+        self._video = OpenVideo(replace(self._source, file=file))
 
     def _close(self) -> None:
         self._frames, self._next, self._position = iter(()), None, None
@@ -305,13 +290,13 @@ class _Reader:
             self._video = None
 
 
-def _have_rising_times(video: OpenVideo, alive: Callable[[], None]) -> bool:
+def _have_rising_times(video: OpenVideo) -> bool:
     """Whether a video's clock never restarts; read from its index, or else from all its packets."""
     if video.format_name.startswith(_FULLY_INDEXED):
         times = (entry.timestamp for entry in video.stream.index_entries)
         return all(earlier < later for earlier, later in pairwise(times))
     clock = OneClock(video.time_base, video.format_name)
-    packets = ((packet.pts if packet.dts is None else packet.dts, packet) for packet in video.packets(Damage(), alive))
+    packets = ((packet.pts if packet.dts is None else packet.dts, packet) for packet in video.packets(Damage()))
     timed = (TimedFrame(ticks, packet.duration or 0, None) for ticks, packet in packets if ticks is not None)
     return not any(clock.restarts for _ in clock.place(timed))
 

@@ -47,26 +47,31 @@ logging.getLogger("libav").propagate = False
 
 
 @dataclass(frozen=True)
-class DecodeTask:
-    """A request for frames of a file.
+class VideoInput:
+    """A file to read, and how.
 
     Attributes:
-        file, probe: the video.
-        segment: the part of it.
-        fps, choice: which of its frames, as in Sampling.
-        threads: of the decoder.
+        file: the file.
         max_pixels: of a frame; larger frames are refused.
-        alive: called often; raises if decoding takes too long, or nobody waits for the frames.
+        threads: of the decoder.
+        alive: called often; raises if reading takes too long, or nobody waits for the result.
     """
 
     file: VideoFile
+    max_pixels: int
+    threads: int
+    alive: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """A request for frames of a video: those of a segment, with fps and choice as in Sampling."""
+
+    source: VideoInput
     probe: Probe
     segment: Segment
     fps: Fraction
     choice: Choice
-    threads: int
-    max_pixels: int
-    alive: Callable[[], None]
 
 
 class OpenVideo:
@@ -82,13 +87,14 @@ class OpenVideo:
         VideoProblem: the format or codec is not supported, there is no video stream, or frames exceed max_pixels.
     """
 
-    def __init__(self, file: VideoFile, max_pixels: int, threads: int):
-        self.file = file
-        self.max_pixels = max_pixels
+    def __init__(self, source: VideoInput):
+        self.file = source.file
+        self.max_pixels = source.max_pixels
+        self._alive = source.alive
         self._capture = av.logging.Capture(local=False)
         self.lines = self._capture.__enter__()
         try:
-            self.container = open_container(file, max_pixels, self.lines)
+            self.container = open_container(source, self.lines)
         except BaseException:
             self._capture.__exit__(None, None, None)
             raise
@@ -100,9 +106,9 @@ class OpenVideo:
                 if other.index != self.stream.index:
                     other.discard = Discard.all
             context = self.stream.codec_context
-            context.thread_count = threads
-            context.thread_type = "AUTO" if threads > 1 else "NONE"
-            context.options = {"max_pixels": str(max_pixels)}
+            context.thread_count = source.threads
+            context.thread_type = "AUTO" if source.threads > 1 else "NONE"
+            context.options = {"max_pixels": str(source.max_pixels)}
         except BaseException:
             self.close()
             raise
@@ -132,7 +138,7 @@ class OpenVideo:
         self.container.close()
         self._capture.__exit__(None, None, None)
 
-    def packets(self, damage: Damage, alive: Callable[[], None]) -> Iterator[av.Packet]:
+    def packets(self, damage: Damage) -> Iterator[av.Packet]:
         """The stream's packets from the current position on; continues after read errors, which are noted as damage.
 
         Error lines of the container's reader are noted too: Matroska's reports a damaged file in no other way.
@@ -140,7 +146,7 @@ class OpenVideo:
         packets = self.container.demux(self.stream)
         failures = 0
         while failures < _READ_FAILURES:
-            alive()
+            self._alive()
             self.lines.clear()
             try:
                 packet = next(packets, None)
@@ -186,8 +192,9 @@ def check_refused_size(lines: list, max_pixels: int) -> None:
             check_pixels(int(match[1]), int(match[2]), max_pixels)
 
 
-def open_container(file: VideoFile, max_pixels: int, lines: list) -> av.container.InputContainer:
+def open_container(source: VideoInput, lines: list) -> av.container.InputContainer:
     """Opens a file with PyAV, which can read no other file; raises as OpenVideo."""
+    file, max_pixels = source.file, source.max_pixels
     options = {
         "format_whitelist": DEMUXERS,
         "protocol_whitelist": "file",

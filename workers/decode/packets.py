@@ -1,7 +1,6 @@
 """A pass over a stream's packets, without decoding: the times of its frames, and where decoding can begin."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import av
@@ -44,14 +43,11 @@ class PacketTable:
         return np.searchsorted(self.ticks, self.keyframes).tolist()
 
 
-def scan_packets(
-    video: OpenVideo, alive: Callable[[], None], start_ticks: int | None = None, end_ticks: int | None = None
-) -> PacketTable:
+def scan_packets(video: OpenVideo, start_ticks: int | None = None, end_ticks: int | None = None) -> PacketTable:
     """The frames of a stream from its current position on, by its packets.
 
     Args:
         video: at its beginning, or at a keyframe at or before start_ticks.
-        alive: called at every packet.
         start_ticks, end_ticks: only frames in this half-open range; None is open.
     """
     table, context = PacketTable(), video.stream.codec_context
@@ -60,7 +56,7 @@ def scan_packets(
     damage = Damage()
     last = (-(1 << 63), 0)
     restart_ticks = RESTART_SECONDS / video.time_base
-    for packet in video.packets(damage, alive):
+    for packet in video.packets(damage):
         if end_ticks is not None and packet.dts is not None and packet.dts >= end_ticks:
             break  # later packets are shown later still
         if packet.is_discard or not _shows_frame(codec, packet):

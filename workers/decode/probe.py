@@ -1,7 +1,6 @@
 """Probe: a video's stream, its clock, and the places where it can be cut; runs in the decoder process."""
 
 import itertools
-from collections.abc import Callable
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
@@ -12,12 +11,11 @@ from workers.decode.clock import TimedFrame
 from workers.decode.creation_time import creation_time
 from workers.decode.damage import Damage
 from workers.decode.encryption import ENCRYPTED_DETAIL, looks_encrypted
-from workers.decode.open_video import OpenVideo
+from workers.decode.open_video import OpenVideo, VideoInput
 from workers.decode.packets import CUT_FORMATS, PacketTable, can_cut, scan_packets
 from workers.decode.picture import Orientation
 from workers.decode.pyav import FrameStorer, orientation, read_frames
 from workers.decode.structure import cut_short, refuse_others
-from workers.sources.video_file import VideoFile
 
 HEAD_FRAMES = 24  # decoded to check that packets and frames agree
 HEAD_PIXELS = 60_000_000  # fewer large frames are decoded, because they take long
@@ -26,21 +24,18 @@ CUT_SECONDS = 1  # least distance of cuts; a file of keyframes alone would list 
 _FREE_CLOCKS = {"mpegts", "mpeg", "ogg"}
 
 
-def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], None], library: str = "pyav") -> Probe:
+def probe(source: VideoInput, library: str = "pyav") -> Probe:
     """Size, codec, clock and possible cuts of a file's video stream.
 
     Args:
-        file: the video.
-        max_pixels: of one frame.
-        threads: of the decoder.
-        alive: called often.
+        source: the video.
         library: "decord" to choose it for files on which it gives the same frames as PyAV.
     Raises:
         VideoProblem: the file is no video, has no video stream, or has no whole frame that can be decoded.
     """
-    refuse_others(file)
-    with OpenVideo(file, max_pixels, threads) as video:
-        head = _read_head(video, alive)
+    refuse_others(source.file)
+    with OpenVideo(source) as video:
+        head = _read_head(video)
         first = head[0].picture
         turn = orientation(first)
         offset = _clock_offset(video, head[0].ticks)
@@ -64,26 +59,26 @@ def probe(file: VideoFile, max_pixels: int, threads: int, alive: Callable[[], No
         pixel_format, picture = first.format.name, FrameStorer()(first).pixels if for_decord else None
         head.clear()
         del first
-    with OpenVideo(file, max_pixels, threads) as video:
-        table = scan_packets(video, alive)
-    whole = table.plain and table.ticks[: len(head_ticks)] == head_ticks and cut_short(file) is None
+    with OpenVideo(source) as video:
+        table = scan_packets(video)
+    whole = table.plain and table.ticks[: len(head_ticks)] == head_ticks and cut_short(source.file) is None
     cuts = _space_out(table, facts["time_base"]) if whole and can_cut(facts["container"], facts["codec"]) else ()
     decoder = "pyav"
     if whole and picture is not None:
         from workers.decode.decord import reads_right  # loads the library, which most jobs do not need
 
-        decoder = "decord" if reads_right(file, facts, pixel_format, table, picture, threads) else "pyav"
+        decoder = "decord" if reads_right(source, facts, pixel_format, table, picture) else "pyav"
     return Probe(decoder=decoder, cuts=cuts, **facts)
 
 
-def _read_head(video: OpenVideo, alive: Callable[[], None]) -> list[TimedFrame]:
+def _read_head(video: OpenVideo) -> list[TimedFrame]:
     """The first frames; if none of them is whole, reading continues up to one that is.
 
     Raises:
         VideoProblem: no frame is whole.
     """
     damage = Damage()
-    frames = read_frames(video, damage, alive)
+    frames = read_frames(video, damage)
     first = next(frames, None)
     if first is None:
         raise _no_frames(video, damage)

@@ -29,7 +29,6 @@ _MATRIX_BYTES = 9 * 4
 def read_frames(
     video: OpenVideo,
     damage: Damage,
-    alive: Callable[[], None],
     start_ticks: int | None = None,
     packets: Iterator[av.Packet] | None = None,
 ) -> Iterator[TimedFrame]:
@@ -40,7 +39,6 @@ def read_frames(
     Args:
         video: at its beginning, or after `seek`.
         damage: filled while frames are read.
-        alive: called at every packet.
         start_ticks: damage before this time is not noted. Frames before it may lack their references after a seek.
         packets: what to decode; None: all packets from the file's position on.
     Raises:
@@ -51,7 +49,7 @@ def read_frames(
     watch = DamageWatch(damage, start_ticks, video.format_name == "mpegts")
     end_ticks: int | None = None  # of the frame before
     locked = None
-    for packet in itertools.chain(packets or video.packets(damage, alive), [None]):  # None drains the decoder
+    for packet in itertools.chain(packets or video.packets(damage), [None]):  # None drains the decoder
         if packet is not None and is_encrypted(packet):
             locked, packet = packet, None
         frames, trouble = _decode(video, packet)
@@ -168,19 +166,19 @@ def decode(task: DecodeTask) -> Iterator[KeptFrame]:
     """
     start, end = task.segment.start_ticks, task.segment.end_ticks
     if task.choice is Choice.KEYFRAMES and can_cut(task.probe.container, task.probe.codec):
-        with OpenVideo(task.file, task.max_pixels, task.threads) as video:
+        with OpenVideo(task.source) as video:
             if start is not None:
                 seek(video, start)
-            table = scan_packets(video, task.alive, start, end)
+            table = scan_packets(video, start, end)
         if table.plain and table.entries == table.keyframes and table.ticks[:1] == table.entries[:1]:
             yield from _decode_keyframes(task, table)
             return
     damage, tally = Damage(), Tally()
     clock = OneClock(task.probe.time_base, task.probe.container)
-    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
+    with OpenVideo(task.source) as video:
         if start is not None:
             seek(video, start)
-        frames = clock.place(_until_problem(read_frames(video, damage, task.alive, start), damage))
+        frames = clock.place(_until_problem(read_frames(video, damage, start), damage))
         yield from kept_frames(task, frames, FrameStorer(), tally)
         if video.format_name == "mpegts" and not damage.marks:
             _look_for_losses(video, damage)
@@ -218,11 +216,11 @@ def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFram
     wanted = [at for at in sorted(table.entries) if spaced.takes(TimedFrame(at, 0, None))]
     ends = dict(zip(wanted, [*wanted[1:], table.end_ticks if end is None else end], strict=True))
     damage, store = Damage(), FrameStorer()
-    with OpenVideo(task.file, task.max_pixels, task.threads) as video:
+    with OpenVideo(task.source) as video:
         video.stream.codec_context.skip_frame = "NONKEY"
         if start is not None:
             seek(video, start)
-        for frame in _until_problem(read_frames(video, damage, task.alive, start), damage):
+        for frame in _until_problem(read_frames(video, damage, start), damage):
             if frame.ticks in ends:
                 rank = task.segment.first_index + bisect.bisect_left(table.ticks, frame.ticks)
                 yield KeptFrame(frame.ticks, ends.pop(frame.ticks), rank, store(frame.picture))
@@ -274,7 +272,7 @@ def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoPr
     probe, segment = task.probe, task.segment
     if damage.end is not None:
         return damage.end
-    missing = cut_short(task.file) if segment.end_ticks is None else None
+    missing = cut_short(task.source.file) if segment.end_ticks is None else None
     if missing is not None:
         return VideoProblem(Reason.TRUNCATED, f"the file is cut short: {missing}")
     details = damage.before(segment.end_ticks)

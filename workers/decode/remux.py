@@ -11,8 +11,7 @@ import av
 
 from storage.errors import VideoProblem
 from storage.records import Probe, Reason
-from workers.decode.open_video import open_container
-from workers.sources.video_file import VideoFile
+from workers.decode.open_video import VideoInput, open_container
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -74,29 +73,19 @@ class CutFile(io.RawIOBase):
         return self._place
 
 
-def cut(
-    file: VideoFile,
-    probe: Probe,
-    start_seconds: float,
-    end_seconds: float,
-    kind: str,
-    max_pixels: int,
-    new: CutFile,
-    alive: Callable[[], None],
-) -> Cut:
+def cut(source: VideoInput, probe: Probe, start_seconds: float, end_seconds: float, kind: str, new: CutFile) -> Cut:
     """Copies a range of a video with its sound; the copy begins at the keyframe before the range.
 
     Args:
-        file, probe: the source.
+        source, probe: the video.
         start_seconds, end_seconds: positions as a player shows them, half-open.
         kind: FFmpeg's name of the new file's format.
-        max_pixels: of a frame; larger frames are refused.
         new: the file to write.
-        alive: called often.
     Raises:
         VideoProblem: the source cannot be read, has no picture in the range, or cannot be copied to this format.
     """
-    with av.logging.Capture(local=False) as lines, open_container(file, max_pixels, lines) as container:
+    alive = source.alive
+    with av.logging.Capture(local=False) as lines, open_container(source, lines) as container:
         start, end = (seconds + probe.clock_offset_seconds for seconds in (start_seconds, end_seconds))
         video = container.streams[probe.stream_index]
         assert isinstance(video, av.VideoStream)  # as when it was probed
