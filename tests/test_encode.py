@@ -16,7 +16,6 @@ from transformers.models.clip.configuration_clip import CLIPConfig
 
 from ops.published import resize_nearest
 from storage.errors import UsageError
-from storage.records import FrameBatch
 from workers.models.bundle import find_bundle, read_bundle
 from workers.vision import visionzip
 from workers.vision.clip_vision import pixel_values, tower_features
@@ -170,11 +169,9 @@ def test_a_patch_tier_that_the_model_cannot_give_is_refused(built_in_vision, pat
         encode_pixels(built_in_vision, frames(1), patch_rows)
 
 
-def test_a_frame_batch_is_encoded_by_its_pixels(built_in_vision):
-    count = np.arange(2, dtype=np.int64)
-    batch = FrameBatch(frames(2), count, count + 1, count, (b"", b""))
-    encoded = encode_frames(built_in_vision, batch, patch_rows=1)
-    assert encoded.tokens.token.tobytes() == encode_pixels(built_in_vision, batch.pixels, 1).token.tobytes()
+def test_frames_that_all_fit_are_encoded_in_their_order(built_in_vision):
+    encoded = encode_frames(built_in_vision, frames(2), patch_rows=1)
+    assert encoded.tokens.token.tobytes() == encode_pixels(built_in_vision, frames(2), 1).token.tobytes()
     assert encoded.tokens.patches.values.shape == (2, 1, 160)
     assert (encoded.places.tolist(), dict(encoded.unfit)) == ([0, 1], {})
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from storage.errors import UsageError
-from storage.records import FrameBatch
 from workers.llm.engine import ModelOptions, SamplingParams, TransformersEngine
 from workers.llm.frame_cache import ShownFrames
 from workers.llm.model import LlavaMini, load_model
@@ -44,11 +43,6 @@ def frames(count: int) -> np.ndarray:
     random = np.random.default_rng(5)
     contrast = random.integers(2, 256, count)
     return np.stack([random.integers(0, most, (336, 336, 3), dtype=np.uint8) for most in contrast])
-
-
-def batch_of(pixels: np.ndarray) -> FrameBatch:
-    ticks = np.arange(len(pixels), dtype=np.int64)
-    return FrameBatch(pixels, ticks, ticks + 1, ticks, (b"",) * len(pixels))
 
 
 def largest_inputs(vision: VisionPart, module: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -102,7 +96,7 @@ def overflowing(request, nano, pixels, tmp_path_factory):
 def test_what_half_precision_cannot_compute_is_computed_in_float32(overflowing, pixels):
     bundle, overflows = overflowing
     half, whole = (load_vision(bundle, "cpu", dtype) for dtype in ("float16", "float32"))
-    encoded = encode_frames(half, batch_of(pixels), patch_rows=7)
+    encoded = encode_frames(half, pixels, patch_rows=7)
     assert (encoded.places.tolist(), dict(encoded.unfit)) == (list(range(len(pixels))), {})
     wanted = encode_pixels(whole, pixels, patch_rows=7)
     for name in ("token", "compressor_out", "search_key"):
@@ -144,7 +138,7 @@ def test_only_frames_that_do_not_fit_even_then_are_left_out(nano, pixels, tmp_pa
     projector = {"mm_projector.0.weight": 1 / factor}
     bundle = scaled(tmp_path / "model", {"compressor.attn.out_proj": factor} | projector)
     for dtype in ("float32", "float16", "bfloat16"):
-        encoded = encode_frames(load_vision(bundle, "cpu", dtype), batch_of(pixels), patch_rows=0)
+        encoded = encode_frames(load_vision(bundle, "cpu", dtype), pixels, patch_rows=0)
         assert encoded.places.tolist() == np.flatnonzero(fits).tolist()
         assert sorted(encoded.unfit) == np.flatnonzero(~fits).tolist()
         for place, why in encoded.unfit.items():
@@ -163,7 +157,7 @@ def test_a_search_key_without_a_direction_is_no_key(pixels, tmp_path):
     weights["visual_projection.weight"] *= 0
     save_file(weights, path, metadata={"format": "pt"})
     vision = load_vision(read_bundle("zeros", bundle.directory), "cpu", "float32")
-    encoded = encode_frames(vision, batch_of(pixels[:2]), patch_rows=0)
+    encoded = encode_frames(vision, pixels[:2], patch_rows=0)
     assert (len(encoded.tokens), len(encoded.places)) == (0, 0)
     assert all("search key has no direction" in why for why in encoded.unfit.values())
 

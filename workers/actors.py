@@ -4,8 +4,6 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,24 +75,20 @@ class Examiner:
         """Hashes and probes one source.
 
         Args:
-            uri: of the source.
             content: known already if the caller has hashed the file.
         """
         path = file_path(uri)
         try:
             content = content or identify(path, self._hashes)
-            probe = self._probe(path)
+            try:
+                probe = self._decoder.probe(path)
+            except VideoProblem as error:
+                if error.reason not in RETRIED:
+                    raise
+                probe = self._decoder.probe(path)
             return Examined(content, probe, None, self._decoder.sandbox_missing)
         except VideoProblem as error:
             return Examined(content, None, Problem(error.reason, error.detail), self._decoder.sandbox_missing)
-
-    def _probe(self, path: bytes) -> Probe:
-        try:
-            return self._decoder.probe(path)
-        except VideoProblem as error:
-            if error.reason not in RETRIED:
-                raise
-        return self._decoder.probe(path)
 
 
 class Encoder:
@@ -146,30 +140,23 @@ class Encoder:
         def reached(position_seconds: float, frame_count: int) -> None:
             self._reached[key] = position_seconds, frame_count
 
-        with self._borrowed_decoder() as decoder:
-            try:
-                return index_segment(task, decoder, vision, self._model_turn, *stored, reached)
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise ClusterError(
-                    f"a worker ran out of memory at --batch {settings.batch}; finished segments are committed; run the "
-                    "same command again with a smaller --batch to continue"
-                ) from error
-            finally:
-                self._reached.pop(key, None)
+        decoder = self._decoders.get()
+        try:
+            return index_segment(task, decoder, vision, self._model_turn, *stored, reached)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise ClusterError(
+                f"a worker ran out of memory at --batch {settings.batch}; finished segments are committed; run the "
+                "same command again with a smaller --batch to continue"
+            ) from error
+        finally:
+            self._decoders.put(decoder)
+            self._reached.pop(key, None)
 
     def reached(self) -> dict[tuple[int, str], tuple[float, int]]:
         """Progress of the segments at work: (video number, segment key) -> (position in seconds, frames done)."""
         return dict(self._reached)
-
-    @contextmanager
-    def _borrowed_decoder(self) -> Iterator[Decoder]:
-        decoder = self._decoders.get()
-        try:
-            yield decoder
-        finally:
-            self._decoders.put(decoder)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

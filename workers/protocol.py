@@ -22,13 +22,8 @@ class Closed(Exception):
 
 
 def send(connection: socket.socket, header: dict, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
-    """Sends one message.
+    """Sends one message, and open files with it.
 
-    Args:
-        connection: to the other process.
-        header: with "kind".
-        body: raw bytes.
-        descriptors: open files to send along.
     Raises:
         Closed: the other process has ended.
     """
@@ -45,11 +40,8 @@ def send(connection: socket.socket, header: dict, body: bytes = b"", descriptors
 
 
 def receive(connection: socket.socket, with_descriptor: bool = False) -> tuple[dict, bytearray, int | None]:
-    """The next message: header, body, and the descriptor of an open file if one was sent along.
+    """The next message: header, body, and the descriptor of an open file if one is expected and was sent.
 
-    Args:
-        connection: to the other process.
-        with_descriptor: expect a descriptor.
     Raises:
         Closed: the other process has ended, or sent something that is no message.
         TimeoutError: no byte came within the socket's timeout.

@@ -82,7 +82,7 @@ def _attempt(
             batches = decoder.decode(path, task.probe, task.segment, sampling.fps, batch, sampling.choice)
             for frames in clock.iterate("decode", batches):
                 with model_turn, clock.measure("encode"):
-                    encoded = encode_frames(model, frames, sampling.patches)
+                    encoded = encode_frames(model, frames.pixels, sampling.patches)
                 with clock.measure("store"):
                     kept = frames.take(encoded.places) if encoded.unfit else frames
                     pictures = kept.thumbnails if thumbnails else [b""] * len(kept)

@@ -54,7 +54,7 @@ def main() -> None:
             def encode_alone() -> None:
                 for _ in range(COPIES):
                     for batch in batches:
-                        encode_frames(vision, batch, sampling.patches)
+                        encode_frames(vision, batch.pixels, sampling.patches)
 
             def whole() -> None:
                 turn = threading.Lock()

@@ -65,8 +65,6 @@ class Decoder:
         library: str = "pyav",
         is_strict: bool = False,
     ):
-        if max_pixels < 1 or timeout_seconds <= 0 or threads < 1:
-            raise ValueError(f"Decoder({max_pixels=}, {timeout_seconds=}, {threads=}): each must be positive")
         self._max_pixels = max_pixels
         self._timeout_seconds = self._grace_seconds = timeout_seconds
         self._threads = threads
@@ -121,9 +119,6 @@ class Decoder:
         Raises:
             VideoProblem: the segment is not whole; raised after its last good frame, and all frames are valid.
         """
-        fps = Fraction(fps)
-        if fps <= 0 or batch < 1:
-            raise ValueError(f"decode(fps={fps}, batch={batch}): both must be positive")
         request: dict[str, Any] = {
             "kind": "decode",
             "probe": probe_to_json(probe),
@@ -159,8 +154,6 @@ class Decoder:
         """The frames at these presentation times, in the given order; adds to `bytes_read`.
 
         Args:
-            path, probe: the source.
-            ticks: times of frames.
             times_rise: the file's clock is known never to restart, as in a video that was indexed without a problem.
                 If this is not known, a file without an index is first read to its end, without decoding.
         Returns:
@@ -222,7 +215,6 @@ class Decoder:
         """Copies a range of a video with its sound, without decoding; the copy begins at the keyframe before the range.
 
         Args:
-            path, probe: the source.
             start_seconds, end_seconds: positions as a player shows them, half-open.
             container: FFmpeg's name of the new file's format.
             write: called with an offset in the new file and the bytes to write there.

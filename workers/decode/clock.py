@@ -82,7 +82,8 @@ class OneClock:
 
         for frame in frames:
             if doubtful is not None and last is not None:
-                if _goes_on_from(doubtful, last, frame):
+                # Is the frame's time closer to the end of the doubtful frame than to the end of the last good one?
+                if abs(frame.ticks - doubtful.end_ticks) <= abs(frame.ticks - last.end_ticks):
                     offset += self._restart(last, doubtful, offset)
                     yield _later(doubtful, offset)
                     before, last = None, doubtful
@@ -113,11 +114,6 @@ class OneClock:
         if len(self.restarts) < 1000:
             self.restarts.append(last.end_ticks + offset)
         return last.end_ticks - first.ticks
-
-
-def _goes_on_from(doubtful: TimedFrame, last: TimedFrame, frame: TimedFrame) -> bool:
-    """Whether a frame's time is closer to the end of the doubtful frame than to the end of the last good one."""
-    return abs(frame.ticks - doubtful.end_ticks) <= abs(frame.ticks - last.end_ticks)
 
 
 def _later(frame: TimedFrame, ticks: int) -> TimedFrame:

@@ -23,11 +23,9 @@ def creation_time(metadata: Iterable[Mapping[str, str]], now: datetime) -> datet
     for key in _KEYS:
         for table in tables:
             time = iso_instant(table.get(key))
-            if time is not None and _is_plausible(time, now):
+            if time is None:
+                continue
+            # Cameras write local times as UTC, so a day's difference is allowed.
+            if _ZEROS[0] < time < now + _DAY and all(abs(time - zero) > _DAY for zero in _ZEROS):
                 return time
     return None
-
-
-def _is_plausible(time: datetime, now: datetime) -> bool:
-    """False near a clock's zero and in the future; cameras write local times as UTC, so a day is allowed."""
-    return _ZEROS[0] < time < now + _DAY and all(abs(time - zero) > _DAY for zero in _ZEROS)

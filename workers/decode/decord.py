@@ -71,8 +71,8 @@ class Reader:
         """Whether decord lists the same frames, times and keyframes as a pass over the packets."""
         if len(self._reader) != len(table.ticks):
             return False
-        # In open groups of pictures decord counts keyframes by their place in the file, not by rank.
-        if self._reader.get_key_indices() != table.keyframe_ranks():
+        # In open groups of pictures decord counts keyframes by their place in the file, not in presentation order.
+        if self._reader.get_key_indices() != np.searchsorted(table.ticks, table.keyframes).tolist():
             return False
         found = self._reader.get_frame_timestamp(np.arange(len(table.ticks)))[:, 0].astype(np.float64)
         seconds = (np.array(table.ticks) - table.ticks[0]) * time_base
@@ -113,10 +113,8 @@ def reads_right(source: VideoInput, facts: dict, pixel_format: str, table: Packe
     """Whether decord gives the same frames as PyAV, by its list of frames and by its first frame.
 
     Args:
-        source: the video.
         facts: of the probe: width, height, time_base.
         pixel_format: of the frames, by FFmpeg's name.
-        table: of the packets.
         expected: (336, 336, 3) uint8, the first frame as PyAV gives it.
     """
     size = facts["height"], facts["width"]

@@ -40,11 +40,6 @@ def _has_protected_bytes(info: bytes) -> bool:
     return any(struct.unpack(">I", info[place + 8 * i + 4 : place + 8 * i + 8])[0] for i in range(subsamples))
 
 
-def names_key(stream: av.VideoStream) -> bool:
-    """Whether the container states a key for a whole stream (Matroska and WebM)."""
-    return "enc_key_id" in stream.metadata
-
-
 def looks_encrypted(file: VideoFile) -> bool:
     """Whether a file's structure says that its video is encrypted; to be asked if no whole frame can be decoded.
 

@@ -43,8 +43,6 @@ def frames_at(
     """The frames at these presentation times, ascending, each once: (ticks, (336, 336, 3) uint8).
 
     Args:
-        source, probe: the video.
-        ticks: the frames' times.
         times_rise: the file's clock is known never to restart. If it is not known, it is checked first, because after
             a restart one time can mean two frames.
     Raises:
@@ -122,7 +120,7 @@ class _Reader:
             found = self._read_to(wanted)
             if found is not None and self._is_right():
                 return found
-        unsure, before = None, wanted
+        unsure, before, reformatter = None, wanted, VideoReformatter()
         for _ in range(JUMPS):
             if self._wasted > wanted - self._probe.first_ticks:
                 self._stays = True  # decoding everything would have been cheaper
@@ -131,9 +129,12 @@ class _Reader:
             assert self._began is not None  # set by _jump
             before = self._began - 1
             found = self._read_to(wanted)
-            if found is not None and (self._is_right() or (unsure is not None and _are_same(found, unsure))):
+            if found is not None and self._is_right():
                 return found
-            unsure = found
+            rgb = None if found is None else to_rgb(found.picture, reformatter)
+            if rgb is not None and unsure is not None and np.array_equal(rgb, unsure):
+                return found
+            unsure = rgb
             self._wasted += wanted - self._began
         else:
             self._stays = True  # other frames may fail in the same way
@@ -299,8 +300,3 @@ def _have_rising_times(video: OpenVideo) -> bool:
     packets = ((packet.pts if packet.dts is None else packet.dts, packet) for packet in video.packets(Damage()))
     timed = (TimedFrame(ticks, packet.duration or 0, None) for ticks, packet in packets if ticks is not None)
     return not any(clock.restarts for _ in clock.place(timed))
-
-
-def _are_same(one: TimedFrame, other: TimedFrame) -> bool:
-    reformatter = VideoReformatter()
-    return np.array_equal(to_rgb(one.picture, reformatter), to_rgb(other.picture, reformatter))

@@ -4,6 +4,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ from av.stream import Discard, Disposition
 from storage.errors import VideoProblem
 from storage.records import Choice, Probe, Reason, Segment
 from workers.decode.damage import Damage
-from workers.decode.encryption import ENCRYPTED_DETAIL, looks_encrypted, names_key
+from workers.decode.encryption import ENCRYPTED_DETAIL, looks_encrypted
 from workers.decode.structure import begins_as_jpeg, cut_short, end_of_recording, is_picture, name_content
 from workers.sources.video_file import VideoFile
 
@@ -91,14 +92,10 @@ class OpenVideo:
         self.file = source.file
         self.max_pixels = source.max_pixels
         self._alive = source.alive
-        self._capture = av.logging.Capture(local=False)
-        self.lines = self._capture.__enter__()
-        try:
-            self.container = open_container(source, self.lines)
-        except BaseException:
-            self._capture.__exit__(None, None, None)
-            raise
-        try:
+        with ExitStack() as opened:
+            capture = av.logging.Capture(local=False)
+            self.lines: list = opened.enter_context(capture)  # type: ignore[arg-type]  # as PyAV declares its __exit__
+            self.container = opened.enter_context(open_container(source, self.lines))
             self.stream = self._checked(self.container.streams.best("video"))
             assert self.stream.time_base is not None  # FFmpeg sets it for every stream
             self.time_base = self.stream.time_base
@@ -109,9 +106,7 @@ class OpenVideo:
             context.thread_count = source.threads
             context.thread_type = "AUTO" if source.threads > 1 else "NONE"
             context.options = {"max_pixels": str(source.max_pixels)}
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
 
     def _checked(self, stream: av.stream.Stream | None) -> av.VideoStream:
         if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
@@ -122,7 +117,7 @@ class OpenVideo:
             )
         if stream.codec_context is None:
             raise VideoProblem(Reason.UNSUPPORTED_CODEC, "FFmpeg has no decoder for the codec of the video stream")
-        if names_key(stream):
+        if "enc_key_id" in stream.metadata:  # Matroska and WebM
             raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
         check_pixels(stream.codec_context.width, stream.codec_context.height, self.max_pixels)
         return stream
@@ -135,8 +130,7 @@ class OpenVideo:
 
     def close(self) -> None:
         """Closes the container; the file stays open."""
-        self.container.close()
-        self._capture.__exit__(None, None, None)
+        self._opened.close()
 
     def packets(self, damage: Damage) -> Iterator[av.Packet]:
         """The stream's packets from the current position on; continues after read errors, which are noted as damage.

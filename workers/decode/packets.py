@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, field
 
 import av
-import numpy as np
 
 from workers.decode.clock import RESTART_SECONDS
 from workers.decode.damage import Damage
@@ -38,10 +37,6 @@ class PacketTable:
     end_ticks: int = 0
     plain: bool = True
 
-    def keyframe_ranks(self) -> list[int]:
-        """The keyframes' ranks in presentation order."""
-        return np.searchsorted(self.ticks, self.keyframes).tolist()
-
 
 def scan_packets(video: OpenVideo, start_ticks: int | None = None, end_ticks: int | None = None) -> PacketTable:
     """The frames of a stream from its current position on, by its packets.
@@ -59,7 +54,8 @@ def scan_packets(video: OpenVideo, start_ticks: int | None = None, end_ticks: in
     for packet in video.packets(damage):
         if end_ticks is not None and packet.dts is not None and packet.dts >= end_ticks:
             break  # later packets are shown later still
-        if packet.is_discard or not _shows_frame(codec, packet):
+        is_alt_ref = codec == "vp8" and not memoryview(packet)[0] & 0x10  # only a reference. Source: RFC 6386, 9.1
+        if packet.is_discard or is_alt_ref:
             continue
         restarts = packet.is_keyframe and packet.pts is not None and packet.pts < last[0] - restart_ticks
         if packet.pts is None or packet.pts in seen or packet.is_corrupt or restarts:
@@ -77,11 +73,6 @@ def scan_packets(video: OpenVideo, start_ticks: int | None = None, end_ticks: in
     table.plain = table.plain and damage.count == 0
     table.ticks, table.end_ticks = sorted(seen), last[0] + max(last[1], 1)
     return table
-
-
-def _shows_frame(codec: str, packet: av.Packet) -> bool:
-    """False for a VP8 packet that only prepares a reference ("alt-ref"). Source: RFC 6386, 9.1."""
-    return codec != "vp8" or bool(memoryview(packet)[0] & 0x10)
 
 
 def is_header(codec: str, packet: av.Packet) -> bool:

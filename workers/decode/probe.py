@@ -28,7 +28,6 @@ def probe(source: VideoInput, library: str = "pyav") -> Probe:
     """Size, codec, clock and possible cuts of a file's video stream.
 
     Args:
-        source: the video.
         library: "decord" to choose it for files on which it gives the same frames as PyAV.
     Raises:
         VideoProblem: the file is no video, has no video stream, or has no whole frame that can be decoded.
@@ -84,10 +83,12 @@ def _read_head(video: OpenVideo) -> list[TimedFrame]:
         raise _no_frames(video, damage)
     pixels = max(1, first.picture.width * first.picture.height)
     head = [first, *itertools.islice(frames, max(2, min(HEAD_FRAMES, HEAD_PIXELS // pixels)) - 1)]
-    if not damage.has_whole_picture and not any(damage.has_whole_picture for _ in frames):
-        raise _all_damaged(video, damage)
+    has_whole_picture = damage.has_whole_picture or any(damage.has_whole_picture for _ in frames)
     if damage.first_detail is not None and looks_encrypted(video.file):  # encrypted data can decode to noise
         raise VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
+    if not has_whole_picture:
+        detail = f"every frame is damaged; the first damage: {damage.first_detail}"
+        raise VideoProblem(Reason.CORRUPT, detail)
     return head
 
 
@@ -100,12 +101,6 @@ def _no_frames(video: OpenVideo, damage: Damage) -> VideoProblem:
     if damage.first_detail is None:
         return VideoProblem(Reason.NO_FRAMES, "the video stream has no frames")
     return VideoProblem(Reason.CORRUPT, f"no frame can be decoded: {damage.first_detail}")
-
-
-def _all_damaged(video: OpenVideo, damage: Damage) -> VideoProblem:
-    if looks_encrypted(video.file):
-        return VideoProblem(Reason.ENCRYPTED, ENCRYPTED_DETAIL)
-    return VideoProblem(Reason.CORRUPT, f"every frame is damaged; the first damage: {damage.first_detail}")
 
 
 def _clock_offset(video: OpenVideo, first_ticks: int) -> float:

@@ -11,7 +11,7 @@ from av.sidedata.sidedata import SideData
 from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
-from storage.records import Choice, Probe, Reason
+from storage.records import Choice, Reason
 from workers.decode.clock import RESTART_SECONDS, BestEffortClock, OneClock, TimedFrame
 from workers.decode.damage import Damage, DamageWatch, words_of_damage
 from workers.decode.encryption import ENCRYPTED_DETAIL, is_encrypted
@@ -205,12 +205,7 @@ def kept_frames(
 
 
 def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFrame]:
-    """The segment's keyframes, without decoding the frames between them; damage there is not found.
-
-    Args:
-        task: the segment.
-        table: of the segment's packets.
-    """
+    """The segment's keyframes, without decoding the frames between them; damage there is not found."""
     start, end = task.segment.start_ticks, task.segment.end_ticks
     spaced = Spaced(1 / (task.fps * task.probe.time_base), None, lambda frame: True)
     wanted = [at for at in sorted(table.entries) if spaced.takes(TimedFrame(at, 0, None))]
@@ -243,11 +238,15 @@ def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[Tim
 
 def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequence[int] = ()) -> VideoProblem | None:
     """The problem of a segment that was read; tally is None if not every frame was decoded."""
-    restarted = _restarted(task.probe, restarts)
     problem = _damage_of(task, damage, tally)
+    if not restarts:
+        return problem
+    shown = ", ".join(f"{float(task.probe.time_seconds(ticks)):.1f} s" for ticks in restarts[:3])
+    more = f" and {len(restarts) - 3} more times" if len(restarts) > 3 else ""
+    restarted = f"its clock restarts at {shown}{more}; the frames after a restart follow those before it without a gap"
     if problem is None:
-        return VideoProblem(Reason.CLOCK_RESTARTED, restarted) if restarted else None
-    return VideoProblem(problem.reason, f"{problem.detail}; {restarted}") if restarted else problem
+        return VideoProblem(Reason.CLOCK_RESTARTED, restarted)
+    return VideoProblem(problem.reason, f"{problem.detail}; {restarted}")
 
 
 def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
@@ -258,14 +257,6 @@ def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
         damage.note(None, f"packets are missing at byte {losses.first_byte}")
     elif damage.suspects > losses.joins:
         damage.note(None, "a packet is incomplete")
-
-
-def _restarted(probe: Probe, restarts: Sequence[int]) -> str:
-    if not restarts:
-        return ""
-    shown = ", ".join(f"{float(probe.time_seconds(ticks)):.1f} s" for ticks in restarts[:3])
-    more = f" and {len(restarts) - 3} more times" if len(restarts) > 3 else ""
-    return f"its clock restarts at {shown}{more}; the frames after a restart follow those before it without a gap"
 
 
 def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:

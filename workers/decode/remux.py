@@ -77,35 +77,37 @@ def cut(source: VideoInput, probe: Probe, start_seconds: float, end_seconds: flo
     """Copies a range of a video with its sound; the copy begins at the keyframe before the range.
 
     Args:
-        source, probe: the video.
         start_seconds, end_seconds: positions as a player shows them, half-open.
         kind: FFmpeg's name of the new file's format.
-        new: the file to write.
     Raises:
         VideoProblem: the source cannot be read, has no picture in the range, or cannot be copied to this format.
     """
-    alive = source.alive
     with av.logging.Capture(local=False) as lines, open_container(source, lines) as container:
         start, end = (seconds + probe.clock_offset_seconds for seconds in (start_seconds, end_seconds))
         video = container.streams[probe.stream_index]
         assert isinstance(video, av.VideoStream)  # as when it was probed
         streams = [video, *(stream for stream in container.streams if stream.type == "audio")]
-        first = _seek(container, video, start, alive)
+        opened = _Opened(container, video, source.alive)
+        first = _seek(opened, start)
         if first is None:
             raise _no_picture(start_seconds, end_seconds)
         lines.clear()
         begins = first
         if kind in HIDES_LEAD:  # the cut begins with a whole frame, because players skip one that began earlier
-            begins = _on_screen(container, video, first, start, alive)
-            _seek(container, video, start, alive)
+            begins = _on_screen(opened, first, start)
+            _seek(opened, start)
         try:
             with av.open(new, "w", format=kind, buffer_size=1 << 20) as out:
                 copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in streams}
                 last = first
-                for packet in _ended(_moment(container, streams, first, begins, end, alive), video, end):
+                for packet in _ended(_moment(opened, streams, first, begins, end), video, end):
                     if packet.stream is video:
                         last = max(last, _shown(packet) + _length(packet))
-                    _shift(packet, begins)
+                    ticks = round(Fraction(begins) / packet.time_base)
+                    assert packet.dts is not None  # set by _with_decode_times
+                    packet.dts -= ticks
+                    if packet.pts is not None:
+                        packet.pts -= ticks
                     packet.stream = copies[packet.stream.index]
                     out.mux(packet)
         except (av.FFmpegError, ValueError) as error:
@@ -120,52 +122,50 @@ def _no_picture(start_seconds: float, end_seconds: float) -> VideoProblem:
     return VideoProblem(Reason.NO_FRAMES, f"there is no picture from {start_seconds:g} to {end_seconds:g} seconds")
 
 
-def _seek(
-    container: av.container.InputContainer, video: av.VideoStream, start: float, alive: Callable[[], None]
-) -> float | None:
+@dataclass(frozen=True)
+class _Opened:
+    """The source, opened; alive is called at every packet."""
+
+    container: av.container.InputContainer
+    video: av.VideoStream
+    alive: Callable[[], None]
+
+
+def _seek(opened: _Opened, start: float) -> float | None:
     """Moves to the last keyframe before a time, by the file's index; returns the keyframe's time."""
     for back in BACK_SECONDS:
-        found = _keyframe_after(container, video, max(0.0, start - back), alive)
+        found = _keyframe_after(opened, max(0.0, start - back))
         if found is not None and (found <= start or start - back <= 0):
             break
     else:
-        found = _keyframe_after(container, video, 0.0, alive)
+        found = _keyframe_after(opened, 0.0)
     if found is not None:
-        _go_to(container, video, max(0.0, start - back))
+        _go_to(opened, max(0.0, start - back))
     return found
 
 
-def _keyframe_after(
-    container: av.container.InputContainer, video: av.VideoStream, seconds: float, alive: Callable[[], None]
-) -> float | None:
-    _go_to(container, video, seconds)
-    for packet in container.demux(video):
-        alive()
+def _keyframe_after(opened: _Opened, seconds: float) -> float | None:
+    _go_to(opened, seconds)
+    for packet in opened.container.demux(opened.video):
+        opened.alive()
         if packet.is_keyframe and (packet.pts is not None or packet.dts is not None):
             return _shown(packet)
     return None
 
 
-def _go_to(container: av.container.InputContainer, video: av.VideoStream, seconds: float) -> None:
-    assert video.time_base is not None  # FFmpeg sets it for every stream
-    container.seek(int(seconds / video.time_base), stream=video, backward=True)
+def _go_to(opened: _Opened, seconds: float) -> None:
+    assert opened.video.time_base is not None  # FFmpeg sets it for every stream
+    opened.container.seek(int(seconds / opened.video.time_base), stream=opened.video, backward=True)
 
 
-def _moment(
-    container: av.container.InputContainer,
-    streams: list,
-    first: float,
-    begins: float,
-    end: float,
-    alive: Callable[[], None],
-) -> Iterator[av.Packet]:
+def _moment(opened: _Opened, streams: list, first: float, begins: float, end: float) -> Iterator[av.Packet]:
     """The packets to copy: frames from the keyframe at `first` on, and sound from where a player begins."""
-    video, has_begun, early = streams[0], False, []
-    for packet in _with_decode_times(container.demux(streams)):
-        alive()
+    has_begun, early = False, []
+    for packet in _with_decode_times(opened.container.demux(streams)):
+        opened.alive()
         shown = _shown(packet)
         decoded = _decoded(packet)
-        if packet.stream is not video:
+        if packet.stream is not opened.video:
             if decoded < end and shown + _length(packet) > begins:
                 early.append(packet)
                 if has_begun:
@@ -185,13 +185,11 @@ def _moment(
             yield packet
 
 
-def _on_screen(
-    container: av.container.InputContainer, video: av.VideoStream, first: float, start: float, alive: Callable[[], None]
-) -> float:
+def _on_screen(opened: _Opened, first: float, start: float) -> float:
     """When the frame that is shown at `start` begins, or the time of the keyframe if that is later."""
     found = first
-    for packet in _with_decode_times(container.demux(video)):
-        alive()
+    for packet in _with_decode_times(opened.container.demux(opened.video)):
+        opened.alive()
         if _decoded(packet) > start:
             break
         if found < _shown(packet) <= start:
@@ -266,12 +264,3 @@ def _decoded(packet: av.Packet) -> float:
 def _length(packet: av.Packet) -> float:
     """How long a packet is shown, in seconds; 0 if the file does not say."""
     return float((packet.duration or 0) * packet.time_base)
-
-
-def _shift(packet: av.Packet, seconds: float) -> None:
-    """Subtracts a time from a packet's times."""
-    ticks = round(Fraction(seconds) / packet.time_base)
-    assert packet.dts is not None
-    packet.dts -= ticks
-    if packet.pts is not None:
-        packet.pts -= ticks

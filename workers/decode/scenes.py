@@ -1,7 +1,5 @@
 """First frames of scenes, found by PySceneDetect (the extra `scenes`)."""
 
-import av
-import numpy as np
 from av.video.reformatter import VideoReformatter
 from scenedetect import ContentDetector, FrameTimecode
 
@@ -21,9 +19,8 @@ class SceneStarts:
     def __call__(self, frame: TimedFrame) -> bool:
         """Must be called for every frame, in order."""
         self._count += 1
-        return bool(self._detector.process_frame(FrameTimecode(self._count, 1.0), self._small(frame.picture)))
-
-    def _small(self, picture: av.VideoFrame) -> np.ndarray:
+        picture = frame.picture
         scale = min(1.0, SIDE / max(picture.width, picture.height))
         width, height = (max(1, round(side * scale)) for side in (picture.width, picture.height))
-        return self._reformatter.reformat(picture, width, height, "bgr24", threads=1).to_ndarray()
+        pixels = self._reformatter.reformat(picture, width, height, "bgr24", threads=1).to_ndarray()
+        return bool(self._detector.process_frame(FrameTimecode(self._count, 1.0), pixels))

@@ -176,7 +176,6 @@ def mp4_boxes(file: VideoFile, start: int, end: int) -> Iterator[tuple[bytes, in
     """The boxes of one level of an MP4: kind, start and end of the body. Source: ISO/IEC 14496-12, 4.2.
 
     Args:
-        file: the file.
         start, end: the range of the level; the last box may state an end after it.
     """
     while start + 8 <= end:

@@ -61,7 +61,6 @@ def place_before(file: VideoFile, find: Finder, ticks: int) -> int | None:
     Args:
         file: with ascending times.
         find: gives the offset and time of the first place in a range of bytes.
-        ticks: the time.
     """
     low, high, found = 0, file.size, None
     while high - low > CHUNK_BYTES:

@@ -49,8 +49,6 @@ def find_losses(file: VideoFile, pid: int, size_bytes: int) -> Losses:
     new frame begins, and the counters of the tables jump too.
 
     Args:
-        file: the transport stream.
-        pid: of the stream.
         size_bytes: how much of the file is read.
     """
     layout = packet_layout(file)

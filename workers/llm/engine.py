@@ -70,12 +70,7 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """Runs the LLM with transformers.
-
-    Args:
-        llm: the module.
-        eos_ids: tokens that end an answer.
-    """
+    """Runs the LLM with transformers."""
 
     most_rows = None
 

@@ -32,7 +32,6 @@ class ShownFrames:
         """Takes frames; computes nothing yet.
 
         Args:
-            model: the whole model.
             tokens: (T, C*C, H), the stored vision tokens.
             inputs: gives the inputs of pre-fusion for the same frames, in any order; called for each prompt if
                 pre-fusion's keys and values are not kept.

@@ -17,7 +17,6 @@ def answer_bytes(bundle: Bundle, row_count: int, is_reserved: bool = False) -> i
     """Memory of a context; linear in the number of rows.
 
     Args:
-        bundle: the model.
         row_count: of the context, with its answer.
         is_reserved: whether the engine has reserved memory for keys, values and activations.
     """

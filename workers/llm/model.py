@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from workers.llm.engine import Engine, EngineName, ModelOptions, SamplingParams, TransformersEngine
+from workers.llm.engine import Engine, EngineName, ModelOptions, SamplingParams, TransformersContext, TransformersEngine
 from workers.llm.model_options import Quantize
 from workers.llm.prompt import PLACEHOLDER_ID, PromptTokenizer, load_tokenizer
 from workers.llm.quantize import quantize_matrices
@@ -46,12 +46,8 @@ class LlavaMini:
     @property
     def llm(self) -> LlamaForCausalLM:
         """The LLM's module; only with transformers as the engine."""
-        return self._transformers_engine.llm
-
-    @property
-    def _transformers_engine(self) -> TransformersEngine:
         assert isinstance(self.engine, TransformersEngine)
-        return self.engine
+        return self.engine.llm
 
     def __repr__(self) -> str:
         return f"LlavaMini({self.vision!r})"
@@ -61,7 +57,6 @@ def load_model(bundle: Bundle, options: ModelOptions = ModelOptions(), kept_byte
     """Loads the whole model.
 
     Args:
-        bundle: the model's files.
         options: device, precision and engine.
         kept_bytes: memory for keys and values that vLLM gets in addition to that for one full context.
     Raises:
@@ -98,7 +93,6 @@ def fuse_question(model: LlavaMini, ids: Sequence[int], batches: Iterable[Fusion
     The mean is a running float32 sum, as in the released code, so memory depends only on the size of the batches.
 
     Args:
-        model: the whole model.
         ids: from `prompt_ids`.
         batches: frames in any order, a few hundred at a time.
     Returns:
@@ -143,7 +137,6 @@ def answer_embeds(model: LlavaMini, ids: Sequence[int], fused: Tensor, frame_tok
     """The LLM's input: the fused text, with the frames' vision tokens in place of the placeholder.
 
     Args:
-        model: the whole model.
         ids: from `prompt_ids`.
         fused: (L, H), from `fuse_question`.
         frame_tokens: (T, C*C, H), the stored vision tokens in order of time.
@@ -165,7 +158,8 @@ def generate(model: LlavaMini, embeds: Tensor, max_new_tokens: int) -> Iterator[
 
 def greedy_logits(model: LlavaMini, embeds: Tensor) -> Iterator[Tensor]:
     """The logits, (V,), of each step of a greedy answer, without end; only with transformers as the engine."""
-    context = model._transformers_engine.context()
+    context = model.engine.context()
+    assert isinstance(context, TransformersContext)
     context.add(embeds)
     while context.logits is not None:
         yield context.logits

@@ -67,7 +67,8 @@ def load_tokenizer(bundle: Bundle, system_message: str = SYSTEM_MESSAGE) -> Prom
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = read_json(bundle.directory / "tokenizer_config.json")
-    special = {name: _token_text(settings[name]) for name in _SPECIAL_TOKENS if settings.get(name)}
+    tokens = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name)}
+    special = {name: token if isinstance(token, str) else token["content"] for name, token in tokens.items()}
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _raise_template_error
     try:
@@ -106,18 +107,11 @@ def build_prompt(tokenizer: PromptTokenizer, question: str, history: Turns = ())
 def prompt_ids(tokenizer: PromptTokenizer, question: str, history: Turns = ()) -> list[int]:
     """The ids of the prompt for a question, with PLACEHOLDER_ID in place of the frames.
 
-    Only the first <image> is the placeholder; further ones are the user's text.
+    Only the first <image> is the placeholder; further ones are the user's text. Text before and after the placeholder
+    is encoded separately. Each part gets a begin-of-text token, and that of the second part is removed (released code,
+    `tokenizer_image_token`).
     """
-    return encode_prompt(tokenizer, build_prompt(tokenizer, question, history))
-
-
-def encode_prompt(tokenizer: PromptTokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt.
-
-    Text before and after the placeholder is encoded separately. Each part gets a begin-of-text token, and that of the
-    second part is removed (released code, `tokenizer_image_token`).
-    """
-    before, _, after = prompt.partition(PLACEHOLDER_TEXT)
+    before, _, after = build_prompt(tokenizer, question, history).partition(PLACEHOLDER_TEXT)
     before_ids, after_ids = (tokenizer.tokenizer.encode(text).ids for text in (before, after))
     begin = tokenizer.tokenizer.token_to_id(tokenizer.special.get("bos_token", ""))
     if begin is not None and before_ids[:1] == after_ids[:1] == [begin]:
@@ -162,7 +156,8 @@ def _decoded(tokenizer: PromptTokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids piece by piece, without special tokens and without clean-up.
 
     A window of the last ids is decoded each time. It begins with ids whose text was given before, because some decoders
-    treat the first id of a text differently.
+    treat the first id of a text differently. tokenizers' DecodeStream cannot be used: it fails ("Invalid prefix") with
+    Llama 2's decoders, and takes quadratic time on bytes that are no text.
     """
     special = {id_ for id_, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
 
@@ -196,9 +191,6 @@ def _shorter(
     """The last ids of a window, with the same text at the end, and how much of that text was given.
 
     Args:
-        decode: gives the text of ids.
-        window: the ids.
-        text: of the window.
         given: characters of the text that were given.
         is_broken: whether the bytes at the end of the text are no character.
     """
@@ -239,10 +231,6 @@ def _template_text(directory: Path, settings: Mapping[str, Any]) -> str:
     if not isinstance(template, str):
         raise UsageError(f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja")
     return template
-
-
-def _token_text(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
 
 
 def _raise_template_error(message: str) -> None:

@@ -66,10 +66,7 @@ class VllmEngine:
         """Loads the LLM.
 
         Args:
-            bundle: the model's files.
             tensors: of the bundle, checked before.
-            settings: of the LLM's blocks.
-            device, dtype: of the computation.
             kept_bytes: memory for keys and values in addition to that for one full context, for further questions.
         Raises:
             UsageError: vLLM cannot run this model here, or there is too little memory.

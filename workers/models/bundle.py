@@ -215,7 +215,6 @@ def find_bundle(name: str, tower: str | None = None) -> Bundle:
     Hub repositories are found in the local caches only (fetch.py downloads them).
 
     Args:
-        name: of the model.
         tower: directory or hub id of a CLIP that replaces the one that the model names.
     Raises:
         UsageError: there is no such model, or it is no usable LLaVA-Mini.
@@ -289,6 +288,8 @@ def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
     tensors = list_tensors(tower_directory)
     has_search_key = "visual_projection.weight" in tensors
     has_text = "text_projection.weight" in tensors and any(key.startswith("text_model.") for key in tensors)
+    forms = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    has_tokenizer = any(all((tower_directory / file).is_file() for file in form) for form in forms)
     bundle = Bundle(
         name=name,
         directory=directory,
@@ -298,7 +299,7 @@ def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
         pictures=read_settings(tower_directory),
         card=_card(path, values, directory),
         has_search_key=has_search_key,
-        has_text_search=has_search_key and has_text and has_tokenizer(tower_directory),
+        has_text_search=has_search_key and has_text and has_tokenizer,
         tower_name=tower_name,
     )
     if bundle.pictures.crop_side != bundle.vision["image_size"]:
@@ -307,13 +308,6 @@ def read_bundle(name: str, directory: Path, tower: str | None = None) -> Bundle:
             f"config.json is {bundle.vision['image_size']}; they must be equal"
         )
     return bundle
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """True if a directory has a tokenizer in one of the two published forms."""
-    return (directory / "tokenizer.json").is_file() or all(
-        (directory / part).is_file() for part in ("vocab.json", "merges.txt")
-    )
 
 
 def sub_config(tower: Mapping[str, Any], name: str) -> dict[str, Any]:

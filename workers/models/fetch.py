@@ -105,8 +105,11 @@ def _fetch_one(name: str, report: Report) -> Fetched:
     try:
         directory = hub_directory(name)
     except UsageError:
-        snapshot = _pickled_snapshot(hub_id)
-        directory, downloaded_bytes = (snapshot, 0) if snapshot else _download(name, hub_id, report)
+        snapshot = find_snapshot(hub_cache(), hub_id)
+        if snapshot is not None and has_settings(snapshot) and _pickled_names(snapshot):
+            directory = snapshot
+        else:
+            directory, downloaded_bytes = _download(name, hub_id, report)
     kept: frozenset[str] = frozenset()
     if not is_complete(directory):
         directory, kept = _convert(name, hub_id, directory, report)
@@ -114,13 +117,6 @@ def _fetch_one(name: str, report: Report) -> Fetched:
     tower = str(config.get("mm_vision_tower", "")) if config.get("model_type") == MODEL_TYPE else ""
     is_converted = not directory.is_relative_to(hub_cache())
     return Fetched(name, directory, str(config.get("model_type")), tower, downloaded_bytes, is_converted, kept)
-
-
-def _pickled_snapshot(hub_id: HubId) -> Path | None:
-    """A complete snapshot in the hub's cache whose weights are pickled."""
-    directory = find_snapshot(hub_cache(), hub_id)
-    is_usable = directory is not None and has_settings(directory) and _pickled_names(directory)
-    return directory if is_usable else None
 
 
 def _pickled_names(directory: Path) -> list[str]:
@@ -147,66 +143,53 @@ def _download(name: str, hub_id: HubId, report: Report) -> tuple[Path, int]:
         settings = [file for file in sizes if _SETTINGS.fullmatch(file) and (".index." not in file or file == kind[0])]
         if "config.json" not in settings:
             raise UsageError(f"{name}: has no config.json, which a model needs")
-        download = _Downloader(name, hub_id, sizes, report)
-        directory = download.files(["config.json"]).parent
+        config, config_bytes = _download_files(name, hub_id, ["config.json"], sizes, None)
+        directory = config.parent
         model_type = read_json(directory / "config.json").get("model_type")
         if model_type not in MODEL_TYPES:
             raise UsageError(f"{name}: model_type is {model_type!r}; only {', '.join(MODEL_TYPES)} can be used")
-        download.files(settings)
+        _, settings_bytes = _download_files(name, hub_id, settings, sizes, None)
         index, suffix = directory / kind[0], kind[1]
         weights = shard_names(index, suffix) if index.suffix == ".json" else [kind[0]]
         lacking = [file for file in weights if file not in sizes]
         if lacking:
             raise UsageError(f"{name}: {lacking[0]} is not in the repository, but {kind[0]} names it")
-        _check_room(name, sum(sizes[file] for file in weights if not (directory / file).is_file()), directory)
-        download.files(weights, is_reported=True)
-        return directory, download.downloaded_bytes
-
-
-def _check_room(name: str, needed_bytes: int, directory: Path) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed_bytes > free:
-        raise UsageError(
-            f"{name}: has {needed_bytes / 1e9:.1f} GB of weights, but the disk of {directory} has only "
-            f"{free / 1e9:.1f} GB free; HF_HOME names another folder"
-        )
-
-
-class _Downloader:
-    """Downloads files of a repository that are not in the cache yet.
-
-    Attributes:
-        downloaded_bytes: so far.
-    """
-
-    def __init__(self, name: str, hub_id: HubId, sizes: Mapping[str, int], report: Report):
-        self.downloaded_bytes = 0
-        self._name = name
-        self._hub_id = hub_id
-        self._sizes = sizes
-        self._report = report
-
-    def files(self, names: Sequence[str], is_reported: bool = False) -> Path:
-        """Downloads files, with progress reports if wanted; returns the path of the last one."""
-        from huggingface_hub import hf_hub_download
-
-        total = sum(self._sizes[name] for name in names)
-        done, path = 0, ""
-        for name in names:
-            counts: list[int] = []
-
-            def count(file_bytes: int, name: str = name, done: int = done, counts: list[int] = counts) -> None:
-                counts.append(file_bytes)
-                if is_reported:
-                    self._report(Fetching("download", self._name, name, done + file_bytes, total))
-
-            count(0)
-            path = hf_hub_download(
-                self._hub_id.repository, name, revision=self._hub_id.revision, tqdm_class=_counting_class(count)
+        needed = sum(sizes[file] for file in weights if not (directory / file).is_file())
+        free = shutil.disk_usage(directory).free
+        if needed > free:
+            raise UsageError(
+                f"{name}: has {needed / 1e9:.1f} GB of weights, but the disk of {directory} has only "
+                f"{free / 1e9:.1f} GB free; HF_HOME names another folder"
             )
-            done += self._sizes[name]
-            self.downloaded_bytes += self._sizes[name] if any(counts) else 0
-        return Path(path)
+        _, weight_bytes = _download_files(name, hub_id, weights, sizes, report)
+        return directory, config_bytes + settings_bytes + weight_bytes
+
+
+def _download_files(
+    name: str, hub_id: HubId, names: Sequence[str], sizes: Mapping[str, int], report: Report | None
+) -> tuple[Path, int]:
+    """Downloads files that are not in the cache yet.
+
+    Returns:
+        The path of the last one, and how many bytes were downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+
+    total = sum(sizes[file] for file in names)
+    done, downloaded, path = 0, 0, ""
+    for file in names:
+        counts: list[int] = []
+
+        def count(file_bytes: int, file: str = file, done: int = done, counts: list[int] = counts) -> None:
+            counts.append(file_bytes)
+            if report is not None:
+                report(Fetching("download", name, file, done + file_bytes, total))
+
+        count(0)
+        path = hf_hub_download(hub_id.repository, file, revision=hub_id.revision, tqdm_class=_counting_class(count))
+        done += sizes[file]
+        downloaded += sizes[file] if any(counts) else 0
+    return Path(path), downloaded
 
 
 def _counting_class(count: Callable[[int], None]) -> type:

@@ -75,8 +75,6 @@ def check_tensors(
     """Checks that a checkpoint has exactly the tensors of some modules.
 
     Args:
-        directory: of the checkpoint, for messages.
-        tensors: of the checkpoint.
         modules: key prefix -> module.
         unused: patterns of keys that may be there and are not read.
     Raises:

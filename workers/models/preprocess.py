@@ -53,8 +53,6 @@ def nearest_index(source_size: int, side: int = FRAME_SIDE) -> np.ndarray:
     Returns:
         (side,) int64, ascending, each in [0, source_size).
     """
-    if source_size < 1 or side < 1:
-        raise ValueError(f"nearest_index({source_size=}, {side=}): both must be at least 1")
     scale = np.float32(source_size) / np.float32(side)
     index = np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64)
     index = np.minimum(index, source_size - 1)

@@ -18,8 +18,6 @@ def convert(source: Path, target: Path, report: Callable[[int], None]) -> set[st
     """Writes the tensors of a pickled file to a safetensors file; the file appears only when it is complete.
 
     Args:
-        source: a file written by torch.save.
-        target: the new file.
         report: called with the number of bytes written so far.
     Returns:
         The steps of the sandbox ("network", "files") that this machine did not allow.

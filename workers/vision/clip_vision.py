@@ -83,9 +83,7 @@ def load_tower(directory: Path, select_layer: int, device: torch.device, dtype: 
     """The vision tower in a CLIP directory.
 
     Args:
-        directory: of the tower.
         select_layer: the hidden state that holds the patches; negative, counted from the end.
-        device, dtype: of its weights.
     Raises:
         UsageError: a key is missing, extra, or of another shape, or the selected layer does not exist.
     """

@@ -1,4 +1,4 @@
-"""Encode: FrameBatch -> TokenBatch, what is stored of each frame.
+"""Encode: pixels of frames -> TokenBatch, what is stored of each frame.
 
 Vision tower, compressor, projector and pre-fusion each compute a whole batch of frames. Batches whose activations
 exceed a fixed amount of memory are cut into pieces.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import UsageError
-from storage.records import FrameBatch, PatchRows, TokenBatch, join_tokens
+from storage.records import PatchRows, TokenBatch, join_tokens
 from workers.models.preprocess import frame_parts
 from workers.vision.clip_vision import TowerFeatures, pixel_values, tower_features
 from workers.vision.llava_mini import (
@@ -73,26 +73,27 @@ class Encoded:
         return f"Encoded({len(self.places)} frames, {len(self.unfit)} unfit)"
 
 
-def encode_frames(vision: VisionPart, batch: FrameBatch, patch_rows: int) -> Encoded:
-    """Encodes a batch of frames.
+def encode_frames(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> Encoded:
+    """Encodes a batch of frames, (T, 336, 336, 3) uint8.
 
     Args:
-        vision: the model.
-        batch: frames.
         patch_rows: stored patch rows per picture that the model sees of a frame; 0 for none.
     Raises:
         UsageError: patch_rows is more than a picture has patches.
     """
-    return _encode_all(vision, batch.pixels, patch_rows)
+    vision.bundle.check_patch_rows(patch_rows)
+    pieces = [_encode(vision, piece, patch_rows) for piece in _pieces(vision, pixels)]
+    ends = np.cumsum([len(piece.places) + len(piece.unfit) for piece in pieces])
+    return _merge(pieces, np.split(np.arange(len(pixels)), ends[:-1]))
 
 
 def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> TokenBatch:
-    """Encodes frames given as pixels, (T, 336, 336, 3) uint8.
+    """What is stored of frames, (T, 336, 336, 3) uint8, all of which must fit.
 
     Raises:
         UsageError: as `encode_frames`, or a frame cannot be stored.
     """
-    encoded = _encode_all(vision, pixels, patch_rows)
+    encoded = encode_frames(vision, pixels, patch_rows)
     for why in encoded.unfit.values():
         raise UsageError(f"{vision.bundle.name}: {why}; use another model")
     return encoded.tokens
@@ -153,8 +154,6 @@ def grid_places(places: Tensor, picture: int, ratio: int, side: int) -> Tensor:
     Args:
         places: row-major places in a side x side grid.
         picture: part of the frame: 0 to r*r - 1 for its blocks, row-major, r*r for the whole frame.
-        ratio: r.
-        side: of the grid.
     """
     if ratio == 1:
         return places
@@ -215,13 +214,6 @@ class _Computed:
         return TokenBatch(half(self.token), half(self.compressor_out), key, patches)
 
 
-def _encode_all(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> Encoded:
-    vision.bundle.check_patch_rows(patch_rows)
-    pieces = [_encode(vision, piece, patch_rows) for piece in _pieces(vision, pixels)]
-    ends = np.cumsum([len(piece.places) + len(piece.unfit) for piece in pieces])
-    return _merge(pieces, np.split(np.arange(len(pixels)), ends[:-1]))
-
-
 @torch.inference_mode()
 def _encode(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> Encoded:
     """Encodes frames in one pass; frames that do not fit in half precision are encoded again in float32."""
@@ -233,7 +225,7 @@ def _encode(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> Encoded:
         return Encoded(tokens, fit, {})
     if vision.dtype is torch.float32:
         return Encoded(tokens, fit, {place: computed.why_unfit(place) for place in unfit.tolist()})
-    again = _encode_all(vision.in_float32, pixels[unfit], patch_rows)
+    again = encode_frames(vision.in_float32, pixels[unfit], patch_rows)
     return _merge([Encoded(tokens, np.arange(len(fit)), {}), again], [fit, unfit])
 
 

@@ -334,7 +334,6 @@ def prefuse(
     """Causal pre-fusion; the last block computes only the last `kept` rows.
 
     Args:
-        vision: the model.
         sequence: (T, S, H).
         positions: (1 or T, S).
         kept: how many rows are wanted.
@@ -374,7 +373,6 @@ def block_rows(
     """The last `kept` rows of a Llama block's output; all rows, with a causal mask, if kept is None.
 
     Args:
-        block: of the LLM or pre-fusion.
         sequence: (T, S, H).
         rotary: cosines and sines, (1 or T, S, H / heads).
         kept: how many rows are wanted.
@@ -441,8 +439,6 @@ def frames_and_text(vision: VisionPart, inputs: FusionInputs, text: Tensor) -> t
     Positions are those of the published code, with all patches of a frame, even if fewer are given.
 
     Args:
-        vision: the model.
-        inputs: of T frames.
         text: (U, H), embeddings of the text that is not masked.
     """
     frame_count = len(inputs.compressed)
