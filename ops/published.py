@@ -1,11 +1,19 @@
-"""Steps of the published code that vidx itself does not take, for comparisons with the published numbers."""
+"""Steps that vidx itself does not take, for comparisons with the published code and for measurements."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
+from torch import Tensor
 
+from storage.errors import UsageError
+from storage.records import TokenBatch
 from workers.decode.picture import model_pixels
+from workers.llm.engine import SamplingParams, TransformersContext
+from workers.llm.model import LlavaMini
 from workers.models.preprocess import PictureSettings, frame_parts, split_blocks
+from workers.vision.encode import encode_frames
+from workers.vision.llava_mini import VisionPart
 
 
 def resize_nearest(frames: np.ndarray) -> np.ndarray:
@@ -62,3 +70,32 @@ def middle_of_segments(frame_count: int, sample_count: int) -> list[int]:
     length = (frame_count - 1) / sample_count
     borders = [round(length * i) for i in range(sample_count + 1)]
     return [(start + end) // 2 for start, end in pairwise(borders)]
+
+
+def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> TokenBatch:
+    """What is stored of frames, (T, 336, 336, 3) uint8, all of which must fit.
+
+    Raises:
+        UsageError: as `encode_frames`, or a frame cannot be stored.
+    """
+    encoded = encode_frames(vision, pixels, patch_rows)
+    for reason in encoded.unfit.values():
+        raise UsageError(f"{vision.bundle.name}: {reason}")
+    return encoded.tokens
+
+
+def generate(model: LlavaMini, embeds: Tensor, max_new_tokens: int) -> Iterator[int]:
+    """The ids of a greedy answer, without the end token; at most max_new_tokens."""
+    context = model.engine.context()
+    context.add(embeds)
+    yield from context.reply(max_new_tokens, SamplingParams())
+
+
+def greedy_logits(model: LlavaMini, embeds: Tensor) -> Iterator[Tensor]:
+    """The logits, (V,), of each step of a greedy answer, without end; only with transformers as the engine."""
+    context = model.engine.context()
+    assert isinstance(context, TransformersContext)
+    context.add(embeds)
+    while context.logits is not None:
+        yield context.logits
+        context.say(int(context.logits.argmax()))

@@ -509,7 +509,7 @@ import os, signal, sys, time
 from workers.decode.client import Decoder
 decoder = Decoder()
 decoder.probe({os.fspath(SAMPLES / "tractor.webm")!r})
-print(decoder._child.pid, flush=True)
+print(open(f"/proc/self/task/{{os.getpid()}}/children").read(), flush=True)
 time.sleep(60)
 """
     owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

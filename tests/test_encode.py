@@ -14,12 +14,12 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 from transformers.models.clip.configuration_clip import CLIPConfig
 
-from ops.published import resize_nearest
+from ops.published import encode_pixels, resize_nearest
 from storage.errors import UsageError
 from workers.models.bundle import find_bundle, read_bundle
 from workers.vision import visionzip
 from workers.vision.clip_vision import pixel_values, tower_features
-from workers.vision.encode import encode_frames, encode_pixels, frame_features, frame_pixels, vision_tokens
+from workers.vision.encode import encode_frames, frame_features, frame_pixels, vision_tokens
 from workers.vision.llava_mini import arrange_patches, load_vision
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from golden import MODELS, load_golden
 
+from ops.published import encode_pixels, greedy_logits
 from storage.errors import VideoProblem
 from storage.records import Reason
 from workers.llm.engine import ModelOptions, SamplingParams
 from workers.llm.frame_cache import ShownFrames, prefusion_row_bytes
-from workers.llm.model import answer_embeds, fuse_question, greedy_logits, load_model
+from workers.llm.model import answer_embeds, fuse_question, load_model
 from workers.llm.prompt import PLACEHOLDER_ID
 from workers.models.bundle import find_bundle
-from workers.vision.encode import encode_pixels, exact_inputs
+from workers.vision.encode import exact_inputs
 
 PLENTY = 1 << 40
 CLOSE = 2e-5  # float32 sums in another order; the published logits are met to 5e-5

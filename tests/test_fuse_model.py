@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders
 
+from ops.published import encode_pixels, generate, greedy_logits
 from storage.errors import UsageError
 from workers.llm.engine import ModelOptions
-from workers.llm.model import answer_embeds, embed_text, fuse_frames, fuse_question, generate, greedy_logits, load_model
+from workers.llm.model import answer_embeds, embed_text, fuse_frames, fuse_question, load_model
 from workers.llm.prompt import (
     PLACEHOLDER_ID,
     PromptTokenizer,
@@ -26,7 +27,7 @@ from workers.llm.prompt import (
     stream_text,
 )
 from workers.models.bundle import find_bundle
-from workers.vision.encode import encode_pixels, exact_inputs
+from workers.vision.encode import exact_inputs
 from workers.vision.llava_mini import FusionInputs, patches_inputs, tokens_inputs
 
 

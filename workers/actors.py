@@ -120,7 +120,16 @@ class Encoder:
         check_choice(self._settings.choice)
         with self._loading:
             if self._vision is None:
-                self._vision = _load_vision(self._settings)
+                import torch  # not at the top: examiners and the driver do not need it
+
+                from workers.models.bundle import find_bundle
+                from workers.vision.llava_mini import load_vision
+
+                settings = self._settings
+                if settings.device == "cpu":
+                    torch.set_num_threads(settings.threads)
+                bundle = find_bundle(settings.model, settings.tower)
+                self._vision = load_vision(bundle, settings.device, settings.dtype)
             return self._vision
 
     def encode(self, task: SegmentTask) -> Receipt:
@@ -177,14 +186,3 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _load_vision(settings: WorkerSettings) -> "VisionPart":
-    import torch  # not at the top: examiners and the driver do not need it
-
-    from workers.models.bundle import find_bundle
-    from workers.vision.llava_mini import load_vision
-
-    if settings.device == "cpu":
-        torch.set_num_threads(settings.threads)
-    return load_vision(find_bundle(settings.model, settings.tower), settings.device, settings.dtype)

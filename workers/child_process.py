@@ -54,11 +54,6 @@ class ChildProcess:
         self._closing = threading.Lock()  # two threads may kill it at once
 
     @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
-
-    @property
     def is_running(self) -> bool:
         """Whether it can take requests."""
         return not self._is_closed and self._process.poll() is None

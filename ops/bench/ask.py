@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from small_bundle import change_json, write_bundle
 
+from ops.published import encode_pixels, greedy_logits
 from pipeline.ask.answer import Asked, Asker
 from pipeline.ask.filter import Filter
 from pipeline.ask.fuse import stored_inputs
@@ -39,10 +40,10 @@ from storage.parts.read import read_tokens
 from storage.records import PatchRows, TokenBatch
 from workers.decode.client import Decoder, allowed_pixels
 from workers.llm.engine import ModelOptions
-from workers.llm.model import answer_embeds, fuse_question, greedy_logits, load_model
+from workers.llm.model import answer_embeds, fuse_question, load_model
 from workers.llm.prompt import prompt_ids
 from workers.models.bundle import Bundle, find_bundle
-from workers.vision.encode import encode_pixels, exact_inputs
+from workers.vision.encode import exact_inputs
 
 REFERENCE = ROOT / "tests" / "reference" / "llava-mini-tiny" / "checkpoint"
 PIXELS = 336  # of a published frame's side: 576 patches

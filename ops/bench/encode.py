@@ -15,8 +15,9 @@ from harness import ROOT, figure, in_turn, save
 from torch import Tensor
 from torch.nn import functional
 
+from ops.published import encode_pixels
 from workers.models.bundle import find_bundle
-from workers.vision.encode import encode_pixels, frame_features, frame_pixels, vision_tokens
+from workers.vision.encode import frame_features, frame_pixels, vision_tokens
 from workers.vision.llava_mini import VisionPart, arrange_patches, load_vision
 
 FRAMES = 64

@@ -25,13 +25,14 @@ from harness import ROOT, figure, render_world, run_vidx, save, seconds
 sys.path.insert(0, str(ROOT))
 
 from ops.nano.questions import MOMENT_KINDS
+from ops.published import generate, greedy_logits
 from pipeline.ask.filter import Filter
 from storage.archive.archive import Archive, open_archive
 from storage.files import local_path
 from storage.records import VideoRow
 from workers.decode.client import Decoder, allowed_pixels
 from workers.llm.engine import ModelOptions
-from workers.llm.model import LlavaMini, answer_embeds, fuse_question, generate, greedy_logits, load_model
+from workers.llm.model import LlavaMini, answer_embeds, fuse_question, load_model
 from workers.llm.prompt import decode_ids, prompt_ids
 from workers.models.bundle import find_bundle
 from workers.vision.encode import FrameFeatures, all_patches, frame_features, frame_pixels, to_int8, vision_tokens

@@ -54,6 +54,7 @@ class Decoder:
     Attributes:
         library: what decoded last, "pyav" or "decord"; PyAV takes over where decord finds damage.
         bytes_read: of video files, by all calls of frames_at and batches_at.
+        sandbox_missing: the steps of the sandbox (sandbox.STEPS) that the machine did not allow.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Decoder:
         self._choice = choice
         self._library = library
         self._is_strict = is_strict
-        self._sandbox_missing: tuple[str, ...] = ()
+        self.sandbox_missing: tuple[str, ...] = ()
         self._child: ChildProcess | None = None
         self._call: _Call | None = None
         self.library = ""
@@ -82,11 +83,6 @@ class Decoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def sandbox_missing(self) -> tuple[str, ...]:
-        """The steps of the sandbox (sandbox.STEPS) that the machine did not allow."""
-        return self._sandbox_missing
 
     def probe(self, path: str | bytes) -> Probe:
         """Size, codec, clock and possible cuts of a file's video stream.
@@ -250,7 +246,7 @@ class Decoder:
             UsageError: the sandbox is not complete, and has to be.
         """
         missing = [step for step in STEPS if step in header["sandbox_missing"]]
-        self._sandbox_missing = tuple(step for step in STEPS if step in {*self._sandbox_missing, *missing})
+        self.sandbox_missing = tuple(step for step in STEPS if step in {*self.sandbox_missing, *missing})
         if self._is_strict and missing:
             raise UsageError(not_confined(missing))
 

@@ -68,10 +68,6 @@ class CutFile(io.RawIOBase):
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         return self._place
 
-    def tell(self) -> int:
-        """The current position."""
-        return self._place
-
 
 def cut(source: VideoInput, probe: Probe, start_seconds: float, end_seconds: float, kind: str, new: CutFile) -> Cut:
     """Copies a range of a video with its sound; the copy begins at the keyframe before the range.

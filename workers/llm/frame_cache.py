@@ -7,6 +7,7 @@ last answer. Results are those of the whole prompt, up to the order of sums (tes
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ class ShownFrames:
             UsageError: the fused text is NaN or infinity.
         """
         ids = list(ids)
-        known = min(_common(self._ids, ids), len(ids) - 1)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False))
+        known = min(sum(1 for _ in same), len(ids) - 1)
         if known <= ids.index(PLACEHOLDER_ID):
             known = 0
         try:
@@ -170,9 +172,3 @@ def prefusion_row_bytes(model: LlavaMini) -> int:
     """Memory of one row's keys and values in all blocks of pre-fusion."""
     weights = [block.self_attn.k_proj.weight for block in model.vision.prefusion]
     return sum(2 * weight.shape[0] * weight.element_size() for weight in weights)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )

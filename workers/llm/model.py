@@ -7,7 +7,7 @@ code, which belongs to the weights:
   embeddings.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from workers.llm.engine import Engine, EngineName, ModelOptions, SamplingParams, TransformersContext, TransformersEngine
+from workers.llm.engine import Engine, EngineName, ModelOptions, TransformersEngine
 from workers.llm.model_options import Quantize
 from workers.llm.prompt import PLACEHOLDER_ID, PromptTokenizer, load_tokenizer
 from workers.llm.quantize import quantize_matrices
@@ -147,20 +147,3 @@ def answer_embeds(model: LlavaMini, ids: Sequence[int], fused: Tensor, frame_tok
     tokens = to_device(model.vision, frame_tokens).flatten(0, 1)  # (T * C*C, H)
     fused = fused.to(model.vision.dtype)
     return torch.cat([fused[:place], tokens, fused[place + 1 :]])[None]
-
-
-def generate(model: LlavaMini, embeds: Tensor, max_new_tokens: int) -> Iterator[int]:
-    """The ids of a greedy answer, without the end token; at most max_new_tokens."""
-    context = model.engine.context()
-    context.add(embeds)
-    yield from context.reply(max_new_tokens, SamplingParams())
-
-
-def greedy_logits(model: LlavaMini, embeds: Tensor) -> Iterator[Tensor]:
-    """The logits, (V,), of each step of a greedy answer, without end; only with transformers as the engine."""
-    context = model.engine.context()
-    assert isinstance(context, TransformersContext)
-    context.add(embeds)
-    while context.logits is not None:
-        yield context.logits
-        context.say(int(context.logits.argmax()))

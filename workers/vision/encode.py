@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.errors import UsageError
 from storage.records import PatchRows, TokenBatch, join_tokens
 from workers.models.preprocess import frame_parts
 from workers.vision.clip_vision import TowerFeatures, pixel_values, tower_features
@@ -85,18 +84,6 @@ def encode_frames(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> En
     pieces = [_encode(vision, piece, patch_rows) for piece in _pieces(vision, pixels)]
     ends = np.cumsum([len(piece.places) + len(piece.unfit) for piece in pieces])
     return _merge(pieces, np.split(np.arange(len(pixels)), ends[:-1]))
-
-
-def encode_pixels(vision: VisionPart, pixels: np.ndarray, patch_rows: int) -> TokenBatch:
-    """What is stored of frames, (T, 336, 336, 3) uint8, all of which must fit.
-
-    Raises:
-        UsageError: as `encode_frames`, or a frame cannot be stored.
-    """
-    encoded = encode_frames(vision, pixels, patch_rows)
-    for why in encoded.unfit.values():
-        raise UsageError(f"{vision.bundle.name}: {why}; use another model")
-    return encoded.tokens
 
 
 def exact_inputs(vision: VisionPart, pixels: np.ndarray) -> Iterator[FusionInputs]:
