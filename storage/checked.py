@@ -187,21 +187,21 @@ def text(name: str, value: Any, pattern: str = LINE) -> str:
     return value
 
 
-def fits(name: str, column: pa.ChunkedArray, pattern: str) -> None:
+def check_texts(name: str, column: pa.ChunkedArray, pattern: str) -> None:
     """Nothing, where every text of a column fits a pattern; what is null does."""
     found = pc.match_substring_regex(column, f"^(?:{pattern})$")
     if pc.all(found).as_py() is False:
         raise Wrong(f"its {name} is {shown(column.filter(pc.invert(found))[0].as_py())}, not what vidx writes there")
 
 
-def in_range(name: str, column: pa.ChunkedArray, least: float, most: float) -> None:
+def check_range(name: str, column: pa.ChunkedArray, least: float, most: float) -> None:
     """Nothing, where every number of a column is finite and in a range; what is null is."""
     found = pc.and_(pc.greater_equal(column, least), pc.less_equal(column, most))
     if pc.all(found).as_py() is False:  # NaN is neither
         raise Wrong(f"its {name} is {shown(column.filter(pc.invert(found))[0].as_py())}, not from {least} to {most}")
 
 
-def one_of(name: str, column: pa.ChunkedArray, values: Iterable[Any]) -> None:
+def check_values(name: str, column: pa.ChunkedArray, values: Iterable[Any]) -> None:
     """Nothing, where every value of a column is one of these; what is null is."""
     for value in set(column.unique().to_pylist()) - {None, *values}:
         raise Wrong(f"its {name} is {shown(value)}, which this vidx does not know")

@@ -70,14 +70,14 @@ def source_text(uri: str) -> str:
     return uri if path is None else path.decode("utf-8", "backslashreplace")
 
 
-def one_spelling(text: str) -> str:
+def normalize_text(text: str) -> str:
     """A text in the one spelling (NFC) of all that look alike; macOS names files in another (NFD) than people type."""
     return unicodedata.normalize("NFC", text)
 
 
-def uri_spelling(uri: str) -> str:
+def normalize_uri(uri: str) -> str:
     """The same of a URI, with what is percent-encoded in it decoded: to compare with others, not to open."""
-    return one_spelling(urllib.parse.unquote(uri, errors="backslashreplace")) if "%" in uri else uri
+    return normalize_text(urllib.parse.unquote(uri, errors="backslashreplace")) if "%" in uri else uri
 
 
 def join(uri: str, *names: str) -> str:

@@ -16,7 +16,7 @@ def python_path() -> str:
     return os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def start_of(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process began, so that another one with its number is not taken for it; None where it has ended."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
@@ -33,7 +33,7 @@ def adopt_orphans() -> None:
 
 def kill_children() -> None:
     """Kills the processes that this one started, or has adopted; those that they leave behind too, where it adopts."""
-    while pids := children():
+    while pids := child_pids():
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -42,7 +42,7 @@ def kill_children() -> None:
                 os.waitpid(pid, 0)
 
 
-def children(*names: str) -> list[int]:
+def child_pids(*names: str) -> list[int]:
     """Child processes of this one, of any name or with one of these; none where the system does not list them."""
     found = []
     for task in Path("/proc/self/task").glob("*/children"):

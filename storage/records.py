@@ -56,7 +56,7 @@ class Reason(StrEnum):
     UNKNOWN = "unknown"
 
     @property
-    def may_pass(self) -> bool:
+    def is_temporary(self) -> bool:
         """True where it lay with the machine or the moment, not with the bytes, so that the next run tries again."""
         return self in _MAY_PASS
 

@@ -19,7 +19,7 @@ import pyarrow.dataset as ds
 from pyarrow import fs
 
 from storage.archive.archive import Archive
-from storage.archive.delta import refuse_links
+from storage.archive.delta import check_no_links
 from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import is_text, local_path, source_text
 from storage.parts.layout import BINARY, COLUMNS
@@ -297,7 +297,7 @@ def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statem
 
 def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
     """Parts of published videos, opened and read as the statement streams through them."""
-    refuse_links(archive.frames_uri)
+    check_no_links(archive.frames_uri)
     schema = pa.schema([field.with_nullable(True) for field in schema])
     file_system, place = _arrow_file_system(archive.frames_uri)
     checked = ds.ParquetFileFormat(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.care.clean import SWEEP_AGE_SECONDS
+from storage.care.clean import UNNAMED_KEPT_SECONDS
 from storage.files import local_path
 from storage.parts.write import FrameColumns, PartWriter
 from storage.records import (
@@ -189,8 +189,8 @@ def held_files(archive: Archive) -> set[str]:
 
 
 def make_old(archive: Archive) -> None:
-    """As if all files had been written so long ago that a sweep removes those that nothing names."""
-    then = time.time() - SWEEP_AGE_SECONDS - 3600
+    """As if all files had been written so long ago that remove_unnamed_files removes those that nothing names."""
+    then = time.time() - UNNAMED_KEPT_SECONDS - 3600
     for name in held_files(archive):
         os.utime(folder_of(archive) / name, (then, then))
 

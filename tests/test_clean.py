@@ -25,7 +25,7 @@ from storage.archive.archive import create_archive, open_archive
 from storage.archive.claims import GONE_SECONDS, Job
 from storage.archive.part_table import PartTable
 from storage.care import clean as sweeping
-from storage.care.clean import SWEEP_AGE_SECONDS, Cleaned, clean, sweep
+from storage.care.clean import UNNAMED_KEPT_SECONDS, Cleaned, clean, remove_unnamed_files
 from storage.care.verify import verify
 from storage.records import Reason, Status
 from storage.vectors.vector_index import open_index, update_index
@@ -49,9 +49,9 @@ def test_what_a_running_job_has_written_is_left_alone(archive, monkeypatch):
     before = held_files(archive)
     with Job(archive.uri):
         part = write_part(archive.frames_uri, random_rows(3, 5), video_id=video_id_of(2), number=2)
-        assert sweep(archive, 0) == 0
+        assert remove_unnamed_files(archive, 0) == 0
         assert f"frames/{part.path}" in held_files(archive)
-    assert sweep(archive, 0) == 1
+    assert remove_unnamed_files(archive, 0) == 1
     assert held_files(archive) == before
 
 
@@ -72,14 +72,14 @@ def test_a_sweep_removes_files_that_nothing_names_for_a_week_and_nothing_else(ar
     for name in ("frames/young.parquet", "index/young.keys"):
         (folder_of(archive) / name).write_bytes(b"x")
     before = held_files(archive)
-    assert sweep(archive) == len(orphans)
+    assert remove_unnamed_files(archive) == len(orphans)
     assert held_files(archive) == before - orphans  # also what was replaced just now, for readers of older versions
     assert len(reader.frames.find()) == 24
     found = open_archive(archive.uri)
     assert found.version == archive.version
     assert (len(found.frames.find()), found.parts.frame_count(reserve(archive, 3))) == (29, 5)
     assert not open_index(found).rebuilt
-    assert sweep(archive) == 0
+    assert remove_unnamed_files(archive) == 0
 
 
 def test_no_byte_of_replaced_content_is_left(archive):
@@ -107,11 +107,11 @@ def test_frames_that_a_killed_job_left_stay_for_a_while(archive):
     add_video(archive, 1)
     archive.parts.commit([receipt_for(archive, 2, random_rows(5))])
     number = reserve(archive, 2)
-    assert clean(archive, SWEEP_AGE_SECONDS) == Cleaned(0, 0)
+    assert clean(archive, UNNAMED_KEPT_SECONDS) == Cleaned(0, 0)
     make_old(archive)
-    assert sweep(archive) == 0
+    assert remove_unnamed_files(archive) == 0
     assert open_archive(archive.uri).parts.frame_count(number) == 5
-    assert clean(archive, SWEEP_AGE_SECONDS).frames == 5
+    assert clean(archive, UNNAMED_KEPT_SECONDS).frames == 5
     assert open_archive(archive.uri).parts.frame_count(number) == 0
     assert archive.parts.commit([receipt_for(archive, 2, random_rows(5))]) == [True]  # and can come again
     archive.videos.publish([row_for(archive, 2, 5)])
@@ -160,7 +160,7 @@ def test_a_row_that_shows_frames_while_they_are_dropped_says_that_they_are_missi
     clean(archive, 0)
     (row,) = open_archive(archive.uri).videos.all()
     assert (row.status, row.problem.reason, row.frame_count) == (Status.FAILED, Reason.DAMAGED, 0)
-    assert row.problem.reason.may_pass
+    assert row.problem.reason.is_temporary
     assert not verify(archive.uri).faults
 
 
@@ -171,7 +171,7 @@ def test_a_moved_file_does_not_bring_back_frames_that_were_replaced(archive):
     archive.parts.commit([receipt_for(archive, 2, rows)])
     other = row_for(archive, 1, 7, video_number=reserve(archive, 2))  # the same content with other settings
     archive.videos.publish([other])
-    archive.videos.renew([row_for(archive, 1, 5, uri="file:///moved.mp4")])
+    archive.videos.update([row_for(archive, 1, 5, uri="file:///moved.mp4")])
     assert [row.uri for row in archive.videos.all()] == [before.uri]
-    archive.videos.renew([row_for(archive, 1, 7, video_number=other.video_number, uri="file:///moved.mp4")])
+    archive.videos.update([row_for(archive, 1, 7, video_number=other.video_number, uri="file:///moved.mp4")])
     assert [(row.uri, row.frame_count) for row in archive.videos.all()] == [("file:///moved.mp4", 7)]

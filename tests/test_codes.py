@@ -13,7 +13,7 @@ from test_vectors import assert_same, brute_force, index_folder, unit
 
 from storage.archive.archive import create_archive, open_archive
 from storage.archive.frames import rows_of
-from storage.care.clean import sweep
+from storage.care.clean import remove_unnamed_files
 from storage.errors import ArchiveError
 from storage.files import local_path
 from storage.parts.read import read_keys
@@ -188,7 +188,7 @@ def rebuild(archive):
     assert open_index(archive).rebuilt
     assert list(index_faults(archive)) == []
     make_old(archive)
-    sweep(archive)
+    remove_unnamed_files(archive)
 
 
 def test_a_search_that_meets_a_damaged_place_says_so_and_blames_no_part(archive):

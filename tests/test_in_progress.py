@@ -11,7 +11,7 @@ from small_archive import MODEL_ID, add_video, random_rows, receipt_for, reserve
 
 from storage.archive.archive import create_archive, open_archive
 from storage.archive.claims import Job
-from storage.care.clean import clean, drop_claims, sweep
+from storage.care.clean import clean, remove_stale_claims, remove_unnamed_files
 from storage.records import Sampling
 
 SPAWN = multiprocessing.get_context("spawn")  # deltalake does not survive a fork
@@ -60,7 +60,7 @@ def killed_job(archive):
 def test_what_a_killed_job_has_committed_is_told_until_it_is_shown(archive, killed_job):
     assert in_progress(archive) == (2, 10)
     assert open_archive(archive.uri).status().frames == 0
-    for tidy in (sweep, drop_claims):
+    for tidy in (remove_unnamed_files, remove_stale_claims):
         tidy(open_archive(archive.uri))
         assert in_progress(archive) == (2, 10)
     archive.parts.commit([receipt_for(archive, 1, random_rows(3, start=5), (50, None))])
@@ -72,7 +72,7 @@ def test_what_a_killed_job_has_committed_is_told_until_it_is_shown(archive, kill
 
 def test_what_was_replaced_or_deleted_is_not_in_progress(archive, killed_job):
     archive.videos.publish([row_for(archive, 1, 5), row_for(archive, 2, 5)])
-    drop_claims(open_archive(archive.uri))  # as each job does that begins
+    remove_stale_claims(open_archive(archive.uri))  # as each job does that begins
     twice = Sampling(Fraction(2), 0)
     add_video(archive, 3)
     replaced = row_for(archive, 1, 5, video_number=reserve(archive, 1, twice), sampling=str(twice))

@@ -19,7 +19,7 @@ from storage.files import to_uri
 from storage.parts import read as cells
 from storage.parts.layout import BINARY
 from storage.parts.read import (
-    keeps,
+    has_column,
     read_cells,
     read_compressor_out,
     read_keys,
@@ -66,8 +66,8 @@ def test_what_is_written_is_read_by_every_reader(
     assert np.array_equal(read_tokens(uri, refs, token_shape), rows.tokens.token[chosen])
     assert np.array_equal(read_compressor_out(uri, refs), rows.tokens.compressor_out[chosen])
     assert read_thumbnails(uri, refs) == [rows.thumbnails[row] for row in chosen]
-    assert keeps(uri, "search_key", refs) == (key_width is not None)
-    assert keeps(uri, "patches", refs) == (patches is not None)
+    assert has_column(uri, "search_key", refs) == (key_width is not None)
+    assert has_column(uri, "patches", refs) == (patches is not None)
     if key_width is not None:
         assert np.array_equal(read_keys(uri, refs), rows.tokens.search_key[chosen])
     if patches is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SAMPLES, VIDX
 
-from storage.processes import children
+from storage.processes import child_pids
 from workers.decode.client import Decoder
 from workers.models.unpickle import convert
 from workers.sandbox import STEPS, missing_here
@@ -31,10 +31,10 @@ def may_leave_the_network():
 def test_the_process_that_decodes_has_no_network():
     if not may_leave_the_network():
         pytest.skip("this kernel lets no process leave the network")
-    before = set(children())
+    before = set(child_pids())
     with Decoder() as decoder:
         decoder.probe(CLIP)
-        (pid,) = set(children()) - before
+        (pid,) = set(child_pids()) - before
         assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
         devices = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
         assert {line.split(":")[0].strip() for line in devices} <= {"lo"}

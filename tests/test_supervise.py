@@ -18,7 +18,7 @@ from conftest import ROOT, SAMPLES, VIDX
 from ray.exceptions import RpcError
 
 from pipeline.cluster import connect, supervise
-from storage.processes import start_of
+from storage.processes import process_start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
 
@@ -29,7 +29,7 @@ supervise.GRACE_SECONDS = 0.1
 watch = supervise.watch_own_ray()
 server = subprocess.Popen([sys.argv[1], "600"])
 other = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-while not supervise.children("gcs_server"):
+while not supervise.child_pids("gcs_server"):
     pass
 assert not watch.is_dead()
 print(server.pid, other.pid, flush=True)
@@ -65,14 +65,14 @@ def test_a_wait_inside_ray_ends_when_ray_has_died(blocked):
     _, heard = process.communicate(timeout=60)
     assert process.returncode == 6
     assert heard.decode().startswith("vidx: Ray's own processes died")
-    assert start_of(other) is None
+    assert process_start(other) is None
 
 
 def test_nothing_is_watched_once_the_job_is_over(blocked):
     process, server, _ = blocked("stopped")
     assert process.stdout.readline() == b"over\n"
     os.kill(server, signal.SIGKILL)
-    while start_of(server) is not None:
+    while process_start(server) is not None:
         time.sleep(0.01)
     assert process.poll() is None
 
@@ -215,7 +215,7 @@ def test_it_dies_with_the_process_that_waits_for_it(start):
     outer, inner = start("signal.pause()")
     outer.kill()
     outer.wait()
-    wait_until(lambda: start_of(inner) is None)
+    wait_until(lambda: process_start(inner) is None)
 
 
 def wait_until(condition):
@@ -238,4 +238,4 @@ def test_what_it_leaves_behind_is_ended(start):
     outer, _ = start(f"import subprocess; subprocess.run([sys.executable, '-c', {orphan!r}]); sys.exit(3)")
     left = int(outer.stdout.readline())
     assert outer.wait(30) == 3
-    assert start_of(left) is None
+    assert process_start(left) is None

@@ -10,7 +10,7 @@ import numpy as np
 from storage.archive.archive import Archive
 from storage.archive.frames import PartBounds, Rows
 from storage.errors import UsageError
-from storage.files import one_spelling
+from storage.files import normalize_text
 from storage.records import FrameRef, VideoRow
 
 Span = tuple[float | None, float | None]  # positions in seconds, half-open; None leaves a side open
@@ -155,9 +155,9 @@ def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
     """Whether a video has one of the values of each key; texts that look the same are the same."""
     if not tags:
         return True
-    own = {one_spelling(key): one_spelling(value) for key, value in row.tags.items()}
-    pairs = ((own.get(one_spelling(key)), values) for key, values in tags.items())
-    return all(any(value == one_spelling(wanted) for wanted in values) for value, values in pairs)
+    own = {normalize_text(key): normalize_text(value) for key, value in row.tags.items()}
+    pairs = ((own.get(normalize_text(key)), values) for key, values in tags.items())
+    return all(any(value == normalize_text(wanted) for wanted in values) for value, values in pairs)
 
 
 def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:

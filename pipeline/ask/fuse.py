@@ -6,7 +6,7 @@ from itertools import groupby
 from storage.archive.archive import Archive
 from storage.errors import VideoProblem
 from storage.files import file_path
-from storage.parts.read import cell_shape, keeps, read_compressor_out, read_patches, read_tokens
+from storage.parts.read import cell_shape, has_column, read_compressor_out, read_patches, read_tokens
 from storage.records import FrameRef, VideoRow
 from workers.decode.client import Decoder, allowed_pixels
 from workers.llm.engine import SamplingParams
@@ -48,7 +48,7 @@ class Showing:
         self._model = model
         self._most_bytes = most_bytes
         self._tokens = read_tokens(archive.frames_uri, frames, model.vision.bundle.token_shape)
-        stored = "patches" if keeps(archive.frames_uri, "patches", frames) else "tokens"
+        stored = "patches" if has_column(archive.frames_uri, "patches", frames) else "tokens"
         if wanted == "patches" and stored == "tokens":
             self.note = (
                 "fused with tokens instead of patches: not all of these frames were indexed with a patch tier "

@@ -16,7 +16,7 @@ from pipeline.times import parse_moment
 from storage.archive.archive import Archive
 from storage.errors import UsageError
 from storage.files import is_text
-from storage.parts.read import keeps, read_keys
+from storage.parts.read import has_column, read_keys
 from storage.records import FrameRef
 from workers.models.bundle import Bundle
 from workers.vision.clip_text import TextEncoder
@@ -165,7 +165,7 @@ class QueryEncoder:
         frame = None if row.video_number is None else self._archive.frames.at(row.video_number, start)
         if frame is None:
             raise UsageError(f"--like {name}: the archive has no frame of that time; the video's frames are elsewhere")
-        if not keeps(self._archive.frames_uri, "search_key", [frame]):
+        if not has_column(self._archive.frames_uri, "search_key", [frame]):
             raise UsageError(f"--like {name}: its frames have no search keys, as its model gives none")
         return frame
 

@@ -148,7 +148,7 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
         if not no_index:
             for row in incomplete:
                 why = row.known_problem
-                mend = "; once that is mended, `vidx index` on it completes it" if why.reason.may_pass else ""
+                mend = "; once that is mended, `vidx index` on it completes it" if why.reason.is_temporary else ""
                 note(f"{source_text(row.uri)}: not whole: {why.reason}: {why.detail}{mend}")
         for row in done.spared:
             why = row.known_problem

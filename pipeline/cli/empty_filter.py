@@ -74,7 +74,7 @@ def _why_no_time(rows: Sequence[VideoRow]) -> str:
 def _why_no_tag(within: Filter, rows: Sequence[VideoRow]) -> str:
     from pipeline.ask.filter import has_tags
     from pipeline.results.text import printable
-    from storage.files import one_spelling
+    from storage.files import normalize_text
 
     keys = {key for row in rows for key in row.tags}
     if not keys:
@@ -82,8 +82,8 @@ def _why_no_tag(within: Filter, rows: Sequence[VideoRow]) -> str:
     for key, values in within.tags.items():
         if any(has_tags(row, {key: values}) for row in rows):
             continue
-        same = one_spelling(key)
-        there = {value for row in rows for own, value in row.tags.items() if one_spelling(own) == same}
+        same = normalize_text(key)
+        there = {value for row in rows for own, value in row.tags.items() if normalize_text(own) == same}
         if not there:
             return f"{_none_of(rows)} tag {printable(key)}; there are: {_listed(keys)}"
         asked = " or ".join(f"{key}={value}" for value in values)

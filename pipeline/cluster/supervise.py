@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from storage.errors import ClusterError
-from storage.processes import adopt_orphans, children, kill_children, start_of
+from storage.processes import adopt_orphans, child_pids, kill_children, process_start
 from workers.sandbox import die_with_owner
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT)
@@ -90,13 +90,13 @@ class RayWatch:
 
 def watch_own_ray() -> RayWatch:
     """A watch over the processes of the cluster that this process is about to start."""
-    others = set(children(*RAY_NAMES))  # of a cluster before this one
+    others = set(child_pids(*RAY_NAMES))  # of a cluster before this one
     seen: dict[int, str | None] = {}  # start by process number
 
     def is_dead() -> bool:
-        for pid in set(children(*RAY_NAMES)) - others:
-            seen.setdefault(pid, start_of(pid))
-        return any(start is None or start_of(pid) != start for pid, start in [*seen.items()])
+        for pid in set(child_pids(*RAY_NAMES)) - others:
+            seen.setdefault(pid, process_start(pid))
+        return any(start is None or process_start(pid) != start for pid, start in [*seen.items()])
 
     return RayWatch(is_dead, RAY_DIED)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from storage.archive.archive import Archive
 from storage.errors import UsageError
-from storage.files import one_spelling, source_text
+from storage.files import normalize_text, source_text
 from storage.records import Moment, Status, VideoRow
 
 RANKS = (1, 5, 10)
@@ -231,10 +231,10 @@ class _Names:
         self._by_stem: dict[str, list[VideoRow]] = {}
         for row in archive.videos.all():
             if row.frame_count and row.status is not Status.DELETED:
-                self._by_stem.setdefault(one_spelling(Path(source_text(row.uri)).stem), []).append(row)
+                self._by_stem.setdefault(normalize_text(Path(source_text(row.uri)).stem), []).append(row)
 
     def find(self, name: str, number: int) -> VideoRow:
-        alike = self._by_stem.get(one_spelling(name), [])
+        alike = self._by_stem.get(normalize_text(name), [])
         if len(alike) == 1:
             return alike[0]
         try:

@@ -16,7 +16,7 @@ from pipeline.index.progress import FileAtWork, Meter, Progress, VideoMeter
 from pipeline.index.split import split
 from storage.archive.archive import Archive
 from storage.archive.claims import Job
-from storage.care.clean import drop_claims, sweep
+from storage.care.clean import remove_stale_claims, remove_unnamed_files
 from storage.errors import UsageError, VideoProblem, VidxError
 from storage.files import file_path
 from storage.records import (
@@ -184,7 +184,7 @@ def run_index(
     result = IndexResult()
     plan = plan_index(assets, archive, bundle, sampling, config)
     if plan.renewed:
-        archive.videos.renew(plan.renewed)  # before anything new takes the place of what has moved away
+        archive.videos.update(plan.renewed)  # before anything new takes the place of what has moved away
     result.updates = list(plan.updates.values())
     result.cache_problem = plan.cache_problem
     result.failed_before = plan.count(Decision.FAILED)
@@ -193,7 +193,7 @@ def run_index(
     if plan.todo:
         from pipeline.cluster.executor import Executor
 
-        drop_claims(archive)
+        remove_stale_claims(archive)
         with Job(archive.uri) as job:
             run = _Run(plan, archive, job, result, report)
             try:
@@ -212,7 +212,7 @@ def run_index(
         if not result.interrupted:
             improve_index(archive)
             update_thresholds(archive, bundle)
-        sweep(archive)
+        remove_unnamed_files(archive)
     result.seconds = time.monotonic() - start
     return result
 

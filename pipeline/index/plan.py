@@ -228,7 +228,7 @@ def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:
     problem = row.problem
     if not is_damaged(problem):
         return Decision.KNOWN
-    again = wanted.retry_failed or (problem.reason.may_pass and row.attempts < TRIES)
+    again = wanted.retry_failed or (problem.reason.is_temporary and row.attempts < TRIES)
     if problem.reason is Reason.TOO_LARGE:
         again |= f" {wanted.max_pixels} " not in problem.detail  # which names the limit that it was above
     return Decision.RETRY if again else Decision.FAILED

@@ -15,7 +15,7 @@ from pipeline.index.folders import EntryKind, FolderWalk, Place
 from pipeline.index.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from pipeline.index.manifest import read_manifest
 from storage.errors import UsageError, VideoProblem
-from storage.files import file_path, local_path, one_spelling, to_uri
+from storage.files import file_path, local_path, normalize_text, to_uri
 from storage.records import VideoAsset
 from workers.decode.structure import HEAD_BYTES, foreign_content
 from workers.sources.identity import open_source
@@ -86,8 +86,8 @@ class _FoundFiles:
         folder = self.on_disk(folder)
         if folder not in self._spelled:
             listed = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-            self._spelled[folder] = {one_spelling(other): other for other in listed}
-        return os.path.join(folder, self._spelled[folder].get(one_spelling(name), name))
+            self._spelled[folder] = {normalize_text(other): other for other in listed}
+        return os.path.join(folder, self._spelled[folder].get(normalize_text(name), name))
 
     def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
         """One video; a manifest's row says more than a path."""

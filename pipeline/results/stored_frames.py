@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from storage.archive.archive import Archive
 from storage.archive.frames import Rows
-from storage.parts.read import keeps, read_compressor_out, read_keys, read_thumbnails, read_tokens
+from storage.parts.read import has_column, read_compressor_out, read_keys, read_thumbnails, read_tokens
 from storage.records import FrameRef
 
 _READERS: dict[str, Callable[[str, Sequence[FrameRef]], Any]] = {
@@ -99,7 +99,7 @@ def _batches(groups: Iterable[list[FrameRef]], count: int) -> Iterator[list[Fram
 
 def _read(archive: Archive, refs: Sequence[FrameRef], cells: Sequence[str]) -> Frames:
     uri = archive.frames_uri
-    found: dict[str, Any] = {name: _READERS[name](uri, refs) for name in cells if keeps(uri, name, refs)}
+    found: dict[str, Any] = {name: _READERS[name](uri, refs) for name in cells if has_column(uri, name, refs)}
     if "thumbnail" in found:
         found["thumbnail"] = tuple(found["thumbnail"])
     found |= {name: np.array([getattr(ref, name) for ref in refs], kind) for name, kind in _KINDS.items()}

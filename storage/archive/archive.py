@@ -228,11 +228,11 @@ class Archive:
 
         Their claims tell them from those that were replaced. What was deleted is not among them.
         """
-        hidden = self.hidden_numbers() & claimed_numbers(self.uri)
+        hidden = self.unpublished_numbers() & claimed_numbers(self.uri)
         counts = self.parts.bounds().frame_counts()
         return {number: counts[number] for number in hidden - (self.deleted_numbers() if hidden else set())}
 
-    def hidden_numbers(self) -> set[int]:
+    def unpublished_numbers(self) -> set[int]:
         """Numbers whose frames are committed and that no row shows: not published yet, or replaced."""
         return set(self.parts.bounds().video_number.tolist()) - self.videos.numbers()
 

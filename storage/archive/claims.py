@@ -23,7 +23,7 @@ from typing import Any
 
 from storage.checked import INT32, JOB_ID, finite, member, parse_json, read_small, text, whole
 from storage.files import NO_LINKS, file_path, join, make_folder, to_uri, writing
-from storage.processes import start_of
+from storage.processes import process_start
 
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is free
@@ -163,7 +163,7 @@ def claimed_numbers(archive_uri: str) -> set[int]:
     return {int(number) for number in claims if _NUMBER.fullmatch(number)}
 
 
-def oldest_start(archive_uri: str, hidden: Callable[[], Collection[int]] = tuple) -> float | None:
+def oldest_job_start(archive_uri: str, hidden: Callable[[], Collection[int]] = tuple) -> float | None:
     """When the oldest job that is not gone began, in the file system's time; None where there is none.
 
     What jobs that are gone have left is removed.
@@ -259,7 +259,7 @@ def _is_there(file: Path, now: float) -> bool:
         started = member(process, "process_started")
         here = (process["host"], member(process, "boot")) == (socket.gethostname(), _boot_id())
         if here and started is not None:
-            return start_of(whole("pid", member(process, "pid"), 1, INT32)) == started
+            return process_start(whole("pid", member(process, "pid"), 1, INT32)) == started
         return now - file.lstat().st_mtime < GONE_SECONDS
     except (OSError, ValueError):
         return False
@@ -267,7 +267,7 @@ def _is_there(file: Path, now: float) -> bool:
 
 def _this_process() -> dict:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "process_started": start_of(pid)}
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "process_started": process_start(pid)}
 
 
 def _boot_id() -> str:

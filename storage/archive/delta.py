@@ -35,7 +35,7 @@ from storage.files import (
     write_bytes,
     writing,
 )
-from storage.parts.layout import damage, read_columns, with_columns
+from storage.parts.layout import read_columns, read_errors, with_columns
 from storage.records import Part
 
 LOG = "_delta_log"
@@ -96,9 +96,9 @@ def live_files(table: DeltaTable) -> pa.Table:
         files = pa.table(table.get_add_actions(flatten=True))
     if files.num_rows:
         paths = files.column("path")
-        fits = pc.match_substring_regex(paths, _PATH)
-        if not pc.all(fits).as_py() or pc.max(pc.binary_length(paths)).as_py() > MOST_NAME or paths.null_count:
-            with damage(join(table.table_uri, LOG)):
+        are_names = pc.match_substring_regex(paths, _PATH)
+        if not pc.all(are_names).as_py() or pc.max(pc.binary_length(paths)).as_py() > MOST_NAME or paths.null_count:
+            with read_errors(join(table.table_uri, LOG)):
                 names(paths.to_pylist())
     return files
 
@@ -121,7 +121,7 @@ def unnamed_files(uri: str, hours: int) -> list[str]:
         ArchiveError: the table is missing or damaged, or there is a link in its folder.
     """
     table = open_table(uri)
-    refuse_links(uri)
+    check_no_links(uri)
     with _plain_errors(uri):
         found = table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
     there = set(list_names(uri))
@@ -140,7 +140,7 @@ def commit(
         guards: application id -> version. A commit since `table`'s version under the same id is a conflict.
     Raises:
         Conflict: another commit was faster.
-        ArchiveError: the log cannot be written or read; whether the change is in, `may_be_in` tells.
+        ArchiveError: the log cannot be written or read; whether the change is in, `may_be_committed` tells.
     """
     removals = [RemoveAction(path, True, _now(), size=size) for path, size in removed]
     _commit(table, [*map(_add, parts), *removals], "append", table.schema(), guards)
@@ -173,7 +173,7 @@ def _commit(
         _sync_log(table.table_uri, range(version + 1, table.version() + 1))
 
 
-def may_be_in(table: DeltaTable, path: str) -> bool:
+def may_be_committed(table: DeltaTable, path: str) -> bool:
     """Whether the newest version names a file, after a commit of it failed; True where that cannot be told.
 
     A commit can fail after it has landed, as when the checkpoint that follows finds the disk full. A file that the
@@ -262,18 +262,18 @@ class RowTable:
                 else:
                     commit(self._table, parts, removed, guard)
             except Conflict:
-                if part is not None and may_be_in(self._table, part.path):
+                if part is not None and may_be_committed(self._table, part.path):
                     return
                 self._remove(part)
                 continue
             except Exception:
-                if part is not None and not may_be_in(self._table, part.path):
+                if part is not None and not may_be_committed(self._table, part.path):
                     self._remove(part)
                 raise  # after an interrupt nothing is removed: it may have come when the commit was in
             return
 
     def _table_schema(self) -> pa.Schema:
-        with _plain_errors(self.uri), damage(self.uri):
+        with _plain_errors(self.uri), read_errors(self.uri):
             there = pa.schema(self._table.schema().to_arrow())
             for field in self._columns:
                 if field.name in there.names and there.field(field.name).type != field.type:
@@ -296,7 +296,7 @@ class RowTable:
         return self._files
 
     def _read(self, path: str, schema: pa.Schema) -> pa.Table:
-        with damage(join(self.uri, path)):
+        with read_errors(join(self.uri, path)):
             rows = read_columns(place_of(self.uri, path), schema)
             rows.validate(full=True)  # text that is none, among others
             self._check(rows)
@@ -395,12 +395,12 @@ def _refuse_linked_log(uri: str) -> None:
     """
     log = join(uri, LOG)
     for folder in (uri, log):
-        with damage(folder):
+        with read_errors(folder):
             refuse_other_folder(folder)
-    refuse_links(log)
+    check_no_links(log)
 
 
-def refuse_links(uri: str) -> None:
+def check_no_links(uri: str) -> None:
     """Nothing, where a folder holds files and folders of its own alone.
 
     Raises:
@@ -427,7 +427,7 @@ def _refuse_empty_log_files(uri: str) -> None:
 
 
 def _read_log_file(uri: str) -> bytes:
-    with damage(uri):
+    with read_errors(uri):
         return read_small(uri, MOST_LOG_BYTES)
 
 

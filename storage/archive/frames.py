@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from storage.checked import INT32, Wrong, fits
+from storage.checked import INT32, Wrong, check_texts
 from storage.errors import ArchiveError, DamagedError
 from storage.files import join, source_text
-from storage.parts.layout import MOST_SECONDS, damage, read_part_columns
+from storage.parts.layout import MOST_SECONDS, read_errors, read_part_columns
 from storage.records import SEGMENT_KEY, FrameRef, Hit
 
 _BOUNDS = (
@@ -108,8 +108,8 @@ def part_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
         number.astype(np.int64),
         *others,
     )
-    with damage(frames_uri):
-        fits("segment", files.column("min.segment"), SEGMENT_KEY)
+    with read_errors(frames_uri):
+        check_texts("segment", files.column("min.segment"), SEGMENT_KEY)
         _check_bounds(found)
     return found
 

@@ -70,7 +70,7 @@ class PartTable:
         for_good = [
             key
             for key, problem in self.problems_by_segment(video_number).items()
-            if not is_damaged(problem) or not (whole_only or problem.reason.may_pass)
+            if not is_damaged(problem) or not (whole_only or problem.reason.is_temporary)
         ]
         return _pieces(segment_keys, for_good)
 
@@ -235,7 +235,7 @@ class PartTable:
             return False
         if not is_damaged(problem) or new_count > row_count:
             return True
-        return there.reason.may_pass and not problem.reason.may_pass
+        return there.reason.is_temporary and not problem.reason.is_temporary
 
 
 def _segment_id(video_number: int, segment_key: str) -> str:

@@ -11,7 +11,7 @@ from storage.archive import videos
 from storage.archive.delta import RowTable
 from storage.archive.part_table import PartTable
 from storage.errors import UsageError
-from storage.files import join, source_text, to_uri, uri_spelling
+from storage.files import join, normalize_uri, source_text, to_uri
 from storage.records import Problem, Reason, Status, VideoRow
 
 MIN_ID_DIGITS = 6
@@ -82,7 +82,7 @@ class VideoTable:
         uri = to_uri(name)
         if uri in uris:
             return _row_at(rows, uris.index(uri))
-        for spelled in (str, uri_spelling):
+        for spelled in (str, normalize_uri):
             place = spelled(uri)
             same_place = [at for at, other in enumerate(map(spelled, uris)) if other == place]
             file = place.rsplit("/", 1)[-1]
@@ -157,13 +157,13 @@ class VideoTable:
         self._parts.refresh()
         return added
 
-    def renew(self, rows: Sequence[VideoRow]) -> None:
+    def update(self, rows: Sequence[VideoRow]) -> None:
         """Publishes rows whose place, times or tags have changed, of those that nobody has indexed again meanwhile.
 
         Raises:
             ArchiveError: the archive cannot be written; nothing is published.
         """
-        self._table.change(lambda table: videos.plan_publish(table, videos.of_same_frames(table, rows)))
+        self._table.change(lambda table: videos.plan_publish(table, videos.still_current(table, rows)))
 
     def delete(self, rows: Sequence[VideoRow]) -> list[VideoRow]:
         """Takes videos out of every answer at once; `clean` removes their frames. Returns the rows that went.

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.archive.frames import PartBounds
-from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, fits, in_range, one_of
+from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, check_range, check_texts, check_values
 from storage.records import CapturedFrom, Probe, Problem, Reason, Sampling, Status, VideoRow
 
 # `cuts` of a Probe are not kept: they serve the job that splits the video, and there are thousands in a long one.
@@ -89,21 +89,21 @@ _PROBED = (
 def check(rows: pa.Table) -> None:
     """Raises Wrong where a row is none that vidx writes."""
     column = rows.column
-    fits("video_id", column("video_id"), VIDEO_ID)
-    fits("uri", column("uri"), r"file:///[!-~]*")
-    fits("model_id", column("model_id"), LINE)
-    one_of("status", column("status"), Status)
-    one_of("reason", column("reason"), Reason)
-    one_of("captured_from", column("captured_from"), CapturedFrom)
-    fits("sandbox_missing", column("sandbox_missing"), "(?:[a-z]+(?:,[a-z]+)*)?")
+    check_texts("video_id", column("video_id"), VIDEO_ID)
+    check_texts("uri", column("uri"), r"file:///[!-~]*")
+    check_texts("model_id", column("model_id"), LINE)
+    check_values("status", column("status"), Status)
+    check_values("reason", column("reason"), Reason)
+    check_values("captured_from", column("captured_from"), CapturedFrom)
+    check_texts("sandbox_missing", column("sandbox_missing"), "(?:[a-z]+(?:,[a-z]+)*)?")
     for sampling in column("sampling").unique().to_pylist():
         Sampling.from_text(sampling)
     for name, (least, most) in _RANGES.items():
-        in_range(name, column(name), least, most)
+        check_range(name, column(name), least, most)
     for name in ("captured_at", "indexed_at"):
-        in_range(name, column(name).cast(pa.int64()), *_YEARS)
-    one_of("decoder", column("decoder"), ("decord", "pyav"))
-    one_of("rotation_degrees", column("rotation_degrees"), (0, 90, 180, 270))
+        check_range(name, column(name).cast(pa.int64()), *_YEARS)
+    check_values("decoder", column("decoder"), ("decord", "pyav"))
+    check_values("rotation_degrees", column("rotation_degrees"), (0, 90, 180, 270))
     probed = rows.filter(pc.is_valid(column("decoder")))
     for name in (*_PROBED, "time_base_num", "time_base_den"):
         if name != "duration_seconds" and probed.column(name).null_count:
@@ -128,7 +128,7 @@ def to_rows(table: pa.Table) -> list[VideoRow]:
     return [_as_row(values) for values in table.to_pylist()]
 
 
-def of_same_frames(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
+def still_current(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
     """Those of the rows whose content still has a row in the table, with the same frames; growing ones with any."""
     names = ("model_id", "video_id", "video_number", "status", "attempts", "frame_count")
     there = {_but_for_growth(*values) for values in zip(*(table.column(name).to_pylist() for name in names))}

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.archive.claims import Job, oldest_start
+from storage.archive.claims import Job, oldest_job_start
 from storage.archive.delta import unnamed_files
 from storage.archive.settings import TABLES
 from storage.files import file_path, join, list_names, remove
 from storage.vectors.index_manifest import TRAINING, locked
 from storage.vectors.vector_index import improve_index, named_files, update_index
 
-SWEEP_AGE_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
+UNNAMED_KEPT_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
 
 MARGIN_SECONDS = 5.0  # clocks and file times are not that exact; files of the last seconds are left alone
 
@@ -43,10 +43,10 @@ def clean(archive: Archive, older_than_seconds: int) -> Cleaned:
     frames = _drop_hidden(archive, min(newest - MARGIN_SECONDS, time.time() - older_than_seconds))
     update_index(archive, max_retired=0)
     improve_index(archive)
-    return Cleaned(frames, sweep(archive, older_than_seconds))
+    return Cleaned(frames, remove_unnamed_files(archive, older_than_seconds))
 
 
-def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
+def remove_unnamed_files(archive: Archive, older_than_seconds: int = UNNAMED_KEPT_SECONDS) -> int:
     """Removes unnamed files that were written, or have been unnamed, for so long; says how many.
 
     Every version of a table that became an old one less than that ago can still be read. What was written since the
@@ -80,7 +80,7 @@ def sweep(archive: Archive, older_than_seconds: int = SWEEP_AGE_SECONDS) -> int:
 def _drop_hidden(archive: Archive, written_before: float) -> int:
     """Takes out frames that no row shows, of videos that no job has taken; says how many."""
     archive.refresh()
-    bounds, hidden = archive.parts.bounds(), archive.hidden_numbers()
+    bounds, hidden = archive.parts.bounds(), archive.unpublished_numbers()
     written = dict.fromkeys(hidden, -math.inf)
     for number, path in zip(bounds.video_number.tolist(), bounds.path.tolist(), strict=True):
         if number in hidden:
@@ -93,13 +93,13 @@ def _drop_hidden(archive: Archive, written_before: float) -> int:
         taken = [number for number in old if job.take(number, lease_seconds=math.inf) and (alone or job.holds(number))]
         archive.refresh()  # whoever had one of them before may have published it
         bounds = archive.parts.bounds()
-        chosen = np.isin(bounds.video_number, [*archive.hidden_numbers() & set(taken)])
+        chosen = np.isin(bounds.video_number, [*archive.unpublished_numbers() & set(taken)])
         archive.parts.drop(bounds.path[chosen].tolist())
         archive.videos.recount()  # a row may have come while this process slept: the next job completes it
         return int(bounds.row_count[chosen].sum())
 
 
-def drop_claims(archive: Archive) -> None:
+def remove_stale_claims(archive: Archive) -> None:
     """Removes claims that jobs which are gone have left, but for those of videos that they have begun.
 
     Before a job, since one that was killed may have left the claim of a video whose row this job replaces.
@@ -112,9 +112,9 @@ def _oldest_start(archive: Archive) -> float | None:
 
     def hidden() -> set[int]:
         archive.refresh()  # a job that is gone has committed what it has before it was found to be gone
-        return archive.hidden_numbers()
+        return archive.unpublished_numbers()
 
-    return oldest_start(archive.uri, hidden)
+    return oldest_job_start(archive.uri, hidden)
 
 
 def _modified(uri: str) -> float:

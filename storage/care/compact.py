@@ -17,7 +17,7 @@ from storage.archive.claims import Job
 from storage.archive.frames import PartBounds
 from storage.errors import ArchiveError
 from storage.parts.layout import read_part_columns
-from storage.parts.read import keeps, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
+from storage.parts.read import has_column, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
 from storage.parts.write import FrameColumns, PartWriter
 from storage.records import FrameRef, Part, Status, TokenBatch, joined_key, segment_range
 from storage.vectors.vector_index import improve_index, update_index
@@ -188,6 +188,6 @@ def _tokens(archive: Archive, refs: Sequence[FrameRef]) -> TokenBatch:
     return TokenBatch(
         read_tokens(uri, refs),
         read_compressor_out(uri, refs),
-        read_keys(uri, refs) if keeps(uri, "search_key", refs) else None,
-        read_patches(uri, refs) if keeps(uri, "patches", refs) else None,
+        read_keys(uri, refs) if has_column(uri, "search_key", refs) else None,
+        read_patches(uri, refs) if has_column(uri, "patches", refs) else None,
     )

@@ -68,7 +68,7 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
     rows = archive.videos.recount()
     again = {row.video_id for row in rows}
     rows += [row for row in archive.videos.all() if _was_damaged(row) and row.video_id not in again]
-    lost = len(archive.hidden_numbers() - archive.deleted_numbers()) if notes else 0
+    lost = len(archive.unpublished_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
             f"the rows of {lost} videos are lost, with their sources, tags and capture times, and whether they were "

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, fits, in_range, member, place_of, whole
+from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, check_range, check_texts, member, place_of, whole
 from storage.errors import ArchiveError, DamagedError
 from storage.files import file_size, join, local_path, open_for_read, source_text
 from storage.records import SEGMENT_KEY, PatchRows, Sampling, TokenBatch
@@ -79,7 +79,7 @@ COLUMNS = pa.schema(
 )
 
 
-class damage:
+class read_errors:
     """Turns what pyarrow and the system say about a broken file into one line that names it."""
 
     def __init__(self, uri: str):
@@ -156,13 +156,13 @@ def read_part_columns(frames_uri: str, path: str, names: Sequence[str]) -> pa.Ta
     Raises:
         DamagedError: it is missing, or not what a part has to be.
     """
-    with damage(join(frames_uri, path)):
+    with read_errors(join(frames_uri, path)):
         table = read_columns(place_of(frames_uri, path), pa.schema([COLUMNS.field(name) for name in names]))
         for name in names:
             if name in _RANGES:
-                in_range(name, table.column(name), *_RANGES[name])
+                check_range(name, table.column(name), *_RANGES[name])
             if name in _PATTERNS:
-                fits(name, table.column(name), _PATTERNS[name])
+                check_texts(name, table.column(name), _PATTERNS[name])
         for sampling in table.column("sampling").unique().to_pylist() if "sampling" in names else ():
             Sampling.from_text(sampling)
         if not table.num_rows:

@@ -20,8 +20,8 @@ from storage.parts.layout import (
     PROBLEM_KEY,
     SHAPES_KEY,
     cell_widths,
-    damage,
     open_parquet,
+    read_errors,
     read_part_columns,
     shapes_of,
     unpack_patches,
@@ -113,7 +113,7 @@ def read_patches(frames_uri: str, refs: Sequence[FrameRef], width: int | None = 
         refs: the frames, in the order wanted.
         width: D that the model expects, or None for what the parts say.
     Raises:
-        ArchiveError: a part is missing, damaged, keeps no patches (`keeps` tells), or patches of another width.
+        ArchiveError: a part is missing, damaged, keeps no patches (`has_column` tells), or patches of another width.
         ValueError: the frames do not all keep the same number of rows (`cell_shape` tells).
     """
     if not refs:
@@ -136,7 +136,7 @@ def read_thumbnails(frames_uri: str, refs: Sequence[FrameRef]) -> list[bytes]:
     return found
 
 
-def keeps(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> bool:
+def has_column(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> bool:
     """Whether every one of the frames has a cell in this column; opens each part's footer once."""
     names = {ref.part for ref in refs}
     return all(column in _open_part(frames_uri, name).widths for name in names)
@@ -209,7 +209,7 @@ def read_keys_at(
             raise DamagedError(f"{source_text(uri)}: damaged: it keeps no search keys, and the index has some of it")
         return stored
     found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
-    with damage(uri):
+    with read_errors(uri):
         place_of(frames_uri, part_name)
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -271,7 +271,7 @@ def _by_part(refs: Sequence[FrameRef]) -> Iterable[tuple[str, np.ndarray, np.nda
 def _open_part(frames_uri: str, name: str) -> _PartFile:
     """Parts never change once committed, so an open one stays good."""
     uri = join(frames_uri, name)
-    with damage(uri):
+    with read_errors(uri):
         mapping = map_file(place_of(frames_uri, name))
         with open_parquet(uri) as file:
             footer = file.metadata
@@ -340,7 +340,7 @@ def _checked_rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray 
 
 
 def _rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[bytes]:
-    with damage(part.uri):
+    with read_errors(part.uri):
         if column in part.bases:
             cells = _rows_in_place(part, column, rows)
             if cells is not None:
