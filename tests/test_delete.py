@@ -86,7 +86,7 @@ def test_a_video_that_a_job_has_moved_meanwhile_is_deleted_all_the_same(archive)
 
 def test_two_videos_of_one_name_have_to_be_told_apart(archive):
     add_video(archive, 4, uri="file:///other/2.mp4")
-    with pytest.raises(UsageError, match=r"more than one video is called so.*/clips/2.mp4.*/other/2.mp4"):
+    with pytest.raises(UsageError, match=r"matches more than one video.*/clips/2.mp4.*/other/2.mp4"):
         archive.videos.find("2.mp4")
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.archive import delta, videos
+from storage.archive import delta, video_rows
 from storage.archive.claims import claimed_numbers
-from storage.archive.frame_table import FrameTable
+from storage.archive.frames import FrameTable
 from storage.archive.part_table import PartTable
 from storage.archive.settings import (
     FORMAT_VERSION,
@@ -100,7 +100,7 @@ def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str
             for name in (*TABLES, "index"):
                 make_folder(join(uri, name))
         frames = pa.schema([_optional(field) for field in COLUMNS])
-        for name, schema in (("frames", frames), ("videos", videos.SCHEMA), ("numbers", NUMBERS)):
+        for name, schema in (("frames", frames), ("videos", video_rows.SCHEMA), ("numbers", NUMBERS)):
             delta.create_table(join(uri, name), schema)
         if not archive_exists(uri):
             write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))

@@ -1,24 +1,71 @@
-"""The table of parts: committing the frames of segments, each once, and taking parts out."""
+"""The table of parts: what is committed, by Delta's log; commits of segments, each of them once; removal of parts."""
 
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 from deltalake import DeltaTable
 
 from storage.archive import delta
-from storage.archive.delta import Conflict
-from storage.archive.frames import PartBounds, part_bounds
+from storage.checked import INT32, Wrong, check_texts
 from storage.errors import ArchiveError
 from storage.files import exists, join, source_text
+from storage.parts.layout import MOST_SECONDS, read_errors
 from storage.parts.read import part_problem
 from storage.parts.write import PartWriter
-from storage.records import Part, Problem, Receipt, is_damaged, is_whole, lies_within
+from storage.records import SEGMENT_KEY, Part, Problem, Receipt, is_damaged, is_whole, lies_within
+
+_BOUNDS = (
+    "min.video_number",
+    "max.video_number",
+    "num_records",
+    "min.frame_index",
+    "max.frame_index",
+    "min.time_seconds",
+    "max.time_seconds",
+    "max.duration_seconds",
+)
+
+
+@dataclass(frozen=True, repr=False)
+class PartBounds:
+    """What Delta's log says of each of P committed parts: all arrays (P,), in no particular order."""
+
+    path: np.ndarray
+    segment: np.ndarray
+    size_bytes: np.ndarray
+    video_number: np.ndarray
+    row_count: np.ndarray
+    first_index: np.ndarray
+    last_index: np.ndarray
+    first_seconds: np.ndarray
+    last_seconds: np.ndarray
+    longest_seconds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    def __repr__(self) -> str:
+        return f"PartBounds({len(self)} parts)"
+
+    def frame_counts(self) -> Counter[int]:
+        """The number of frames of each video, by its number."""
+        counts: Counter[int] = Counter()
+        for number, count in zip(self.video_number.tolist(), self.row_count.tolist(), strict=True):
+            counts[number] += count
+        return counts
+
+    def of(self, video_number: int) -> np.ndarray:
+        """The places of one video's parts in these arrays."""
+        return np.flatnonzero(self.video_number == video_number)
 
 
 class PartTable:
-    """Committed parts, whether their videos are published or not, at one version."""
+    """All committed parts at one version, whether their videos are published or not."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -29,12 +76,12 @@ class PartTable:
         return delta.open_table(self.uri)
 
     def open(self) -> None:
-        """Reads the newest version, where none has been read."""
+        """Reads the newest version, unless a version is open already."""
         _ = self._table
 
     @property
     def version(self) -> int:
-        """Of the table: it grows with each commit of parts."""
+        """The table's version; each commit of parts increases it."""
         return self._table.version()
 
     def refresh(self) -> None:
@@ -42,13 +89,13 @@ class PartTable:
         delta.refresh(self._table)
 
     def bounds(self) -> PartBounds:
-        """All parts."""
+        """The bounds of all parts."""
         if self._bounds is None or self._bounds[0] != self.version:
-            self._bounds = (self.version, part_bounds(self.uri, delta.live_files(self._table)))
+            self._bounds = (self.version, _log_bounds(self.uri, delta.live_files(self._table)))
         return self._bounds[1]
 
     def problems_by_segment(self, video_number: int) -> dict[str, Problem | None]:
-        """What is wrong with each segment of a number, as its part says; opens each one's footer.
+        """The problem that the part of each committed segment of a video states; opens the footer of each part.
 
         Raises:
             ArchiveError: a part is missing or damaged.
@@ -57,31 +104,35 @@ class PartTable:
         places = bounds.of(video_number).tolist()
         return {bounds.segment[place]: part_problem(self.uri, bounds.path[place]) for place in places}
 
+    def problems(self, video_number: int) -> list[Problem]:
+        """The problems of a video's committed segments; opens the footer of each part."""
+        return [problem for problem in self.problems_by_segment(video_number).values() if problem is not None]
+
     def committed(self, video_number: int, segment_keys: Iterable[str], *, whole_only: bool = False) -> set[str]:
-        """Those of the segments whose rows are in, for good: not those that another try may make whole.
+        """Those of the segments whose rows are committed and need no second try.
 
         Args:
-            video_number: of the video, with a model and settings.
-            segment_keys: its segments.
-            whole_only: leave out all that are not whole, not only those whose problem may pass by itself.
+            video_number: the number of the video with its model and settings.
+            segment_keys: the keys of its segments.
+            whole_only: leave out every damaged segment; else only those with a temporary problem.
         Raises:
             ArchiveError: a part of the video is missing or damaged.
         """
-        for_good = [
+        final = [
             key
             for key, problem in self.problems_by_segment(video_number).items()
             if not is_damaged(problem) or not (whole_only or problem.reason.is_temporary)
         ]
-        return _pieces(segment_keys, for_good)
+        return _covered(segment_keys, final)
 
     def holds(self, video_number: int, segment_keys: Collection[str]) -> bool:
-        """Whether segments of a number are committed, whole or not."""
+        """Whether all these segments of a video are committed, damaged or not."""
         bounds = self.bounds()
-        there = bounds.segment[bounds.of(video_number)].tolist()
-        return len(_pieces(segment_keys, there)) == len(segment_keys)
+        committed = bounds.segment[bounds.of(video_number)].tolist()
+        return len(_covered(segment_keys, committed)) == len(segment_keys)
 
     def frame_count(self, video_number: int, segment_keys: Iterable[str] | None = None) -> int:
-        """Frames committed under a number, published or not; segment_keys: in these segments alone."""
+        """The number of frames committed for a video, published or not; with segment_keys, in these segments only."""
         bounds = self.bounds()
         places = bounds.of(video_number)
         if segment_keys is not None:
@@ -90,121 +141,112 @@ class PartTable:
             places = places[np.fromiter(held, bool, len(places))]
         return int(bounds.row_count[places].sum())
 
-    def problems(self, video_number: int) -> list[Problem]:
-        """What the parts of a number's committed segments say of them; opens each one's footer."""
-        return [problem for problem in self.problems_by_segment(video_number).values() if problem is not None]
-
     def commit(self, receipts: Sequence[Receipt]) -> list[bool]:
-        """Commits the parts of a group of segments at once; says of each whether it landed.
+        """Commits the parts of a group of segments in one commit; tells for each receipt whether its part is committed.
 
-        A segment whose rows are in already, also by a process that commits at this very moment, does not land, and
-        its part is removed. So each (video, segment, model, sampling) is in at most once. Rows that are not whole
-        make way, in the same commit, for whole ones or for more, and those of a problem that may pass for those of
-        one that does not. A receipt without a part has nothing to land; one whose very part is in has landed, however
-        often it is committed.
+        Each (video, segment, model, sampling) is committed at most once. If its rows are committed already, also by
+        another process at the same moment, the new part is not committed and its file is removed. There are two
+        exceptions, in which the new part replaces the old one in the same commit: the old rows are damaged and the new
+        ones are whole or more; or the old problem is temporary and the new one is not. Committing the same receipt
+        again changes nothing and gives the same result. A receipt without a part gives False.
 
         Raises:
-            ArchiveError: the archive cannot be written, or a part to be replaced not be read. The group is in, whole,
-                or not at all, and no part is removed; committing it again tells.
+            ArchiveError: the archive cannot be written, or a part to be replaced cannot be read. Either the whole group
+                is committed or nothing is, and no file is removed; commit again to learn which.
         """
-        landed: set[str] = set()
-        for _ in delta.attempts():
-            self.refresh()
-            waiting, replaced = self._not_committed(receipts)
-            if not waiting:
-                break
-            guards = {_segment_id(receipt.video_number, receipt.segment.key): 1 for receipt in waiting}
-            for guard in guards.keys() & replaced.keys():
-                guards[guard] = (self._table.transaction_version(guard) or 0) + 1
-            parts = [receipt.part for receipt in waiting if receipt.part is not None]
-            self._check_written(parts)
-            try:
-                delta.commit(self._table, parts, list(replaced.values()), guards)
-            except Conflict:
-                continue
-            landed = {part.path for part in parts}
-            break
-        landed |= set(self.bounds().path)  # also what was in before, or landed in a try that seemed to fail
-        written = [receipt.part for receipt in receipts if receipt.part is not None]
-        for part in written:
-            if part.path not in landed:
-                with contextlib.suppress(OSError):
-                    PartWriter.discard(self.uri, part)
-        return [receipt.part is not None and receipt.part.path in landed for receipt in receipts]
 
-    def _check_written(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            uri = join(self.uri, part.path)
-            if not exists(uri):
-                raise ArchiveError(
-                    f"{source_text(uri)}: was removed before it was committed, as by `vidx clean` beside a job that "
-                    "paused; run the same command again"
-                )
+        def plan() -> tuple[list[Part], list[int], set[str]]:
+            waiting, replaced = self._not_committed(receipts)
+            ids = {_segment_id(receipt.video_number, receipt.segment.key) for receipt in waiting}
+            return [receipt.part for receipt in waiting if receipt.part is not None], replaced, ids
+
+        return self._replace([receipt.part for receipt in receipts], plan)
 
     def drop(self, paths: Iterable[str]) -> None:
-        """Takes parts out.
+        """Takes parts out of the table.
 
         Raises:
             ArchiveError: the archive cannot be written.
         """
         wanted = set(paths)
-        for _ in delta.attempts():
-            self.refresh()
-            bounds = self.bounds()
-            places = [place for place, path in enumerate(bounds.path) if path in wanted]
-            if not places:
-                return
-            guards = [_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in places]
-            versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
-            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
-            with contextlib.suppress(Conflict):
-                delta.commit(self._table, [], removed, versions)
+        self._replace([], lambda: ([], [*np.flatnonzero([path in wanted for path in self.bounds().path])], set()))
 
     def join(self, joined: Sequence[tuple[Part, Sequence[str]]]) -> list[bool]:
-        """Puts each of several written parts in the place of those whose rows it holds, at once; says which landed.
+        """Replaces parts by joined ones that hold the same rows, in one commit; tells which joined parts are committed.
 
-        One of whose rows another process has taken out or replaced meanwhile does not land, and is removed.
+        If another process has removed or replaced one of the old parts meanwhile, the joined part is not committed, and
+        its file is removed.
 
         Args:
             joined: new parts, each with the paths of the old ones.
         Raises:
-            ArchiveError: the archive cannot be written. The group is in, whole, or not at all; no part is removed.
+            ArchiveError: the archive cannot be written. Either everything is committed or nothing is, and no file is
+                removed.
         """
-        landed: set[str] = set()
+
+        def plan() -> tuple[list[Part], list[int], set[str]]:
+            places = {path: place for place, path in enumerate(self.bounds().path.tolist())}
+            waiting = [(part, paths) for part, paths in joined if places.keys() >= set(paths)]
+            return [part for part, _ in waiting], [places[path] for _, paths in waiting for path in paths], set()
+
+        return self._replace([part for part, _ in joined], plan)
+
+    def _replace(
+        self, parts: Sequence[Part | None], plan: Callable[[], tuple[list[Part], list[int], set[str]]]
+    ) -> list[bool]:
+        """Commits a change, planned again after each lost race; tells which of the parts are committed afterwards.
+
+        Files of parts that are not are removed.
+
+        Args:
+            parts: all that might be committed.
+            plan: gives the parts to add, the places in `bounds()` of the parts to remove, and the ids of the segments
+                that are added.
+        """
+        committed: set[str] = set()
         for _ in delta.attempts():
             self.refresh()
-            bounds = self.bounds()
-            places = {path: place for place, path in enumerate(bounds.path.tolist())}
-            waiting = [(part, paths) for part, paths in joined if places.keys() >= set(paths)]
-            if not waiting:
+            added, places, ids = plan()
+            if not added and not places:
                 break
-            self._check_written([part for part, _ in waiting])
-            old = [places[path] for _, paths in waiting for path in paths]
-            guards = {_segment_id(int(bounds.video_number[place]), bounds.segment[place]) for place in old}
-            versions = {guard: (self._table.transaction_version(guard) or 0) + 1 for guard in guards}
-            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in old]
+            self._check_exist(added)
+            bounds = self.bounds()
+            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
+            guards = dict.fromkeys(ids, 1)
+            for place in places:
+                guard = _segment_id(int(bounds.video_number[place]), bounds.segment[place])
+                guards[guard] = (self._table.transaction_version(guard) or 0) + 1
             try:
-                delta.commit(self._table, [part for part, _ in waiting], removed, versions)
-            except Conflict:
+                delta.commit(self._table, added, removed, guards)
+            except delta.Conflict:
                 continue
-            landed = {part.path for part, _ in waiting}
+            committed = {part.path for part in added}
             break
-        there = landed | set(self.bounds().path)  # also what landed in a try that seemed to fail
-        for part, _ in joined:
-            if part.path not in there:
+        committed |= set(self.bounds().path)  # also parts of an earlier try that was committed though it raised
+        for part in parts:
+            if part is not None and part.path not in committed:
                 with contextlib.suppress(OSError):
                     PartWriter.discard(self.uri, part)
-        return [part.path in there for part, _ in joined]
+        return [part is not None and part.path in committed for part in parts]
 
-    def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], dict[str, tuple[str, int]]]:
-        """The receipts to commit, and by segment the path and size of each part that makes way for one of them."""
+    def _check_exist(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            uri = join(self.uri, part.path)
+            if not exists(uri):
+                raise ArchiveError(
+                    f"{source_text(uri)}: was removed before it was committed, probably by `vidx clean` while the job "
+                    "was suspended; run the same command again"
+                )
+
+    def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], list[int]]:
+        """The receipts to commit, and the places of the parts that they replace."""
         bounds = self.bounds()
         places = {
             (number, bounds.segment[place]): place
             for number in {receipt.video_number for receipt in receipts}
             for place in bounds.of(number).tolist()
         }
-        waiting, replaced, seen = [], {}, set()
+        waiting, replaced, seen = [], [], set()
         for receipt in receipts:
             part, key = receipt.part, (receipt.video_number, receipt.segment.key)
             if part is None or key in seen:
@@ -216,34 +258,79 @@ class PartTable:
                 path, row_count = bounds.path[place], int(bounds.row_count[place])
                 if path == part.path or not self._is_better(part.row_count, receipt.problem, path, row_count):
                     continue
-                replaced[_segment_id(receipt.video_number, receipt.segment.key)] = (path, int(bounds.size_bytes[place]))
+                replaced.append(place)
             seen.add(key)
             waiting.append(receipt)
         return waiting, replaced
 
     def _is_joined(self, receipt: Receipt) -> bool:
-        """Whether a segment's rows are in a part of several segments, which holds all that there is of each."""
+        """Whether a joined part holds the segment's rows; only whole parts are joined."""
         bounds = self.bounds()
         places = bounds.of(receipt.video_number).tolist()
         around = (place for place in places if lies_within(receipt.segment.key, bounds.segment[place]))
         return any(is_whole(part_problem(self.uri, bounds.path[place])) for place in around)
 
     def _is_better(self, new_count: int, problem: Problem | None, path: str, row_count: int) -> bool:
-        """Whether a segment's rows are to take the place of those that are in."""
-        there = part_problem(self.uri, path)
-        if not is_damaged(there):
+        """Whether a segment's new rows replace the committed ones."""
+        committed = part_problem(self.uri, path)
+        if not is_damaged(committed):
             return False
         if not is_damaged(problem) or new_count > row_count:
             return True
-        return there.reason.is_temporary and not problem.reason.is_temporary
+        return committed.reason.is_temporary and not problem.reason.is_temporary
 
 
 def _segment_id(video_number: int, segment_key: str) -> str:
-    """The guard of a segment: a number stands for (video, model, sampling)."""
+    """The application id that guards a segment; a number stands for (video, model, sampling)."""
     return f"segment:{video_number}:{segment_key}"
 
 
-def _pieces(keys: Iterable[str], of: Collection[str]) -> set[str]:
+def _covered(keys: Iterable[str], others: Collection[str]) -> set[str]:
     """Those of the segments that are, or lie within, one of the others."""
-    known = set(of)
-    return {key for key in keys if key in known or any(lies_within(key, other) for other in of)}
+    known = set(others)
+    return {key for key in keys if key in known or any(lies_within(key, other) for other in others)}
+
+
+def _log_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
+    """The bounds of all parts from the columns of Delta's log.
+
+    Raises:
+        ArchiveError: a part has no bounds or impossible ones, so another program wrote it.
+    """
+    if files.num_rows == 0:
+        empty = np.empty(0, np.int64)
+        return PartBounds(empty.astype(object), empty.astype(object), *[empty] * 8)
+    damaged = f"{source_text(frames_uri)}: damaged archive"
+    missing = [name for name in (*_BOUNDS, "min.segment") if name not in files.column_names]
+    if missing or any(files.column(name).null_count for name in (*_BOUNDS, "min.segment")):
+        raise ArchiveError(f"{damaged}: a part was committed without bounds; vidx did not write it")
+    number, last_number, *others = (files.column(name).to_numpy() for name in _BOUNDS)
+    if not np.array_equal(number, last_number):
+        raise ArchiveError(f"{damaged}: a part holds several videos; vidx did not write it")
+    bounds = PartBounds(
+        np.array(files.column("path").to_pylist(), object),
+        np.array(files.column("min.segment").to_pylist(), object),
+        files.column("size_bytes").to_numpy(),
+        number.astype(np.int64),
+        *others,
+    )
+    possible = (
+        (bounds.size_bytes > 0)
+        & (bounds.video_number >= 1)
+        & (bounds.video_number <= INT32)
+        & (bounds.row_count >= 1)
+        & (bounds.row_count <= bounds.size_bytes)
+        & (bounds.first_index >= 0)
+        & (bounds.row_count - 1 <= bounds.last_index - bounds.first_index)
+        & (bounds.last_index < 1 << 32)
+        & (bounds.first_seconds >= -MOST_SECONDS)
+        & (bounds.first_seconds <= bounds.last_seconds)
+        & (bounds.last_seconds <= MOST_SECONDS)
+        & (bounds.longest_seconds >= 0)
+        & (bounds.longest_seconds <= MOST_SECONDS)
+    )  # NaN is in no range
+    with read_errors(frames_uri):
+        check_texts("segment", files.column("min.segment"), SEGMENT_KEY)
+        if not possible.all():
+            raise Wrong(f"the log's bounds of {bounds.path[~possible][0]} cannot be those of a part")
+    return bounds

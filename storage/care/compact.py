@@ -14,7 +14,7 @@ import numpy as np
 
 from storage.archive.archive import Archive
 from storage.archive.claims import Job
-from storage.archive.frames import PartBounds
+from storage.archive.part_table import PartBounds
 from storage.errors import ArchiveError
 from storage.parts.layout import read_part_columns
 from storage.parts.read import has_column, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens

@@ -10,7 +10,8 @@ import numpy as np
 
 from storage.archive.archive import Archive, archive_exists, open_archive
 from storage.archive.delta import cut_short_commit, damaged_checkpoints, file_sizes, open_table
-from storage.archive.frames import PartBounds, read_times
+from storage.archive.frames import read_times
+from storage.archive.part_table import PartBounds
 from storage.archive.settings import TABLES, archive_uri
 from storage.checked import Wrong, refuse_other_kinds
 from storage.errors import DamagedError
@@ -124,7 +125,7 @@ def _file_fault(uri: str, size: int) -> str:
 
 def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str]) -> Iterator[Fault]:
     """Damaged parts, those that are not what the log says of them, and frames that are stored twice."""
-    sources = archive.videos.sources()
+    sources = {number: source_text(uri) for number, uri in archive.videos.uris().items()}
     ticks: dict[int, list[np.ndarray]] = defaultdict(list)
     for place, path in enumerate(bounds.path.tolist()):
         number = int(bounds.video_number[place])
