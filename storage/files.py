@@ -332,7 +332,7 @@ def open_for_read(uri: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def writing(uri: str) -> Iterator[None]:
+def write_errors(uri: str) -> Iterator[None]:
     """Turns what the system says against writing at uri into the one line that a user reads.
 
     Raises:

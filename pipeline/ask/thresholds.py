@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.checked import Wrong, finite, member, text, whole
+from storage.checks import InvalidValue, check_integer, check_number, check_text, get_value
 from storage.errors import UsageError
 from storage.files import join
 from storage.parts.read import part_keys
@@ -123,13 +123,15 @@ def _content(archive: Archive) -> tuple[int, dict[str, Threshold]]:
     """
     try:
         content = read_json(join(archive.index_uri, THRESHOLDS))
-        if member(content, "model_id") != archive.model_id:
+        if get_value(content, "model_id") != archive.model_id:
             return 0, {}
         kinds = [kind for kind in ("text", "picture") if kind in content]
-        return whole("frames", member(content, "frames")), {kind: _threshold(content[kind]) for kind in kinds}
-    except (Damaged, Wrong):
+        frames = check_integer("frames", get_value(content, "frames"))
+        return frames, {kind: _threshold(content[kind]) for kind in kinds}
+    except (Damaged, InvalidValue):
         return 0, {}
 
 
 def _threshold(values: Any) -> Threshold:
-    return Threshold(finite("score", member(values, "score"), -1, 1), text("source", member(values, "source")))
+    score = check_number("score", get_value(values, "score"), -1, 1)
+    return Threshold(score, check_text("source", get_value(values, "source")))

@@ -43,7 +43,7 @@ from storage.files import (
     source_text,
     tree_size,
     write_bytes,
-    writing,
+    write_errors,
 )
 from storage.parts.layout import COLUMNS
 from storage.parts.read import part_identity
@@ -96,7 +96,7 @@ def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str
     uri = archive_uri(uri)
     if not archive_exists(uri):
         refuse_foreign_folder(uri)
-        with writing(uri):
+        with write_errors(uri):
             for name in (*TABLES, "index"):
                 make_folder(join(uri, name))
         frames = pa.schema([_optional(field) for field in COLUMNS])
@@ -129,7 +129,7 @@ def open_archive(uri: str, *, write: bool = False) -> "Archive":
     if write:
         for name in TABLES:
             probe = join(uri, name, "write_test.tmp")
-            with writing(join(uri, name)):
+            with write_errors(join(uri, name)):
                 write_bytes(probe, b"vidx")
                 remove(probe)
     return archive

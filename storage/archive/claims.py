@@ -21,8 +21,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from storage.checked import INT32, JOB_ID, finite, member, parse_json, read_small, text, whole
-from storage.files import NO_LINKS, file_path, join, make_folder, to_uri, writing
+from storage.checks import INT32, JOB_ID, check_integer, check_number, check_text, get_value, parse_json, read_small
+from storage.files import NO_LINKS, file_path, join, make_folder, to_uri, write_errors
 from storage.processes import process_start
 
 BEAT_SECONDS = 5.0
@@ -51,7 +51,7 @@ class Job:
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Job":
-        with writing(self._uri):
+        with write_errors(self._uri):
             make_folder(self._uri)
             started = _now(self._folder)
             self._text = json.dumps({"started": started, **_this_process()})
@@ -78,7 +78,7 @@ class Job:
         """
         claim = self._claim(number)
         mine = self._folder / f"{uuid.uuid4().hex}.tmp"
-        with writing(self._uri):
+        with write_errors(self._uri):
             try:
                 mine.write_text(self.id, encoding="utf-8")
                 if not self._set_aside(claim, lease_seconds):
@@ -185,7 +185,7 @@ def oldest_job_start(archive_uri: str, hidden: Callable[[], Collection[int]] = t
         if _is_there(file, now):
             living.add(file.stem)
             with contextlib.suppress(OSError, ValueError):
-                starts.append(finite("started", member(_content(file), "started"), 0))
+                starts.append(check_number("started", get_value(_content(file), "started"), 0))
         else:
             _remove(file)
     holders = {}
@@ -255,11 +255,11 @@ def _is_there(file: Path, now: float) -> bool:
     """Whether a job may still commit what it has written, if only after a pause."""
     try:
         process = _content(file)
-        text("host", member(process, "host"))
-        started = member(process, "process_started")
-        here = (process["host"], member(process, "boot")) == (socket.gethostname(), _boot_id())
+        check_text("host", get_value(process, "host"))
+        started = get_value(process, "process_started")
+        here = (process["host"], get_value(process, "boot")) == (socket.gethostname(), _boot_id())
         if here and started is not None:
-            return process_start(whole("pid", member(process, "pid"), 1, INT32)) == started
+            return process_start(check_integer("pid", get_value(process, "pid"), 1, INT32)) == started
         return now - file.lstat().st_mtime < GONE_SECONDS
     except (OSError, ValueError):
         return False

@@ -14,13 +14,12 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
-from storage.checked import MOST_NAME, Wrong, names, parse_json, place_of, read_small, refuse_other_folder
+from storage.checks import InvalidValue, check_kind, check_names, file_uri, parse_json, read_small
 from storage.errors import ArchiveError, DamagedError
 from storage.files import (
     exists,
@@ -33,14 +32,13 @@ from storage.files import (
     sync_file,
     sync_folder,
     write_bytes,
-    writing,
+    write_errors,
 )
 from storage.parts.layout import read_columns, read_errors, with_columns
 from storage.records import Part
 
 LOG = "_delta_log"
 MOST_LOG_BYTES = 1 << 30  # of one file of a log
-_PATH = r"^[0-9A-Za-z][0-9A-Za-z_.-]*$"  # storage.checked.NAME, in RE2; its length is looked at besides
 _COMMIT = re.compile(r"([0-9]{20})\.json")
 _OF_VERSION = re.compile(r"([0-9]{20})\.")
 _LAST_CHECKPOINT = "_last_checkpoint"
@@ -95,11 +93,8 @@ def live_files(table: DeltaTable) -> pa.Table:
     with _plain_errors(table.table_uri):
         files = pa.table(table.get_add_actions(flatten=True))
     if files.num_rows:
-        paths = files.column("path")
-        are_names = pc.match_substring_regex(paths, _PATH)
-        if not pc.all(are_names).as_py() or pc.max(pc.binary_length(paths)).as_py() > MOST_NAME or paths.null_count:
-            with read_errors(join(table.table_uri, LOG)):
-                names(paths.to_pylist())
+        with read_errors(join(table.table_uri, LOG)):
+            check_names(files.column("path").to_pylist())
     return files
 
 
@@ -214,7 +209,7 @@ class RowTable:
             uri: of the table.
             columns: what its rows have. Those that a table of an older vidx lacks are null, and the first change of
                 the table adds them; those of a newer one stay.
-            check: raises Wrong where rows of a file are none that vidx writes.
+            check: raises InvalidValue where rows of a file are none that vidx writes.
         Raises:
             ArchiveError: the table is missing or damaged.
         """
@@ -277,9 +272,9 @@ class RowTable:
             there = pa.schema(self._table.schema().to_arrow())
             for field in self._columns:
                 if field.name in there.names and there.field(field.name).type != field.type:
-                    raise Wrong(f"its column {field.name} is {there.field(field.name).type}, not {field.type}")
+                    raise InvalidValue(f"its column {field.name} is {there.field(field.name).type}, not {field.type}")
                 if field.name not in there.names and not field.nullable:
-                    raise Wrong(f"it has no column {field.name}")
+                    raise InvalidValue(f"it has no column {field.name}")
         return there
 
     def _schema(self) -> pa.Schema:
@@ -297,7 +292,7 @@ class RowTable:
 
     def _read(self, path: str, schema: pa.Schema) -> pa.Table:
         with read_errors(join(self.uri, path)):
-            rows = read_columns(place_of(self.uri, path), schema)
+            rows = read_columns(file_uri(self.uri, path), schema)
             rows.validate(full=True)  # text that is none, among others
             self._check(rows)
         return rows
@@ -353,7 +348,7 @@ def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
     pq.write_table(rows, buffer, compression="snappy", write_page_checksum=True)
     path = name_with_checksum(uuid.uuid4().hex, google_crc32c.value(buffer.getvalue()), ".parquet")
     uri = join(folder_uri, path)
-    with writing(uri):
+    with write_errors(uri):
         write_bytes(uri, buffer.getbuffer())
     return Part(path, rows.num_rows, buffer.tell(), json.dumps({"numRecords": rows.num_rows}))
 
@@ -396,7 +391,7 @@ def _refuse_linked_log(uri: str) -> None:
     log = join(uri, LOG)
     for folder in (uri, log):
         with read_errors(folder):
-            refuse_other_folder(folder)
+            check_kind(folder, "folder")
     check_no_links(log)
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from storage.archive import delta
-from storage.checked import INT32, Wrong, check_texts
+from storage.checks import INT32, InvalidValue, check_column_text
 from storage.errors import ArchiveError
 from storage.files import exists, join, source_text
 from storage.parts.layout import MOST_SECONDS, read_errors
@@ -330,7 +330,7 @@ def _log_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
         & (bounds.longest_seconds <= MOST_SECONDS)
     )  # NaN is in no range
     with read_errors(frames_uri):
-        check_texts("segment", files.column("min.segment"), SEGMENT_KEY)
+        check_column_text("segment", files.column("min.segment"), SEGMENT_KEY)
         if not possible.all():
-            raise Wrong(f"the log's bounds of {bounds.path[~possible][0]} cannot be those of a part")
+            raise InvalidValue(f"the log's bounds of {bounds.path[~possible][0]} cannot be those of a part")
     return bounds

@@ -5,9 +5,9 @@ import os
 import re
 from dataclasses import asdict, dataclass
 
-from storage.checked import Wrong, member, parse_json, read_small, refuse_other_folder, text, whole
+from storage.checks import InvalidValue, check_integer, check_kind, check_text, get_value, parse_json, read_small
 from storage.errors import ArchiveError, UsageError
-from storage.files import exists, join, list_names, local_path, source_text, to_uri, write_bytes, writing
+from storage.files import exists, join, list_names, local_path, source_text, to_uri, write_bytes, write_errors
 
 FORMAT_VERSION = 2  # since 2: attempts of videos
 SETTINGS_NAME = "archive.json"
@@ -38,8 +38,8 @@ def is_archive(uri: str) -> bool:
     """
     for name in (*TABLES, "index", "jobs"):
         try:
-            refuse_other_folder(join(uri, name))
-        except Wrong as error:
+            check_kind(join(uri, name), "folder")
+        except InvalidValue as error:
             raise ArchiveError(f"{source_text(join(uri, name))}: damaged archive: {error}") from error
     return exists(join(uri, SETTINGS_NAME))
 
@@ -51,7 +51,7 @@ def write_settings(uri: str, settings: Settings) -> None:
         ArchiveError: it cannot be written.
     """
     place = join(uri, SETTINGS_NAME)
-    with writing(place):
+    with write_errors(place):
         write_bytes(place, json.dumps(asdict(settings), indent=2).encode() + b"\n")
 
 
@@ -64,7 +64,7 @@ def read_settings(uri: str) -> Settings:
     place = join(uri, SETTINGS_NAME)
     try:
         values = parse_json(read_small(place, MOST_BYTES))
-        version = whole("format_version", member(values, "format_version"))
+        version = check_integer("format_version", get_value(values, "format_version"))
         if version < FORMAT_VERSION:
             raise ArchiveError(
                 f"{source_text(uri)}: archive of format version {version}, made by an older vidx, and this one reads "
@@ -73,9 +73,9 @@ def read_settings(uri: str) -> Settings:
         if version > FORMAT_VERSION:
             known = f"this vidx reads up to {FORMAT_VERSION}"
             raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
-        model_id, model_name = (text(name, member(values, name)) for name in ("model_id", "model_name"))
-        return Settings(version, model_id, model_name, text("model_tower", values.get("model_tower", "")))
-    except Wrong as error:
+        model_id, model_name = (check_text(name, get_value(values, name)) for name in ("model_id", "model_name"))
+        return Settings(version, model_id, model_name, check_text("model_tower", values.get("model_tower", "")))
+    except InvalidValue as error:
         raise ArchiveError(
             f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: that of another archive "
             "of the same model and version is the same"

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.archive.delta import RowTable
-from storage.checked import INT32, VIDEO_ID, check_range, check_texts
+from storage.checks import INT32, VIDEO_ID, check_column_range, check_column_text
 from storage.errors import ArchiveError
 from storage.records import Sampling
 
@@ -22,9 +22,9 @@ NUMBERS = pa.schema(
 
 
 def check(rows: pa.Table) -> None:
-    """Raises Wrong where a row is none that vidx writes."""
-    check_texts("video_id", rows.column("video_id"), VIDEO_ID)
-    check_range("video_number", rows.column("video_number"), 1, INT32)
+    """Raises InvalidValue where a row is none that vidx writes."""
+    check_column_text("video_id", rows.column("video_id"), VIDEO_ID)
+    check_column_range("video_number", rows.column("video_number"), 1, INT32)
     for sampling in rows.column("sampling").unique().to_pylist():
         Sampling.from_text(sampling)
 

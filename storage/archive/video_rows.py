@@ -9,7 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, check_range, check_texts, check_values
+from storage.checks import (
+    INT32,
+    INT64,
+    LINE,
+    VIDEO_ID,
+    InvalidValue,
+    check_column_range,
+    check_column_text,
+    check_column_values,
+)
 from storage.records import CapturedFrom, Probe, Problem, Reason, Sampling, Status, VideoRow
 
 # The cuts of a Probe are not stored: only the job that splits the video needs them, and a long video has thousands.
@@ -81,35 +90,35 @@ _PROBED = (
 
 
 def check(rows: pa.Table) -> None:
-    """Raises Wrong if vidx cannot have written the rows."""
+    """Raises InvalidValue if vidx cannot have written the rows."""
     column = rows.column
-    check_texts("video_id", column("video_id"), VIDEO_ID)
-    check_texts("uri", column("uri"), r"file:///[!-~]*")
-    check_texts("model_id", column("model_id"), LINE)
-    check_values("status", column("status"), Status)
-    check_values("reason", column("reason"), Reason)
-    check_values("captured_from", column("captured_from"), CapturedFrom)
-    check_texts("sandbox_missing", column("sandbox_missing"), "(?:[a-z]+(?:,[a-z]+)*)?")
+    check_column_text("video_id", column("video_id"), VIDEO_ID)
+    check_column_text("uri", column("uri"), r"file:///[!-~]*")
+    check_column_text("model_id", column("model_id"), LINE)
+    check_column_values("status", column("status"), Status)
+    check_column_values("reason", column("reason"), Reason)
+    check_column_values("captured_from", column("captured_from"), CapturedFrom)
+    check_column_text("sandbox_missing", column("sandbox_missing"), "(?:[a-z]+(?:,[a-z]+)*)?")
     for sampling in column("sampling").unique().to_pylist():
         Sampling.from_text(sampling)
     for name, (least, most) in _RANGES.items():
-        check_range(name, column(name), least, most)
+        check_column_range(name, column(name), least, most)
     for name in ("captured_at", "indexed_at"):
-        check_range(name, column(name).cast(pa.int64()), *_YEARS)
-    check_values("decoder", column("decoder"), ("decord", "pyav"))
-    check_values("rotation_degrees", column("rotation_degrees"), (0, 90, 180, 270))
+        check_column_range(name, column(name).cast(pa.int64()), *_YEARS)
+    check_column_values("decoder", column("decoder"), ("decord", "pyav"))
+    check_column_values("rotation_degrees", column("rotation_degrees"), (0, 90, 180, 270))
     probed = rows.filter(pc.is_valid(column("decoder")))
     for name in (*_PROBED, "time_base_num", "time_base_den"):
         if name != "duration_seconds" and probed.column(name).null_count:
-            raise Wrong(f"a video that was read has no {name}")
+            raise InvalidValue(f"a video that was read has no {name}")
     for name, statuses in _REQUIRED.items():
         if rows.filter(pc.is_in(column("status"), pa.array(statuses))).column(name).null_count:
-            raise Wrong(f"a video that is {' or '.join(statuses)} has no {name}")
+            raise InvalidValue(f"a video that is {' or '.join(statuses)} has no {name}")
     numbered = rows.filter(pc.or_(pc.greater(column("frame_count"), 0), pc.is_valid(column("video_number"))))
     if any(numbered.column(name).null_count for name in ("video_number", "video_id", "decoder")):
-        raise Wrong("a video with frames or a number has no number, no id or no stream")
+        raise InvalidValue("a video with frames or a number has no number, no id or no stream")
     if rows.filter(pc.is_valid(column("reason"))).column("detail").null_count:
-        raise Wrong("a reason has no detail")
+        raise InvalidValue("a reason has no detail")
 
 
 def to_arrow(rows: Sequence[VideoRow]) -> pa.Table:

@@ -13,7 +13,7 @@ from storage.archive.delta import cut_short_commit, damaged_checkpoints, file_si
 from storage.archive.frames import read_times
 from storage.archive.part_table import PartBounds
 from storage.archive.settings import TABLES, archive_uri
-from storage.checked import Wrong, refuse_other_kinds
+from storage.checks import InvalidValue, check_kind
 from storage.errors import DamagedError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.parts.read import part_identity
@@ -107,7 +107,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
 def _file_fault(uri: str, size: int) -> str:
     """What is wrong with the bytes of a file; nothing where they are right."""
     try:
-        refuse_other_kinds(uri)
+        check_kind(uri)
         if (found := file_size(uri)) != size:
             return f"damaged: it has {found} bytes, and {size} were written"
         wanted = checksum_in_name(uri.rsplit("/", 1)[-1])
@@ -115,7 +115,7 @@ def _file_fault(uri: str, size: int) -> str:
             return "its name carries no checksum, so another program wrote it"
         found = checksum_of(uri)
         return "" if found == wanted else f"damaged: its checksum is {found:08x}, and {wanted:08x} was written"
-    except Wrong as error:
+    except InvalidValue as error:
         return f"damaged: {error}"
     except FileNotFoundError:
         return "missing, though the archive names it"

@@ -26,7 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.checked import INT32, INT64, LINE, VIDEO_ID, Wrong, check_range, check_texts, member, place_of, whole
+from storage.checks import (
+    INT32,
+    INT64,
+    LINE,
+    VIDEO_ID,
+    InvalidValue,
+    check_column_range,
+    check_column_text,
+    check_integer,
+    file_uri,
+    get_value,
+)
 from storage.errors import ArchiveError, DamagedError
 from storage.files import file_size, join, local_path, open_for_read, source_text
 from storage.records import SEGMENT_KEY, PatchRows, Sampling, TokenBatch
@@ -110,9 +121,9 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
         footer = pq.read_metadata(file)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         if any(group.num_rows < 0 for group in groups) or sum(group.num_rows for group in groups) != footer.num_rows:
-            raise Wrong("its row groups are not as long as it says")
+            raise InvalidValue("its row groups are not as long as it says")
         if footer.num_rows > size or sum(group.total_byte_size for group in groups) > most_bytes(size):
-            raise Wrong(f"{size} bytes cannot hold {footer.num_rows} rows, or what it says of them")
+            raise InvalidValue(f"{size} bytes cannot hold {footer.num_rows} rows, or what it says of them")
         columns = [footer.schema.column(number) for number in range(footer.num_columns)]
         texts = [column.path for column in columns if column.logical_type.type == "STRING" and "." not in column.path]
         yield pq.ParquetFile(file, metadata=footer, read_dictionary=texts, page_checksum_verification=True)
@@ -132,7 +143,7 @@ def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
         table = file.read(columns=schema.names)
     texts = [column for column in table.columns if pa.types.is_dictionary(column.type)]
     if sum(map(_text_bytes, texts)) > most_bytes(file_size(uri)):
-        raise Wrong("its texts are too long for its size")
+        raise InvalidValue("its texts are too long for its size")
     return with_columns(table, schema)
 
 
@@ -140,12 +151,12 @@ def with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns of a schema; those that rows of another vidx lack are null, where they may be.
 
     Raises:
-        Wrong: a column is missing that may not be.
+        InvalidValue: a column is missing that may not be.
     """
     for field in schema:
         if field.name not in rows.column_names:
             if not field.nullable:
-                raise Wrong(f"it has no column {field.name}")
+                raise InvalidValue(f"it has no column {field.name}")
             rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
     return rows.select(schema.names).cast(schema)
 
@@ -157,16 +168,16 @@ def read_part_columns(frames_uri: str, path: str, names: Sequence[str]) -> pa.Ta
         DamagedError: it is missing, or not what a part has to be.
     """
     with read_errors(join(frames_uri, path)):
-        table = read_columns(place_of(frames_uri, path), pa.schema([COLUMNS.field(name) for name in names]))
+        table = read_columns(file_uri(frames_uri, path), pa.schema([COLUMNS.field(name) for name in names]))
         for name in names:
             if name in _RANGES:
-                check_range(name, table.column(name), *_RANGES[name])
+                check_column_range(name, table.column(name), *_RANGES[name])
             if name in _PATTERNS:
-                check_texts(name, table.column(name), _PATTERNS[name])
+                check_column_text(name, table.column(name), _PATTERNS[name])
         for sampling in table.column("sampling").unique().to_pylist() if "sampling" in names else ():
             Sampling.from_text(sampling)
         if not table.num_rows:
-            raise Wrong("it has no rows")
+            raise InvalidValue("it has no rows")
         table.validate(full=True)
         return table
 
@@ -191,18 +202,18 @@ def shapes_of(document: Any) -> dict[str, list[int]]:
     """The shapes that a part's metadata says, as cell_shapes gives them.
 
     Raises:
-        Wrong: none that vidx writes.
+        InvalidValue: none that vidx writes.
     """
     shapes = {}
     for name, ranks in _RANKS.items():
         if name in ("search_key", "patches") and isinstance(document, dict) and name not in document:
             continue
-        sides = member(document, name)
+        sides = get_value(document, name)
         if not isinstance(sides, list) or len(sides) != ranks:
-            raise Wrong(f"the shape of its {name} has not {ranks} sides")
-        shapes[name] = [whole(f"{name}'s shape", side, 0, MOST_SIDE) for side in sides]
+            raise InvalidValue(f"the shape of its {name} has not {ranks} sides")
+        shapes[name] = [check_integer(f"{name}'s shape", side, 0, MOST_SIDE) for side in sides]
     if len(shapes) != len(document) or any((width or 0) > MOST_CELL_BYTES for width in cell_widths(shapes).values()):
-        raise Wrong("its cells are none that vidx writes")
+        raise InvalidValue("its cells are none that vidx writes")
     return shapes
 
 

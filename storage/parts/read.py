@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 
-from storage.checked import Wrong, member, parse_json, place_of, text
+from storage.checks import InvalidValue, check_text, file_uri, get_value, parse_json
 from storage.errors import ArchiveError, DamagedError
 from storage.files import file_size, join, local_path, map_file, read_ranges, source_text
 from storage.parts.layout import (
@@ -210,7 +210,7 @@ def read_keys_at(
         return stored
     found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
     with read_errors(uri):
-        place_of(frames_uri, part_name)
+        file_uri(frames_uri, part_name)
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
@@ -272,16 +272,16 @@ def _open_part(frames_uri: str, name: str) -> _PartFile:
     """Parts never change once committed, so an open one stays good."""
     uri = join(frames_uri, name)
     with read_errors(uri):
-        mapping = map_file(place_of(frames_uri, name))
+        mapping = map_file(file_uri(frames_uri, name))
         with open_parquet(uri) as file:
             footer = file.metadata
         metadata = footer.metadata or {}
         if CELLS_KEY not in metadata:
-            raise Wrong(f"not written by vidx (no {CELLS_KEY.decode()} in its metadata)")
+            raise InvalidValue(f"not written by vidx (no {CELLS_KEY.decode()} in its metadata)")
         shapes = shapes_of(parse_json(metadata.get(SHAPES_KEY, b"")))
         widths = cell_widths(shapes)
         if parse_json(metadata[CELLS_KEY]) != widths or list(parse_json(metadata[CELLS_KEY])) != list(widths):
-            raise Wrong("its cells are not as wide as their shapes")
+            raise InvalidValue("its cells are not as wide as their shapes")
         problem = _problem(parse_json(metadata.get(PROBLEM_KEY, b"null")))
     group_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
@@ -292,8 +292,8 @@ def _open_part(frames_uri: str, name: str) -> _PartFile:
 def _problem(document: Any) -> Problem | None:
     if document is None:
         return None
-    detail = text("detail", member(document, "detail"), ".*")
-    return Problem(Reason(text("reason", member(document, "reason"))), detail)
+    detail = check_text("detail", get_value(document, "detail"), ".*")
+    return Problem(Reason(check_text("reason", get_value(document, "reason"))), detail)
 
 
 def _bases(footer: pq.FileMetaData, widths: dict[str, int | None], size: int) -> dict[str, np.ndarray]:
@@ -389,7 +389,7 @@ def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.
         for group in np.unique(groups).tolist():
             values = file.read_row_group(group, columns=[column]).column(column)
             if values.null_count or len(values) != part.group_starts[group + 1] - part.group_starts[group]:
-                raise Wrong(f"a {column} is missing")
+                raise InvalidValue(f"a {column} is missing")
             for place in np.flatnonzero(groups == group).tolist():
                 cells[place] = values[int(rows[place] - part.group_starts[group])].as_py()
     width = part.widths[column]

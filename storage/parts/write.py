@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.files import NewFile, join, name_with_checksum, remove, writing
+from storage.files import NewFile, join, name_with_checksum, remove, write_errors
 from storage.parts.layout import BINARY, PROBLEM_KEY, as_bytes, cell_shapes, pack_patches, part_schema, row_group_rows
 from storage.records import Part, Problem, TokenBatch
 
@@ -121,7 +121,7 @@ class PartWriter:
             self._write_group(self._pending_count)
         new = self._new
         assert new is not None  # since the first group was written
-        with writing(self._uri):
+        with write_errors(self._uri):
             if problem is not None:
                 self._writer.add_key_value_metadata({PROBLEM_KEY: json.dumps(asdict(problem))})
             self._writer.close()
@@ -149,7 +149,7 @@ class PartWriter:
         self._pending_count -= count
         table = self._group_table(values, count)
         self._bounds.widen(values)
-        with writing(self._uri):
+        with write_errors(self._uri):
             if self._new is None:
                 self._open(table.schema)
             self._writer.write_table(table, row_group_size=count)

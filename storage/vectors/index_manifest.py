@@ -21,19 +21,19 @@ import google_crc32c
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.checked import (
+from storage.checks import (
     INDEX_NAME,
     INT32,
-    Wrong,
-    member,
-    members,
-    names,
+    InvalidValue,
+    check_integer,
+    check_integers,
+    check_names,
+    file_uri,
+    get_list,
+    get_value,
     parse_json,
-    place_of,
     read_small,
-    shown,
-    whole,
-    wholes,
+    short_repr,
 )
 from storage.files import (
     NewFile,
@@ -47,7 +47,7 @@ from storage.files import (
     remove,
     source_text,
     write_bytes,
-    writing,
+    write_errors,
 )
 
 INDEX_FORMAT = 5
@@ -172,19 +172,20 @@ def read_manifest(archive: Archive) -> IndexManifest:
     """
     try:
         content = read_json(join(archive.index_uri, MANIFEST))
-        if (member(content, "format"), member(content, "model_id")) != (INDEX_FORMAT, archive.model_id):
+        if (get_value(content, "format"), get_value(content, "model_id")) != (INDEX_FORMAT, archive.model_id):
             raise Damaged("another format or model")
-        centroids, coded = member(content, "centroids"), _key_file(member(content, "coded"), ("codes", "runs", "rows"))
+        centroids = get_value(content, "centroids")
+        coded = _key_file(get_value(content, "coded"), ("codes", "runs", "rows"))
         if centroids is None and coded.covered.paths:
             raise Damaged("codes without their centroids")
         return IndexManifest(
-            _key_file(member(content, "exact"), ("keys",)),
+            _key_file(get_value(content, "exact"), ("keys",)),
             coded,
             None if centroids is None else _written(centroids, "centroids"),
-            whole("trained_count", member(content, "trained_count"), most=MOST_KEYS),
-            whole("checked_count", member(content, "checked_count"), most=MOST_KEYS),
+            check_integer("trained_count", get_value(content, "trained_count"), most=MOST_KEYS),
+            check_integer("checked_count", get_value(content, "checked_count"), most=MOST_KEYS),
         )
-    except Wrong as error:
+    except InvalidValue as error:
         raise Damaged(str(error)) from error
 
 
@@ -210,8 +211,8 @@ def write_manifest(archive: Archive, after: IndexManifest) -> None:
     }
     write_json(join(archive.index_uri, MANIFEST), content)
     for name in before - after.names():
-        with contextlib.suppress(OSError, Wrong):
-            remove(place_of(archive.index_uri, name))
+        with contextlib.suppress(OSError, InvalidValue):
+            remove(file_uri(archive.index_uri, name))
 
 
 def read_json(uri: str) -> Any:
@@ -234,7 +235,7 @@ def write_json(uri: str, content: dict) -> None:
         ArchiveError: it cannot be written.
     """
     text = json.dumps(content).encode()
-    with writing(uri):
+    with write_errors(uri):
         make_folder(uri.rsplit("/", 1)[0])
         write_bytes(uri, b"%08x\n" % google_crc32c.value(text) + text)
 
@@ -258,7 +259,7 @@ def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bo
         yield True
         return
     with contextlib.ExitStack() as stack:
-        with writing(uri):
+        with write_errors(uri):
             make_folder(archive.index_uri)
             file = stack.enter_context(open(_open_lock(path), "wb"))
         try:
@@ -288,7 +289,7 @@ def write_file(archive: Archive, suffix: str, pieces: Iterable[bytes]) -> Writte
     """
     name = f"{uuid.uuid4().hex}.{suffix}"
     uri = join(archive.index_uri, name)
-    with writing(uri):
+    with write_errors(uri):
         make_folder(archive.index_uri)
         new = NewFile(uri)
         try:
@@ -342,7 +343,7 @@ def path_of(archive: Archive, file: Written) -> str:
 def _place(archive: Archive, file: Written) -> str:
     """The URI of a file that exists and has the size that was written."""
     with _reading(file.name):
-        uri = place_of(archive.index_uri, file.name)
+        uri = file_uri(archive.index_uri, file.name)
         size = file_size(uri)
     if size != file.size_bytes:
         raise Damaged(f"{source_text(uri)}: {size} bytes")
@@ -358,22 +359,22 @@ def _reading(uri: str) -> Iterator[None]:
 
 
 def _written(values: Any, suffix: str) -> Written:
-    name = member(values, "name")
+    name = get_value(values, "name")
     if not isinstance(name, str) or not INDEX_NAME.fullmatch(name) or not name.endswith(f".{suffix}"):
-        raise Wrong(f"it names a file {shown(name)}, which no file of an index is called")
-    size_bytes, checksum = (whole(key, member(values, key)) for key in ("size_bytes", "checksum"))
+        raise InvalidValue(f"it names a file {short_repr(name)}, which no file of an index is called")
+    size_bytes, checksum = (check_integer(key, get_value(values, key)) for key in ("size_bytes", "checksum"))
     return Written(name, size_bytes, checksum)
 
 
 def _key_file(values: Any, suffixes: Sequence[str]) -> KeyFile:
-    covered, files = member(values, "covered"), members(values, "files")
-    paths = names(members(covered, "paths"))
-    numbers = wholes("video_number", members(covered, "video_numbers"), 1, INT32)
-    counts = wholes("key_count", members(covered, "key_counts"), 0, MOST_KEYS)
+    covered, files = get_value(values, "covered"), get_list(values, "files")
+    paths = check_names(get_list(covered, "paths"))
+    numbers = check_integers("video_number", get_list(covered, "video_numbers"), 1, INT32)
+    counts = check_integers("key_count", get_list(covered, "key_counts"), 0, MOST_KEYS)
     if not len(paths) == len(numbers) == len(counts) or len(files) not in (0, len(suffixes)):
-        raise Wrong("the parts or files of its keys are not described alike")
+        raise InvalidValue("the parts or files of its keys are not described alike")
     if (counts.sum(dtype=float) > 0) != bool(files) or counts.sum(dtype=float) > MOST_KEYS:
-        raise Wrong("its keys are not those of its parts")
+        raise InvalidValue("its keys are not those of its parts")
     return KeyFile(tuple(map(_written, files, suffixes)), Covered(paths, numbers, counts))
 
 

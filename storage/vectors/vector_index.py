@@ -15,9 +15,9 @@ from dataclasses import replace
 
 from storage.archive.archive import Archive
 from storage.archive.frames import LivePart
-from storage.checked import Wrong, place_of, read_small, refuse_other_kinds
+from storage.checks import InvalidValue, check_kind, file_uri, read_small
 from storage.errors import ArchiveError
-from storage.files import exists, join, remove, source_text, writing
+from storage.files import exists, join, remove, source_text, write_errors
 from storage.vectors.centroids import Centroids, list_count_for, open_centroids, write_centroids
 from storage.vectors.codes import (
     CodedKeys,
@@ -316,8 +316,8 @@ def index_faults(archive: Archive) -> Iterator[tuple[str, str]]:
     """
     manifest = join(archive.index_uri, MANIFEST)
     try:
-        refuse_other_kinds(manifest)
-    except Wrong as error:
+        check_kind(manifest)
+    except InvalidValue as error:
         yield manifest, f"damaged: {error}"
         return
     while (before := _bytes_of(manifest)) is not None:
@@ -332,7 +332,7 @@ def _bytes_of(uri: str) -> bytes | None:
     """A file's content, or None where it cannot be read."""
     try:
         return read_small(uri, MOST_JSON_BYTES)
-    except (OSError, Wrong):
+    except (OSError, InvalidValue):
         return None
 
 
@@ -380,11 +380,11 @@ def drop_index(archive: Archive) -> None:
     names: set[str] = set()
     with contextlib.suppress(Damaged):
         names = read_manifest(archive).names()
-    with writing(archive.index_uri):
+    with write_errors(archive.index_uri):
         remove(join(archive.index_uri, MANIFEST))
         for name in names:
-            with contextlib.suppress(Wrong):
-                remove(place_of(archive.index_uri, name))
+            with contextlib.suppress(InvalidValue):
+                remove(file_uri(archive.index_uri, name))
         try:
             read_json(join(archive.index_uri, THRESHOLDS))
         except Damaged:
