@@ -21,7 +21,7 @@ from pyarrow import fs
 from storage.archive.archive import Archive
 from storage.archive.delta import check_no_links
 from storage.errors import ArchiveError, DamagedError, UsageError
-from storage.files import is_text, local_path, source_text
+from storage.files import file_path, is_text, source_text
 from storage.parts.layout import BINARY, COLUMNS
 from storage.processes import anonymous_bytes, physical_memory
 from storage.records import Status
@@ -299,7 +299,7 @@ def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
     """Parts of published videos, opened and read as the statement streams through them."""
     check_no_links(archive.frames_uri)
     schema = pa.schema([field.with_nullable(True) for field in schema])
-    file_system, place = _arrow_file_system(archive.frames_uri)
+    place = file_path(archive.frames_uri).decode()
     checked = ds.ParquetFileFormat(
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     )
@@ -308,23 +308,13 @@ def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
     fragments = [
         checked.make_fragment(
             f"{place}/{part.path}",
-            file_system,
+            fs.LocalFileSystem(),
             # what all rows of the part have in common: a statement about one video opens no other's parts
             (number == pa.scalar(part.video_number, pa.int32())) & (video_id == ids[part.video_number]),
         )
         for part in archive.frames.parts()
     ]
-    return ds.FileSystemDataset(fragments, schema, checked, file_system)
-
-
-def _arrow_file_system(uri: str) -> tuple[fs.FileSystem, str]:
-    path = local_path(uri)
-    if path is not None:
-        return fs.LocalFileSystem(), path.decode()
-    import fsspec
-
-    remote, place = fsspec.core.url_to_fs(uri)
-    return fs.PyFileSystem(fs.FSSpecHandler(remote)), place
+    return ds.FileSystemDataset(fragments, schema, checked, fs.LocalFileSystem())
 
 
 def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, statement: str) -> None:

@@ -239,12 +239,3 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tiny_disk):
     assert "\n" not in str(error.value)
     writer.abort()
     assert os.listdir(tiny_disk) == []
-
-
-def test_parts_lie_on_object_storage_as_well():
-    pytest.importorskip("fsspec")
-    rows = random_rows(300, patches=(2, 8))
-    part = write_part("memory://archive/frames", rows, video_id=VIDEO, number=3)
-    refs = refs_to(part, [299, 3])
-    assert np.array_equal(read_tokens("memory://archive/frames", refs), rows.tokens.token[[299, 3]])
-    assert read_thumbnails("memory://archive/frames", refs) == [rows.thumbnails[299], rows.thumbnails[3]]

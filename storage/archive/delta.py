@@ -23,14 +23,13 @@ from storage.checks import InvalidValue, check_kind, check_names, file_uri, pars
 from storage.errors import ArchiveError, DamagedError
 from storage.files import (
     exists,
+    file_path,
     join,
     list_names,
-    local_path,
     name_with_checksum,
     remove,
     source_text,
     sync_file,
-    sync_folder,
     write_bytes,
     write_errors,
 )
@@ -401,8 +400,8 @@ def check_no_links(uri: str) -> None:
     Raises:
         DamagedError: a link or a pipe lies in it.
     """
-    path = local_path(uri)
-    if path is None or not os.path.isdir(path):
+    path = file_path(uri)
+    if not os.path.isdir(path):
         return
     with os.scandir(path) as entries:
         for entry in entries:
@@ -413,8 +412,6 @@ def check_no_links(uri: str) -> None:
 
 def _refuse_empty_log_files(uri: str) -> None:
     """A power cut can leave the newest commit empty, and Delta takes that for a commit of nothing."""
-    if local_path(uri) is None:
-        return
     for name in _commits_since_checkpoint(uri):
         place = join(uri, LOG, name)
         if not _read_log_file(place).strip():
@@ -485,4 +482,4 @@ def _sync_log(uri: str, versions: Iterable[int]) -> None:
     for name in (*names, _LAST_CHECKPOINT):
         with contextlib.suppress(FileNotFoundError):
             sync_file(join(folder, name))
-    sync_folder(folder)
+    sync_file(folder)

@@ -39,7 +39,7 @@ from storage.checks import (
     get_value,
 )
 from storage.errors import ArchiveError, DamagedError
-from storage.files import file_size, join, local_path, open_for_read, source_text
+from storage.files import file_path, file_size, join, source_text
 from storage.records import SEGMENT_KEY, PatchRows, Sampling, TokenBatch
 
 ROW_GROUP_ROWS = 256
@@ -116,8 +116,8 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     Arrow opens a local file by itself: of a Python file its threads let go some time after a read has returned, and a
     process that ends in between is aborted (apache/arrow issue 33975).
     """
-    path, size = local_path(uri), file_size(uri)
-    with open_for_read(uri) if path is None else pa.OSFile(path) as file:
+    size = file_size(uri)
+    with pa.OSFile(file_path(uri)) as file:
         footer = pq.read_metadata(file)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         if any(group.num_rows < 0 for group in groups) or sum(group.num_rows for group in groups) != footer.num_rows:

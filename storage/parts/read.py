@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from storage.checks import InvalidValue, check_text, file_uri, get_value, parse_json
 from storage.errors import ArchiveError, DamagedError
-from storage.files import file_size, join, local_path, map_file, read_ranges, source_text
+from storage.files import file_path, file_size, join, map_file, source_text
 from storage.parts.layout import (
     CELLS_KEY,
     PROBLEM_KEY,
@@ -40,7 +40,7 @@ class _PartFile:
     """An open part: where its row groups begin, and where the cells of its columns lie.
 
     Attributes:
-        content: (bytes,) uint8, the file mapped, or None where it has to be fetched.
+        content: (bytes,) uint8, the file mapped.
         group_starts: (G + 1,) int64, first row of each row group; the last entry is the row count.
         widths: bytes of each cell, None where they differ, by binary column in file order.
         bases: (G,) int64 for each column that can be read in place, where its first value's length stands.
@@ -48,7 +48,7 @@ class _PartFile:
     """
 
     uri: str
-    content: np.ndarray | None
+    content: np.ndarray
     group_starts: np.ndarray
     widths: dict[str, int | None]
     shapes: dict[str, list[int]]
@@ -202,8 +202,7 @@ def read_keys_at(
         ArchiveError: the part is missing or damaged.
     """
     uri = join(frames_uri, part_name)
-    path = local_path(uri)
-    if path is None or (keys < 0).any():
+    if (keys < 0).any():
         stored = part_keys(frames_uri, part_name, rows)
         if stored is None:
             raise DamagedError(f"{source_text(uri)}: damaged: it keeps no search keys, and the index has some of it")
@@ -211,7 +210,7 @@ def read_keys_at(
     found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
     with read_errors(uri):
         file_uri(frames_uri, part_name)
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(file_path(uri), os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
             if keys.max() > size - 2 * width or not 0 <= checksums.min() <= checksums.max() <= size - CHECKSUM_BYTES:
@@ -285,7 +284,7 @@ def _open_part(frames_uri: str, name: str) -> _PartFile:
         problem = _problem(parse_json(metadata.get(PROBLEM_KEY, b"null")))
     group_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
-    content = None if mapping is None else np.frombuffer(mapping, np.uint8)
+    content = np.frombuffer(mapping, np.uint8)
     return _PartFile(uri, content, starts, widths, shapes, _bases(footer, widths, file_size(uri)), problem)
 
 
@@ -354,17 +353,12 @@ def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray
     assert width is not None  # as of all that are read in place
     stride = width + LENGTH_BYTES
     offsets = _offsets(part, column, rows)
-    if part.content is None:
-        joined = np.frombuffer(b"".join(read_ranges(part.uri, offsets.tolist(), stride)), np.uint8)
-        content, offsets = joined, np.arange(len(rows)) * stride
-    else:
-        content = part.content
-    if len(rows) and (offsets.min() < 0 or offsets.max() > len(content) - stride):
+    if len(rows) and (offsets.min() < 0 or offsets.max() > len(part.content) - stride):
         return None
-    lengths = _gather(content, offsets, LENGTH_BYTES).view("<u4")
+    lengths = _gather(part.content, offsets, LENGTH_BYTES).view("<u4")
     if (lengths != width).any():
         return None
-    return _gather(content, offsets + LENGTH_BYTES, width)
+    return _gather(part.content, offsets + LENGTH_BYTES, width)
 
 
 def _offsets(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray:

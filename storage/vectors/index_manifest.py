@@ -40,10 +40,8 @@ from storage.files import (
     file_path,
     file_size,
     join,
-    local_path,
     make_folder,
     map_file,
-    read_bytes,
     remove,
     source_text,
     write_bytes,
@@ -254,14 +252,10 @@ def locked(archive: Archive, name: str = LOCK, wait: bool = True) -> Iterator[bo
         ArchiveError: the index cannot be written.
     """
     uri = join(archive.index_uri, name)
-    path = local_path(uri)
-    if path is None:
-        yield True
-        return
     with contextlib.ExitStack() as stack:
         with write_errors(uri):
             make_folder(archive.index_uri)
-            file = stack.enter_context(open(_open_lock(path), "wb"))
+            file = stack.enter_context(open(_open_lock(file_path(uri)), "wb"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -331,8 +325,7 @@ def map_sized(archive: Archive, file: Written) -> np.ndarray:
     """
     uri = _place(archive, file)
     with _reading(uri):
-        mapping = map_file(uri)
-        return np.frombuffer(read_bytes(uri) if mapping is None else mapping, np.uint8)
+        return np.frombuffer(map_file(uri), np.uint8)
 
 
 def path_of(archive: Archive, file: Written) -> str:
