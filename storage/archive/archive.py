@@ -1,23 +1,23 @@
 """The archive: what is committed, and the commits that change it.
 
-    archive.json    format version, model; written last, so that a folder with it is a whole archive
+    archive.json    format version, model; written last, so a folder that has it is a whole archive
     frames/         Delta table of parts (storage/parts/layout.py), one row per frame
     videos/         Delta table, one row per video; its rows make frames visible
     numbers/        Delta table: the number of each (video, model, sampling), given once
     index/          search keys (storage/vectors/vector_index.py); may be deleted at any time
 
-Frames are committed first, then the videos row that shows them: frames of a number that no row names are not there
-for any reader. A long video's row comes with its first segments and says `indexing`; then each further segment is there
-from its own commit on, until the row that ends the video takes the first one's place.
+Frames are committed first, then the row in `videos` that shows them. No reader sees frames whose number has no row. The
+row of a long video comes with its first segments and has the status `indexing`. From then on each further segment is
+visible with its own commit, until a final row replaces the first one.
 
 `deltalake` does not survive a fork: processes that use an archive must be spawned.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from storage.archive import delta, video_rows
 from storage.archive.claims import claimed_numbers
@@ -36,29 +36,19 @@ from storage.archive.settings import (
 from storage.archive.video_numbers import NUMBERS, NumberTable
 from storage.archive.video_table import VideoTable
 from storage.errors import UsageError
-from storage.files import (
-    join,
-    make_folder,
-    remove,
-    source_text,
-    tree_size,
-    write_bytes,
-    write_errors,
-)
+from storage.files import join, make_folder, remove, source_text, tree_size, write_bytes, write_errors
 from storage.parts.layout import COLUMNS
 from storage.parts.read import part_identity
-from storage.records import (
-    Sampling,
-    Status,
-)
+from storage.records import Sampling, Status
 
 
 @dataclass(frozen=True)
 class ArchiveStatus:
-    """Counts of published videos and frames, and what the archive occupies.
+    """The number of published videos and frames in an archive, and its size.
 
-    Of videos in progress a job has committed frames, and not all; `frames` has those of them that can be searched.
-    videos_unconfined counts those that were decoded by a process that was not kept from what sandbox_missing names.
+    A video is in progress when a job has committed some of its frames, but not all. `frames` includes those of them
+    that can be searched, which are frames_in_progress_shown. videos_unconfined counts the videos that were decoded by a
+    process without the protections listed in sandbox_missing.
     """
 
     videos_indexed: int
@@ -81,16 +71,16 @@ def archive_exists(uri: str) -> bool:
     """Whether there is a whole archive at a path or URI.
 
     Raises:
-        UsageError: no archive can be there.
+        UsageError: no archive can be at such a place.
     """
     return is_archive(archive_uri(uri))
 
 
 def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str = "") -> "Archive":
-    """A new archive for one model, or the one that is there if it is of the same model or still empty.
+    """A new archive for one model; an existing archive is opened if it has the same model or is still empty.
 
     Raises:
-        UsageError: the folder belongs to something else, or holds an archive of another model.
+        UsageError: the folder holds other files, or an archive of another model.
         ArchiveError: the place cannot be written.
     """
     uri = archive_uri(uri)
@@ -105,7 +95,7 @@ def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str
         if not archive_exists(uri):
             write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
     archive = open_archive(uri, write=True)
-    if archive.model_id != model_id and archive.is_empty:  # left by a job that could not load its model
+    if archive.model_id != model_id and archive.is_empty:  # an earlier job could not load its model
         write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
         return open_archive(uri)
     archive.check_model(model_id, model_name)
@@ -117,10 +107,10 @@ def open_archive(uri: str, *, write: bool = False) -> "Archive":
 
     Args:
         uri: where it is.
-        write: try at once whether it can be written.
+        write: also check that it can be written.
     Raises:
         UsageError: there is no archive.
-        ArchiveError: it is damaged, of a newer format, or cannot be read (or written, if that is asked for).
+        ArchiveError: it is damaged, has another format, or cannot be read (or written, with write).
     """
     uri = archive_uri(uri)
     if not archive_exists(uri):
@@ -136,12 +126,12 @@ def open_archive(uri: str, *, write: bool = False) -> "Archive":
 
 
 class Archive:
-    """One archive at one version; moves on with `refresh` and with every change made through it.
+    """One archive at one version; `refresh` and every change made through it move to the newest version.
 
     Attributes:
-        uri: of its folder.
-        model_id, model_name, model_tower: of the one model whose frames it holds, as in its settings.
-        settings: what archive.json says.
+        uri: the archive's folder.
+        model_id, model_name, model_tower: the model whose frames it holds, as in its settings.
+        settings: the content of archive.json.
         parts, videos, numbers: its tables.
         frames: the frames of published videos.
     """
@@ -158,7 +148,7 @@ class Archive:
         self.videos = VideoTable(uri, self.parts)
         self.frames = FrameTable(self.parts, self.videos)
         self.numbers = NumberTable(join(uri, "numbers"), self.model_id)
-        self.videos.open()  # before the parts, so that all that the rows show is there
+        self.videos.open()  # before the parts, so that all frames that the rows show are found
         self.parts.open()
 
     def __repr__(self) -> str:
@@ -166,12 +156,12 @@ class Archive:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no job has committed anything, or reserved a number for what it will commit."""
+        """Whether no job has committed anything or reserved a number."""
         return not (self.videos.arrow().num_rows or self.numbers.all_given() or len(self.parts.bounds()))
 
     @property
     def version(self) -> int:
-        """The version of the videos table, which counts publications."""
+        """The version of the videos table; each publication increases it."""
         return self.videos.version
 
     def refresh(self) -> None:
@@ -181,94 +171,85 @@ class Archive:
 
     @property
     def model_text(self) -> str:
-        """How its model is named."""
+        """The name of its model, for people."""
         return self.model_name + (f" with --tower {self.model_tower}" if self.model_tower else "")
 
     def check_model(self, model_id: str, model_name: str) -> None:
-        """Refuses rows of another model.
+        """Refuses another model than the archive's.
 
         Raises:
-            UsageError: the archive is of another one, and not empty.
+            UsageError: the model is another one, and the archive is not empty.
         """
         if self.model_id != model_id and not self.is_empty:
             raise UsageError(
                 f"{source_text(self.uri)}: this archive is of the model {self.model_text} ({self.model_id[:12]}), not "
-                f"of {model_name} ({model_id[:12]}); name that model or choose another --archive"
+                f"of {model_name} ({model_id[:12]}); use the archive's model or choose another --archive"
             )
 
     def reserve(self, keys: Sequence[tuple[str, Sampling]]) -> dict[tuple[str, str], int]:
-        """The number of each (video id, sampling): the one it has had from its first reservation on.
+        """The number of each (video id, sampling); a new one gets a number that it keeps.
 
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        # A number that the table has lost, and no repair has brought back yet, is not given to another video.
+        # The table may have lost numbers that no repair has restored yet; they are not given to other videos.
         in_use = {*self.parts.bounds().video_number.tolist(), *self.videos.numbers()}
         return self.numbers.reserve([(video_id, str(sampling)) for video_id, sampling in keys], in_use)
 
     def restore_numbers(self) -> None:
-        """Gives their numbers back to the videos that have frames or rows, where the table of numbers lost them.
+        """Gives their numbers back to videos that have frames or rows, after the table of numbers was damaged.
 
         Raises:
             ArchiveError: a part is missing or damaged, or the archive cannot be written.
         """
         bounds, known = self.parts.bounds(), self.numbers.all_given()
-        firsts = dict(zip(bounds.video_number.tolist(), bounds.path.tolist()))
-        has_number = {None, *known, *firsts}
-        found = [part_identity(self.frames_uri, path) for number, path in firsts.items() if number not in known]
-        found += [
+        paths = dict(zip(bounds.video_number.tolist(), bounds.path.tolist()))
+        has_number = {None, *known, *paths}
+        lost = [part_identity(self.frames_uri, path) for number, path in paths.items() if number not in known]
+        lost += [
             {name: getattr(row, name) for name in NUMBERS.names}
             for row in self.videos.all()
             if row.video_number not in has_number
         ]
-        self.numbers.restore(found)
-
-    def begun(self) -> dict[int, int]:
-        """Frames by number, of videos that a job has begun and not finished, where no row shows them yet.
-
-        Their claims tell them from those that were replaced. What was deleted is not among them.
-        """
-        hidden = self.unpublished_numbers() & claimed_numbers(self.uri)
-        counts = self.parts.bounds().frame_counts()
-        return {number: counts[number] for number in hidden - (self.deleted_numbers() if hidden else set())}
+        self.numbers.restore(lost)
 
     def unpublished_numbers(self) -> set[int]:
-        """Numbers whose frames are committed and that no row shows: not published yet, or replaced."""
+        """The numbers of videos whose frames are committed and that have no row: not published yet, or replaced."""
         return set(self.parts.bounds().video_number.tolist()) - self.videos.numbers()
 
     def deleted_numbers(self) -> set[int]:
-        """Numbers of deleted content whose frames may still be there."""
+        """The numbers of deleted videos; their frames may still be stored."""
         ids = {row.video_id for row in self.videos.all() if row.status is Status.DELETED}
         return {number for (video_id, _), number in self.numbers.known().items() if video_id in ids}
 
     def status(self) -> ArchiveStatus:
-        """Counts, from the rows of videos and the log of the frames."""
-        rows, begun = self.videos.arrow(), self.begun()
-        counts = rows.filter(pc.equal(rows.column("status"), str(Status.INDEXING))).column("frame_count").to_pylist()
-        states = rows.column("status").to_pylist()
-        missing = [
-            steps.split(",")
-            for steps, state in zip(rows.column("sandbox_missing").to_pylist(), states, strict=True)
-            if steps and state != Status.DELETED
-        ]
+        """The number of videos and frames, from the rows of videos and the log of the frames."""
+        rows = self.videos.all()
+        states = Counter(row.status for row in rows)
+        growing = [row.frame_count for row in rows if row.status is Status.INDEXING]
+        unconfined = [row.sandbox_missing for row in rows if row.sandbox_missing and row.status is not Status.DELETED]
+        # Videos that a job has begun and no row shows yet; the claim tells them from replaced ones.
+        begun = self.unpublished_numbers() & claimed_numbers(self.uri)
+        begun -= self.deleted_numbers() if begun else set()
+        counts = self.parts.bounds().frame_counts()
         return ArchiveStatus(
-            videos_indexed=states.count(Status.INDEXED),
-            videos_partial=states.count(Status.PARTIAL),
-            videos_failed=states.count(Status.FAILED),
-            videos_deleted=states.count(Status.DELETED),
+            videos_indexed=states[Status.INDEXED],
+            videos_partial=states[Status.PARTIAL],
+            videos_failed=states[Status.FAILED],
+            videos_deleted=states[Status.DELETED],
             frames=self.videos.frame_count(),
-            model_ids=tuple(sorted(set(rows.column("model_id").to_pylist()))) or (self.model_id,),
+            model_ids=tuple(sorted({row.model_id for row in rows})) or (self.model_id,),
             size_bytes=tree_size(self.uri),
             version=self.version,
             format_version=self.settings.format_version,
-            videos_in_progress=len(counts) + len(begun),
-            frames_in_progress=sum(counts) + sum(begun.values()),
-            frames_in_progress_shown=sum(counts),
-            videos_unconfined=len(missing),
-            sandbox_missing=tuple(sorted({step for steps in missing for step in steps})),
+            videos_in_progress=len(growing) + len(begun),
+            frames_in_progress=sum(growing) + sum(counts[number] for number in begun),
+            frames_in_progress_shown=sum(growing),
+            videos_unconfined=len(unconfined),
+            sandbox_missing=tuple(sorted(set().union(*unconfined))),
         )
 
 
 def _optional(field: pa.Field) -> pa.Field:
-    """As the table declares it: a part may lack the columns that its settings do not keep."""
+    """The field as the table declares it: parts may lack search keys and patches."""
     return field.with_nullable(True) if field.name in ("search_key", "patches") else field

@@ -1,13 +1,13 @@
 """claims: which jobs work on an archive at this moment, and which videos each of them has taken.
 
-    jobs/ID.job         one per job, touched while it lives
+    jobs/ID.job         one per job; the job touches it as long as it lives
     jobs/NUMBER.claim   the id of the job that indexes this video
 
-A claim is left where its job was interrupted: frames of the video are committed, and no row shows them yet.
+A job that is interrupted leaves the claim of a video of which it has committed frames, and no row shows these yet.
 
-Both are hints that save work: what makes every row appear once are the guards of the commits. What a job has taken is
-free as soon as its process is gone or its file has not been touched for a while. Files that it wrote and has not
-committed are kept for longer: a job that was stopped may go on.
+Both files are hints that save work; the guards of the commits make sure that every row appears once. What a job has
+taken is free as soon as its process has ended, or its file has not been touched for LEASE_SECONDS. Its uncommitted files
+are kept for longer, because a job that was suspended may continue.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from storage.files import NO_LINKS, file_path, join, make_folder, to_uri, write_
 from storage.processes import process_start
 
 BEAT_SECONDS = 5.0
-LEASE_SECONDS = 60.0  # without a touch, after which what a job has taken is free
-GONE_SECONDS = 3600.0  # without a touch, after which a job on another machine counts as gone, with all that it wrote
+LEASE_SECONDS = 60.0  # after so long without a touch, what a job has taken is free
+GONE_SECONDS = 3600.0  # after so long without a touch, a job on another machine counts as ended, with all its files
 _JOB, _CLAIM = ".job", ".claim"
 _NUMBER = re.compile(r"[0-9]{1,10}")
 MOST_BYTES = 1 << 16  # of one of these files
 
 
 class Job:
-    """A running job; a context manager that leaves nothing behind but the claims of what it has begun.
+    """A running job; a context manager that leaves only the claims of videos of which frames are committed.
 
     Attributes:
-        id: its own, at random.
+        id: the job's own, at random.
     """
 
     def __init__(self, archive_uri: str):
@@ -53,8 +53,9 @@ class Job:
     def __enter__(self) -> "Job":
         with write_errors(self._uri):
             make_folder(self._uri)
-            started = _now(self._folder)
-            self._text = json.dumps({"started": started, **_this_process()})
+            process = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid()}
+            started = {"started": _now(self._folder), "process_started": process_start(os.getpid())}
+            self._text = json.dumps(started | process)
             self._write()
         self._beating.start()
         return self
@@ -64,14 +65,13 @@ class Job:
         self._beating.join()
         for number in self._taken - self._begun:
             self.release(number)
-        with contextlib.suppress(OSError):  # a place that cannot be written any more has told so already
-            self._file.unlink()
+        _remove(self._file)  # if the place cannot be written any more, the user has been told already
 
     def take(self, number: int, lease_seconds: float = LEASE_SECONDS) -> bool:
-        """Takes a video unless a living job has it; says whether it is this job's now.
+        """Takes a video, unless a living job has it; returns whether the video is this job's now.
 
         Args:
-            number: of the video.
+            number: the video's number.
             lease_seconds: a job that has not touched its file for so long has lost what it took.
         Raises:
             ArchiveError: the place cannot be written.
@@ -83,20 +83,20 @@ class Job:
                 mine.write_text(self.id, encoding="utf-8")
                 if not self._set_aside(claim, lease_seconds):
                     return False
-                os.link(mine, claim)  # fails where another was faster
+                os.link(mine, claim)  # fails if another job was faster
             except FileExistsError:
                 return False
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
-                return True  # work may be done twice, and is committed once
+                return True  # work may be done twice, but it is committed once
             finally:
                 mine.unlink(missing_ok=True)
         self._taken.add(number)
         return True
 
     def _set_aside(self, claim: Path, lease_seconds: float) -> bool:
-        """Makes room for a claim of this job's; says whether there is room, for one that lives stays."""
+        """Removes a claim unless it is a living job's; returns whether there is no claim now."""
         try:
             holder = _holder(claim)
         except FileNotFoundError:
@@ -114,26 +114,26 @@ class Job:
             if _holder(aside) == holder:
                 return True
             with contextlib.suppress(FileExistsError):
-                os.link(aside, claim)  # it was a new one: another job was faster
+                os.link(aside, claim)  # it was a new claim: another job was faster
             return False
         finally:
             _remove(aside)
 
     def is_alone(self) -> bool:
-        """Whether no other job is there."""
+        """Whether no other job exists."""
         now = _now(self._folder)
-        return not any(_is_there(file, now) for file in self._folder.glob(f"*{_JOB}") if file != self._file)
+        return not any(_exists(file, now) for file in self._folder.glob(f"*{_JOB}") if file != self._file)
 
     def holds(self, number: int) -> bool:
-        """Whether no other job can take a video; never, where claims cannot be made for want of hard links."""
+        """Whether no other job can take a video; always False on a file system without hard links."""
         return number in self._taken
 
     def begin(self, number: int) -> None:
-        """Has the claim of a video stay until it is released, even where this job ends before: frames are committed."""
+        """Keeps the claim of a video until it is released, even if this job ends: frames of it are committed."""
         self._begun.add(number)
 
     def release(self, number: int) -> None:
-        """Lets go of a video."""
+        """Gives up the claim of a video."""
         self._taken.discard(number)
         self._begun.discard(number)
         with contextlib.suppress(OSError):
@@ -153,24 +153,24 @@ class Job:
             with contextlib.suppress(OSError):
                 if self._file.exists():
                     os.utime(self._file)
-                else:  # it was taken for gone
+                else:  # another job has removed it, as of a job that has ended
                     self._write()
 
 
 def claimed_numbers(archive_uri: str) -> set[int]:
-    """Videos that a job has taken and not let go of, whether it lives or was interrupted."""
+    """The numbers of videos that a job has taken and not released, whether the job lives or was interrupted."""
     claims = (file.stem for file in _folder(archive_uri).glob(f"*{_CLAIM}"))
     return {int(number) for number in claims if _NUMBER.fullmatch(number)}
 
 
-def oldest_job_start(archive_uri: str, hidden: Callable[[], Collection[int]] = tuple) -> float | None:
-    """When the oldest job that is not gone began, in the file system's time; None where there is none.
+def oldest_job_start(archive_uri: str, unpublished: Callable[[], Collection[int]] = tuple) -> float | None:
+    """When the oldest existing job began, by the file system's clock; None if there is no job.
 
-    What jobs that are gone have left is removed.
+    The files of jobs that have ended are removed.
 
     Args:
-        archive_uri: of the archive.
-        hidden: gives the videos whose frames no row shows at present; their claims stay.
+        archive_uri: the archive's.
+        unpublished: gives the numbers of videos with frames that no row shows at present; their claims stay.
     """
     folder = _folder(archive_uri)
     if not folder.is_dir():
@@ -182,7 +182,7 @@ def oldest_job_start(archive_uri: str, hidden: Callable[[], Collection[int]] = t
             if now - file.lstat().st_mtime > GONE_SECONDS:
                 file.unlink()
     for file in folder.glob(f"*{_JOB}"):
-        if _is_there(file, now):
+        if _exists(file, now):
             living.add(file.stem)
             with contextlib.suppress(OSError, ValueError):
                 starts.append(check_number("started", get_value(_content(file), "started"), 0))
@@ -192,9 +192,9 @@ def oldest_job_start(archive_uri: str, hidden: Callable[[], Collection[int]] = t
     for claim in folder.glob(f"*{_CLAIM}"):
         with contextlib.suppress(OSError):
             holders[claim] = _holder(claim)
-    gone = {claim: holder for claim, holder in holders.items() if holder not in living}
-    kept = {str(number) for number in hidden()} if gone else set()
-    for claim, holder in gone.items():
+    stale = {claim: holder for claim, holder in holders.items() if holder not in living}
+    kept = {str(number) for number in unpublished()} if stale else set()
+    for claim, holder in stale.items():
         with contextlib.suppress(OSError):
             if claim.stem not in kept and _holder(claim) == holder:  # no other job has taken it meanwhile
                 claim.unlink()
@@ -202,20 +202,20 @@ def oldest_job_start(archive_uri: str, hidden: Callable[[], Collection[int]] = t
 
 
 def _content(file: Path) -> Any:
-    """What a file of a job says.
+    """The content of a job's file.
 
     Raises:
-        OSError: it is gone or cannot be read.
-        ValueError: it is none.
+        OSError: it is missing or cannot be read.
+        ValueError: it is not a job's file.
     """
     return parse_json(read_small(to_uri(os.fsencode(file)), MOST_BYTES))
 
 
 def _holder(claim: Path) -> str | None:
-    """The job that made a claim; None where it is none that a job makes.
+    """The id of the job that made a claim; None if no job can have made it.
 
     Raises:
-        OSError: it is gone or cannot be read.
+        OSError: it is missing or cannot be read.
     """
     try:
         holder = read_small(to_uri(os.fsencode(claim)), MOST_BYTES).decode("ascii")
@@ -225,12 +225,12 @@ def _holder(claim: Path) -> str | None:
 
 
 def _remove(file: Path) -> None:
-    with contextlib.suppress(OSError):  # gone, or a folder, which no job makes
+    with contextlib.suppress(OSError):  # it is missing, or a folder, which no job makes
         file.unlink()
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock of the file system, which the files of other machines carry too."""
+    """The time by the clock of the file system, which other machines' files show too."""
     probe = folder / f"{uuid.uuid4().hex}.tmp"
     probe.touch()
     try:
@@ -244,15 +244,15 @@ def _folder(archive_uri: str) -> Path:
 
 
 def _works(file: Path, now: float, lease_seconds: float) -> bool:
-    """Whether a job goes on with what it has taken."""
+    """Whether a job still holds what it has taken."""
     try:
-        return _is_there(file, now) and now - file.stat().st_mtime < lease_seconds
+        return _exists(file, now) and now - file.stat().st_mtime < lease_seconds
     except OSError:
         return False
 
 
-def _is_there(file: Path, now: float) -> bool:
-    """Whether a job may still commit what it has written, if only after a pause."""
+def _exists(file: Path, now: float) -> bool:
+    """Whether a job may still commit what it has written, even if it is suspended at present."""
     try:
         process = _content(file)
         check_text("host", get_value(process, "host"))
@@ -265,13 +265,8 @@ def _is_there(file: Path, now: float) -> bool:
         return False
 
 
-def _this_process() -> dict:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "process_started": process_start(pid)}
-
-
 def _boot_id() -> str:
-    """Differs between machines and containers of one name, and after a restart."""
+    """An id that differs between machines and containers with the same name, and after a restart."""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + namespace

@@ -1,4 +1,4 @@
-"""archive.json: what an archive is, and whether a folder is one."""
+"""archive.json: the format and the model of an archive; and whether a folder is an archive."""
 
 import json
 import os
@@ -7,7 +7,17 @@ from dataclasses import asdict, dataclass
 
 from storage.checks import InvalidValue, check_integer, check_kind, check_text, get_value, parse_json, read_small
 from storage.errors import ArchiveError, UsageError
-from storage.files import exists, join, list_names, local_path, source_text, to_uri, write_bytes, write_errors
+from storage.files import (
+    exists,
+    file_path,
+    join,
+    list_names,
+    local_path,
+    source_text,
+    to_uri,
+    write_bytes,
+    write_errors,
+)
 
 FORMAT_VERSION = 2  # since 2: attempts of videos
 SETTINGS_NAME = "archive.json"
@@ -20,8 +30,10 @@ class Settings:
     """What an archive was made with.
 
     Attributes:
-        model_id, model_name: of the model, and where it was found then.
-        model_tower: the vision tower that was given instead of the model's own, or nothing.
+        format_version: the version of the archive's format.
+        model_id: the model's identity.
+        model_name: the hub id or directory from which the model was loaded.
+        model_tower: the vision tower that was given instead of the model's own, or empty.
     """
 
     format_version: int
@@ -34,7 +46,7 @@ def is_archive(uri: str) -> bool:
     """Whether the folder is a whole archive: archive.json is written last.
 
     Raises:
-        ArchiveError: a folder of it is a link, or a thing of another kind; what lies behind that is not the archive's.
+        ArchiveError: one of its folders is a link or another kind of file; what a link points to is not the archive's.
     """
     for name in (*TABLES, "index", "jobs"):
         try:
@@ -56,29 +68,28 @@ def write_settings(uri: str, settings: Settings) -> None:
 
 
 def read_settings(uri: str) -> Settings:
-    """What the archive says of itself; keys of later versions of the same format are passed over.
+    """The archive's settings; keys that a later vidx has added to the same format are ignored.
 
     Raises:
-        ArchiveError: it is of another format, damaged, or cannot be read.
+        ArchiveError: it has another format, is damaged, or cannot be read.
     """
     place = join(uri, SETTINGS_NAME)
     try:
         values = parse_json(read_small(place, MOST_BYTES))
         version = check_integer("format_version", get_value(values, "format_version"))
-        if version < FORMAT_VERSION:
+        if version != FORMAT_VERSION:
+            older = "made by an older vidx; index the videos again into a new --archive"
+            newer = "made by a newer vidx; update vidx"
             raise ArchiveError(
-                f"{source_text(uri)}: archive of format version {version}, made by an older vidx, and this one reads "
-                f"version {FORMAT_VERSION}; index the videos again into a new --archive"
+                f"{source_text(uri)}: archive of format version {version}, and this vidx reads version "
+                f"{FORMAT_VERSION}: {older if version < FORMAT_VERSION else newer}"
             )
-        if version > FORMAT_VERSION:
-            known = f"this vidx reads up to {FORMAT_VERSION}"
-            raise ArchiveError(f"{source_text(uri)}: archive of format version {version}, and {known}: update vidx")
         model_id, model_name = (check_text(name, get_value(values, name)) for name in ("model_id", "model_name"))
         return Settings(version, model_id, model_name, check_text("model_tower", values.get("model_tower", "")))
     except InvalidValue as error:
         raise ArchiveError(
-            f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: that of another archive "
-            "of the same model and version is the same"
+            f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: every archive of the same "
+            "model and version has the same file"
         ) from error
     except OSError as error:
         raise ArchiveError(f"{source_text(place)}: cannot be read: {error.strerror}") from error
@@ -88,7 +99,7 @@ def archive_uri(name: str) -> str:
     """The URI of an archive that a user names.
 
     Raises:
-        UsageError: it is no local place, or Delta's library cannot open such a path.
+        UsageError: it is not a local path, or deltalake cannot open such a path.
     """
     uri = to_uri(name)
     path = local_path(uri)
@@ -96,21 +107,20 @@ def archive_uri(name: str) -> str:
         raise UsageError(f"--archive {uri!r}: only local folders (or file:// URIs) can hold an archive")
     if any(byte < 32 for byte in path) or source_text(uri).encode() != path:
         raise UsageError(f"--archive {source_text(uri)!r}: the path of an archive must be UTF-8 text in one line")
-    if re.search(rb"%[0-9A-Fa-f]{2}", path):  # deltalake 1.6 decodes it twice and looks elsewhere
+    if re.search(rb"%[0-9A-Fa-f]{2}", path):  # deltalake 1.6 decodes it twice and opens another path
         raise UsageError(f"--archive {source_text(uri)}: the path of an archive must not hold % and two digits")
     return uri
 
 
 def refuse_foreign_folder(uri: str) -> None:
-    """Keeps an archive's tables out of folders that hold something else.
+    """Refuses a folder that holds other files, before an archive is created in it.
 
     Raises:
-        UsageError: a file or folder is in the way.
+        UsageError: it holds other files, or is a file itself.
     """
-    path = local_path(uri)
-    if path is not None and exists(uri) and not os.path.isdir(path):
+    if exists(uri) and not os.path.isdir(file_path(uri)):
         raise UsageError(f"{source_text(uri)}: is a file; an archive is a folder, name a new one with --archive")
-    ours = (*TABLES, "index", "jobs", SETTINGS_NAME, "lost+found")  # the last stands at the root of a disk of its own
+    ours = (*TABLES, "index", "jobs", SETTINGS_NAME, "lost+found")  # the last is in the root folder of a disk
     others = [name for name in list_names(uri) if name not in ours and ".tmp" not in name and name[0] != "."]
     if others:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The table of numbers: the number of each (video, model, sampling), given once and never again."""
+"""The table of numbers: each combination of video, model and sampling gets a number once, and keeps it."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,7 +22,7 @@ NUMBERS = pa.schema(
 
 
 def check(rows: pa.Table) -> None:
-    """Raises InvalidValue where a row is none that vidx writes."""
+    """Raises InvalidValue if vidx cannot have written the rows."""
     check_column_text("video_id", rows.column("video_id"), VIDEO_ID)
     check_column_range("video_number", rows.column("video_number"), 1, INT32)
     for sampling in rows.column("sampling").unique().to_pylist():
@@ -38,19 +38,19 @@ class NumberTable:
 
     @cached_property
     def _table(self) -> RowTable:
-        """Opened by those who need it: a search does not."""
+        """Opened at the first use: a search does not need it."""
         return RowTable(self._uri, NUMBERS, check)
 
     def known(self) -> dict[tuple[str, str], int]:
-        """Every number that was given to a video of this model."""
+        """The numbers of this model's videos."""
         return self._known(self._table.rows())
 
     def all_given(self) -> set[int]:
-        """Every number that was given."""
+        """The numbers of every model's videos."""
         return set(self._table.rows().column("video_number").to_pylist())
 
     def reserve(self, keys: Sequence[tuple[str, str]], in_use: set[int]) -> dict[tuple[str, str], int]:
-        """The number of each key; those in use elsewhere are not given anew."""
+        """The number of each key; a key without one gets the next number that is neither given nor in use."""
         wanted = list(dict.fromkeys(keys))
         given: dict[tuple[str, str], int] = {}
 
@@ -72,7 +72,7 @@ class NumberTable:
         return {key: given[key] for key in wanted}
 
     def restore(self, lost: Sequence[Mapping[str, str | int]]) -> None:
-        """Adds rows, with the columns of NUMBERS, whose numbers the table does not have."""
+        """Adds those of the rows, with the columns of NUMBERS, whose numbers the table does not have."""
 
         def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
             known = set(rows.column("video_number").to_pylist())
