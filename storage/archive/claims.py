@@ -6,8 +6,8 @@
 A job that is interrupted leaves the claim of a video of which it has committed frames, and no row shows these yet.
 
 Both files are hints that save work; the guards of the commits make sure that every row appears once. What a job has
-taken is free as soon as its process has ended, or its file has not been touched for LEASE_SECONDS. Its uncommitted files
-are kept for longer, because a job that was suspended may continue.
+taken is free as soon as its process has ended, or its file has not been touched for LEASE_SECONDS. Its uncommitted
+files are kept for longer, because a job that was suspended may continue.
 """
 
 import contextlib
