@@ -1,4 +1,4 @@
-"""Delta tables: opening, committing with a guard, and small tables that are rewritten a little at each change."""
+"""Delta tables: opening, guarded commits, and small tables that are read whole and changed by copy on write."""
 
 import contextlib
 import io
@@ -39,26 +39,26 @@ from storage.records import Part
 LOG = "_delta_log"
 MOST_LOG_BYTES = 1 << 30  # of one file of a log
 _COMMIT = re.compile(r"([0-9]{20})\.json")
-_OF_VERSION = re.compile(r"([0-9]{20})\.")
+_VERSION = re.compile(r"([0-9]{20})\.")
 _LAST_CHECKPOINT = "_last_checkpoint"
 _Mode = Literal["append", "overwrite"]
 ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
-_GUARD = "rows"  # the application id under which every change of a RowTable is numbered
+_GUARD = "rows"  # the application id of every change of a RowTable
 
 
 class Conflict(Exception):
-    """Another process committed first what this commit was guarded against; look again, then try again."""
+    """Another process has committed first, and its commit has a guard of this commit; read again and retry."""
 
 
 def create_table(uri: str, schema: pa.Schema) -> None:
-    """An empty Delta table that any Delta reader understands; an existing one stays as it is.
+    """Creates an empty Delta table that any Delta reader understands; an existing table stays as it is.
 
     Raises:
         ArchiveError: the place cannot be written.
     """
     if any(name.endswith((".json", ".parquet")) for name in list_names(join(uri, LOG))):
         return
-    with _plain_errors(uri), contextlib.suppress(CommitFailedError):  # lost the race to another creator
+    with _delta_errors(uri), contextlib.suppress(CommitFailedError):  # another process has created it
         DeltaTable.create(uri, schema, mode="ignore")
 
 
@@ -68,18 +68,24 @@ def open_table(uri: str) -> DeltaTable:
     Raises:
         ArchiveError: it is missing or damaged; the message names the damaged file of its log.
     """
-    _refuse_linked_log(uri)
+    for folder in (uri, join(uri, LOG)):
+        with read_errors(folder):
+            check_kind(folder, "folder")
+    check_no_links(join(uri, LOG))  # reading a pipe would wait for ever
     if not exists(join(uri, LOG)):
         raise DamagedError(f"{source_text(uri)}: damaged archive: the table is missing")
-    with _plain_errors(uri):
+    with _delta_errors(uri):
         table = DeltaTable(uri)
-    _refuse_empty_log_files(uri)
+    for name in _commits_since_checkpoint(uri):
+        place = join(uri, LOG, name)
+        if not _read_log_file(place).strip():  # after a power cut; Delta reads an empty file as a commit of nothing
+            raise DamagedError(f"{source_text(place)}: damaged archive: this commit is empty")
     return table
 
 
 def refresh(table: DeltaTable) -> None:
     """Moves to the newest version."""
-    with _plain_errors(table.table_uri):
+    with _delta_errors(table.table_uri):
         table.update_incremental()
 
 
@@ -87,9 +93,9 @@ def live_files(table: DeltaTable) -> pa.Table:
     """One row per data file of this version: path, size_bytes, num_records and bounds as min.x and max.x.
 
     Raises:
-        ArchiveError: the log names what no file of an archive is called, or names a file twice.
+        ArchiveError: the log has a name that no file of an archive can have, or names a file twice.
     """
-    with _plain_errors(table.table_uri):
+    with _delta_errors(table.table_uri):
         files = pa.table(table.get_add_actions(flatten=True))
     if files.num_rows:
         with read_errors(join(table.table_uri, LOG)):
@@ -98,7 +104,7 @@ def live_files(table: DeltaTable) -> pa.Table:
 
 
 def file_sizes(table: DeltaTable) -> dict[str, int]:
-    """The data files of this version, each with its bytes."""
+    """The size in bytes of each data file of this version, by path."""
     files = live_files(table)
     if files.num_rows == 0:
         return {}
@@ -106,42 +112,42 @@ def file_sizes(table: DeltaTable) -> dict[str, int]:
 
 
 def unnamed_files(uri: str, hours: int) -> list[str]:
-    """Files of a table's folder, older than so many hours, that no version younger than that names.
+    """Files in a table's folder, older than so many hours, that no version of these hours names.
 
-    Only asked for, not done by deltalake, whose vacuum adds two versions to the log. It goes through links, and takes
-    for a file's name what the log says of one that was removed.
+    They are only listed here. deltalake's own vacuum would add two versions to the log, follow links, and trust the
+    file names in the log.
 
     Raises:
         ArchiveError: the table is missing or damaged, or there is a link in its folder.
     """
     table = open_table(uri)
     check_no_links(uri)
-    with _plain_errors(uri):
+    with _delta_errors(uri):
         found = table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
-    there = set(list_names(uri))
-    return [path for path in found if path in there]
+    names = set(list_names(uri))
+    return [path for path in found if path in names]
 
 
 def commit(
     table: DeltaTable, parts: Sequence[Part], removed: Sequence[tuple[str, int]], guards: dict[str, int]
 ) -> None:
-    """One new version: files added and taken away, and the guards' application transactions, or nothing.
+    """Adds and removes files in one new version, or changes nothing.
 
     Args:
-        table: the version that the change was worked out from; afterwards the newest one.
+        table: the version on which the change is based; afterwards the newest one.
         parts: written files, relative to the table.
-        removed: (path, bytes) of files that this version holds no more.
-        guards: application id -> version. A commit since `table`'s version under the same id is a conflict.
+        removed: (path, bytes) of the files to remove.
+        guards: application id -> version. A commit since `table`'s version with the same id is a conflict.
     Raises:
         Conflict: another commit was faster.
-        ArchiveError: the log cannot be written or read; whether the change is in, `may_be_committed` tells.
+        ArchiveError: the log cannot be written or read; `may_be_committed` tells whether the change was committed.
     """
     removals = [RemoveAction(path, True, _now(), size=size) for path, size in removed]
     _commit(table, [*map(_add, parts), *removals], "append", table.schema(), guards)
 
 
 def commit_instead(table: DeltaTable, parts: Sequence[Part], schema: pa.Schema, guards: dict[str, int]) -> None:
-    """One new version that holds these files alone, with these columns, or nothing; otherwise as `commit`."""
+    """Replaces all files and columns in one new version, or changes nothing; otherwise like `commit`."""
     _commit(table, [*map(_add, parts)], "overwrite", schema, guards)
 
 
@@ -158,7 +164,7 @@ def _commit(
 ) -> None:
     properties = CommitProperties(app_transactions=[Transaction(*guard, _now()) for guard in guards.items()])
     version = table.version()
-    with _plain_errors(table.table_uri):
+    with _delta_errors(table.table_uri):
         try:
             table.create_write_transaction(actions, mode, schema, commit_properties=properties)
         except CommitFailedError as error:
@@ -168,10 +174,10 @@ def _commit(
 
 
 def may_be_committed(table: DeltaTable, path: str) -> bool:
-    """Whether the newest version names a file, after a commit of it failed; True where that cannot be told.
+    """Whether the newest version names a file, after a commit that failed; True if that cannot be told.
 
-    A commit can fail after it has landed, as when the checkpoint that follows finds the disk full. A file that the
-    log names must never be removed; one too many only takes up space.
+    A commit can fail after it has taken effect, for instance when the checkpoint that follows finds the disk full. A
+    file that the log names must never be removed; a superfluous file only takes up space.
     """
     try:
         refresh(table)
@@ -181,7 +187,7 @@ def may_be_committed(table: DeltaTable, path: str) -> bool:
 
 
 def attempts() -> Iterator[int]:
-    """Numbers the tries of a commit, with a growing random pause between them.
+    """Counts the attempts of a commit, with a growing random pause between them.
 
     Raises:
         ArchiveError: too many lost races.
@@ -195,20 +201,20 @@ def attempts() -> Iterator[int]:
 class RowTable:
     """A small Delta table that is read whole and changed by copy on write.
 
-    A change rewrites the files that hold changed rows and folds in files smaller than what it writes, so that
-    their number grows with the logarithm of the rows. Changes are strictly one after the other.
+    A change rewrites the files with changed rows, together with all files smaller than the new one. So the number of
+    files grows with the logarithm of the rows. Changes never run in parallel.
     """
 
     def __init__(
         self, uri: str, columns: Iterable[pa.Field] = (), check: Callable[[pa.Table], None] = lambda rows: None
     ):
-        """Opens it at its newest version.
+        """Opens the table at its newest version.
 
         Args:
-            uri: of the table.
-            columns: what its rows have. Those that a table of an older vidx lacks are null, and the first change of
-                the table adds them; those of a newer one stay.
-            check: raises InvalidValue where rows of a file are none that vidx writes.
+            uri: the table's.
+            columns: the columns of its rows. Columns that a table of an older vidx lacks are null, and the first change
+                adds them to the table; columns of a newer vidx stay.
+            check: raises InvalidValue if vidx cannot have written the rows of a file.
         Raises:
             ArchiveError: the table is missing or damaged.
         """
@@ -216,12 +222,12 @@ class RowTable:
         self._columns = tuple(columns)
         self._table = open_table(uri)
         self._check = check
-        self._files: dict[str, pa.Table] = {}  # they never change, so each is read once
+        self._files: dict[str, pa.Table] = {}  # files never change, so each is read once
         self._rows: tuple[int, pa.Table] | None = None
 
     @property
     def version(self) -> int:
-        """Of the rows last read."""
+        """The version of the rows that were read last."""
         return self._table.version()
 
     def refresh(self) -> None:
@@ -235,10 +241,10 @@ class RowTable:
         return self._rows[1]
 
     def change(self, plan: Callable[[pa.Table], tuple[np.ndarray, pa.Table]]) -> None:
-        """Commits a change that is worked out again whenever another process was faster.
+        """Commits a change; it is planned again whenever another process was faster.
 
         Args:
-            plan: all rows -> (which to keep, bool of their number; rows to add).
+            plan: all rows -> (a bool for each row: whether to keep it; rows to add).
         Raises:
             ArchiveError: the table cannot be written.
         """
@@ -255,33 +261,33 @@ class RowTable:
                     commit_instead(self._table, parts, self._schema(), guard)
                 else:
                     commit(self._table, parts, removed, guard)
-            except Conflict:
+                return
+            except Exception as error:  # after an interrupt nothing is removed: the change may be committed
                 if part is not None and may_be_committed(self._table, part.path):
-                    return
-                self._remove(part)
-                continue
-            except Exception:
-                if part is not None and not may_be_committed(self._table, part.path):
-                    self._remove(part)
-                raise  # after an interrupt nothing is removed: it may have come when the commit was in
-            return
+                    if isinstance(error, Conflict):
+                        return
+                elif part is not None:
+                    with contextlib.suppress(OSError):
+                        remove(join(self.uri, part.path))
+                if not isinstance(error, Conflict):
+                    raise
 
     def _table_schema(self) -> pa.Schema:
-        with _plain_errors(self.uri), read_errors(self.uri):
-            there = pa.schema(self._table.schema().to_arrow())
+        with _delta_errors(self.uri), read_errors(self.uri):
+            stored = pa.schema(self._table.schema().to_arrow())
             for field in self._columns:
-                if field.name in there.names and there.field(field.name).type != field.type:
-                    raise InvalidValue(f"its column {field.name} is {there.field(field.name).type}, not {field.type}")
-                if field.name not in there.names and not field.nullable:
+                if field.name in stored.names and stored.field(field.name).type != field.type:
+                    raise InvalidValue(f"its column {field.name} is {stored.field(field.name).type}, not {field.type}")
+                if field.name not in stored.names and not field.nullable:
                     raise InvalidValue(f"it has no column {field.name}")
-        return there
+        return stored
 
     def _schema(self) -> pa.Schema:
-        """The columns of the table, and then those that it lacks."""
-        there = self._table_schema()
+        """The columns of the table, followed by those that it lacks."""
+        stored = self._table_schema()
         known = {field.name: field for field in self._columns}
-        lacked = (field for field in self._columns if field.name not in there.names)
-        return pa.schema([*(known.get(field.name, field) for field in there), *lacked])
+        missing = (field for field in self._columns if field.name not in stored.names)
+        return pa.schema([*(known.get(field.name, field) for field in stored), *missing])
 
     def _load(self) -> dict[str, pa.Table]:
         paths = sorted(live_files(self._table).column("path").to_pylist())
@@ -292,14 +298,12 @@ class RowTable:
     def _read(self, path: str, schema: pa.Schema) -> pa.Table:
         with read_errors(join(self.uri, path)):
             rows = read_columns(file_uri(self.uri, path), schema)
-            rows.validate(full=True)  # text that is none, among others
+            rows.validate(full=True)  # finds invalid UTF-8, among others
             self._check(rows)
         return rows
 
-    def _rewrite(
-        self, keep: np.ndarray, added: pa.Table, *, of_all: bool = False
-    ) -> tuple[Part | None, list[tuple[str, int]]]:
-        """Writes the new file, of all rows where that is asked for; says which files it replaces, with their sizes."""
+    def _rewrite(self, keep: np.ndarray, added: pa.Table, *, of_all: bool) -> tuple[Part | None, list[tuple[str, int]]]:
+        """Writes the new file; returns it, and (path, bytes) of the files that it replaces."""
         replaced, pieces, others, start = [], [added], [], 0
         for path, rows in self._load().items():
             kept = keep[start : start + rows.num_rows]
@@ -320,14 +324,9 @@ class RowTable:
         part = _write_rows(self.uri, pa.concat_tables(pieces)) if count else None
         return part, [(path, sizes[path]) for path in replaced]
 
-    def _remove(self, part: Part | None) -> None:
-        if part is not None:
-            with contextlib.suppress(OSError):
-                remove(join(self.uri, part.path))
-
 
 def drop_file(uri: str, path: str) -> None:
-    """Takes a damaged file out of a RowTable, with the rows in it.
+    """Takes a damaged file, and with it its rows, out of a RowTable.
 
     Raises:
         ArchiveError: the table cannot be written.
@@ -353,24 +352,24 @@ def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
 
 
 @contextlib.contextmanager
-def _plain_errors(uri: str) -> Iterator[None]:
-    """Turns what deltalake says into one line for people."""
+def _delta_errors(uri: str) -> Iterator[None]:
+    """Turns errors of deltalake into one line for the user."""
     try:
         yield
     except CommitFailedError:
         raise
     except TableNotFoundError as error:
-        raise DamagedError(f"{source_text(uri)}: damaged archive: {_first_lines(error)}") from error
+        raise DamagedError(f"{source_text(uri)}: damaged archive: {_causes(error)}") from error
     except OSError as error:
-        raise ArchiveError(f"{source_text(uri)}: cannot be read or written: {_first_lines(error)}") from error
+        raise ArchiveError(f"{source_text(uri)}: cannot be read or written: {_causes(error)}") from error
     except DeltaError as error:
-        damaged = _damaged_log_file(uri)
-        place = uri if damaged is None else join(uri, LOG, damaged)
-        raise DamagedError(f"{source_text(place)}: damaged archive: {_first_lines(error)}") from error
+        files = (join(uri, LOG, name) for name in list_names(join(uri, LOG)))
+        place = next((file for file in files if not _is_readable(file)), uri)
+        raise DamagedError(f"{source_text(place)}: damaged archive: {_causes(error)}") from error
 
 
-def _first_lines(error: Exception) -> str:
-    """Deltalake's messages are trees with colours and back traces: the causes in one line."""
+def _causes(error: Exception) -> str:
+    """The causes of an error of deltalake in one line; its message is a coloured tree with a back trace."""
     lines = [line.replace("\x1b[31m↳\x1b[0m", "").strip() for line in str(error).splitlines()]
     causes = []
     for line in lines:
@@ -381,24 +380,11 @@ def _first_lines(error: Exception) -> str:
     return ": ".join(causes)[:300]
 
 
-def _refuse_linked_log(uri: str) -> None:
-    """A table, its log and the files of that lie in the archive's own folder; whatever reads a pipe waits for ever.
-
-    Raises:
-        DamagedError: one is a link, or of another kind.
-    """
-    log = join(uri, LOG)
-    for folder in (uri, log):
-        with read_errors(folder):
-            check_kind(folder, "folder")
-    check_no_links(log)
-
-
 def check_no_links(uri: str) -> None:
-    """Nothing, where a folder holds files and folders of its own alone.
+    """Refuses a folder that holds anything else than files and folders.
 
     Raises:
-        DamagedError: a link or a pipe lies in it.
+        DamagedError: a link or a pipe is in it.
     """
     path = file_path(uri)
     if not os.path.isdir(path):
@@ -410,14 +396,6 @@ def check_no_links(uri: str) -> None:
                 raise DamagedError(f"{place}: damaged archive: a link or a pipe, and an archive holds none; remove it")
 
 
-def _refuse_empty_log_files(uri: str) -> None:
-    """A power cut can leave the newest commit empty, and Delta takes that for a commit of nothing."""
-    for name in _commits_since_checkpoint(uri):
-        place = join(uri, LOG, name)
-        if not _read_log_file(place).strip():
-            raise DamagedError(f"{source_text(place)}: damaged archive: this commit is empty")
-
-
 def _read_log_file(uri: str) -> bytes:
     with read_errors(uri):
         return read_small(uri, MOST_LOG_BYTES)
@@ -425,30 +403,29 @@ def _read_log_file(uri: str) -> bytes:
 
 def _commits_since_checkpoint(uri: str) -> list[str]:
     names = list_names(join(uri, LOG))
-    newest = max((name for name in names if ".checkpoint" in name and _OF_VERSION.match(name)), default="")
+    newest = max((name for name in names if ".checkpoint" in name and _VERSION.match(name)), default="")
     return [name for name in names if _COMMIT.fullmatch(name) and name[:20] > newest[:20]]
 
 
 def cut_short_commit(uri: str) -> str | None:
-    """The newest commit of a table, where it is not whole: empty, or ending within a line."""
-    names = _commits_since_checkpoint(uri)
-    newest = max(names, default=None)
+    """The file name of a table's newest commit, if it is empty or ends within a line; else None."""
+    newest = max(_commits_since_checkpoint(uri), default=None)
     if newest is None:
         return None
+    data = _read_log_file(join(uri, LOG, newest))
     try:
-        lines = _read_log_file(join(uri, LOG, newest)).splitlines()
-        [parse_json(line) for line in lines]
-        return None if any(line.strip() for line in lines) else newest
+        [parse_json(line) for line in data.splitlines()]
     except ValueError:
         return newest
+    return None if data.strip() else newest
 
 
 def damaged_checkpoints(uri: str) -> list[str]:
-    """Damaged summaries of a table's log that can be done without: every commit that they stand for is there."""
+    """Damaged summaries of a table's log that are not needed, because all commits that they summarize exist."""
     names = list_names(join(uri, LOG))
     summaries = [name for name in names if ".checkpoint" in name or name == _LAST_CHECKPOINT]
     damaged = [name for name in summaries if not _is_readable(join(uri, LOG, name))]
-    versions = [_OF_VERSION.match(name) for name in summaries if name not in damaged]
+    versions = [_VERSION.match(name) for name in summaries if name not in damaged]
     sound = max((int(match[1]) for match in versions if match), default=-1)
     commits = {int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))}
     wanted = max(commits, default=0) - sound
@@ -458,7 +435,7 @@ def damaged_checkpoints(uri: str) -> list[str]:
 
 
 def _is_readable(uri: str) -> bool:
-    """Whether a file of a log can be understood."""
+    """Whether a file of a log can be read and parsed."""
     try:
         data = _read_log_file(uri)
         if uri.endswith(".parquet"):
@@ -471,12 +448,8 @@ def _is_readable(uri: str) -> bool:
     return True
 
 
-def _damaged_log_file(uri: str) -> str | None:
-    return next((name for name in list_names(join(uri, LOG)) if not _is_readable(join(uri, LOG, name))), None)
-
-
 def _sync_log(uri: str, versions: Iterable[int]) -> None:
-    """Deltalake leaves a commit to the page cache; what we call committed shall survive a power cut."""
+    """Makes commits survive a power cut; deltalake leaves them to the page cache."""
     folder = join(uri, LOG)
     names = [f"{version:020}{suffix}" for version in versions for suffix in (".json", ".checkpoint.parquet")]
     for name in (*names, _LAST_CHECKPOINT):
