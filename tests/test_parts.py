@@ -178,7 +178,7 @@ def test_a_missing_part_and_a_missing_row_are_named(tmp_path):
         read_tokens(uri, [FrameRef(VIDEO, 3, 0, 0, 0.0, 1.0, "gone.parquet", 0)])
     with pytest.raises(ArchiveError, match=r"row 3 of 3 is asked for"):
         read_tokens(uri, refs_to(part, [3]))
-    with pytest.raises(ArchiveError, match=r"keeps no patches"):
+    with pytest.raises(ArchiveError, match=r"has no patches"):
         read_cells(uri, "patches", refs_to(part, [0]))
     with pytest.raises(ArchiveError, match=r"token of shape \(1, 24\)"):
         read_tokens(uri, refs_to(part, [0]), (4, 24))

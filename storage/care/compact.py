@@ -1,20 +1,18 @@
-"""Joins the small parts of videos into larger ones while the archive is in use.
+"""Joins the small parts of videos into larger ones, while the archive is in use.
 
-Parts are joined within a video, in the order of their segments, and stay ordinary parts: the segment of a joined one
-reaches from the start of its first to the end of its last. Readers that are at work go on with the old files, which
-`clean` removes when they are old enough.
+Parts are joined within a video, in the order of their segments. A joined part is an ordinary part: its segment reaches
+from the start of the first to the end of the last. Readers at work continue with the old files, which `clean` removes
+when they are old enough.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import groupby
-
-import numpy as np
+from typing import TypeVar
 
 from storage.archive.archive import Archive
 from storage.archive.claims import Job
-from storage.archive.part_table import PartBounds
 from storage.errors import ArchiveError
 from storage.parts.layout import read_part_columns
 from storage.parts.read import has_column, read_compressor_out, read_keys, read_patches, read_thumbnails, read_tokens
@@ -22,16 +20,18 @@ from storage.parts.write import FrameColumns, PartWriter
 from storage.records import FrameRef, Part, Status, TokenBatch, joined_key, segment_range
 from storage.vectors.vector_index import improve_index, update_index
 
+T = TypeVar("T")
 TARGET_BYTES = 128 << 20  # parts are joined up to this
-BATCH_PARTS = 256  # that are joined before they are committed and the index follows
-CHUNK_ROWS = 64  # read at once
-_OF_PART = ("video_id", "video_number", "segment", "time_base_num", "time_base_den", "model_id", "sampling", "dtype")
-_OF_FRAME = tuple(field.name for field in fields(FrameColumns))
+BATCH_PARTS = 256  # the most that are joined in one commit, after which the index is updated
+CHUNK_ROWS = 64  # read at a time
+_VIDEO = ("video_id", "video_number", "model_id", "sampling")
+_PART_COLUMNS = (*_VIDEO, "segment", "time_base_num", "time_base_den", "dtype")
+_FRAME_COLUMNS = tuple(field.name for field in fields(FrameColumns))
 
 
 @dataclass(frozen=True)
 class Compacted:
-    """What was done, in parts and videos; problems are of parts that could not be read, a line each."""
+    """The number of videos and parts that were joined; `problems` has one line for each part that cannot be read."""
 
     videos: int
     parts_joined: int
@@ -42,23 +42,23 @@ class Compacted:
 def compact(
     archive: Archive, target_bytes: int = TARGET_BYTES, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Compacted:
-    """Joins the parts of each whole video, and brings the index up to it.
+    """Joins the parts of each whole video, and updates the index.
 
-    What was joined before an interrupt stays so. A video with a part that cannot be read is left as it is.
+    What was joined before an interrupt stays joined. Parts that cannot be read stay as they are.
 
     Args:
-        archive: which.
-        target_bytes: how large parts may become; larger ones are left as they are.
-        report: told after each commit how many of how many parts have been dealt with.
+        archive: the archive.
+        target_bytes: the largest size of a joined part.
+        report: called after each commit with the number of parts done and of all.
     Raises:
-        ArchiveError: the archive cannot be written, or its index not be brought up.
+        ArchiveError: the archive or its index cannot be written.
     """
     archive.refresh()
     videos, joined, written, done, problems = set(), 0, 0, 0, []
     with Job(archive.uri):  # so that `clean` leaves alone what is written here
         runs = list(_runs(archive, target_bytes))
         total = sum(len(paths) for _, paths in runs)
-        for batch in _batches(runs):
+        for batch in _grouped(runs, lambda run: len(run[1]), BATCH_PARTS):
             waiting = []
             for number, paths in batch:
                 try:
@@ -79,7 +79,7 @@ def compact(
 
 
 def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]]:
-    """Number of a video and paths of parts to be joined, in order."""
+    """The parts to join: the number of a video and the paths, in order."""
     bounds = archive.parts.bounds()
     counts = bounds.frame_counts()
     whole = {
@@ -93,41 +93,29 @@ def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]
             places.setdefault(number, []).append(place)
     for number, own in sorted(places.items()):
         own.sort(key=lambda place: segment_range(str(bounds.segment[place]))[0])
-        for run in _by_size(bounds, own, target_bytes):
-            if len(run) < 2:
-                continue
-            paths = bounds.path[run].tolist()
+        for run in _grouped(own, lambda place: int(bounds.size_bytes[place]), target_bytes):
+            paths = bounds.path[run].tolist() if len(run) > 1 else []
             for _, alike in groupby(paths, key=lambda path: _dtype(archive, path)):
                 if len(chosen := list(alike)) > 1:
                     yield number, chosen
 
 
-def _by_size(bounds: PartBounds, places: Sequence[int], target_bytes: int) -> Iterator[list[int]]:
-    """Runs of one video's parts that together are no larger than the target."""
-    run: list[int] = []
-    size = 0
-    for place in places:
-        if run and size + bounds.size_bytes[place] > target_bytes:
-            yield run
-            run, size = [], 0
-        run.append(place)
-        size += int(bounds.size_bytes[place])
-    yield run
-
-
-def _batches(runs: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
-    batch: list[tuple[int, list[str]]] = []
-    for run in runs:
-        batch.append(run)
-        if sum(len(paths) for _, paths in batch) >= BATCH_PARTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Splits items into groups, in order, each of them no larger than `most` or a single item."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
 
 
 def _dtype(archive: Archive, path: str) -> str:
-    """What the part was computed in; nothing for one that cannot be read, which joining says."""
+    """The dtype of a part; empty if it cannot be read, which is reported when it is joined."""
     try:
         return _constants(archive, path)["dtype"]
     except ArchiveError:
@@ -135,32 +123,29 @@ def _dtype(archive: Archive, path: str) -> str:
 
 
 def _constants(archive: Archive, path: str) -> dict:
-    """What all rows of a part have in common."""
-    return read_part_columns(archive.frames_uri, path, _OF_PART).slice(0, 1).to_pylist()[0]
+    """The columns that are the same in all rows of a part."""
+    return read_part_columns(archive.frames_uri, path, _PART_COLUMNS).slice(0, 1).to_pylist()[0]
 
 
 def _join(archive: Archive, paths: Sequence[str]) -> Part:
-    """Writes the rows of several parts, each cell checked against its checksum, as one."""
+    """Writes the rows of several parts as one part; each cell is checked against its checksum."""
     constants = [_constants(archive, path) for path in paths]
     first = constants[0]
     writer = PartWriter(
         archive.frames_uri,
-        video_id=first["video_id"],
-        video_number=first["video_number"],
+        **{name: first[name] for name in (*_VIDEO, "dtype")},
         segment_key=joined_key([each["segment"] for each in constants]),
         time_base=Fraction(first["time_base_num"], first["time_base_den"]),
-        model_id=first["model_id"],
-        sampling=first["sampling"],
-        dtype=first["dtype"],
     )
     try:
         for path in paths:
-            table = read_part_columns(archive.frames_uri, path, _OF_FRAME)
-            times = FrameColumns(*(table.column(name).to_numpy() for name in _OF_FRAME))
-            for start in range(0, len(times), CHUNK_ROWS):
-                rows = np.arange(start, min(start + CHUNK_ROWS, len(times)))
-                columns = FrameColumns(*(getattr(times, name)[rows] for name in _OF_FRAME))
-                refs = [_ref(first, columns, place, path, row) for place, row in enumerate(rows.tolist())]
+            table = read_part_columns(archive.frames_uri, path, _FRAME_COLUMNS)
+            for start in range(0, table.num_rows, CHUNK_ROWS):
+                piece = table.slice(start, CHUNK_ROWS)
+                columns = FrameColumns(*(piece.column(name).to_numpy() for name in _FRAME_COLUMNS))
+                times = piece.drop_columns("pts_seconds").to_pylist()
+                video = {"video_id": first["video_id"], "video_number": first["video_number"]}
+                refs = [FrameRef(**video, **each, part=path, row=row) for row, each in enumerate(times, start)]
                 writer.append(columns, _tokens(archive, refs), read_thumbnails(archive.frames_uri, refs))
         part = writer.close()
         assert part is not None  # the parts had rows
@@ -168,19 +153,6 @@ def _join(archive: Archive, paths: Sequence[str]) -> Part:
     except BaseException:
         writer.abort()
         raise
-
-
-def _ref(constants: dict, columns: FrameColumns, place: int, path: str, row: int) -> FrameRef:
-    return FrameRef(
-        constants["video_id"],
-        constants["video_number"],
-        int(columns.frame_index[place]),
-        int(columns.ticks[place]),
-        float(columns.time_seconds[place]),
-        float(columns.duration_seconds[place]),
-        path,
-        row,
-    )
 
 
 def _tokens(archive: Archive, refs: Sequence[FrameRef]) -> TokenBatch:

@@ -1,18 +1,18 @@
-"""What a part looks like: its columns, and how the wide cells are packed.
+"""The layout of a part: its columns, and how the wide cells are packed.
 
-A part is ordinary Parquet. Its wide columns are written so that a cell can also be reached by arithmetic: not null,
-plain, uncompressed, every cell of a column equally long, one data page per row group. write.py writes, read.py reads.
+A part is ordinary Parquet. Its wide columns are written so that the position of a cell in the file can be computed: not
+null, plain, uncompressed, every cell of a column equally long, one data page per row group. write.py writes parts,
+read.py reads them.
 
 Columns, in the order of `COLUMNS`; `search_key` and `patches` are absent where the archive keeps none. Cells:
     token, compressor_out, search_key: little-endian float16, row-major.
     patches: scales (K float32), positions (K uint16), values (K x D int8), one after the other.
     thumbnail: a JPEG file, of any length.
-    checksums: one CRC32C (uint32, little-endian) for each binary cell before it in the file, in their order, so that
-        a read of one column in place can be checked by itself.
+    checksums: one CRC32C (uint32, little-endian) for each binary cell before it in the row, in their order, so that a
+        cell can be checked without the others.
     checksum: CRC32C over those binary cells joined.
-The key-value metadata under `vidx.cells` names the binary columns in order with the width of each (null: any length),
-and `vidx.shapes` the shapes behind them, as JSON. `vidx.problem` says why the part does not hold the whole of its
-segment, where that is so.
+The key-value metadata `vidx.cells` has the width of each binary column, in order (null: any length), and `vidx.shapes`
+the shapes of their cells, both as JSON. `vidx.problem` says why the part does not hold its whole segment, if so.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ from storage.files import file_path, file_size, join, source_text
 from storage.records import SEGMENT_KEY, PatchRows, Sampling, TokenBatch
 
 ROW_GROUP_ROWS = 256
-ROW_GROUP_BYTES = 32 << 20  # what a writer holds at most; wide rows come in smaller groups
+ROW_GROUP_BYTES = 32 << 20  # the most that a writer holds; groups of wide rows have fewer rows
 CELLS_KEY = b"vidx.cells"
 SHAPES_KEY = b"vidx.shapes"
 PROBLEM_KEY = b"vidx.problem"
 BINARY = ("token", "compressor_out", "search_key", "patches", "thumbnail", "checksums")
-MOST_SIDE, MOST_CELL_BYTES = 1 << 24, 1 << 30  # of a cell's shape, and of a cell
+MOST_SIDE, MOST_CELL_BYTES = 1 << 24, 1 << 30  # limits of a cell's shape and size
 MOST_SECONDS = 1e12
 _RANGES = {
     "video_number": (1, INT32),
@@ -60,7 +60,7 @@ _RANGES = {
     "duration_seconds": (0, MOST_SECONDS),
 }
 _PATTERNS = {"video_id": VIDEO_ID, "segment": SEGMENT_KEY, "model_id": LINE, "dtype": LINE}
-_RANKS = {"token": 2, "compressor_out": 2, "search_key": 1, "patches": 2}  # sides of the shape of a cell
+_RANKS = {"token": 2, "compressor_out": 2, "search_key": 1, "patches": 2}  # dimensions of a cell's shape
 
 COLUMNS = pa.schema(
     [
@@ -91,7 +91,7 @@ COLUMNS = pa.schema(
 
 
 class read_errors:
-    """Turns what pyarrow and the system say about a broken file into one line that names it."""
+    """A context manager that turns errors of reading a file into one line that names it."""
 
     def __init__(self, uri: str):
         self._uri = uri
@@ -111,33 +111,33 @@ class read_errors:
 
 @contextlib.contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file to read, every page against its checksum.
+    """A Parquet file to read; the checksum of every page is checked.
 
-    Arrow opens a local file by itself: of a Python file its threads let go some time after a read has returned, and a
-    process that ends in between is aborted (apache/arrow issue 33975).
+    Arrow opens the file itself. Its threads keep a Python file for some time after a read has returned, and a process
+    that ends in this time is aborted (apache/arrow issue 33975).
     """
     size = file_size(uri)
     with pa.OSFile(file_path(uri)) as file:
         footer = pq.read_metadata(file)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         if any(group.num_rows < 0 for group in groups) or sum(group.num_rows for group in groups) != footer.num_rows:
-            raise InvalidValue("its row groups are not as long as it says")
+            raise InvalidValue("its row groups do not have as many rows as it says")
         if footer.num_rows > size or sum(group.total_byte_size for group in groups) > most_bytes(size):
-            raise InvalidValue(f"{size} bytes cannot hold {footer.num_rows} rows, or what it says of them")
+            raise InvalidValue(f"{size} bytes cannot hold {footer.num_rows} rows, or as many bytes as it says")
         columns = [footer.schema.column(number) for number in range(footer.num_columns)]
         texts = [column.path for column in columns if column.logical_type.type == "STRING" and "." not in column.path]
         yield pq.ParquetFile(file, metadata=footer, read_dictionary=texts, page_checksum_verification=True)
 
 
 def most_bytes(size: int) -> int:
-    """What a Parquet file of so many bytes may grow to in memory, which is far more than one of vidx does."""
+    """The memory that a Parquet file of this size may need; files that vidx has written need far less."""
     return 64 * size + (1 << 20)
 
 
 def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
     """Columns of a Parquet file.
 
-    A text that all rows share stands in a file once: texts are laid out for each row only when they are known to fit.
+    A file holds a text that all rows share once. Texts are copied for each row only after a check that they fit.
     """
     with open_parquet(uri) as file:
         table = file.read(columns=schema.names)
@@ -148,10 +148,10 @@ def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
 
 
 def with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of a schema; those that rows of another vidx lack are null, where they may be.
+    """The rows with the columns of a schema; a missing column becomes null.
 
     Raises:
-        InvalidValue: a column is missing that may not be.
+        InvalidValue: a missing column must not be null.
     """
     for field in schema:
         if field.name not in rows.column_names:
@@ -162,10 +162,10 @@ def with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def read_part_columns(frames_uri: str, path: str, names: Sequence[str]) -> pa.Table:
-    """Columns of a part, by the path that the archive has for it.
+    """Columns of a part, checked.
 
     Raises:
-        DamagedError: it is missing, or not what a part has to be.
+        DamagedError: it is missing, or vidx cannot have written it.
     """
     with read_errors(join(frames_uri, path)):
         table = read_columns(file_uri(frames_uri, path), pa.schema([COLUMNS.field(name) for name in names]))
@@ -183,26 +183,23 @@ def read_part_columns(frames_uri: str, path: str, names: Sequence[str]) -> pa.Ta
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Of the texts of a column with a dictionary, row by row."""
+    """The bytes that the texts of a dictionary column need when they are copied for each row."""
     lengths = [pc.sum(pc.take(pc.binary_length(piece.dictionary), piece.indices)).as_py() for piece in column.chunks]
     return sum(length or 0 for length in lengths)
 
 
 def cell_shapes(tokens: TokenBatch) -> dict[str, list[int]]:
-    """The shape behind one cell of each binary column that the tokens fill."""
-    shapes = {"token": list(tokens.token.shape[1:]), "compressor_out": list(tokens.compressor_out.shape[1:])}
-    if tokens.search_key is not None:
-        shapes["search_key"] = list(tokens.search_key.shape[1:])
-    if tokens.patches is not None:
-        shapes["patches"] = list(tokens.patches.values.shape[1:])
-    return shapes
+    """The shape of one cell of each binary column that the tokens fill."""
+    values = None if tokens.patches is None else tokens.patches.values
+    arrays = (tokens.token, tokens.compressor_out, tokens.search_key, values)
+    return {name: list(array.shape[1:]) for name, array in zip(_RANKS, arrays, strict=True) if array is not None}
 
 
 def shapes_of(document: Any) -> dict[str, list[int]]:
-    """The shapes that a part's metadata says, as cell_shapes gives them.
+    """The shapes in a part's metadata, as cell_shapes gives them.
 
     Raises:
-        InvalidValue: none that vidx writes.
+        InvalidValue: vidx cannot have written them.
     """
     shapes = {}
     for name, ranks in _RANKS.items():
@@ -210,15 +207,15 @@ def shapes_of(document: Any) -> dict[str, list[int]]:
             continue
         sides = get_value(document, name)
         if not isinstance(sides, list) or len(sides) != ranks:
-            raise InvalidValue(f"the shape of its {name} has not {ranks} sides")
+            raise InvalidValue(f"the shape of its {name} does not have {ranks} dimensions")
         shapes[name] = [check_integer(f"{name}'s shape", side, 0, MOST_SIDE) for side in sides]
     if len(shapes) != len(document) or any((width or 0) > MOST_CELL_BYTES for width in cell_widths(shapes).values()):
-        raise InvalidValue("its cells are none that vidx writes")
+        raise InvalidValue("vidx does not write such cells")
     return shapes
 
 
 def cell_widths(shapes: dict[str, list[int]]) -> dict[str, int | None]:
-    """Bytes of each binary cell, in file order; None where they differ from row to row."""
+    """The width in bytes of each binary column, in file order; None if it differs from row to row."""
     widths: dict[str, int | None] = {name: 2 * math.prod(shape) for name, shape in shapes.items() if name != "patches"}
     if "patches" in shapes:
         rows, width = shapes["patches"]
@@ -229,14 +226,13 @@ def cell_widths(shapes: dict[str, list[int]]) -> dict[str, int | None]:
 
 
 def row_group_rows(shapes: dict[str, list[int]]) -> int:
-    """Rows of one row group: constant for a shape, so that a file's bytes depend on its rows alone."""
-    return max(
-        1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, sum(width or 0 for width in cell_widths(shapes).values())))
-    )
+    """The number of rows in a row group; it depends on the shapes only, so a file's bytes depend on its rows only."""
+    row_bytes = sum(width or 0 for width in cell_widths(shapes).values())
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, row_bytes)))
 
 
 def part_schema(shapes: dict[str, list[int]]) -> pa.Schema:
-    """The columns of a part that keeps cells of these shapes."""
+    """The columns of a part with cells of these shapes."""
     widths = cell_widths(shapes)
     kept = [field for field in COLUMNS if field.name not in BINARY or field.name in widths]
     metadata = {CELLS_KEY: json.dumps(widths), SHAPES_KEY: json.dumps(shapes)}
@@ -244,20 +240,20 @@ def part_schema(shapes: dict[str, list[int]]) -> pa.Schema:
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
-    """(T, width) uint8: a little-endian copy of each row's bytes."""
+    """(T, width) uint8: the bytes of each row, little-endian, copied."""
     count = len(array)
     cells = np.array(array, array.dtype.newbyteorder("<"), order="C", copy=True)
     return cells.reshape(count, -1).view(np.uint8)
 
 
 def pack_patches(patches: PatchRows) -> np.ndarray:
-    """(T, width) uint8: each frame's patch tier as one cell."""
+    """(T, width) uint8: the patch rows of each frame as one cell."""
     pieces = (patches.scales.astype("<f4"), patches.positions.astype("<u2"), patches.values)
     return np.concatenate([as_bytes(piece) for piece in pieces], axis=1)
 
 
 def unpack_patches(cells: np.ndarray, rows: int, width: int) -> PatchRows:
-    """The patch tier of T frames from their cells.
+    """The patch rows of T frames from their cells.
 
     Args:
         cells: (T, K * (6 + D)) uint8.

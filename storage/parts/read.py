@@ -1,4 +1,4 @@
-"""Reads single cells of parts in place: offsets from the footer, bytes from the mapped file, checked row by row."""
+"""Reads single cells of parts: positions from the footer, bytes from the mapped file, each checked by its checksum."""
 
 import math
 import os
@@ -29,22 +29,22 @@ from storage.parts.layout import (
 from storage.records import FrameRef, PatchRows, Problem, Reason
 
 CHECKSUM_BYTES = 4  # of one cell of a row
-NEAR_BYTES = 256  # the checksums of rows that follow one another are no further apart
-LENGTH_BYTES = 4  # Parquet's plain BYTE_ARRAY puts each value's length before it
+NEAR_BYTES = 256  # the most between the checksums of two rows that are read together
+LENGTH_BYTES = 4  # Parquet's plain BYTE_ARRAY has the length before each value
 MAX_PAGE_HEADER_BYTES = 1024
 PARTS_KEPT_OPEN = 256  # each holds a file descriptor
 
 
 @dataclass(frozen=True, repr=False)
 class _PartFile:
-    """An open part: where its row groups begin, and where the cells of its columns lie.
+    """An open part: the first row of each row group, and the positions of the cells.
 
     Attributes:
-        content: (bytes,) uint8, the file mapped.
+        content: (bytes,) uint8, the mapped file.
         group_starts: (G + 1,) int64, first row of each row group; the last entry is the row count.
-        widths: bytes of each cell, None where they differ, by binary column in file order.
-        bases: (G,) int64 for each column that can be read in place, where its first value's length stands.
-        problem: why it does not hold the whole of its segment, or None.
+        widths: width of each binary column in file order; None if its cells differ in length.
+        bases: (G,) int64 for each column that can be read in place: position of the length of its first value.
+        problem: why it does not hold its whole segment, or None.
     """
 
     uri: str
@@ -57,10 +57,10 @@ class _PartFile:
 
 
 def read_cells(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> np.ndarray:
-    """(T, width) uint8: one binary column of the given frames, a copy, each cell checked against its CRC32C.
+    """(T, width) uint8: one binary column of the given frames, copied; each cell is checked against its CRC32C.
 
     Raises:
-        ArchiveError: a part is missing or damaged (the message names file and row), or keeps no such column.
+        ArchiveError: a part is missing or damaged (the message names file and row), or has no such column.
         ValueError: the frames' cells are not equally long.
     """
     cells = None
@@ -69,8 +69,8 @@ def read_cells(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> np.nda
         found = _checked_rows(part, column, rows)
         width = part.widths[column]
         if width is None:
-            raise ValueError(f"{column}: cells of any length; use read_thumbnails")
-        if len(rows) == len(refs):  # all from one part, so in the order asked for
+            raise ValueError(f"{column}: cells of different lengths; use read_thumbnails")
+        if len(rows) == len(refs):  # all from one part, so they are in order
             return np.ascontiguousarray(found)
         if cells is None:
             cells = np.empty((len(refs), width), np.uint8)
@@ -86,7 +86,7 @@ def read_tokens(frames_uri: str, refs: Sequence[FrameRef], token_shape: tuple[in
     Args:
         frames_uri: the archive's frames table.
         refs: the frames, in the order wanted.
-        token_shape: (C*C, H) that the model expects, or None for what the parts say.
+        token_shape: (C*C, H) that the model expects; None: any.
     Raises:
         ArchiveError: a part is missing or damaged, or holds tokens of another shape.
     """
@@ -106,15 +106,15 @@ def read_keys(frames_uri: str, refs: Sequence[FrameRef]) -> np.ndarray:
 
 
 def read_patches(frames_uri: str, refs: Sequence[FrameRef], width: int | None = None) -> PatchRows:
-    """The patch tier of the frames.
+    """The patch rows of the frames.
 
     Args:
         frames_uri: the archive's frames table.
         refs: the frames, in the order wanted.
-        width: D that the model expects, or None for what the parts say.
+        width: D that the model expects; None: any.
     Raises:
-        ArchiveError: a part is missing, damaged, keeps no patches (`has_column` tells), or patches of another width.
-        ValueError: the frames do not all keep the same number of rows (`cell_shape` tells).
+        ArchiveError: a part is missing or damaged, has no patches (see `has_column`), or patches of another width.
+        ValueError: the frames do not have the same number of patch rows (see `cell_shape`).
     """
     if not refs:
         raise ValueError("no frames to read patches of")
@@ -137,35 +137,35 @@ def read_thumbnails(frames_uri: str, refs: Sequence[FrameRef]) -> list[bytes]:
 
 
 def has_column(frames_uri: str, column: str, refs: Sequence[FrameRef]) -> bool:
-    """Whether every one of the frames has a cell in this column; opens each part's footer once."""
+    """Whether all the frames have a cell in this column; opens the footer of each part once."""
     names = {ref.part for ref in refs}
     return all(column in _open_part(frames_uri, name).widths for name in names)
 
 
 def cell_shape(frames_uri: str, column: str, ref: FrameRef) -> tuple[int, ...] | None:
-    """The shape behind a frame's cell, (K, D) for patches; None where its part keeps no such column."""
+    """The shape of a frame's cell, (K, D) for patches; None if its part has no such column."""
     shape = _open_part(frames_uri, ref.part).shapes.get(column)
     return None if shape is None else tuple(shape)
 
 
 def part_problem(frames_uri: str, part_name: str) -> Problem | None:
-    """Why a part does not hold the whole of its segment; None where it does."""
+    """Why a part does not hold its whole segment; None if it does."""
     return _open_part(frames_uri, part_name).problem
 
 
 def part_identity(frames_uri: str, part_name: str) -> dict[str, str | int]:
-    """Whose frames a part holds: video_id, model_id, sampling and video_number."""
+    """The video_id, model_id, sampling and video_number of a part's frames."""
     names = ("video_id", "model_id", "sampling", "video_number")
     return read_part_columns(frames_uri, part_name, names).slice(0, 1).to_pylist()[0]
 
 
 def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -> np.ndarray | None:
-    """Search keys of a part, (T, E) float16; None where it keeps none.
+    """Search keys of a part, (T, E) float16; None if it has none.
 
     Args:
         frames_uri: the archive's frames table.
         part_name: the part.
-        rows: (T,) int64, which; None for all.
+        rows: (T,) int64, the rows to read; None for all.
     Raises:
         ArchiveError: the part is missing or damaged.
     """
@@ -177,7 +177,7 @@ def part_keys(frames_uri: str, part_name: str, rows: np.ndarray | None = None) -
 
 
 def key_offsets(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where each search key of a part, and its CRC32C, stands in the file, (T,) int64 each; -1 where not in place."""
+    """The position in the file of each search key of a part and of its CRC32C, (T,) int64 each; -1 if unknown."""
     part = _open_part(frames_uri, part_name)
     rows = np.arange(int(part.group_starts[-1]))
     if not {"search_key", "checksums"} <= part.bases.keys():
@@ -190,13 +190,13 @@ def key_offsets(frames_uri: str, part_name: str) -> tuple[np.ndarray, np.ndarray
 def read_keys_at(
     frames_uri: str, part_name: str, rows: np.ndarray, keys: np.ndarray, checksums: np.ndarray, width: int
 ) -> np.ndarray:
-    """(T, E) float16: search keys of a part by offsets that were worked out before; its footer is not read.
+    """(T, E) float16: search keys of a part, by known positions; the footer is not read.
 
     Args:
         frames_uri: the archive's frames table.
         part_name: the part.
-        rows: (T,) int64, which.
-        keys, checksums: (T,) int64, as key_offsets gives them.
+        rows: (T,) int64, the rows to read.
+        keys, checksums: (T,) int64, their positions from key_offsets.
         width: E.
     Raises:
         ArchiveError: the part is missing or damaged.
@@ -205,7 +205,7 @@ def read_keys_at(
     if (keys < 0).any():
         stored = part_keys(frames_uri, part_name, rows)
         if stored is None:
-            raise DamagedError(f"{source_text(uri)}: damaged: it keeps no search keys, and the index has some of it")
+            raise DamagedError(f"{source_text(uri)}: damaged: it has no search keys, and the index has some of it")
         return stored
     found, stride = np.empty((len(rows), 2 * width), np.uint8), 2 * width + LENGTH_BYTES
     with read_errors(uri):
@@ -214,10 +214,10 @@ def read_keys_at(
         try:
             size = os.fstat(file).st_size
             if keys.max() > size - 2 * width or not 0 <= checksums.min() <= checksums.max() <= size - CHECKSUM_BYTES:
-                raise DamagedError(f"{source_text(uri)}: damaged, or its index is: a search key lies beyond its end")
+                raise DamagedError(f"{source_text(uri)}: it or its index is damaged: a search key lies beyond its end")
             for start, end in _spans(keys, checksums, stride):
                 first, last = int(checksums[start]), int(checksums[end - 1])
-                cells = os.pread(file, (end - start) * stride, int(keys[start]))  # and four bytes of what comes next
+                cells = os.pread(file, (end - start) * stride, int(keys[start]))  # the last 4 bytes are not used
                 sums = os.pread(file, last + CHECKSUM_BYTES - first, first)
                 for row, at in enumerate((checksums[start:end] - first).tolist()):
                     cell = cells[row * stride : row * stride + 2 * width]
@@ -233,7 +233,7 @@ def read_keys_at(
 
 
 def _spans(keys: np.ndarray, checksums: np.ndarray, stride: int) -> Iterable[tuple[int, int]]:
-    """Stretches of keys that stand one after another in the file, and whose checksums stand near each other."""
+    """Ranges of keys that follow one another in the file, and whose checksums are near each other."""
     steps = np.diff(checksums)
     cuts = (np.diff(keys) != stride) | (steps <= 0) | (steps > NEAR_BYTES)
     return pairwise([0, *(np.flatnonzero(cuts) + 1).tolist(), len(keys)])
@@ -268,7 +268,7 @@ def _by_part(refs: Sequence[FrameRef]) -> Iterable[tuple[str, np.ndarray, np.nda
 
 @lru_cache(maxsize=PARTS_KEPT_OPEN)
 def _open_part(frames_uri: str, name: str) -> _PartFile:
-    """Parts never change once committed, so an open one stays good."""
+    """An open part; parts never change once they are committed."""
     uri = join(frames_uri, name)
     with read_errors(uri):
         mapping = map_file(file_uri(frames_uri, name))
@@ -280,7 +280,7 @@ def _open_part(frames_uri: str, name: str) -> _PartFile:
         shapes = shapes_of(parse_json(metadata.get(SHAPES_KEY, b"")))
         widths = cell_widths(shapes)
         if parse_json(metadata[CELLS_KEY]) != widths or list(parse_json(metadata[CELLS_KEY])) != list(widths):
-            raise InvalidValue("its cells are not as wide as their shapes")
+            raise InvalidValue("its cells do not have the width of their shapes")
         problem = _problem(parse_json(metadata.get(PROBLEM_KEY, b"null")))
     group_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
@@ -296,7 +296,7 @@ def _problem(document: Any) -> Problem | None:
 
 
 def _bases(footer: pq.FileMetaData, widths: dict[str, int | None], size: int) -> dict[str, np.ndarray]:
-    """Where the values of each column begin in each row group, for the columns laid out to be read in place."""
+    """The position of the first value in each row group, for each column that can be read in place."""
     bases = {}
     for number in range(footer.num_columns):
         column = footer.schema.column(number)
@@ -320,9 +320,9 @@ def _chunk_base(group: pq.RowGroupMetaData, number: int, width: int) -> int | No
 
 
 def _checked_rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[bytes]:
-    """Cells of one column, (T, width) uint8 or a list where lengths differ; every one equals its checksum."""
+    """Cells of one column, each checked against its checksum: (T, width) uint8, or a list if lengths differ."""
     if column not in part.widths:
-        raise ArchiveError(f"{source_text(part.uri)}: keeps no {column}")
+        raise ArchiveError(f"{source_text(part.uri)}: has no {column}")
     if len(rows) and not 0 <= rows.min() <= rows.max() < part.group_starts[-1]:
         raise DamagedError(
             f"{source_text(part.uri)}: damaged: row {rows.max()} of {part.group_starts[-1]} is asked for"
@@ -348,7 +348,7 @@ def _rows(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[b
 
 
 def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | None:
-    """(T, width) uint8, or None where the lengths before the values show that they lie elsewhere."""
+    """(T, width) uint8, or None if the lengths before the values show that they lie elsewhere."""
     width = part.widths[column]
     assert width is not None  # as of all that are read in place
     stride = width + LENGTH_BYTES
@@ -362,7 +362,7 @@ def _rows_in_place(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray
 
 
 def _offsets(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray:
-    """(T,) int64: where the lengths before the values stand."""
+    """(T,) int64: the positions of the lengths before the values."""
     width = part.widths[column]
     assert width is not None  # as of all that are read in place
     groups = np.searchsorted(part.group_starts, rows, "right") - 1
@@ -370,13 +370,13 @@ def _offsets(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray:
 
 
 def _gather(content: np.ndarray, offsets: np.ndarray, width: int) -> np.ndarray:
-    """(T, width) uint8: a copy of width bytes from each offset, one memcpy each."""
+    """(T, width) uint8: width bytes from each offset, copied with one memcpy each."""
     windows = np.ndarray((len(content) - width + 1,), f"V{width}", content, 0, (1,))
     return windows[offsets].view(np.uint8).reshape(len(offsets), width)
 
 
 def _rows_through_pyarrow(part: _PartFile, column: str, rows: np.ndarray) -> np.ndarray | list[bytes]:
-    """The same for a file laid out otherwise, and for cells of any length: whole row groups are read."""
+    """The same for a file with another layout, and for cells of different lengths; reads whole row groups."""
     groups = np.searchsorted(part.group_starts, rows, "right") - 1
     cells: list[bytes] = [b""] * len(rows)
     with open_parquet(part.uri) as file:
