@@ -1,4 +1,4 @@
-"""What a user asks for: indexing, searching, asking, caring, and their commands and Python interface.
+"""What a user does with vidx: indexing, search, questions and care, in commands and in Python.
 
-times, sizes and streams are small modules that rooms share. vidx is the public package, `import vidx`.
+The rooms share the small modules times, sizes and streams. vidx is the public package, `import vidx`.
 """

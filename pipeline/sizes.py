@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes in bytes as people write them."""
 
 import re
 
@@ -10,13 +10,13 @@ MOST_BYTES = 1 << 50
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes from `512MB`, `1.5 GiB` or a number of bytes.
+    """The bytes of a size written as `512MB`, `1.5 GiB` or `4096`.
 
     Raises:
-        UsageError: none of them.
+        UsageError: the text is not such a size.
     """
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", text.strip())
     size = round(float(match[1]) * _UNITS.get((match[2] or "B").upper(), 0)) if match else 0
     if not 1 <= size <= MOST_BYTES:
-        raise UsageError(f"{option} {text}: no size; give a number above 0 with a unit, as 512MB or 4GiB")
+        raise UsageError(f"{option} {text}: not a size; give a number above 0 with a unit, such as 512MB or 4GiB")
     return size

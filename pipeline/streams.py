@@ -1,6 +1,6 @@
-"""Standard input, output and error as the commands use them: whoever started vidx may have closed them.
+"""Standard input, output and error, which may be closed when vidx starts.
 
-Results that cannot be written are an error; notes on standard error that cannot be written are lost.
+If results cannot be written to standard output, that is an error. Notes on standard error may be lost.
 """
 
 import errno
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class OutputError(VidxError):
-    """Standard output takes no more."""
+    """Standard output cannot be written."""
 
     exit_code = 2
 
 
 def guard_streams() -> None:
-    """To be called before any file is opened: what is opened next would take the number of a closed stream.
+    """Replaces closed streams, and escapes characters that the terminal's encoding does not have.
 
-    Text that the terminal's encoding lacks is written with escapes.
+    Call this before any file is opened: the next file would get the number of a closed stream.
     """
     closed = [number for number in range(3) if not _is_open(number)]
     for number in closed:
         os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        os.set_inheritable(number, True)  # or the processes started from here would have it closed again
+        os.set_inheritable(number, True)  # for processes that are started from here
     if 0 in closed or sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (until the process ends)
     sys.stdout = _text(sys.stdout, _Output(1, is_closed=1 in closed))
@@ -37,27 +37,27 @@ def guard_streams() -> None:
 
 
 def drop_output() -> None:
-    """Lets what standard output could not take go, lest the end of the process tries again."""
+    """Discards unwritten output, so that it is not written again when the process ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class ReaderGone(Exception):
-    """Whoever reads standard output has seen enough; no OSError, which click would make a failure of."""
+    """The reader of standard output has closed it. Not an OSError, which click would report as a failure."""
 
 
 class _Output(io.FileIO):
-    """A standard output whose failures have a name."""
+    """A standard output that raises named errors."""
 
     def __init__(self, number: int, is_closed: bool):
         super().__init__(number, "w", closefd=False)
         self._is_closed = is_closed
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """As FileIO does it.
+        """Writes as FileIO does.
 
         Raises:
-            OutputError: it is closed, or what is behind it takes no more.
-            ReaderGone: whoever reads it has seen enough.
+            OutputError: standard output is closed or cannot be written.
+            ReaderGone: the reader has closed it.
         """
         try:
             if self._is_closed:
@@ -72,13 +72,13 @@ class _Output(io.FileIO):
 
 
 class _Notes(io.FileIO):
-    """A standard error that may fail without harm."""
+    """A standard error that ignores failures."""
 
     def __init__(self, number: int):
         super().__init__(number, "w", closefd=False)
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """As FileIO does it; what cannot be written counts as written."""
+        """Writes as FileIO does; data that cannot be written is lost."""
         try:
             return super().write(data)
         except OSError:

@@ -1,4 +1,4 @@
-"""Times as people write them: positions in a video, moments of one, and points in time."""
+"""Times as people write them: positions and moments in a video, and dates."""
 
 import os
 import re
@@ -7,29 +7,29 @@ from datetime import UTC, datetime
 from storage.errors import UsageError
 from storage.iso_time import iso_instant
 
-_EPOCH_END = 10**10  # seconds since 1970 below it lie before the year 2287
+_EPOCH_END = 10**10  # a number of seconds since 1970 below this is before the year 2287
 
 
 def parse_time(option: str, text: str) -> float:
-    """Seconds from `83.5` or `0:01:23.5`.
+    """The seconds of a position written as `83.5` or `0:01:23.5`.
 
     Raises:
-        UsageError: neither.
+        UsageError: the text is neither.
     """
     match = re.fullmatch(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:\.\d*)?)", text.strip())
     if not match:
         raise UsageError(f"{option} {text}: not a time; give seconds (83.5) or h:mm:ss.s (0:01:23.5)")
     hours, minutes, seconds = match.groups()
     if (minutes is not None and float(seconds) >= 60) or (hours is not None and int(minutes) >= 60):
-        raise UsageError(f"{option} {text}: minutes and seconds go up to 59")
+        raise UsageError(f"{option} {text}: minutes and seconds must be below 60")
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
 
 
-def parse_instant(option: str, text: str) -> datetime:
-    """A point in time from ISO 8601, in UTC; without a zone it is UTC.
+def parse_instant(option: str, text: object) -> datetime:
+    """The time written in ISO 8601, in UTC; a time without a zone is in UTC.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not a time.
     """
     instant = iso_instant(text)
     if instant is None:
@@ -39,7 +39,7 @@ def parse_instant(option: str, text: str) -> datetime:
 
 
 def epoch_hint(value: object) -> str:
-    """What a number may have meant, to be added to the error about it: seconds since 1970, or parts of them."""
+    """A hint for an error message, if a number may mean (milli-, micro-, nano-)seconds since 1970; else empty."""
     text = str(value).strip()
     if not re.fullmatch(r"\d{9,20}(\.\d*)?", text, re.ASCII):
         return ""
@@ -51,9 +51,9 @@ def epoch_hint(value: object) -> str:
 
 
 def parse_moment(video: str) -> tuple[str, float | None, float | None]:
-    """A video's name and the range after its `@`, if one is there: VIDEO@START or VIDEO@START-END.
+    """The name of a video and the range after its `@`, if there is one: VIDEO@START or VIDEO@START-END.
 
-    A file whose own name holds an `@` is taken as that file.
+    If there is a file with this very name, the `@` belongs to its name.
     """
     if os.path.lexists(video) or "@" not in video:
         return video, None, None
@@ -66,12 +66,12 @@ def parse_moment(video: str) -> tuple[str, float | None, float | None]:
         return name, start_seconds, None
     end_seconds = parse_time(f"{name}@", end)
     if end_seconds <= start_seconds:
-        raise UsageError(f"{video}: the moment ends before it starts")
+        raise UsageError(f"{video}: the moment must end after it starts")
     return name, start_seconds, end_seconds
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss.s of a position."""
+    """A position as h:mm:ss.s."""
     tenths = round(seconds * 10)
     sign, tenths = ("-", -tenths) if tenths < 0 else ("", tenths)
     minutes, tenths = divmod(tenths, 600)
@@ -80,7 +80,7 @@ def clock(seconds: float) -> str:
 
 
 def clock_seconds(seconds: float) -> str:
-    """h:mm:ss of a length of time, to whole seconds."""
+    """A duration as h:mm:ss."""
     minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

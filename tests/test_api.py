@@ -111,21 +111,21 @@ def test_a_parameter_of_search_that_cannot_be_is_named_with_what_is_allowed(arch
 
 
 def test_ranges_are_refused_by_their_later_end(archive):
-    with pytest.raises(UsageError, match=r"^end_seconds='0:00:03': more than start_seconds=5"):
+    with pytest.raises(UsageError, match=r"^end_seconds='0:00:03': must be more than start_seconds=5"):
         archive.search("x", start_seconds=5, end_seconds="0:00:03")
-    with pytest.raises(UsageError, match=r"^before='2024-04-01': later than after='2024-05-01'"):
+    with pytest.raises(UsageError, match=r"^before='2024-04-01': must be later than after='2024-05-01'"):
         archive.search("x", after="2024-05-01", before="2024-04-01")
-    with pytest.raises(UsageError, match=r"^video='highway.avi@3-5': names a moment already"):
+    with pytest.raises(UsageError, match=r"^video='highway.avi@3-5': names a moment;"):
         archive.search("x", video="highway.avi@3-5", start_seconds=3)
 
 
 @pytest.mark.parametrize(
     ("message", "wanted"),
     [
-        ("--like x: give one moment", "like='x': give one moment"),
+        ("--like x: give one position", "like='x': give one position"),
         ("--from 0:00:x: not a time", "start_seconds='0:00:x': not a time"),
         ("torch finds no GPU here; use --device cpu", "torch finds no GPU here; use device='cpu'"),
-        ("narrow with --video, --from and --to", "narrow with video, start_seconds and end_seconds"),
+        ("choose with --video, --from and --to", "choose with video, start_seconds and end_seconds"),
         ("128 tokens (--max-tokens) need more", "128 tokens (max_tokens) need more"),
         ("`vidx ask --all` takes all; give --not", "`vidx ask --all` takes all; give without"),
         ("a file a--b.mp4 of 3 -- 4", "a file a--b.mp4 of 3 -- 4"),
@@ -210,7 +210,7 @@ def test_videos_are_those_of_the_list(archive, samples_archive):
     videos = archive.videos(video="tractor.webm")
     assert (len(videos), videos[0]) == (1, archive.video("tractor.webm"))
     assert len(archive.videos(status="failed")) == len(archive.videos(tags={"camera": "x"})) == 0
-    with pytest.raises(UsageError, match=r"^status='gone': one of indexing, indexed, partial, failed, deleted"):
+    with pytest.raises(UsageError, match=r"^status='gone': must be one of indexing, indexed, partial, failed, deleted"):
         archive.videos(status="gone")
 
 
@@ -255,7 +255,7 @@ def test_frames_are_narrowed_as_a_search_is(stored):
     assert found(where="false") == []
     with pytest.raises(UsageError, match="SQL"):
         archive.frames(where="no such column")  # now, and not when the first batch is asked for
-    with pytest.raises(UsageError, match=r"^cells='keys': one of token, compressor_out, search_key, thumbnail"):
+    with pytest.raises(UsageError, match=r"^cells='keys': must be one of token, compressor_out, search_key, thumbnail"):
         archive.frames(cells=["keys"])
 
 

@@ -149,7 +149,7 @@ def test_commands_narrow_list_and_end(samples_archive, tmp_path):
     said = run.stderr
     for text in ("30 frames", "5 frames", "/time 3: give two", "/dance: no such command", "nothing.mp4: no such video"):
         assert text in said, text
-    assert said.count("nothing has been answered yet") == 2
+    assert said.count("there is no answer yet") == 2
     assert "/sources FILE.html" in said
 
 

@@ -31,7 +31,7 @@ def test_frame_rates_are_exact(text):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"fps": "0"}, "--fps: must be more than 0"),
+        ({"fps": "0"}, "--fps: must be above 0"),
         ({"fps": "1e99999999"}, "--fps: must be a number or a ratio"),
         ({"fps": "fast"}, "--fps: must be a number or a ratio"),
         ({"batch": 0}, "--batch: input should be greater than or equal to 1, not 0"),
@@ -49,7 +49,7 @@ def test_values_out_of_range_are_refused_naming_the_option(options, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("bach = 8\n", "bach is no setting; known are model, tower, sample, fps"),
+        ("bach = 8\n", "bach: there is no such setting; the settings are model, tower, sample, fps"),
         ("batch = \n", "not TOML"),
         ("batch = 0\n", "my.toml: batch: input should be greater"),
     ],

@@ -200,7 +200,7 @@ def test_expire_tells_a_files_own_creation_time_from_a_manifests(vidx, archive):
 def test_a_video_of_which_no_age_is_known_stays_and_is_named(vidx, archive):
     archive.videos.publish([row_for(archive, 2, 5, captured_at=None, mtime_ns=None, indexed_at=None)])
     run = vidx("expire", "--older-than", "0d", "--archive", str(folder_of(archive)))
-    assert "/clips/2.mp4 stays: nothing says how old it is" in run.err
+    assert "/clips/2.mp4 stays: its age is unknown" in run.err
     assert shown(open_archive(archive.uri)) == [2]
 
 
@@ -215,4 +215,4 @@ def test_a_copy_of_deleted_content_stays_out_too(vidx, archive_copy, tmp_path):
     assert vidx("delete", "tractor.webm", "--archive", archive).code == 0
     shutil.copy(SAMPLES / "tractor.webm", tmp_path / "copy.webm")
     run = vidx("index", str(tmp_path / "copy.webm"), "--archive", archive)
-    assert "1 of the skipped were deleted; --restore-deleted indexes them again" in run.out
+    assert "1 of the skipped videos were deleted; --restore-deleted indexes them again" in run.out

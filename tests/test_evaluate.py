@@ -133,11 +133,11 @@ def test_a_text_may_be_a_query_for_each_video_that_it_is_said_of(archive, tmp_pa
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("", "no queries"),
+        ("", "has no queries"),
         ("file,text\nAO8RW,a dog\n", "start_seconds"),
         (HEADER + "AO8RW,0,1\n", "query 1 has no text"),
         (CSV.replace("2.5", "soon"), "soon"),
-        (CSV.replace("2.5", "0.5"), "no range of time"),
+        (CSV.replace("2.5", "0.5"), "ends before it starts"),
         (CSV.replace("AO8RW.mp4", "other.mp4"), "query 1: other.mp4: no such video"),
         (CSV.replace("AO8RW.mp4", "secret.mp4"), "no frames"),
         ('{"query": "a dog"}', "relevant_windows"),

@@ -160,7 +160,7 @@ def test_an_unusual_rate_is_counted_by_a_usual_one_in_step_with_it(rate, nominal
 
 
 def test_what_an_edl_cannot_hold_is_refused():
-    with pytest.raises(UsageError, match=r"25 and 29.97 frames a second.*\.otio"):
+    with pytest.raises(UsageError, match=r"25 and 29.97 frames per second.*\.otio"):
         edl("x", [moment_of(0, 1)] * 2, [25.0, 30000 / 1001])
     with pytest.raises(UsageError, match="999"):
         edl("x", [moment_of(0, 1)] * 1000, [25.0] * 1000)
@@ -185,7 +185,7 @@ def test_whole_rates_are_not_taken_for_those_of_television(tmp_path, rate):
     assert (clip.source_range.duration.rate, clip.source_range.duration.value) == (rate, 3 * rate)
 
 
-@pytest.mark.parametrize(("name", "word"), [("found.txt", ".vtt, .otio, .edl"), ("no/such.csv", "no folder")])
+@pytest.mark.parametrize(("name", "word"), [("found.txt", ".vtt or .otio or .edl"), ("no/such.csv", "no folder")])
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, name, word):
     with pytest.raises(UsageError, match=word):
         check_place(str(tmp_path / name))

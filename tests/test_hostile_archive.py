@@ -495,7 +495,7 @@ def test_a_thumbnail_that_is_no_small_jpeg_is_refused(tmp_path):
         rows = replace(random_rows(2), thumbnails=[thumbnail] * 2)
         archive.parts.commit([receipt_for(archive, 1, rows)])
         archive.videos.publish([row_for(archive, 1, 2)])
-        with pytest.raises(ArchiveError, match="no small JPEG"):
+        with pytest.raises(ArchiveError, match="not a small JPEG"):
             write_contact_sheet(str(tmp_path / "sheet.png"), "x", archive, [moment])
 
 

@@ -220,8 +220,8 @@ def test_a_user_without_a_home_or_a_usable_tmpdir_can_do_everything(tmp_path_fac
         return done
 
     said = run("index", "a.avi").stderr
-    assert "hashes of files are not remembered" in said
-    assert "VIDX_CACHE names another folder" in said
+    assert "file hashes are not kept" in said
+    assert "set VIDX_CACHE to a folder" in said
     for command in (
         ("status",),
         ("models",),

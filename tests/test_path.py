@@ -75,7 +75,7 @@ def test_a_second_run_indexes_nothing_and_says_so(vidx, samples_archive):
     run = vidx("index", str(SAMPLES), "--archive", str(samples_archive[0]))
     assert run.code == 0
     assert "Nothing to index" in run.out
-    assert f"all of the {len(SAMPLE_NAMES)} videos" in run.out
+    assert f"already knows all {len(SAMPLE_NAMES)} videos" in run.out
 
 
 def test_search_cites_moments_and_scores_them_by_the_cosine_of_the_keys(vidx, samples_archive):

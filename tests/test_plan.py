@@ -48,7 +48,7 @@ def test_a_cache_that_cannot_be_used_is_told_and_does_no_harm(vidx, tmp_path):
     archive = str(tmp_path / "archive")
     done = vidx("index", str(TRACTOR), "--archive", archive, env={"VIDX_CACHE": str(tmp_path / "file")})
     assert done.code == 0
-    assert "hashes of files are not remembered" in done.err
+    assert "file hashes are not kept" in done.err
     assert str(tmp_path / "file") in done.err
 
 
@@ -274,7 +274,7 @@ def test_a_failure_is_listed_and_not_tried_until_asked(vidx, tmp_path):
     counts = [second.json[name] for name in ("videos_failed", "videos_skipped", "videos_failed_before")]
     assert (second.code, counts) == (0, [0, 1, 1])
     said = vidx("index", str(videos), "--archive", archive)
-    assert "1 of the skipped failed" in said.out
+    assert "1 of the skipped videos failed" in said.out
     assert "--retry-failed" in said.out
     again = vidx("index", str(videos), "--archive", archive, "--retry-failed", "--json")
     assert (again.code, again.json["videos_failed"]) == (3, 1)
@@ -331,7 +331,7 @@ def test_new_tags_and_capture_times_are_taken_up_and_said(vidx, archive_copy, tm
     second = f"source,camera,shift\n{TRACTOR},south,\n"
     assert "camera: north -> south, shift: day -> none" in index(second, "--dry-run").out
     said = index(second).out
-    assert "other tags or capture times than before: 1 video" in said
+    assert "1 video with changed tags or capture times" in said
     assert "camera: north -> south, shift: day -> none" in said
     (entry,) = vidx(*listed).json
     assert (entry["tags"], entry["captured_at"]) == ({"camera": "south"}, "2024-05-01T10:00:00+00:00")

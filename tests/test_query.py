@@ -124,7 +124,7 @@ def test_a_weight_of_nothing_is_refused():
 @pytest.mark.parametrize("weight", ["x", "", "-1", "2x", "1e3", "0,5", "inf", "nan", "\u0662"])
 def test_what_is_no_weight_behind_a_text_is_refused_and_says_what_one_is(weight):
     for text, kind in (("a car", Kind.TEXT), ("car.jpg", Kind.IMAGE), ("cars.mp4@0:12", Kind.MOMENT)):
-        with pytest.raises(UsageError, match="a weight, a number above 0") as caught:
+        with pytest.raises(UsageError, match="must be a number above 0") as caught:
             parse_term(f"{text}^{weight}", kind)
         assert f"{text}^{weight}" in str(caught.value)
 
@@ -239,7 +239,7 @@ def test_filters_and_terms_from_the_command_line(vidx, samples_archive):
         ("--after", "someday", "ISO 8601"),
         ("--before", "", "ISO 8601"),
         ("--where", "no such thing", "SQL"),
-        ("--not", "a cow^2", "no weight"),
+        ("--not", "a cow^2", "cannot have a weight"),
     )
     for option, value, word in wrong:
         run = vidx(*command, option, value)
@@ -370,9 +370,9 @@ def test_pictures_and_moments_that_cannot_be_searched_are_refused_in_a_line(vidx
         (("--image", str(tmp_path / "not.jpg")), "no picture that Pillow can read"),
         (("--image", str(tmp_path / "missing.jpg")), "No such file"),
         (("--image", str(tmp_path)), "directory"),
-        (("--like", "nano_scenes_1.mp4"), "one moment"),
-        (("--like", "nano_scenes_1.mp4@1-2"), "one moment"),
-        (("--like", "nano_scenes_1.mp4@1:00:00"), "no frame of that time"),
+        (("--like", "nano_scenes_1.mp4"), "one position"),
+        (("--like", "nano_scenes_1.mp4@1-2"), "one position"),
+        (("--like", "nano_scenes_1.mp4@1:00:00"), "no frame at this time"),
         (("--like", "unknown.mp4@1"), "no such video"),
     )
     for options, words in wrong:

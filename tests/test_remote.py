@@ -136,7 +136,7 @@ def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, 
             _, err = job.communicate(timeout=120)
     assert job.returncode == (130 if how == "ctrl-c" else 6), err
     assert "Traceback" not in err
-    told = "interrupted; what was finished is committed" if how == "ctrl-c" else "does not answer any more"
+    told = "interrupted; finished work is committed" if how == "ctrl-c" else "does not answer any more"
     assert told in err
     assert vidx("verify", "--archive", place).code == 0
 

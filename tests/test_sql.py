@@ -153,5 +153,5 @@ def test_a_size_is_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "x", "1 XB", "1e9", "nan", "9" * 30, "1000000TB", "1.5.2MB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UsageError, match="no size"):
+    with pytest.raises(UsageError, match="not a size"):
         parse_size("--memory", text)

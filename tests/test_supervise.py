@@ -127,10 +127,11 @@ def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
 
 
 @pytest.mark.parametrize(("failure", "told"), [(RpcError("Connection reset by peer"), []), (KeyError("ours"), [1])])
-def test_what_rays_own_threads_meet_is_not_told_twice(failure, told):
+def test_what_rays_own_threads_meet_is_not_told_twice(failure, told, monkeypatch):
     heard = []
-    details = threading.ExceptHookArgs((type(failure), failure, None, threading.current_thread()))
-    connect._leave_out_ray(lambda _: heard.append(1), details)
+    monkeypatch.setattr(threading, "excepthook", lambda _: heard.append(1))
+    connect.hide_ray_tracebacks.__wrapped__()
+    threading.excepthook(threading.ExceptHookArgs((type(failure), failure, None, threading.current_thread())))
     assert heard == told
 
 

@@ -353,17 +353,17 @@ def test_a_part_is_searched_and_what_it_replaces_stays_until_it_is_whole(video, 
     found = run_vidx("search", "x", "--floor", "-1", "--archive", archive, "--json")
     count = found.json["frames_searched"]
     assert count in (10, 15)  # what was ready together is committed together
-    assert f"not whole yet: {video}: 0:00:{count} of 0:00:20 is indexed" in found.err
+    assert f"not complete yet: {video}: 0:00:{count} of 0:00:20 is indexed" in found.err
     assert [entry["source"] for entry in found.json["videos_unfinished"]] == [str(video)]
     listed = run_vidx("list", "--status", "indexing", "--archive", archive, "--json").json
     assert [(row["source"], row["status"], row["frames"]) for row in listed] == [(str(video), "indexing", count)]
     chat = subprocess.run(
         [VIDX, "chat", "--archive", archive], input="", capture_output=True, text=True, timeout=300, check=False
     )
-    assert "not whole yet" in chat.stderr
+    assert "not complete yet" in chat.stderr
     asked = run_vidx("ask", "What?", "--video", str(video), "--max-tokens", "1", "--archive", archive, "--json")
     assert (asked.code, asked.json["videos_unfinished"]) == (0, found.json["videos_unfinished"])
-    assert "not whole yet" in asked.err
+    assert "not complete yet" in asked.err
     plans = run_vidx("index", str(video), "--archive", archive, "--dry-run", "--json").json["counts"]
     assert (plans["unfinished"], plans["known"]) == (1, 0)
 

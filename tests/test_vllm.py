@@ -150,7 +150,7 @@ def test_a_context_beyond_the_memory_is_as_one_beyond_the_model(bundle, archive,
     monkeypatch.setattr(models[EngineName.VLLM].engine, "most_rows", 40)
     asked = Asked(frame_limit=None, fuse="tokens", over=over and Over(over), most_tokens=8)
     if over is None:
-        with pytest.raises(UsageError, match=r"has 40, room for \d+ frames; narrow with"):
+        with pytest.raises(UsageError, match=r"has 40, enough for \d+ frames; choose a smaller part"):
             asker.ask("What is there?", Filter(), asked)
     else:
         answer = asker.ask("What is there?", Filter(), asked)

@@ -1,7 +1,7 @@
 """Indexing from Python: `vidx index` as a function."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Literal
 
@@ -9,7 +9,7 @@ from pipeline.api.parameters import check, naming_parameters, place_of
 
 if TYPE_CHECKING:
     from pipeline.index.job import IndexResult
-    from pipeline.index.progress import Progress
+    from pipeline.index.progress import Report
 
 Path = str | PathLike[str]
 
@@ -36,27 +36,26 @@ def index(
     max_pixels: int | None = None,
     decoder: Literal["pyav", "decord"] | None = None,
     strict_sandbox: bool = False,
-    progress: "Callable[[Progress], None] | None" = None,
+    progress: "Report | None" = None,
 ) -> "IndexResult":
-    """Indexes videos into an archive, as `vidx index` does, and leaves it committed and searchable.
+    """Indexes videos into an archive, as `vidx index` does.
 
-    The job runs in a process of its own, with Ray, which is shut down at its end; it may be called from any thread, and
+    The job and Ray run in a separate process, which ends with the job. The function can be called from any thread, and
     from a script without `if __name__ == "__main__"`.
 
     Args:
         sources: videos, folders (recursive), globs and manifests, one or several.
-        archive: the folder; it is made where there is none.
+        archive: the folder; it is created if there is none.
         model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device,
-            dtype, batch, max_pixels, decoder, strict_sandbox: as the options of `vidx index`; None for what that does
-            without them.
-        progress: is told where the job stands, a few times a second.
+            dtype, batch, max_pixels, decoder, strict_sandbox: as the options of `vidx index`; None for their defaults.
+        progress: gets the state of the job a few times per second.
     Returns:
-        Counts, and the videos that are partial or failed: a bad video is no error.
+        Counts, and the videos that are partial or failed; these do not raise an error.
     Raises:
-        UsageError: no such source, a wrong value, or another model than the archive's.
+        UsageError: there is no such source, a value is wrong, or the archive has another model.
         ArchiveError: the archive cannot be written.
-        ClusterError: Ray's processes died; the same call goes on.
-        KeyboardInterrupt: what was finished is committed.
+        ClusterError: Ray's processes died; call the function again to continue.
+        KeyboardInterrupt: the job was interrupted; finished work is committed.
     """
     from pipeline.api.job_process import IndexJob, run_job
     from pipeline.index.config import load_config
@@ -66,7 +65,7 @@ def index(
     from workers.models.bundle import find_bundle
 
     paths = [sources] if isinstance(sources, str | PathLike) else list(sources)
-    check("sources", sources, bool(paths), "name at least one video, folder, glob or manifest")
+    check("sources", sources, bool(paths), "must name at least one video, folder, glob or manifest")
     given = {
         "model": model,
         "tower": tower,

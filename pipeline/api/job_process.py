@@ -1,7 +1,7 @@
-"""Runs a job in a process of its own, pipeline.api.job_child, for `vidx.index`.
+"""Runs an index job in a separate process, pipeline.api.job_child, for `vidx.index`.
 
-Ray may end the process that uses it at any moment, takes over its signals, and starts in no thread but the first one: a
-program or a notebook that indexes videos is spared all of that.
+Ray can end the process that uses it at any moment, takes over its signals, and starts only in the main thread. A
+separate process keeps this away from the program or notebook that calls `vidx.index`.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO
 
 from storage.errors import ClusterError, VidxError
 from storage.processes import python_path
@@ -23,12 +23,12 @@ from storage.records import Sampling, VideoAsset
 if TYPE_CHECKING:
     from pipeline.index.config import IndexConfig
     from pipeline.index.job import IndexResult
-    from pipeline.index.progress import Progress
+    from pipeline.index.progress import Report
 
 
 @dataclass(frozen=True)
 class IndexJob:
-    """What `pipeline.index.job.run_index` is to do."""
+    """The arguments of `pipeline.index.job.run_index`."""
 
     assets: Sequence[VideoAsset]
     archive_uri: str
@@ -38,17 +38,17 @@ class IndexJob:
 
 @dataclass(frozen=True)
 class Broken:
-    """A mistake of ours in the process of the job."""
+    """A bug of vidx that ended the job."""
 
     traceback: str
 
 
-def run_job(job: IndexJob, report: "Callable[[Progress], None]") -> "IndexResult":
-    """Runs a job in a new process, and passes on what it says and Ctrl-C.
+def run_job(job: IndexJob, report: "Report") -> "IndexResult":
+    """Runs a job in a new process; passes on its progress, its result, and Ctrl-C.
 
     Raises:
-        VidxError: as run_index raises it; ClusterError where the process was ended from outside.
-        RuntimeError: the job broke off by a mistake of ours; the message holds the traceback.
+        VidxError: as run_index raises it; a ClusterError if the process was killed.
+        RuntimeError: a bug of vidx ended the job; the message has the traceback.
     """
     with tempfile.TemporaryFile() as errors, contextlib.ExitStack() as stack:
         process, connection = _start(errors, stack)
@@ -58,14 +58,19 @@ def run_job(job: IndexJob, report: "Callable[[Progress], None]") -> "IndexResult
             ended = _listen(connection, process, report)
         finally:
             if ended is None and process.poll() is None:
-                process.terminate()  # it commits what is finished
+                process.terminate()  # the job commits finished work
             _wait(process)
         if isinstance(ended, VidxError):
             raise ended
         if isinstance(ended, Broken):
-            raise RuntimeError(f"the job broke off:\n{ended.traceback}")
+            raise RuntimeError(f"a bug of vidx ended the job:\n{ended.traceback}")
         if ended is None:
-            _tell_end(process.returncode, errors)
+            errors.seek(0)
+            lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.startswith("vidx: ")]
+            why = (
+                lines[-1].removeprefix("vidx: ") if lines else f"the job's process ended with code {process.returncode}"
+            )
+            raise ClusterError(why)
         return ended
 
 
@@ -82,7 +87,7 @@ def _start(errors: BinaryIO, stack: contextlib.ExitStack) -> tuple[subprocess.Po
             stderr=errors,
             pass_fds=(theirs.fileno(), lifeline),
             env=os.environ | {"PYTHONPATH": python_path()},
-            process_group=0,  # Ctrl-C reaches it through this process, once
+            process_group=0,  # Ctrl-C reaches the job once, through this process
         )
     finally:
         theirs.close()
@@ -91,9 +96,9 @@ def _start(errors: BinaryIO, stack: contextlib.ExitStack) -> tuple[subprocess.Po
 
 
 def _listen(
-    connection: Connection, process: subprocess.Popen, report: "Callable[[Progress], None]"
+    connection: Connection, process: subprocess.Popen, report: "Report"
 ) -> "IndexResult | VidxError | Broken | None":
-    """How the job ended; None where its process ended without a word."""
+    """The job's result or error; None if its process ended without one."""
     from pipeline.index.progress import Progress
 
     while True:
@@ -116,10 +121,3 @@ def _wait(process: subprocess.Popen) -> None:
             return
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
-
-
-def _tell_end(code: int, errors: BinaryIO) -> NoReturn:
-    errors.seek(0)
-    lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.startswith("vidx: ")]
-    why = lines[-1].removeprefix("vidx: ") if lines else f"the job's process ended with code {code}"
-    raise ClusterError(why)

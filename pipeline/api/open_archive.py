@@ -1,15 +1,4 @@
-"""The commands as a library; `import vidx` gives what is here.
-
-import vidx
-
-vidx.index("~/videos", "./vidx-archive")
-archive = vidx.open("./vidx-archive")
-for moment in archive.search("a red bus", without=["at night"], where="width >= 1920"):
-    print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
-print(archive.ask("When does the bus leave?", video="cars.mp4", start_seconds="0:05:00").text)
-for frames in archive.frames(video="cars.mp4", cells=["search_key"]):
-    print(frames.time_seconds, frames.search_key.shape)
-"""
+"""An archive in Python: search, questions, videos, frames and SQL; `import vidx` gives what is here."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,15 +45,15 @@ CellName = Literal["token", "compressor_out", "search_key", "thumbnail"]
 
 
 class OpenArchive:
-    """An archive to search, ask and read; it stays at the version that it was opened at until `refresh`.
+    """An archive to search, ask and read, at the version at which it was opened, or at which `refresh` was called.
 
-    Every method raises UsageError for what the caller can mend and ArchiveError for a damaged archive
-    (storage.errors). The part of an archive that a method looks at is named by the same parameters everywhere:
+    Every method raises UsageError for wrong use, and ArchiveError for a damaged archive (storage.errors). The same
+    parameters choose a part of the archive in every method:
 
-        video: its path, URI, file name, or six or more digits of its id; VIDEO@START-END names a moment of it.
+        video: a path, a URI, a file name, or six or more digits of an id; VIDEO@START-END is a moment of it.
         start_seconds, end_seconds: positions that a player shows, half-open, as seconds or "0:01:23.5".
-        after, before: when it was recorded, half-open: a datetime with a time zone, or ISO 8601, UTC without one.
-        tags: a value for each key, or several of which one has to fit.
+        after, before: times of recording, half-open: datetimes with a time zone, or ISO 8601 (UTC if without a zone).
+        tags: by key, a value, or several values of which one must match.
         where: an SQL condition on the views `videos` and `frames`.
     """
 
@@ -74,19 +63,19 @@ class OpenArchive:
         self._tower = tower
         self._asker: Asker | None = None
         if model is not None or tower is not None:
-            _ = self._bundle  # a wrong one is told now
+            _ = self._bundle  # raises now if it is wrong
 
     @classmethod
     @naming_parameters
     def open(cls, place: Path, model: str | None = None, tower: str | None = None) -> "OpenArchive":
         """The archive in a folder or at a URI.
 
-        The model is not looked for before something needs it, unless it or its tower is named.
+        The model is found when it is needed first, or now if `model` or `tower` is given.
 
         Args:
             place: the folder or URI.
-            model: where its model lies now, as `--model` takes it.
-            tower: where the CLIP of that lies now, as `--tower` takes it.
+            model: the archive's model, if its files were moved; as for `--model`.
+            tower: the CLIP of this model, if its files were moved; as for `--tower`.
         """
         return cls(open_archive(place_of(place)), model, tower)
 
@@ -102,8 +91,8 @@ class OpenArchive:
         return Searcher(self._stored, self._bundle)
 
     def refresh(self) -> None:
-        """Moves to the newest version."""
-        self._stored = open_archive(self._stored.uri)  # moments that were found keep theirs
+        """Opens the newest version; moments that were found before keep theirs."""
+        self._stored = open_archive(self._stored.uri)
         self.__dict__.pop("_searcher", None)
         if self._asker is not None:
             self._asker = self._asker.of(self._stored, self._searcher)
@@ -126,34 +115,26 @@ class OpenArchive:
         tags: Tags | None = None,
         where: str = "",
     ) -> Moments:
-        """The moments that texts describe, or that look like pictures, best first; none below the least score.
+        """The moments that texts describe, or that look like pictures, best first.
 
         Args:
-            texts: of several, a frame's score is the mean; `Term(text, weight)` weighs one of them.
-            images: paths of pictures that the moments are to look like.
-            like: moments of the archive, VIDEO@TIME, that others are to look like.
-            without: frames that one of these describes are left out.
-            top: at most so many moments.
-            per_video: at most so many of one video.
-            min_score: the least score of a hit; None takes what the model or the archive says.
-            video, start_seconds, end_seconds, after, before, tags, where: which part of the archive, as the class says.
+            texts: with several texts, a frame's score is the mean of its scores; `Term(text, weight)` gives a weight.
+            images: paths of pictures; find moments that look like them.
+            like: moments of the archive as VIDEO@TIME; find other moments that look like them.
+            without: texts; exclude frames that show one of them.
+            top: maximum number of moments.
+            per_video: maximum number of moments of one video.
+            min_score: lowest score of a hit; None for what the model states or was measured in the archive.
+            video, start_seconds, end_seconds, after, before, tags, where: the part of the archive, see the class.
         """
         check_count("top", top)
         check_count("per_video", per_video, or_none="any number")
-        check_number("min_score", min_score, -1, 1, or_none="what the model or the archive says")
+        check_number("min_score", min_score, -1, 1, or_none="the threshold of the model or the archive")
         terms = [text if isinstance(text, Term) else Term(text) for text in _several("texts", texts)]
         terms += [Term(fspath(path), kind=Kind.IMAGE) for path in _several("images", images)]
         terms += [Term(moment, kind=Kind.MOMENT) for moment in _several("like", like)]
         query = Query(tuple(terms), tuple(_several("without", without)))
-        within = self.narrowed(
-            video=video,
-            start_seconds=start_seconds,
-            end_seconds=end_seconds,
-            after=after,
-            before=before,
-            tags=tags,
-            where=where,
-        )
+        within = self.narrowed(video, start_seconds, end_seconds, after, before, tags, where)
         found = self._searcher.search(query, within, SearchLimits(top, min_score, per_video))
         return Moments(self._stored, str(query), found, within.unfinished(self._stored))
 
@@ -183,53 +164,45 @@ class OpenArchive:
         tags: Tags | None = None,
         where: str = "",
     ) -> Answer | None:
-        """The model's answer with the moments that it was given; None where no frame fits the question.
+        """The model's answer and the moments that it was shown; None if no frame fits the question.
 
-        The model stays loaded, and what was computed of the frames is kept: the next question about the same ones pays
-        for its own words alone.
+        The model stays loaded, and what was computed of the frames is kept, so that another question about the same
+        frames is faster. The first question sets `device`, `dtype`, `quantize` and `engine` for all.
 
         Args:
             question: any text.
-            frames: at most so many; None takes all of that part of the archive.
-            fuse: "exact", "patches" or "tokens"; None takes the best at hand.
-            over: "retrieve", "stride" or "windows", where there are more frames than the model's context holds; None
+            frames: maximum number of frames that the model is shown; None shows all of that part of the archive.
+            fuse: what the question is fused with: "exact", "patches" or "tokens"; None for the best available.
+            over: what to show if the model's context cannot hold all frames: "retrieve", "stride" or "windows"; None
                 refuses.
-            anyway: answer from the best frames even where none fits the question.
-            max_tokens, max_words: length of the answer at most.
-            temperature: above 0, the answer is drawn, by the seed; else the likeliest one is given.
-            seed: of the draws.
-            device, dtype: for the model; what the first question says holds.
-            quantize, engine: how the LLM's matrices are kept, "8bit" or "4bit", and what runs it, "transformers" or
-                "vllm"; what the first question says holds.
-            stream: gets the answer's text piece by piece.
-            video, start_seconds, end_seconds, after, before, tags, where: which part of the archive, as the class says.
+            anyway: answer from the best frames even if none fits the question.
+            max_tokens, max_words: maximum length of the answer.
+            temperature: 0 gives the most likely answer; above 0, each token is drawn at random.
+            seed: seed of the random draws.
+            device, dtype: where the model computes, and its precision.
+            quantize: keep the LLM's matrices in "8bit" or "4bit".
+            engine: library that runs the LLM, "transformers" or "vllm".
+            stream: gets the text of the answer, piece by piece.
+            video, start_seconds, end_seconds, after, before, tags, where: the part of the archive, see the class.
         """
-        from pipeline.ask.answer import Asked, Asker, Over  # with torch
+        from pipeline.ask.answer import Asked, Asker, Over, silent  # with torch
         from pipeline.ask.fuse import SOURCES
         from workers.llm.engine import ModelOptions, SamplingParams
 
         check_count("frames", frames, or_none="all")
-        check_choice("fuse", fuse, SOURCES, or_none="the best at hand")
-        check_choice("over", over, Over, or_none="no choice")
+        check_choice("fuse", fuse, SOURCES, or_none="the best available")
+        check_choice("over", over, Over, or_none="an error")
         check_count("max_tokens", max_tokens)
         check_count("max_words", max_words, or_none="no limit")
         check_number("temperature", temperature, 0, math.inf)
         check_number("seed", seed, 0, 2**63 - 1)
-        within = self.narrowed(
-            video=video,
-            start_seconds=start_seconds,
-            end_seconds=end_seconds,
-            after=after,
-            before=before,
-            tags=tags,
-            where=where,
-        )
+        within = self.narrowed(video, start_seconds, end_seconds, after, before, tags, where)
         if self._asker is None:
             options = ModelOptions(device, dtype, quantize, engine)
             self._asker = Asker(self._stored, self._bundle, options, searcher=self._searcher)
         sampling = SamplingParams(temperature, seed)
         asked = Asked(frames, fuse, None if over is None else Over(over), anyway, max_tokens, max_words, sampling)
-        return self._asker.ask(question, within, asked, stream=stream or (lambda piece: None))
+        return self._asker.ask(question, within, asked, stream=stream or silent)
 
     @naming_parameters
     def videos(
@@ -242,18 +215,18 @@ class OpenArchive:
         tags: Tags | None = None,
         where: str = "",
     ) -> Videos:
-        """The videos of the archive, by uri.
+        """The videos of the archive, in order of URI.
 
         Args:
-            status: only those of this status, or of one of several; None takes all but the deleted.
-            video, after, before, tags, where: which part of the archive, as the class says; `where` is a condition on
-                the view `videos`, or one on `frames` that is true of any frame of the video.
+            status: only videos with this status, or with one of these; None for all but deleted videos.
+            video, after, before, tags, where: the part of the archive, see the class; `where` is a condition on
+                the view `videos`, or one on `frames` that is true for at least one frame of the video.
         """
         given = (status,) if isinstance(status, str) else status
         for one in given or ():
             check_choice("status", one, Status)
         wanted = {*Status} - {Status.DELETED} if given is None else {*given}
-        check("where", where, not where or Status.DELETED not in wanted, "SQL does not see deleted videos")
+        check("where", where, not where or Status.DELETED not in wanted, "SQL does not find deleted videos")
         within = self.narrowed(video=video, after=after, before=before, tags=tags, where=where)
         return Videos([row for row in within.videos(self._stored) if row.status in wanted])
 
@@ -271,31 +244,22 @@ class OpenArchive:
         tags: Tags | None = None,
         where: str = "",
     ) -> Iterator[Frames]:
-        """The stored frames in order of video and time, batch after batch; memory holds one batch at a time.
+        """The stored frames in order of video and time, in batches; memory holds one batch at a time.
 
         Args:
             cells: what to read of each frame besides its video and times.
-            batch_frames: frames in each batch but the last, of one video or several.
-            video, start_seconds, end_seconds, after, before, tags, where: which part of the archive, as the class says.
+            batch_frames: frames per batch; a batch can hold frames of several videos, and the last one is smaller.
+            video, start_seconds, end_seconds, after, before, tags, where: the part of the archive, see the class.
         """
         for name in _several("cells", cells):
             check_choice("cells", name, CELLS)
         check_count("batch_frames", batch_frames)
-        within = self.narrowed(
-            video=video,
-            start_seconds=start_seconds,
-            end_seconds=end_seconds,
-            after=after,
-            before=before,
-            tags=tags,
-            where=where,
-        )
+        within = self.narrowed(video, start_seconds, end_seconds, after, before, tags, where)
         return stored_frames(self._stored, within.rows(self._stored), cells, batch_frames)
 
     @naming_parameters
     def narrowed(
         self,
-        *,
         video: str | None = None,
         start_seconds: Seconds | None = None,
         end_seconds: Seconds | None = None,
@@ -304,27 +268,27 @@ class OpenArchive:
         tags: Tags | None = None,
         where: str = "",
     ) -> Filter:
-        """The part of the archive that the parameters leave, as the class says."""
+        """The part of the archive that these parameters choose, see the class."""
         name, start, end = (None, None, None) if video is None else parse_moment(video)
         if start is not None:
             given = start_seconds is not None or end_seconds is not None
-            check("video", video, not given, "names a moment already; leave out start_seconds and end_seconds")
-            end = start + 1e-6 if end is None else end  # one instant: the frame shown then
+            check("video", video, not given, "names a moment; leave out start_seconds and end_seconds")
+            end = start + 1e-6 if end is None else end  # VIDEO@TIME: the frame that is shown then
         else:
             start, end = seconds_of("start_seconds", start_seconds), seconds_of("end_seconds", end_seconds)
             is_right = start is None or end is None or start < end
-            check("end_seconds", end_seconds, is_right, f"more than start_seconds={start_seconds!r}")
+            check("end_seconds", end_seconds, is_right, f"must be more than start_seconds={start_seconds!r}")
         earliest, latest = instant_of("after", after), instant_of("before", before)
         is_right = earliest is None or latest is None or earliest < latest
-        check("before", before, is_right, f"later than after={after!r}")
-        check("tags", tags, tags is None or isinstance(tags, Mapping), "a value for each key, as {'camera': 'north'}")
+        check("before", before, is_right, f"must be later than after={after!r}")
+        check("tags", tags, tags is None or isinstance(tags, Mapping), "must be a dictionary, as {'camera': 'north'}")
         values = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (tags or {}).items()}
         row = None if name is None else self.video(name)
         return Filter(row, start, end, earliest, latest, values, where)
 
     @naming_parameters
     def video(self, name: str) -> VideoRow:
-        """The video of a path, a URI, a file name, or six or more digits of its id."""
+        """The video with this path, URI, file name, or six or more digits of its id."""
         return self._stored.videos.find(name)
 
     @naming_parameters
@@ -334,10 +298,10 @@ class OpenArchive:
         """The rows of a SELECT over the views `videos` and `frames`; `sql_rows` gives them one by one.
 
         Args:
-            statement: in DuckDB's SQL.
-            timeout_seconds: after which it is stopped.
-            memory: in bytes or as "512MB", that this process may grow by meanwhile; None for half of the machine's, and
-                4 GB at most.
+            statement: a statement in DuckDB's SQL.
+            timeout_seconds: the statement is stopped after this time.
+            memory: the memory that the statement may use, in bytes or as "512MB"; None for half of the machine's, at
+                most 4 GB.
         """
         return list(self.sql_rows(statement, timeout_seconds=timeout_seconds, memory=memory))
 
@@ -345,16 +309,16 @@ class OpenArchive:
     def sql_rows(
         self, statement: str, *, timeout_seconds: float = 300.0, memory: int | str | None = None
     ) -> Iterator[dict[str, Any]]:
-        """The same rows as they are found: no more than a thousand of them are in memory together."""
+        """An iterator over the same rows, which keeps at most a thousand of them in memory."""
         from storage.sql import SqlLimits  # with DuckDB
 
-        check("timeout_seconds", timeout_seconds, timeout_seconds != 0, "more than 0")
+        check("timeout_seconds", timeout_seconds, timeout_seconds != 0, "must be more than 0")
         check_number("timeout_seconds", timeout_seconds, 0, math.inf)
         memory_bytes = SqlLimits().memory_bytes if memory is None else parse_size("--memory", str(memory))
         return _named_rows(self._stored, statement, SqlLimits(timeout_seconds, memory_bytes))
 
     def status(self) -> ArchiveStatus:
-        """Counts of videos and frames, and what the archive occupies."""
+        """Counts of videos and frames, and the size of the archive."""
         return self._stored.status()
 
 
@@ -370,6 +334,6 @@ def _named_rows(archive: "Archive", statement: str, limits: "SqlLimits") -> Iter
 
 
 def _several(name: str, values: Sequence) -> Sequence:
-    """The values, where they are a sequence of texts and not one text, whose letters would count as values."""
-    check(name, values, not isinstance(values, str), "give a sequence, as ['...']")
+    """The values, if they are a sequence and not a single text, whose letters would count as values."""
+    check(name, values, not isinstance(values, str), "must be a sequence, as ['...']")
     return values

@@ -1,4 +1,4 @@
-"""answer: a question -> frames -> the model that is shown them -> its answer, with the moments it rests on."""
+"""answer: a question -> the frames to show -> the model's answer, with the moments of these frames."""
 
 import itertools
 import re
@@ -26,19 +26,19 @@ from workers.llm.model import LlavaMini, load_model
 from workers.llm.prompt import Turns, context_needed, frames_that_fit, load_tokenizer, prompt_ids, stream_text
 from workers.models.bundle import Bundle
 
-MOMENTS = 8  # asked of the search at least; the best ones fill the frames
-FRAMES_PER_MOMENT = 16  # more frames than so many for each, and more moments are asked for
-EDGE_SECONDS = 5e-4  # shrinks a moment, so that the rounding of ticks to seconds takes in no neighbour
-CACHE_BYTES = 1 << 30  # of what was computed of frames, kept for further questions
-LENIENCY = 0.1  # below the threshold of a search: the model that is shown the frames may still say no
+MOMENTS = 8  # minimum number that the search is asked for
+FRAMES_PER_MOMENT = 16  # the search is asked for one moment per so many frames
+EDGE_SECONDS = 5e-4  # taken off a moment, so that rounding of ticks to seconds adds no neighbouring frame
+CACHE_BYTES = 1 << 30  # limit of what is kept of shown frames for further questions
+LENIENCY = 0.1  # lowers the threshold of the search; the model that sees the frames can still answer "no"
 ANYTHING = -1.0  # a threshold that every frame reaches
-MANY_FRAMES = 1000  # and the memory that they take is announced
+MANY_FRAMES = 1000  # from this number on, the memory that the answer needs is announced
 HEARD = "These are the answers for each stretch of time:"
-Say = Callable[[str], None]  # is told what the model says, or what is to be noted
+Say = Callable[[str], None]  # gets pieces of an answer, or notes
 
 
 class Over(StrEnum):
-    """Which of more frames than the model's context holds it is shown: the best, every so manyth, or all in windows."""
+    """What to show if the context cannot hold all frames: the best ones, evenly spaced ones, or all, in windows."""
 
     RETRIEVE = "retrieve"
     STRIDE = "stride"
@@ -47,16 +47,16 @@ class Over(StrEnum):
 
 @dataclass(frozen=True)
 class Asked:
-    """How a question is to be answered.
+    """The settings of an answer.
 
     Attributes:
-        frame_limit: at most so many frames. A narrowed range that holds no more is taken whole, without a search; of
-            anything else, those of the best moments. None takes every frame within the range.
-        fuse: the source of pre-fusion; None takes the best at hand for found frames, the best stored for all.
-        over: what becomes of more frames than the context holds; None refuses.
-        anyway: take the best frames even where none fits the question.
-        most_tokens: length of the answer at most.
-        most_words: the same in words; None for no such limit.
+        frame_limit: maximum number of frames to show. If a filter leaves no more frames, all of them are shown;
+            otherwise those of the best moments. None shows all frames.
+        fuse: the source of pre-fusion; None for the best available, or the best stored one if all frames are shown.
+        over: what to do if the context cannot hold all frames; None refuses.
+        anyway: show the best frames even if none fits the question.
+        most_tokens: maximum length of the answer in tokens.
+        most_words: maximum length of the answer in words; None for no limit.
         sampling: how each token is chosen.
     """
 
@@ -71,13 +71,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Frames to be shown.
+    """The frames to show.
 
     Attributes:
         frames: in order of video and time.
-        moments: what they are of, the best first, or in order of time where nothing was searched for.
-        within: the part of the archive that they are from.
-        over: why these, where there were more than the context holds.
+        moments: the moments that the frames are from, best first, or in order of time if there was no search.
+        within: the part of the archive.
+        over: how the frames were chosen, if the context could not hold all.
     """
 
     frames: tuple[FrameRef, ...]
@@ -90,14 +90,14 @@ class Chosen:
 
 
 def silent(text: str) -> None:
-    """Hears what is streamed or announced, and does nothing."""
+    """Ignores pieces of an answer, or notes."""
 
 
 class Asker:
-    """An archive at one version and its model, held for any number of questions.
+    """Answers questions about one version of an archive, with its model loaded.
 
-    What was computed of shown frames is kept, up to a limit, the last used for longest: the next question about them
-    pays for its own words alone.
+    What was computed of shown frames is kept, up to a limit, so that another question about these frames is faster. The
+    least recently used frames are dropped first.
     """
 
     def __init__(
@@ -108,16 +108,13 @@ class Asker:
         cache_bytes: int = CACHE_BYTES,
         searcher: Searcher | None = None,
     ):
-        """Nothing is loaded before the first question.
+        """Loads nothing before the first question.
 
         Args:
-            archive: what is asked.
-            bundle: its model.
-            options: how the model is held.
-            cache_bytes: how much to keep of shown frames.
-            searcher: of the same archive and model, where there is one already.
+            cache_bytes: limit of what is kept of shown frames.
+            searcher: for the same archive and model, if there is one already.
         Raises:
-            UsageError: what the options need is not installed.
+            UsageError: a library that the options need is not installed.
         """
         self._archive = archive
         self._bundle = bundle
@@ -128,7 +125,7 @@ class Asker:
         self._showings: OrderedDict[tuple, Showing] = OrderedDict()
 
     def of(self, archive: Archive, searcher: Searcher) -> "Asker":
-        """For the same archive at another version, with the model that is loaded."""
+        """An asker for another version of the archive, which uses the same loaded model."""
         other = copy(self)
         other._archive, other._searcher, other._showings = archive, searcher, OrderedDict()
         return other
@@ -139,7 +136,7 @@ class Asker:
 
     @cached_property
     def _held(self) -> Bundle:
-        """The bundle, with the context that there is memory for where its engine reserves it."""
+        """The bundle; its context is shorter if the engine has reserved memory for a shorter one."""
         if not self._options.reserves_memory:
             return self._bundle
         most, rows = self._model.engine.most_rows, self._bundle.context_length
@@ -156,25 +153,22 @@ class Asker:
         """The model's answer from the frames that fit the question best.
 
         Args:
-            question: any text.
-            within: the part of the archive that is asked.
-            asked: how.
-            stream: gets the answer's text piece by piece.
-            announce: gets what is worth knowing before something long begins.
+            stream: gets the text of the answer, piece by piece.
+            announce: gets notes before long steps.
         Returns:
-            The answer, or None where the range has no frames or none of them fits the question.
+            The answer; None if there are no frames, or none fits the question.
         Raises:
-            UsageError: an empty question, or more frames than the model's context holds.
+            UsageError: the question is empty, or the model's context cannot hold all frames.
         """
         check_text("question", question)
         chosen = self.choose(question, within, asked)
         return self.answer(question, chosen, asked, stream=stream, announce=announce) if chosen else None
 
     def choose(self, question: str, within: Filter, asked: Asked) -> Chosen:
-        """The frames to show.
+        """The frames to show for a question.
 
-        A search would only lose frames where all of a chosen range can be shown, and many a question ("how many are
-        there?") says nothing of what a frame shows.
+        If all frames of a chosen part can be shown, there is no search: it would only lose frames, and a question such
+        as "how many are there?" does not describe any frame.
         """
         if asked.frame_limit is None or not within.is_everything:
             frames = within.frames(self._archive)
@@ -193,23 +187,21 @@ class Asker:
         stream: Say = silent,
         announce: Say = silent,
     ) -> Answer:
-        """The model's answer from some frames.
+        """The model's answer from chosen frames.
 
         Args:
-            question: any text.
-            chosen: the frames; at least one.
-            asked: how to answer.
-            history: what was asked and answered before, which the model sees too.
-            stream, announce: as `ask` takes them.
+            chosen: at least one frame.
+            history: earlier questions and answers, which the model sees too.
+            stream, announce: as for `ask`.
         Raises:
-            UsageError: more frames than the model's context holds.
+            UsageError: the model's context cannot hold all frames.
         """
         ids = prompt_ids(self._tokenizer, question, history)
         room, count, over = frames_that_fit(self._held, ids, asked.most_tokens), len(chosen.frames), asked.over
         if count <= room:
             return self._answer(question, ids, chosen, asked, stream, announce)
         if over is None and asked.frame_limit is not None and self._holds(ids, count, asked):
-            over = Over.STRIDE  # so many frames at most were wanted, and the model was trained on fewer
+            over = Over.STRIDE  # --frames is a maximum, and the model was trained on fewer frames
         if over is None or room == 0:
             raise UsageError(self._too_many(ids, count, asked.most_tokens))
         if over is Over.WINDOWS:
@@ -224,12 +216,12 @@ class Asker:
         return self._answer(question, ids, fewer, asked, stream, announce)
 
     def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
-        """Whether the model's context holds all of it."""
+        """Whether the model's context can hold the frames, the history and the question."""
         ids = prompt_ids(self._tokenizer, question, history)
         return len(chosen.frames) <= frames_that_fit(self._held, ids, asked.most_tokens)
 
     def best_score(self, question: str, frames: Sequence[FrameRef]) -> tuple[float, float]:
-        """How well a question fits the best of some frames, and from what score on it counts as found."""
+        """The best score of some frames for a question, and the lowest score of a hit."""
         score, threshold = self._searcher.best_score(Query((Term(question),)), frames)
         return score, threshold.score
 
@@ -243,7 +235,7 @@ class Asker:
         return replace(self._of_moments(found, frame_limit), within=within)
 
     def _of_moments(self, found: Sequence[Moment], frame_limit: int) -> Chosen:
-        """The best moments until the frames are full, the last one thinned out evenly."""
+        """Frames of the best moments, up to the limit; of the last moment, evenly spaced ones if not all fit."""
         moments: list[Moment] = []
         frames: list[FrameRef] = []
         for moment in found:
@@ -258,7 +250,7 @@ class Asker:
         return Chosen(tuple(frames), tuple(moments))
 
     def _stretches(self, frames: Sequence[FrameRef]) -> tuple[Moment, ...]:
-        """Moments without a score: the runs of adjoining frames, in order of video and time."""
+        """Moments without a score: the runs of neighbouring frames, in order of video and time."""
         uris = self._archive.videos.uris({frame.video_number for frame in frames})
         runs: list[list[FrameRef]] = []
         for frame in frames:
@@ -283,7 +275,7 @@ class Asker:
         rows = context_needed(self._bundle, ids, len(chosen.frames), asked.most_tokens)
         needed = answer_bytes(self._bundle, rows, is_reserved=self._options.reserves_memory)
         if len(chosen.frames) >= MANY_FRAMES:
-            announce(f"{len(chosen.frames)} frames: about {needed / 1e9:.2g} GB of memory besides the model")
+            announce(f"{len(chosen.frames)} frames need about {needed / 1e9:.2g} GB of memory besides the model")
         showing = self._showing(chosen.frames, asked)
         bytes_read = showing.video_bytes_read
         reply = showing.reply(ids, asked.most_tokens, asked.sampling)
@@ -303,9 +295,9 @@ class Asker:
         )
 
     def _tell(self, said: Iterable[str], most_words: int | None, stream: Say) -> tuple[str, str]:
-        """What is told of what the model says, and why it does not know, where it says so.
+        """The answer, cut to `most_words`; and the reason if the answer means "I do not know", else an empty text.
 
-        Where the answer is cut, the model is heard out for as long as it may be saying that.
+        The model continues beyond the cut while its text may still become such an answer.
         """
         card, told = self._bundle.card, []
         heard: list[str] = []
@@ -320,11 +312,9 @@ class Asker:
     def _answer_by_windows(
         self, question: str, chosen: Chosen, room: int, asked: Asked, stream: Say, announce: Say
     ) -> Answer:
-        """An answer for each stretch of the frames, and one that the model gives when it has read those."""
-        cuts, uris = (
-            _windows(chosen.frames, room),
-            self._archive.videos.uris({each.video_number for each in chosen.frames}),
-        )
+        """An answer for each window of frames, and a last one that the model gives from these answers."""
+        cuts = _windows(chosen.frames, room)
+        uris = self._archive.videos.uris({each.video_number for each in chosen.frames})
         announce(f"{len(chosen.frames)} frames are shown in {len(cuts)} windows (--over {Over.WINDOWS})")
         ids = prompt_ids(self._tokenizer, question)
         windows, answers, lines = [], [], []
@@ -338,7 +328,7 @@ class Asker:
             announce(lines[-1])
         if self._bundle.card.takes_history:
             whole = self._answer_from_answers(question, lines, chosen, asked, stream, announce)
-        else:  # it was trained on single questions, and would not read the answers
+        else:  # the model was trained on single questions, and cannot read the answers
             text = "\n".join(_told(windows, uris))
             stream(text)
             whole = replace(answers[-1], text=text, moments=chosen.moments, over=str(Over.WINDOWS), unknown="")
@@ -357,23 +347,23 @@ class Asker:
     def _answer_from_answers(
         self, question: str, lines: Sequence[str], chosen: Chosen, asked: Asked, stream: Say, announce: Say
     ) -> Answer:
-        """What the model says when it has read the windows' answers, and sees a few frames of all of them."""
+        """The model's answer from the answers of the windows and a few frames of all of them."""
         heard = "\n".join(lines)
         last_question = f"{question}\n{HEARD}\n{heard}"
         ids = prompt_ids(self._tokenizer, last_question)
         room = frames_that_fit(self._held, ids, asked.most_tokens)
         if not room:
             raise UsageError(
-                f"the answers of {len(lines)} windows with the question and an answer of {asked.most_tokens} tokens "
+                f"the answers of {len(lines)} windows, the question and an answer of {asked.most_tokens} tokens "
                 f"(--max-tokens) do not fit the {self._held.context_length} tokens of {self._bundle.name}'s context; "
-                "narrow with --video, --from and --to, or ask for shorter answers with --max-words"
+                "choose a smaller part with --video, --from and --to, or ask for shorter answers with --max-words"
             )
         fewer = _evenly(chosen.frames, min(room, FRAMES_SHOWN))
         final = replace(chosen, frames=tuple(fewer), over=Over.WINDOWS)
         return self._answer(last_question, ids, final, asked, stream, announce)
 
     def _showing(self, frames: Sequence[FrameRef], asked: Asked) -> Showing:
-        """The frames as they are kept, or shown anew."""
+        """The frames for the model, from the cache if they were shown before."""
         wanted = asked.fuse or ("stored" if asked.frame_limit is None else "exact")
         key = (wanted, *((frame.part, frame.row) for frame in frames))
         showing = self._showings.pop(key, None)
@@ -383,33 +373,32 @@ class Asker:
         return showing
 
     def _forget(self) -> None:
-        """Lets go of what has not been used for longest, down to the limit; the last one stays whatever it takes."""
+        """Drops the least recently used frames until the limit holds; the last used ones always stay."""
         while len(self._showings) > 1 and sum(each.size_bytes for each in self._showings.values()) > self._cache_bytes:
             self._showings.popitem(last=False)
 
     def _holds(self, ids: Sequence[int], frame_count: int, asked: Asked) -> bool:
-        """Whether the context does, whatever the model was trained on."""
+        """Whether the context can hold all frames, even if the model was trained on fewer."""
         return context_needed(self._held, ids, frame_count, asked.most_tokens) <= self._held.context_length
 
     def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int) -> str:
         bundle = self._held
         fit = frames_that_fit(bundle, ids, most_tokens)
-        narrow = "narrow with --video, --from and --to, or say with --over which to show: retrieve, stride or windows"
+        narrow = "choose a smaller part with --video, --from and --to, or give --over retrieve, stride or windows"
         if fit == bundle.card.most_frames:
             return (
-                f"{frame_count} frames are too many at once: {bundle.name} was trained on at most {fit} frames of one "
-                f"answer (that is the limit, not its context); {narrow}"
+                f"{frame_count} frames are too many for one answer: {bundle.name} was trained on at most {fit} frames "
+                f"(its context could hold more); {narrow}"
             )
         needed = context_needed(bundle, ids, frame_count, most_tokens)
         return (
-            f"{frame_count} frames with the question and an answer of {most_tokens} tokens (--max-tokens) need "
-            f"{needed} tokens of context, and {bundle.name} has {bundle.context_length}, room for {fit} frames; "
-            f"{narrow}"
+            f"{frame_count} frames, the question and an answer of {most_tokens} tokens (--max-tokens) need {needed} "
+            f"tokens of context, but {bundle.name} has {bundle.context_length}, enough for {fit} frames; {narrow}"
         )
 
 
 def _told(windows: Sequence[WindowAnswer], uris: Mapping[int, str]) -> list[str]:
-    """Lines of windows' answers with their times; those that adjoin and say the same are one."""
+    """One line per window, with its times and answer; neighbouring windows with the same answer share a line."""
     joined: list[WindowAnswer] = []
     for window in windows:
         last = joined[-1] if joined else None
@@ -431,14 +420,14 @@ def _evenly(frames: Sequence[FrameRef], count: int) -> list[FrameRef]:
 
 
 def _listened(pieces: Iterable[str], heard: list[str]) -> Generator[str, None, None]:
-    """The pieces, each added to what was heard."""
+    """The pieces; each is appended to `heard` when it comes."""
     for piece in pieces:
         heard.append(piece)
         yield piece
 
 
 def _words(pieces: Iterable[str], most: int | None) -> Iterator[str]:
-    """Text piece by piece, up to so many words; a space comes with the word after it."""
+    """The text, piece by piece, up to a number of words; a space comes with the word after it."""
     if most is None:
         yield from pieces
         return
@@ -458,7 +447,7 @@ def _words(pieces: Iterable[str], most: int | None) -> Iterator[str]:
 
 
 def _windows(frames: Sequence[FrameRef], most: int) -> list[tuple[FrameRef, ...]]:
-    """Frames in order as stretches of one video each and of about one length, none of more than so many."""
+    """The frames in windows of at most `most`, each within one video; windows of a video have about the same size."""
     cuts = []
     for _, group in itertools.groupby(frames, key=lambda frame: frame.video_number):
         own = tuple(group)

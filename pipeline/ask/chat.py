@@ -1,67 +1,46 @@
-"""chat: questions about an archive, one after another, with the frames and the words of those before."""
+"""chat: a conversation about an archive, in which the model sees earlier frames, questions and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from pipeline.ask.answer import Asked, Chosen, Say, silent
+from pipeline.ask.answer import Asked, Chosen, Say
 from pipeline.ask.filter import Filter
 from pipeline.ask.query import check_text
 from storage.records import Answer, FrameRef
 from workers.llm.prompt import Turns
 from workers.models.bundle import Bundle
 
-TOPIC_SHARE = 0.25  # of the threshold: what else fits a question by so much better is another topic
+TOPIC_SHARE = 0.25  # of the threshold; moments that fit a question better by this much are a new topic
 
 
 class AnyAsker(Protocol):
-    """What answers: an Asker here, or one on a cluster (pipeline/cluster/remote.py)."""
+    """An Asker on this machine, or one on a cluster (pipeline/cluster/remote.py)."""
 
-    def choose(self, question: str, within: Filter, asked: Asked) -> Chosen:
-        """As Asker.choose."""
-
+    def choose(self, question: str, within: Filter, asked: Asked) -> Chosen: ...
     def answer(
-        self,
-        question: str,
-        chosen: Chosen,
-        asked: Asked,
-        *,
-        history: Turns = (),
-        stream: Say = silent,
-        announce: Say = silent,
-    ) -> Answer:
-        """As Asker.answer."""
-
-    def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
-        """As Asker.fits."""
-
-    def best_score(self, question: str, frames: Sequence[FrameRef]) -> tuple[float, float]:
-        """As Asker.best_score."""
+        self, question: str, chosen: Chosen, asked: Asked, *, history: Turns, stream: Say, announce: Say
+    ) -> Answer: ...
+    def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool: ...
+    def best_score(self, question: str, frames: Sequence[FrameRef]) -> tuple[float, float]: ...
 
 
 class Conversation:
     """A conversation about a part of an archive.
 
-    The model is shown what it was shown before for as long as the topic stays: where a chosen range is shown whole,
-    while a question finds nothing, and while what it finds fits it hardly better than what is shown (TOPIC_SHARE), as
-    it is with "how many are there?". Else the moments that it finds take their place.
+    A question is about the same frames as the one before, unless it finds moments that fit it clearly better
+    (TOPIC_SHARE). "How many are there?", for example, does not. If all frames of the part are shown, they are never
+    replaced.
 
     Attributes:
-        within: what is asked about.
-        last: the answer given last.
+        within: the part of the archive.
+        last: the last answer.
     """
 
     def __init__(self, asker: AnyAsker, bundle: Bundle, within: Filter, asked: Asked):
-        """Nothing is loaded before the first question.
-
-        Args:
-            asker: the archive and its model.
-            bundle: the model; one that takes single questions alone does not see those before.
-            within: the part of the archive.
-            asked: how to answer.
-        """
+        """Loads nothing before the first question. A model trained on single questions does not see earlier ones."""
         self.within = within
         self.last: Answer | None = None
         self._asker = asker
@@ -71,25 +50,24 @@ class Conversation:
         self._shown: Chosen | None = None
 
     def narrow(self, within: Filter) -> None:
-        """Asks about another part of the archive from now on, and forgets what was said of this one."""
+        """Chooses another part of the archive, and forgets the conversation."""
         self.within = within
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was said and shown."""
+        """Forgets the conversation, and which frames were shown."""
         self._turns, self._shown, self.last = [], None, None
 
-    def ask(self, question: str, stream: Callable[[str], None], announce: Callable[[str], None]) -> Answer | None:
-        """The answer; None where nothing is found, and nothing has been shown before.
+    def ask(self, question: str, stream: Say, announce: Say) -> Answer | None:
+        """The answer; None if nothing is found and nothing was shown before.
 
-        What was streamed of an answer that is broken off stays part of the conversation.
+        If an answer is interrupted, the streamed part of it belongs to the conversation.
 
         Args:
-            question: any text.
-            stream: gets the answer's text piece by piece.
-            announce: gets what is worth knowing before it.
+            stream: gets the text of the answer, piece by piece.
+            announce: gets notes before the answer.
         Raises:
-            UsageError: an empty question, or one that does not fit the model's context by itself.
+            UsageError: the question is empty, or does not fit the model's context.
         """
         check_text("question", question)
         chosen = self._choose(question)
@@ -105,7 +83,7 @@ class Conversation:
 
         try:
             answer = self._asker.answer(question, chosen, self._asked, history=history, stream=hear, announce=announce)
-            if stays:  # the scores are those of the question that found them
+            if stays:  # their scores belong to an earlier question
                 answer = replace(answer, moments=tuple(replace(moment, score=None) for moment in answer.moments))
             self.last = answer
         finally:
@@ -117,7 +95,7 @@ class Conversation:
     def _choose(self, question: str) -> Chosen | None:
         shown = self._shown
         if shown is not None and all(moment.score is None for moment in shown.moments):
-            return shown  # a chosen range, whole
+            return shown  # all frames of the part
         found = self._asker.choose(question, self.within, self._asked)
         if shown is not None and not (found and self._is_better(question, found, shown)):
             return shown
@@ -127,8 +105,8 @@ class Conversation:
         (score, threshold), (other, _) = (self._asker.best_score(question, each.frames) for each in (shown, found))
         return other - score > TOPIC_SHARE * abs(threshold)
 
-    def _history(self, question: str, chosen: Chosen, announce: Callable[[str], None]) -> list[tuple[str, str]]:
-        """What was said before, without the oldest of it where the context is full."""
+    def _history(self, question: str, chosen: Chosen, announce: Say) -> list[tuple[str, str]]:
+        """The earlier turns, without the oldest ones if the context is full."""
         if not self._bundle.card.takes_history:
             return []
         history = list(self._turns)
@@ -136,6 +114,6 @@ class Conversation:
             history.pop(0)
         forgotten = len(self._turns) - len(history)
         if forgotten and self._asker.fits(question, chosen, self._asked, history):
-            announce(f"the context is full: the model no longer sees the first {forgotten} of {len(self._turns)} turns")
+            announce(f"the context is full: the model does not see the first {forgotten} of {len(self._turns)} turns")
             self._turns = history
         return history

@@ -1,4 +1,4 @@
-"""filter: the part of an archive that a query is narrowed to."""
+"""filter: the part of an archive that a query looks at."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,20 +14,20 @@ from storage.errors import UsageError
 from storage.files import normalize_text
 from storage.records import FrameRef, VideoRow
 
-Span = tuple[float | None, float | None]  # positions in seconds, half-open; None leaves a side open
+Span = tuple[float | None, float | None]  # positions in seconds, half-open; None is no limit
 _Range = tuple[list[int] | None, float | None, float | None, np.ndarray | None]  # videos, span, frame indexes
 
 
 @dataclass(frozen=True)
 class Filter:
-    """What frames have to be; None and empty values leave that side open.
+    """Conditions on frames; None and empty values are no condition.
 
     Attributes:
-        video: this one alone.
-        start_seconds, end_seconds: positions that a player shows, half-open; a frame counts where its span meets them.
-        after, before: when it was recorded, half-open: the capture time of the video plus the frame's position. A video
-            without a capture time is in no such range.
-        tags: by key, the values of which the video has one.
+        video: only this video.
+        start_seconds, end_seconds: positions that a player shows, half-open; the span of a frame must meet this range.
+        after, before: times of recording, half-open. A frame was recorded at the capture time of its video plus its
+            position; a video without a capture time is in no such range.
+        tags: the allowed values by key; the video must have one of the values of each key.
         where: an SQL condition on columns of the views `videos` and `frames`.
     """
 
@@ -43,18 +43,18 @@ class Filter:
         position: tuple[str, Any, Any] = ("position", self.start_seconds, self.end_seconds)
         for name, low, high in (position, ("time of recording", self.after, self.before)):
             if low is not None and high is not None and high <= low:
-                raise UsageError(f"a range of {name} from {low} to {high} must end after it starts")
+                raise UsageError(f"{name} from {low} to {high}: the range must end after it starts")
         for instant in (self.after, self.before):
             if instant is not None and instant.tzinfo is None:
-                raise UsageError(f"{instant}: a time of recording needs a time zone")
+                raise UsageError(f"time of recording {instant}: it must have a time zone")
 
     @property
     def is_everything(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether there is no condition."""
         return self == Filter()
 
     def frames(self, archive: Archive) -> list[FrameRef]:
-        """The stored frames that pass, in order of video and time; a failed video has none.
+        """The stored frames that pass, in order of video and time.
 
         Raises:
             UsageError: the SQL condition is wrong.
@@ -64,16 +64,17 @@ class Filter:
         return sorted(frames, key=lambda frame: (frame.video_number, frame.ticks))
 
     def rows(self, archive: Archive) -> Rows:
-        """Where the same frames lie; parts of which all frames pass are not opened."""
+        """The rows of these frames in their parts; a part is not opened if all its frames pass."""
         found: dict[str, np.ndarray | None] = {}
         for chosen in self._ranges(archive):
             found |= archive.frames.rows(*chosen)
         return found
 
     def videos(self, archive: Archive) -> list[VideoRow]:
-        """The videos that pass, by uri, with frames or without; of an SQL condition on frames, those with such a frame.
+        """The videos that pass, in order of URI, with frames or without; positions are ignored.
 
-        Deleted ones are among them, unless an SQL condition is asked for. Positions are not looked at.
+        A video passes an SQL condition on frames if one of its frames does. Deleted videos pass too, unless there is an
+        SQL condition.
 
         Raises:
             UsageError: the SQL condition is wrong.
@@ -96,13 +97,13 @@ class Filter:
         return found
 
     def unfinished(self, archive: Archive) -> list[VideoRow]:
-        """The videos that pass and are not whole yet, so that what is to come of them is missed."""
+        """The videos that pass and are not completely indexed yet."""
         rows = archive.videos.unfinished()
         passing = [numbers for numbers, *_ in self._ranges(archive)] if rows else []
         return [row for row in rows if any(numbers is None or row.video_number in numbers for numbers in passing)]
 
     def _ranges(self, archive: Archive) -> Iterator[_Range]:
-        """What passes, as ranges of videos that share one span, each video in one of them."""
+        """The frames that pass, as groups of videos with the same span; each video is in one group."""
         if self.is_everything:
             yield None, None, None, None
             return
@@ -127,14 +128,14 @@ class Filter:
             yield numbers, *span, None
 
     def _passes(self, row: VideoRow) -> bool:
-        """Whether any frame of a video can pass, but for the times."""
+        """Whether frames of a video can pass if positions and times are ignored."""
         is_dated = row.captured_at is not None or (self.after is None and self.before is None)
         return is_dated and has_tags(row, self.tags)
 
     def _span(self, row: VideoRow, first_seconds: float, end_seconds: float) -> Span | None:
-        """The part of a video that passes, whose frames lie within those times; None for no part.
+        """The span of a video that passes, if its frames lie between these positions; None if nothing passes.
 
-        A side that takes nothing away is left open, so that many videos share one span.
+        A limit that excludes nothing becomes None, so that many videos have the same span.
         """
         start, end = self.start_seconds, self.end_seconds
         if self.after is not None and row.captured_at is not None:
@@ -153,7 +154,7 @@ class Filter:
 
 
 def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a video has one of the values of each key; texts that look the same are the same."""
+    """Whether a video has one of the values of each key; different Unicode forms of a text are equal."""
     if not tags:
         return True
     own = {normalize_text(key): normalize_text(value) for key, value in row.tags.items()}
@@ -162,7 +163,7 @@ def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:
-    """When the first frame of each video begins and the last one ends, at the latest, by video number."""
+    """By video number, the start of the first frame and an upper bound of the end of the last one, in seconds."""
     numbers, places = np.unique(bounds.video_number, return_inverse=True)
     first, end = np.full(len(numbers), np.inf), np.full(len(numbers), -np.inf)
     np.minimum.at(first, places, bounds.first_seconds)

@@ -1,14 +1,14 @@
-"""moments: hits -> stretches of video, best first.
+"""moments: hits -> ranges of video, best first.
 
-A moment grows from its best frame to both sides, frame by frame, until one of these ends it:
+A moment grows from its best frame in both directions, frame by frame, until one of these ends it:
 
-- the picture changes: the search keys of two neighbours lie further apart than CHANGE, and than CHANGE_TIMES the median
-  of neighbours in that part of the video, so that a camera that moves all the time does not cut itself to pieces;
-- the score has fallen by FALL of the best frame's, or is below the least score of a hit;
-- a filter, something not wanted, a gap in time, or a better moment.
+- The picture changes: the distance of two neighbouring search keys is above CHANGE, and above CHANGE_TIMES the median
+  distance in this part of the video. Because of the median, a moving camera does not end a moment.
+- The score has fallen by the share FALL of the best frame's score, or is below the lowest score of a hit.
+- The next frame is excluded by a filter or shows something unwanted, belongs to a better moment, or follows a gap.
 
-What is shorter than LEAST_SECONDS (a fade, a flash) is ranked after all others. The score is the mean over the frames,
-which one frame in the middle of a change does not decide.
+The score of a moment is the mean score of its frames, so that a single frame during a change matters little. Moments
+shorter than LEAST_SECONDS (a fade, a flash) are ranked after all others.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from storage.files import join, source_text
 from storage.parts.read import part_keys
 from storage.records import FrameRef, Hit, Moment
 
-CHANGE = 0.03  # cosine distance; frames of one shot are nearer at one a second (ops/bench/retrieval.py)
+CHANGE = 0.03  # cosine distance; above that of frames of one shot at one frame per second (ops/bench/retrieval.py)
 CHANGE_TIMES = 8
-# CLIP's cosines for text and picture lie close together (right ones at 0.2 to 0.3, others at 0.1 to 0.2), so that a
-# tenth already separates scenes.
+# CLIP's cosines of texts and pictures lie close together: 0.2 to 0.3 if they match, 0.1 to 0.2 if not. A tenth is
+# enough to separate scenes.
 FALL = 0.1
 LEAST_SECONDS = 0.5
-TOUCH_SECONDS = 5e-4  # spans of neighbours touch, but for the rounding of ticks to seconds
-PARTS_KEPT = 64  # looked at last
+TOUCH_SECONDS = 5e-4  # spans of neighbours touch, except for the rounding of ticks to seconds
+PARTS_KEPT = 64  # in the cache
 
 
 def fallen(peak: float) -> float:
@@ -41,20 +41,20 @@ def fallen(peak: float) -> float:
 
 
 def adjoin(earlier: FrameRef, later: FrameRef) -> bool:
-    """Whether nothing lies between two frames of a video: spans tile it, so that neighbours touch."""
+    """Whether two stored frames of a video are neighbours, so that their spans touch."""
     return later.time_seconds - (earlier.time_seconds + earlier.duration_seconds) < TOUCH_SECONDS
 
 
 @dataclass(frozen=True, repr=False)
 class _Look:
-    """What the frames of a part look like, whatever is searched for.
+    """The frames of a part, independent of the query.
 
     Attributes:
         keys: (T, E) float16.
-        times: of the same frames.
-        change: the cosine distance from which on two neighbours show different things.
-        begins: (T,) bool, whether a frame shows something else than the one before, or does not follow it; False for
-            the first.
+        times: of these frames.
+        change: the cosine distance above which two neighbours show different things.
+        begins: (T,) bool, whether a frame shows something else than the frame before, or follows a gap; False for the
+            first frame.
     """
 
     keys: np.ndarray
@@ -68,7 +68,7 @@ def _look(frames_uri: str, path: str, width: int) -> _Look:
     stored = part_keys(frames_uri, path)
     if stored is None or stored.shape[1] != width:
         place = source_text(join(frames_uri, path))
-        raise DamagedError(f"{place}: damaged: its search keys are not those of the archive's model")
+        raise DamagedError(f"{place}: damaged: its search keys do not have the width of the archive's model")
     keys = stored.astype(np.float32)
     times = read_times(frames_uri, path)
     distances = 1 - np.einsum("te,te->t", keys[1:], keys[:-1])
@@ -81,31 +81,25 @@ def _look(frames_uri: str, path: str, width: int) -> _Look:
 
 @dataclass(frozen=True, repr=False)
 class _View:
-    """A part as a query sees it.
+    """The frames of a part, for one query.
 
     Attributes:
         scores: (T,) float32.
-        passes: (T,) bool: let through by the filter, and nothing unwanted.
+        passes: (T,) bool, whether a frame passes the filter and shows nothing unwanted.
     """
 
     scores: np.ndarray
     passes: np.ndarray
 
 
-_Place = tuple[int, int]  # of a part among its video's, and of a row in it
+_Place = tuple[int, int]  # the number of a part among those of its video, and a row in it
 
 
 class MomentFinder:
     """Makes moments of the hits of one query."""
 
     def __init__(self, archive: Archive, keys: QueryKeys, rows: Rows | None):
-        """Nothing is read before the first hits.
-
-        Args:
-            archive: what was searched.
-            keys: the query.
-            rows: the frames that a filter lets through; None for all.
-        """
+        """Opens nothing before the first hits; `rows` are the frames that pass the filter, None for all frames."""
         self._archive = archive
         self._keys = keys
         self._rows = rows
@@ -113,11 +107,11 @@ class MomentFinder:
         self._paths: dict[int, list[str]] = {}
 
     def find(self, hits: Sequence[Hit], least: float, below: float) -> tuple[list[Moment], int]:
-        """Moments, best first, and how many of the hits were left out for what they show.
+        """Moments, best first, and the number of hits excluded for what they show.
 
         Args:
             hits: best first, each frame at most once.
-            least, below: half-open range of the scores of a moment's frames.
+            least, below: the half-open range of scores that frames of a moment have.
         Raises:
             ArchiveError: a part is missing or damaged.
         """
@@ -145,7 +139,7 @@ class MomentFinder:
     def _grow(
         self, paths: Sequence[str], peak: _Place, scores: tuple[float, float], taken: set[tuple[str, int]]
     ) -> list[_Place]:
-        """The places of a moment's frames, in order of time; none that another moment has taken."""
+        """The places of a moment's frames, in order of time, without those of other moments."""
         least, below = max(scores[0], fallen(float(self._view(paths[peak[0]]).scores[peak[1]]))), scores[1]
         places = [peak]
         for step in (-1, 1):
@@ -162,7 +156,7 @@ class MomentFinder:
         return sorted(places)
 
     def _next(self, paths: Sequence[str], at: _Place, step: int) -> _Place | None:
-        """The neighbouring frame that shows the same, or None."""
+        """The neighbouring frame if it shows the same, else None."""
         part, row = at
         look = self._look(paths[part])
         if 0 <= row + step < len(look.begins):
@@ -196,7 +190,7 @@ class MomentFinder:
         return float(times.time_seconds[place[1]]), float(times.duration_seconds[place[1]])
 
     def _parts_of(self, video_number: int) -> list[str]:
-        """Paths of a video's parts, in order of time."""
+        """The paths of a video's parts, in order of time."""
         if video_number not in self._paths:
             bounds = self._archive.parts.bounds()
             places = bounds.of(video_number)

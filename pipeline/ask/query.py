@@ -1,4 +1,4 @@
-"""query: what a moment is to show, and what not, as keys in the space of the frames' search keys."""
+"""query: texts, pictures and moments -> keys that are compared with the frames' search keys."""
 
 import math
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What a term of a query is: words, the path of a picture, or VIDEO@TIME in the archive."""
+    """The kind of a term: a text, the path of a picture, or VIDEO@TIME in the archive."""
 
     TEXT = "text"
     IMAGE = "image"
@@ -36,7 +36,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Term:
-    """A text, a picture or a moment, and how much it counts among the others."""
+    """A text, a picture or a moment to search for, and its weight among the others."""
 
     text: str
     weight: float = 1.0
@@ -45,18 +45,18 @@ class Term:
     def __post_init__(self):
         if not 0 < self.weight < math.inf:
             raise UsageError(
-                f"{self.text}^{self.weight:g}: a weight has to be above 0; to leave out what shows something use --not"
+                f"{self.text}^{self.weight:g}: a weight must be above 0; to exclude what shows something, use --not"
             )
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is looked for.
+    """What to search for.
 
     Attributes:
-        terms: a frame's score is the weighted mean of its cosines with them; where texts and pictures meet, each cosine
-            counts by its share of its own kind's threshold.
-        without: texts; a frame whose cosine with one of them reaches the threshold of texts is no hit.
+        terms: a frame's score is the weighted mean of its cosines with the terms. If there are both texts and pictures,
+            each cosine is first divided by the threshold of its kind.
+        without: texts; a frame whose cosine with one of them reaches the threshold for texts is no hit.
     """
 
     terms: tuple[Term, ...]
@@ -64,7 +64,7 @@ class Query:
 
     def __post_init__(self):
         if not self.terms:
-            raise UsageError("nothing to search for: give a text, --image or --like")
+            raise UsageError("there is nothing to search for: give a text, --image or --like")
 
     def __str__(self) -> str:
         return " + ".join(term.text for term in self.terms) + "".join(f" - {text}" for text in self.without)
@@ -75,11 +75,11 @@ class QueryKeys:
     """A query as keys of width E.
 
     Attributes:
-        wanted: (E,) float32, whose product with a frame's key is the frame's score.
-        threshold: the least score of a hit.
-        unwanted: (W, E) float32, L2-normalised.
-        unwanted_threshold: from which on a frame shows what is not wanted.
-        examples: frames of the archive that others are to be like; their own moments are no answer.
+        wanted: (E,) float32; its product with a frame's key is the frame's score.
+        threshold: the lowest score of a hit.
+        unwanted: (W, E) float32, L2-normalised keys of what hits must not show.
+        unwanted_threshold: the cosine with an unwanted key from which a frame is excluded.
+        examples: frames of the archive that hits should look like; their own moments are not returned.
     """
 
     wanted: np.ndarray
@@ -93,7 +93,7 @@ class QueryKeys:
 
 
 class QueryEncoder:
-    """Makes keys of queries to one archive, with the parts of its model that they need."""
+    """Computes the keys of queries to one archive; loads the parts of its model when they are needed."""
 
     def __init__(self, archive: Archive, bundle: Bundle, thresholds: Thresholds):
         self._archive = archive
@@ -101,43 +101,41 @@ class QueryEncoder:
         self._thresholds = thresholds
 
     def embed(self, query: Query, threshold: Threshold | None) -> QueryKeys:
-        """The keys of a query; what the text tower cannot take in is cut at a text's end.
+        """The keys of a query; a text that is too long for the text tower is cut.
 
         Args:
-            query: what to look for.
-            threshold: the least score of a hit; None for that of its kinds.
+            query: what to search for.
+            threshold: the lowest score of a hit; None for the threshold of its kinds.
         Raises:
-            UsageError: an empty text, a model that cannot search so, no such picture or moment.
+            UsageError: a text is empty, the model cannot search this way, or there is no such picture or moment.
         """
         self._check(query)
-        # Names and files first: what they have wrong is said before the towers are loaded, with torch for pictures.
-        examples = [self._frame(term.text) for term in query.terms if term.kind is Kind.MOMENT]
-        pictures = [read_picture(term.text) for term in query.terms if term.kind is Kind.IMAGE]
-        stored, unread = iter(examples), iter(pictures)
-        keys = []
-        for term in query.terms:
-            if term.kind is Kind.MOMENT:
-                keys.append(read_keys(self._archive.frames_uri, [next(stored)])[0].astype(np.float32))
-            elif term.kind is Kind.IMAGE:
-                keys.append(self._picture_encoder.embed(next(unread)))
-            else:
-                keys.append(self._text_encoder.embed(term.text))
-            self._check_key(term.text, keys[-1])
+        # Names and files are checked before the towers are loaded, which takes seconds.
+        examples = {term: self._frame(term.text) for term in query.terms if term.kind is Kind.MOMENT}
+        pictures = {term: read_picture(term.text) for term in query.terms if term.kind is Kind.IMAGE}
+
+        def key_of(term: Term) -> np.ndarray:
+            if term in examples:
+                return read_keys(self._archive.frames_uri, [examples[term]])[0].astype(np.float32)
+            if term in pictures:
+                return self._picture_encoder.embed(pictures[term])
+            return self._text_encoder.embed(term.text)
+
+        keys = [self._checked(term.text, key_of(term)) for term in query.terms]
         weights = np.array([term.weight for term in query.terms], np.float32)
         shares = np.ones(len(weights), np.float32)
         is_text = [term.kind is Kind.TEXT for term in query.terms]
-        if threshold is None or len(set(is_text)) > 1:  # or nothing needs them, and they may take seconds
+        if threshold is None or len(set(is_text)) > 1:  # measuring them can take seconds
             thresholds = [self._thresholds.text if of_text else self._thresholds.picture for of_text in is_text]
             mean = _joined(thresholds, weights)
             if min(mean.score, *(one.score for one in thresholds)) > 0:
                 shares = np.array([mean.score / one.score for one in thresholds], np.float32)
             threshold = threshold or mean
         wanted = (weights / weights.sum() * shares) @ np.stack(keys)
-        unwanted = np.array([self._text_encoder.embed(text) for text in query.without], np.float32)
-        for text, key in zip(query.without, unwanted, strict=True):
-            self._check_key(text, key)
+        unwanted = np.array([self._checked(text, self._text_encoder.embed(text)) for text in query.without], np.float32)
         unwanted_threshold = self._thresholds.text.score if query.without else 0.0
-        return QueryKeys(wanted, threshold, unwanted.reshape(-1, len(wanted)), unwanted_threshold, tuple(examples))
+        shown = tuple(examples.values())
+        return QueryKeys(wanted, threshold, unwanted.reshape(-1, len(wanted)), unwanted_threshold, shown)
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -149,24 +147,25 @@ class QueryEncoder:
 
         return PictureEncoder(self._bundle)
 
-    def _check_key(self, text: str, key: np.ndarray) -> None:
+    def _checked(self, text: str, key: np.ndarray) -> np.ndarray:
         if not (np.isfinite(key).all() and key.any()):
             raise UsageError(
-                f"{text}: model {self._bundle.name} gives no search key for it, but zeros or values that are no "
-                "numbers; its CLIP is damaged, or has values beyond float32"
+                f"{text}: the search key from model {self._bundle.name} is zero or not finite; its CLIP is damaged, or "
+                "has values beyond float32"
             )
+        return key
 
     def _frame(self, name: str) -> FrameRef:
-        """The frame that is shown at VIDEO@TIME."""
+        """The stored frame that is shown at VIDEO@TIME."""
         video, start, end = parse_moment(name)
         if start is None or end is not None:
-            raise UsageError(f"--like {name}: give one moment of a video in the archive, e.g. a.mp4@0:01:05")
+            raise UsageError(f"--like {name}: give one position in a video of the archive, e.g. a.mp4@0:01:05")
         row = self._archive.videos.find(video)
         frame = None if row.video_number is None else self._archive.frames.at(row.video_number, start)
         if frame is None:
-            raise UsageError(f"--like {name}: the archive has no frame of that time; the video's frames are elsewhere")
+            raise UsageError(f"--like {name}: the archive has no frame at this time; choose another one")
         if not has_column(self._archive.frames_uri, "search_key", [frame]):
-            raise UsageError(f"--like {name}: its frames have no search keys, as its model gives none")
+            raise UsageError(f"--like {name}: its frames have no search keys, because the archive's model gives none")
         return frame
 
     def _check(self, query: Query) -> None:
@@ -176,12 +175,12 @@ class QueryEncoder:
         if (texts or query.without) and not self._bundle.has_text_search:
             raise UsageError(
                 f"model {self._bundle.name} has no text tower, so text cannot be searched; "
-                "`vidx ask --all` takes frames without a search"
+                "`vidx ask --all` answers without a search"
             )
 
 
 def _joined(thresholds: Sequence[Threshold], weights: np.ndarray) -> Threshold:
-    """The weighted mean."""
+    """The weighted mean of several thresholds."""
     if len({threshold.score for threshold in thresholds}) == 1:
         return thresholds[0]
     sources = dict.fromkeys(f"{threshold.score:g}: {threshold.source}" for threshold in thresholds)
@@ -191,24 +190,24 @@ def _joined(thresholds: Sequence[Threshold], weights: np.ndarray) -> Threshold:
 
 
 def parse_term(text: str, kind: Kind = Kind.TEXT) -> Term:
-    """`a red bus^2` counts twice as much as `a dog`.
+    """A term whose text may end in a weight: `a red bus^2` counts twice as much as `a dog`.
 
     Raises:
-        UsageError: the weight is no number, or not above zero, or stands alone.
+        UsageError: the weight is not a number above 0, or there is nothing before it.
     """
     before, caret, after = text.rpartition("^")
     if re.fullmatch(r"\s*(\d+(\.\d*)?|\.\d+)\s*", after, re.ASCII) and before.strip():
         return Term(before.rstrip(), float(after), kind)
     if caret and not _may_end_so(kind, text, after):
         raise UsageError(
-            f"{text}: what stands behind ^ at the end is a weight, a number above 0 such as ^2 or ^0.5; a text that "
-            "itself ends so takes a weight too: ^1"
+            f"{text}: the weight after ^ must be a number above 0, such as ^2 or ^0.5; if the ^ belongs to the text, "
+            "add ^1"
         )
     return Term(text, kind=kind)
 
 
 def _may_end_so(kind: Kind, text: str, after: str) -> bool:
-    """Whether a ^ belongs to a text, as in "x^y" and where words follow, or to the name of a picture or a video."""
+    """Whether a ^ belongs to the text, as in "x^y", or to the name of a picture or video."""
     if kind is Kind.IMAGE:
         return os.path.exists(text) or bool(os.path.splitext(after)[1])
     if kind is Kind.MOMENT:
@@ -218,25 +217,27 @@ def _may_end_so(kind: Kind, text: str, after: str) -> bool:
 
 
 def check_text(what: str, text: str) -> None:
-    """Refuses what no tokenizer takes.
+    """Checks a text that a tokenizer will get.
 
     Raises:
-        UsageError: the text is empty, or not text.
+        UsageError: the text is empty, or not valid text.
     """
     if not text.strip():
-        raise UsageError(f"the {what} is empty; say what the videos show")
+        raise UsageError(f"the {what} is empty; give a text")
     if not is_text(text):
-        raise UsageError(f"the {what} holds bytes that are no UTF-8; type it as text")
+        raise UsageError(f"the {what} contains bytes that are not UTF-8; give a text in UTF-8")
 
 
 def query_of(
     texts: Sequence[str], without: Sequence[str], images: Sequence[str] = (), moments: Sequence[str] = ()
 ) -> Query:
-    """The query that a user types: terms that may end in a weight, and texts of what is not to be seen."""
+    """The query of a command line; texts, images and moments may end in a weight.
+
+    Raises:
+        UsageError: there is nothing to search for, or a weight is wrong.
+    """
     for text in without:
         if parse_term(text).text != text:
-            raise UsageError(f"--not {text}: what is left out has no weight")
-    terms = [parse_term(text) for text in texts]
-    terms += [parse_term(text, Kind.IMAGE) for text in images]
-    terms += [parse_term(text, Kind.MOMENT) for text in moments]
-    return Query(tuple(terms), tuple(without))
+            raise UsageError(f"--not {text}: an excluded text cannot have a weight; leave out the ^ and the number")
+    kinds = ((Kind.TEXT, texts), (Kind.IMAGE, images), (Kind.MOMENT, moments))
+    return Query(tuple(parse_term(text, kind) for kind, values in kinds for text in values), tuple(without))

@@ -1,4 +1,4 @@
-"""search: a query -> its keys -> FAISS -> hits -> moments. Nothing here loads torch."""
+"""search: a query -> its keys -> hits in the index -> moments. Nothing here loads torch."""
 
 import math
 from collections import Counter
@@ -22,21 +22,21 @@ from storage.vectors.nearest import Index
 from storage.vectors.vector_index import open_index
 from workers.models.bundle import Bundle, find_bundle
 
-HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames; more hits than moments are asked for
-MOST_HITS = 8192  # once there are moments enough
-FRAMES_SHOWN = 32  # to the model for an answer at most, where nothing else is asked for
+HITS_PER_MOMENT = 8  # a moment holds several neighbouring frames, so a search asks for more hits than moments
+MOST_HITS = 8192  # no more hits are asked for if there are enough moments
+FRAMES_SHOWN = 32  # default of the frames that the model is shown for an answer
 
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """How many moments, and how good.
+    """How many moments to return, and the lowest score.
 
     Attributes:
-        limit: at most so many.
-        threshold: the score below which a frame is no hit; None for what the model or the archive says (thresholds.py).
-        leniency: how far below that, as a share of it, a frame is a hit all the same.
-        per_video: at most so many of one video; None for any number.
-        near_misses: of what is below the threshold, at most so many moments.
+        limit: maximum number of moments.
+        threshold: the lowest score of a hit; None for that of the model or the archive (thresholds.py).
+        leniency: lowers the threshold by this share of it.
+        per_video: maximum number of moments of one video; None for no limit.
+        near_misses: maximum number of moments below the threshold to return besides.
     """
 
     limit: int
@@ -47,19 +47,20 @@ class SearchLimits:
 
     def __post_init__(self):
         if self.limit < 1 or (self.per_video is not None and self.per_video < 1):
-            raise UsageError(f"{self.limit} moments, {self.per_video} of a video: ask for at least one")
+            raise UsageError(f"{self.limit} moments, {self.per_video} per video: ask for at least 1")
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Moments, best first, and how much was looked at to find them.
+    """The moments that a search found, best first, and what it searched.
 
     Attributes:
-        moments: what was found.
-        threshold: the least score of a hit, and where it comes from.
-        frames_searched, frames_pending: of the part that was searched, and of the archive.
-        frames_left_out: would be hits and show what is not wanted.
-        near_misses: the best moments below the threshold, where they were asked for.
+        moments: the moments.
+        threshold: the lowest score of a hit, and where it comes from.
+        frames_searched: frames in the part of the archive that was searched.
+        frames_pending: frames of the archive that no search finds, because they have no search keys.
+        frames_left_out: hits that were excluded because they show what is unwanted.
+        near_misses: the best moments below the threshold, if they were asked for.
         method: how the frames were compared, for people.
     """
 
@@ -76,38 +77,33 @@ def bundle_of(archive: Archive, model: str | None, tower: str | None = None) -> 
     """The model that an archive was made with.
 
     Args:
-        archive: whose.
-        model: where it lies now; None for where it lay.
-        tower: where its vision tower lies now; None for where it lay.
+        archive: the archive.
+        model: where the model is now; None if it was not moved.
+        tower: where its CLIP is now; None if it was not moved.
     Raises:
-        UsageError: no such model, or another one than the archive's.
+        UsageError: there is no such model, or it is not the archive's.
     """
     bundle = find_bundle(model or archive.model_name, (archive.model_tower or None) if tower is None else tower)
     if bundle.model_id != archive.model_id:
         raise UsageError(
-            f"model {bundle.name} ({bundle.model_id}) is not the one that made {source_text(archive.uri)} "
-            f"({archive.model_text}, {archive.model_id}); name that one with --model, and its CLIP with --tower"
+            f"model {bundle.name} ({bundle.model_id}) is not the model of {source_text(archive.uri)} "
+            f"({archive.model_text}, {archive.model_id}); name that model with --model, and its CLIP with --tower"
         )
     return bundle
 
 
 def search(archive: Archive, bundle: Bundle, query: Query, within: Filter, wanted: SearchLimits) -> SearchResult:
-    """The moments within a part of an archive that fit a query best; `Searcher` is for several queries.
+    """The moments in a part of an archive that fit a query best; `Searcher` is for several queries.
 
-    Args:
-        archive: what to search.
-        bundle: the archive's model; its text tower embeds the texts.
-        query: what to look for.
-        within: the part of the archive to search.
-        wanted: how many moments.
     Raises:
-        UsageError: an empty text, a model that cannot search so, no such picture or moment, or a wrong filter.
+        UsageError: a text is empty, the model cannot search this way, there is no such picture or moment, or the filter
+            is wrong.
     """
     return Searcher(archive, bundle).search(query, within, wanted)
 
 
 class Searcher:
-    """An archive at one version with its index and the text tower, opened for any number of searches."""
+    """Searches one version of an archive; keeps the index and the text tower open between searches."""
 
     def __init__(self, archive: Archive, bundle: Bundle):
         self._archive = archive
@@ -122,7 +118,7 @@ class Searcher:
         return QueryEncoder(self._archive, self._bundle, Thresholds(self._archive, self._bundle, self._index))
 
     def search(self, query: Query, within: Filter, wanted: SearchLimits) -> SearchResult:
-        """As the function `search`."""
+        """The moments that fit a query best; see the function `search`."""
         index = self._index
         keys = self._encoder.embed(
             query, None if wanted.threshold is None else Threshold(wanted.threshold, "as asked for")
@@ -141,10 +137,10 @@ class Searcher:
         return SearchResult(tuple(moments), threshold, *counts, tuple(near), index.method(rows))
 
     def best_score(self, query: Query, frames: Sequence[FrameRef]) -> tuple[float, Threshold]:
-        """The best score that a query has among some frames, and the least one of a hit.
+        """The best score of some frames for a query, and the threshold of the query.
 
         Raises:
-            UsageError: as `search`; also where the frames have no search keys.
+            UsageError: as for `search`, or the frames have no search keys.
         """
         keys = self._encoder.embed(query, None)
         return float(
@@ -160,10 +156,10 @@ def _find(
     wanted: SearchLimits,
     scores: tuple[float, float],
 ) -> tuple[Sequence[Moment], int]:
-    """The best moments with scores in a half-open range, and how many hits were left out for what they show.
+    """The best moments with scores in a half-open range, and the number of hits excluded for what they show.
 
-    More hits are asked for until there are moments enough, and none that is left can be among them: its mean is not
-    above its best frame's score.
+    The index is asked for more hits until there are enough moments and no other hit can belong to a better one: the
+    score of a moment is a mean, so it is not above the score of its best frame.
     """
     finder, count = MomentFinder(archive, keys, rows), wanted.limit * HITS_PER_MOMENT
     while True:
@@ -179,7 +175,7 @@ def _find(
 
 
 def _spread(moments: Sequence[Moment], per_video: int | None) -> Iterator[Moment]:
-    """The best moments of each video, best first."""
+    """The moments, at most `per_video` of each video."""
     counts: Counter[int] = Counter()
     for moment in moments:
         counts[moment.video_number] += 1

@@ -29,23 +29,23 @@ from workers.vision.clip_text import TextEncoder
 # Used where nothing can be measured: CLIP's texts reach 0.2 to 0.3 with the pictures that they describe.
 TEXT_THRESHOLD = 0.15
 PICTURE_THRESHOLD = 0.75
-DEVIATIONS = 2.33 * 1.4826  # one in a hundred of a normal distribution, in median deviations
+DEVIATIONS = 2.33 * 1.4826  # median deviations that one in a hundred of a normal distribution exceeds
 PAIR_QUANTILE = 0.99
-PICTURES = 256  # frames that are compared with one another
+PICTURES = 256  # frames that are compared with each other
 LEAST_VIDEOS = 20
-GROWTH = 1.25  # times as many frames, and the thresholds are worked out anew
+GROWTH = 1.25  # the thresholds are measured again when the frame count has changed by this factor
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A score, and where it comes from, for people."""
+    """The lowest score of a hit, and where it comes from."""
 
     score: float
     source: str
 
 
 class Thresholds:
-    """The thresholds of an archive: as they were kept with it, else worked out."""
+    """The thresholds of an archive; measured here if they are not stored with it."""
 
     def __init__(self, archive: Archive, bundle: Bundle, index: Index):
         self._archive = archive
@@ -54,24 +54,24 @@ class Thresholds:
 
     @cached_property
     def text(self) -> Threshold:
-        """For the cosine of a text and a frame."""
+        """The threshold for cosines of texts and frames."""
         if self._bundle.card.search_floor is not None:
             return Threshold(self._bundle.card.search_floor, "stated by the model")
-        return _kept(self._archive, "text") or text_threshold(self._bundle, self._index)
+        return _stored(self._archive)[1].get("text") or text_threshold(self._bundle, self._index)
 
     @cached_property
     def picture(self) -> Threshold:
-        """For the cosine of two pictures."""
-        return _kept(self._archive, "picture") or picture_threshold(self._archive)
+        """The threshold for cosines of two pictures."""
+        return _stored(self._archive)[1].get("picture") or picture_threshold(self._archive)
 
 
 def update_thresholds(archive: Archive, bundle: Bundle) -> None:
-    """Works the thresholds out, and keeps them with the archive, where it has grown or shrunk since that was done last.
+    """Measures the thresholds and stores them with the archive, if it has grown or shrunk enough since the last time.
 
     Raises:
         ArchiveError: a part is missing or damaged, or the archive cannot be written.
     """
-    frames, (counted, _) = archive.videos.frame_count(), _content(archive)
+    frames, (counted, _) = archive.videos.frame_count(), _stored(archive)
     if not frames or counted / GROWTH < frames < counted * GROWTH:
         return
     content = {"model_id": archive.model_id, "frames": frames, "picture": asdict(picture_threshold(archive))}
@@ -79,24 +79,24 @@ def update_thresholds(archive: Archive, bundle: Bundle) -> None:
         try:
             content["text"] = asdict(text_threshold(bundle, open_index(archive)))
         except UsageError:
-            return  # a text tower that cannot be used: who searches by text is told
+            return  # the text tower cannot be used; a search by text says so
     write_json(join(archive.index_uri, THRESHOLDS), content)
 
 
 def text_threshold(bundle: Bundle, index: Index) -> Threshold:
-    """What texts about nothing in particular do not reach."""
+    """The threshold for texts, measured with unrelated texts."""
     encoder = TextEncoder(bundle)
     texts = files("pipeline.ask").joinpath("unrelated_texts.txt").read_text(encoding="utf-8").splitlines()
     best = [hit.score for text in texts for hit in index.search(encoder.embed(text), 1)]
     if not best:
-        return Threshold(TEXT_THRESHOLD, "CLIP's in general, as the archive holds nothing")
+        return Threshold(TEXT_THRESHOLD, "typical for CLIP: the archive is empty")
     middle = float(np.median(best))
     spread = float(np.median(np.abs(np.array(best) - middle)))
-    return Threshold(round(middle + DEVIATIONS * spread, 4), f"the best scores here of {len(texts)} unrelated texts")
+    return Threshold(round(middle + DEVIATIONS * spread, 4), f"measured with {len(texts)} unrelated texts")
 
 
 def picture_threshold(archive: Archive) -> Threshold:
-    """What frames of different videos do not reach."""
+    """The threshold for pictures, measured with frames of different videos."""
     first: dict[int, str] = {}
     for part in archive.frames.parts():
         first.setdefault(part.video_number, part.path)
@@ -105,21 +105,16 @@ def picture_threshold(archive: Archive) -> Threshold:
     found = [part_keys(archive.frames_uri, first[number], np.zeros(1, np.int64)) for number in chosen]
     keys = [stored[0].astype(np.float32) for stored in found if stored is not None]
     if len(keys) < LEAST_VIDEOS:
-        return Threshold(PICTURE_THRESHOLD, f"CLIP's in general, as the archive has fewer than {LEAST_VIDEOS} videos")
+        return Threshold(PICTURE_THRESHOLD, f"typical for CLIP: the archive has fewer than {LEAST_VIDEOS} videos")
     products = np.stack(keys) @ np.stack(keys).T
     score = round(float(np.quantile(products[np.triu_indices(len(keys), 1)], PAIR_QUANTILE)), 4)
-    return Threshold(score, f"the cosines of frames of {len(keys)} different videos")
+    return Threshold(score, f"measured with frames of {len(keys)} different videos")
 
 
-def _kept(archive: Archive, kind: str) -> Threshold | None:
-    """What is kept with the archive for "text" or "picture"."""
-    return _content(archive)[1].get(kind)
+def _stored(archive: Archive) -> tuple[int, dict[str, Threshold]]:
+    """The number of frames for which thresholds are stored, and the thresholds by kind, "text" or "picture".
 
-
-def _content(archive: Archive) -> tuple[int, dict[str, Threshold]]:
-    """What is kept with the archive: of how many frames, and the thresholds by kind.
-
-    Nothing where it is damaged or another model's, so that it is worked out anew.
+    If the file is damaged or of another model, the number is 0.
     """
     try:
         content = read_json(join(archive.index_uri, THRESHOLDS))

@@ -1,7 +1,7 @@
-"""check pictures: whether the stored pictures of a video are those that PyAV shows at their times.
+"""check pictures: whether the stored pictures of a video are those that PyAV decodes at their times.
 
-Archives made before PyAV became the decoder of all files hold videos that decord decoded (`decoder = 'decord'`). Where
-it sought in MP4 and MOV files whose first frame is shown later than it is decoded, it gave the pictures of a later
+In archives from before PyAV was the default decoder, some videos were decoded by decord (`decoder = 'decord'`). After a
+seek in an MP4 or MOV file whose first frame is shown later than it is decoded, decord gave pictures of a later
 keyframe.
 """
 
@@ -22,22 +22,20 @@ from workers.decode.client import Decoder, allowed_pixels
 from workers.sources.identity import check_still_there
 
 BATCH = 64  # frames compared at once
-ANOTHER_PICTURE = 2.0  # mean difference of two thumbnails, of 255; one picture's by two JPEG libraries stays below 1
-
-
-_TOLD_WHEN_INDEXED = (Reason.CLOCK_RESTARTED, Reason.CORRUPT, Reason.TRUNCATED)  # all good frames have come by then
+ANOTHER_PICTURE = 2.0  # mean difference of thumbnails, of 255; for one picture by two JPEG libraries it is below 1
+_TOLD_WHEN_INDEXED = (Reason.CLOCK_RESTARTED, Reason.CORRUPT, Reason.TRUNCATED)  # raised after the last good frame
 
 
 @dataclass(frozen=True)
 class PictureCheck:
-    """What became of the check of one video.
+    """The result for one video.
 
     Attributes:
         row: of the video.
-        checked: frames that were compared.
-        wrong: those of them whose picture is another one, or that the file does not show.
-        first_wrong_seconds: position of the first of these, or None.
-        problem: why (the rest of) it could not be compared, or None.
+        checked: number of compared frames.
+        wrong: number of frames with another picture, or that the file does not show.
+        first_wrong_seconds: position of the first wrong frame, or None.
+        problem: why the video, or the rest of it, could not be compared; or None.
     """
 
     row: VideoRow
@@ -48,11 +46,10 @@ class PictureCheck:
 
 
 def check_pictures(archive: Archive, report: Callable[[int, int], None]) -> list[PictureCheck]:
-    """Decodes the videos that decord decoded again, with PyAV, and compares the small pictures kept with their frames.
+    """Decodes the videos of decord again with PyAV, and compares the pictures with the stored thumbnails.
 
     Args:
-        archive: which is only read.
-        report: is told after each video how many of how many have been checked.
+        report: gets the number of checked videos and of all, after each video.
     Raises:
         ArchiveError: a part is missing or damaged.
     """
@@ -65,7 +62,7 @@ def check_pictures(archive: Archive, report: Callable[[int, int], None]) -> list
 
 
 def drop_wrong_videos(archive: Archive, checks: Sequence[PictureCheck]) -> list[VideoRow]:
-    """Takes the frames of videos with wrong pictures out of an archive; the rows that are to be indexed again.
+    """Takes videos with wrong pictures out of an archive; returns their rows, to index them again.
 
     Raises:
         ArchiveError: the archive cannot be written.
@@ -87,7 +84,7 @@ def _check(archive: Archive, row: VideoRow) -> PictureCheck:
             refs = [waiting.pop(ticks) for ticks in shown if ticks in waiting]
             for ref, stored in zip(refs, read_thumbnails(archive.frames_uri, refs), strict=True):
                 if not stored:
-                    raise VideoProblem(Reason.UNKNOWN, "no small pictures are kept with its frames (--no-thumbnails)")
+                    raise VideoProblem(Reason.UNKNOWN, "its frames have no thumbnails (--no-thumbnails)")
                 if not _is_same(stored, shown[ref.ticks]):
                     wrong.append(ref.time_seconds)
         wrong += [ref.time_seconds for ref in waiting.values()]  # the file shows no frame at these times
@@ -98,10 +95,10 @@ def _check(archive: Archive, row: VideoRow) -> PictureCheck:
 
 
 def _thumbnails_shown(row: VideoRow) -> Iterator[dict[int, bytes]]:
-    """JPEG files by ticks, some at a time, of the frames that the video's settings choose.
+    """Thumbnails by ticks, in batches, of the frames that the video's settings choose.
 
     Raises:
-        VideoProblem: the file is gone or changed, or cannot be read on.
+        VideoProblem: the file is gone or changed, or cannot be read to its end.
     """
     check_still_there(row)
     sampling = Sampling.from_text(row.sampling)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli.empty_filter import why_nothing
+from pipeline.cli.models import hint_of
 from pipeline.cli.options import (
     archive_option,
     archive_uri,
@@ -23,6 +25,11 @@ from pipeline.cli.options import (
     unfinished_json,
     write_sheet,
 )
+from pipeline.cli.print import note, print_json, print_moments
+from pipeline.results.json_values import moment_json
+from pipeline.results.text import counted
+from storage.errors import UsageError
+from storage.files import source_text
 
 if TYPE_CHECKING:
     from pipeline.ask.answer import Asked, Asker
@@ -32,61 +39,64 @@ if TYPE_CHECKING:
     from workers.llm.model_options import ModelOptions
     from workers.models.bundle import Bundle
 
-# How `ask` and `chat` answer.
+# The options of `ask` and `chat` that say how to answer.
 ask_options = grouped(
     click.option(
         "--frames",
         type=click.IntRange(1, 100_000),
-        default=None,
-        help="Show the model at most so many frames; 32. A chosen range of no more is shown whole, without a search.",
+        show_default="32",
+        help="Maximum number of frames that the model is shown. If the chosen part of the archive has no more frames, "
+        "all are shown without a search.",
     ),
     click.option(
         "--fuse",
         type=click.Choice(["exact", "patches", "tokens"]),
-        default=None,
-        help="What the question is fused with: the frames' patches decoded again, the stored patch rows, or the "
-        "compressed tokens alone. Without it the best at hand; with --all the best that is stored.",
+        show_default="the best available, with --all the best stored",
+        help="What the question is fused with: the frames' patches, decoded again; the stored patch rows; or only the "
+        "compressed tokens.",
     ),
     click.option(
         "--max-tokens",
         type=click.IntRange(1, 4096),
         default=128,
         show_default=True,
-        help="Length of the answer at most.",
+        help="Maximum length of the answer in tokens.",
     ),
-    click.option("--max-words", type=click.IntRange(1), metavar="N", help="The same in words."),
+    click.option("--max-words", type=click.IntRange(1), metavar="N", help="Maximum length of the answer in words."),
     click.option(
         "--temperature",
         type=click.FloatRange(0, 10),
         default=0.0,
         show_default=True,
-        help="Above 0, draw the answer, the more freely the greater; 0 gives the likeliest.",
+        help="0 gives the most likely answer. Above 0, each token is drawn at random; higher values vary more.",
     ),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the random draws."
+    ),
     click.option(
         "--quantize",
         type=click.Choice(["8bit", "4bit"]),
-        default=None,
-        help="Keep the LLM's matrices in 8 or 4 bits (bitsandbytes): a half or a quarter of the memory; as they are.",
+        show_default="as they are",
+        help="Keep the LLM's matrices in 8 or 4 bits (bitsandbytes), in a half or a quarter of the memory.",
     ),
     click.option(
         "--engine",
         type=click.Choice(["transformers", "vllm"]),
         default="transformers",
         show_default=True,
-        help="What runs the LLM; vLLM (extra vllm) for a GPU that answers many questions.",
+        help="Library that runs the LLM. vLLM (extra `vllm`) is for a GPU that answers many questions.",
     ),
     click.option(
         "--address",
         metavar="ADDRESS",
-        default=None,
-        help="Answer on this running Ray cluster: the model is loaded and videos are read there; without it, here.",
+        show_default="this machine",
+        help="A running Ray cluster that loads the model, reads the videos and answers.",
     ),
 )
 
 
 def asked_of(options: Mapping[str, Any]) -> Asked:
-    """How a question is to be answered, by the options of `ask_options` and those of `ask` alone."""
+    """The settings of an answer, from `ask_options` and the options that only `ask` has."""
     from pipeline.ask.answer import Asked, Over
     from pipeline.ask.search import FRAMES_SHOWN
     from workers.llm.model_options import SamplingParams
@@ -104,10 +114,12 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
 
 
 def checked_model(archive: Archive, options: Mapping[str, Any]) -> tuple[ModelOptions, Bundle | None]:
-    """How the model is to be held, and which it is, None where it lies on a cluster.
+    """The settings of the model, and the model; None for a model on a cluster.
+
+    This runs before Ray and torch are imported, which takes many seconds.
 
     Raises:
-        UsageError: what can be told to be wrong with them before Ray and torch are imported, which takes many seconds.
+        UsageError: there is no such model or cluster, or a library is missing.
     """
     from workers.llm.model_options import ModelOptions
 
@@ -127,20 +139,17 @@ def checked_model(archive: Archive, options: Mapping[str, Any]) -> tuple[ModelOp
 def asker_of(
     archive: Archive, options: Mapping[str, Any], how: ModelOptions, bundle: Bundle | None, keeps: bool
 ) -> tuple[Asker | RemoteAsker, Bundle]:
-    """What answers, and the archive's model; how and bundle are of `checked_model`.
+    """The asker, here or on a cluster, and the archive's model.
 
     Args:
-        archive: what is asked.
-        options: of the command.
-        how, bundle: the model.
-        keeps: for further questions what is computed for one.
+        how, bundle: the result of `checked_model`.
+        keeps: whether to keep what is computed for a question, for the next ones.
     """
     from pipeline.ask.answer import CACHE_BYTES, Asker
 
     cache_bytes = CACHE_BYTES if keeps else 0
     if bundle is not None:
         return Asker(archive, bundle, how, cache_bytes), bundle
-    from pipeline.cli.print import note
     from pipeline.cluster.remote import RemoteAsker
 
     model, tower = options["model"], options["tower"]
@@ -153,16 +162,16 @@ def asker_of(
 @archive_option
 @filter_options
 @click.option(
-    "--all", "take_all", is_flag=True, help="Take every frame of the chosen range, however many, instead of searching."
+    "--all", "take_all", is_flag=True, help="Show the model every frame of the chosen part, without a search."
 )
 @click.option(
     "--over",
     type=click.Choice(["retrieve", "stride", "windows"]),
-    default=None,
-    help="Of more frames than the model's context holds, show the best, or every so manyth, or ask of each stretch "
-    "that fits and then of the answers.",
+    show_default="refuse",
+    help="What to do if the model's context cannot hold all frames: show the best ones, or evenly spaced ones, or ask "
+    "about one window of frames after another and then about these answers.",
 )
-@click.option("--anyway", is_flag=True, help="Answer from the best frames even where none fits the question.")
+@click.option("--anyway", is_flag=True, help="Answer from the best frames even if none fits the question.")
 @ask_options
 @sheet_option
 @model_option
@@ -171,7 +180,7 @@ def asker_of(
 def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     """Answer a question from the frames that fit it best, and cite their moments.
 
-    What a filter leaves, as --video or --from and --to, is shown to the model whole, in order, where --frames allows.
+    If --video, --from, --to or another filter chooses no more than --frames frames, all of them are shown to the model.
 
     \b
     vidx ask "When does the white van leave?"
@@ -179,18 +188,13 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     vidx ask "What happens?" --video bottles.mp4 --all --fuse tokens --json
     vidx ask "Is there ever a dog?" --all --over windows
 
-    Exit code 4: nothing found to answer from.
+    Exit code 4: no frame fits the question.
     """
     from pipeline.ask.query import check_text
-    from pipeline.cli.empty_filter import why_nothing
-    from pipeline.cli.models import hint_of
-    from pipeline.cli.print import note, print_json, print_moments
-    from pipeline.results.text import counted
     from storage.archive.archive import open_archive
-    from storage.errors import UsageError
 
     if options["take_all"] and options["frames"] is not None:
-        raise UsageError("--all takes every frame, --frames only so many: leave one of them out")
+        raise UsageError("--all --frames: --all takes every frame; leave out one of them")
     check_sheet(options)
     check_text("question", question)
     archive = open_archive(archive_uri(archive_dir))
@@ -218,8 +222,8 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
         click.echo(f"from {counted(answer.frame_count, 'frame')}, fused with {answer.fuse}")
     if answer is None:
         note(
-            "not found in this archive: no frame fits the question; --anyway answers from the best ones, --all from "
-            "every frame of --video, --from/--to and the other filters"
+            "not found in this archive: no frame fits the question; --anyway answers from the best frames, --all from "
+            "all frames that --video, --from, --to and the other filters choose"
         )
         sys.exit(4)
     write_sheet(options, question, archive, answer.moments)
@@ -230,17 +234,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
 
 
 def answer_json(question: str, answer: Answer | None, model_id: str, bundle: Bundle | None) -> dict[str, Any]:
-    """The JSON that `ask` and `chat` print of an answer.
-
-    Args:
-        question: as it was asked.
-        answer: None where nothing was found.
-        model_id: of the archive's model.
-        bundle: the model; None where no answer was asked of it.
-    """
-    from pipeline.cli.models import hint_of
-    from pipeline.results.json_values import moment_json
-    from storage.files import source_text
+    """The JSON of `ask` and `chat`; the answer is None if nothing was found, the bundle if no model was asked."""
     from storage.records import Answer
 
     told = answer or Answer(question, text="", moments=(), fuse="", fuse_note="", frame_count=0, video_bytes_read=0)

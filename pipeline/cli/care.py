@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli.options import archive_option, archive_uri, json_option
+from pipeline.cli.print import note, print_json, print_table, show_count
+from pipeline.results.text import counted, size
+from pipeline.times import clock
+from storage.files import source_text
 
 if TYPE_CHECKING:
     from pipeline.care.check_pictures import PictureCheck
     from storage.care.verify import Fault
     from storage.records import VideoRow
 
-
-PICTURES = "Also compare the pictures of videos that decord decoded with what PyAV shows at their times."
+PICTURES = "For videos that decord decoded, also compare the stored pictures with those that PyAV decodes."
 
 
 @click.command()
@@ -26,52 +29,49 @@ PICTURES = "Also compare the pictures of videos that decord decoded with what Py
 def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
     """Read a whole archive and check that it holds what was written.
 
-    Checks every byte of frames, rows and index against the checksum of its file, the tables against each other and the
-    index against the stored keys, and names each file that is damaged, with the videos whose frames it holds. The logs
-    of the tables have no checksums: they are read, and compared with the files that they name.
+    Every byte of the frames, the rows and the index is checked against the checksum of its file. The tables are
+    compared with each other, and the index with the stored keys. The logs of the tables have no checksums; they are
+    read, and compared with the files that they name. Each damaged file is listed, with the videos whose frames it
+    holds.
 
-    --pictures opens the videos again. Of archives made before PyAV became the decoder, some videos hold wrong pictures:
-    `vidx sql "SELECT source FROM videos WHERE decoder = 'decord'"` lists those that may.
+    --pictures opens the videos again. Archives from before PyAV was the default decoder can hold wrong pictures;
+    `vidx sql "SELECT source FROM videos WHERE decoder = 'decord'"` lists the videos in question.
 
     \b
     vidx verify
     vidx verify --pictures
     vidx verify --archive /data/archive --json
 
-    Exit codes: 0 nothing is wrong, 5 something is, 3 the pictures of some videos cannot be compared.
+    Exit codes: 0 nothing is wrong, 5 something is wrong, 3 the pictures of some videos cannot be compared.
     """
-    from pipeline.cli.print import note, print_json
-    from pipeline.results.text import counted, size
     from storage.archive.archive import open_archive
     from storage.care.verify import BEYOND_REPAIR
     from storage.care.verify import verify as verify_archive
-    from storage.files import source_text
 
-    found = verify_archive(archive_uri(archive_dir), _report)
+    found = verify_archive(archive_uri(archive_dir), show_count)
     checks: list[PictureCheck] = []
     if pictures and not found.faults:
         from pipeline.care.check_pictures import check_pictures
 
-        checks = check_pictures(open_archive(archive_uri(archive_dir)), _report)
+        checks = check_pictures(open_archive(archive_uri(archive_dir)), show_count)
     unchecked = [(check.row, check.problem) for check in checks if check.problem is not None]
     if pictures and found.faults:
-        note("pictures were not compared: mend what is damaged first")
+        note("pictures were not compared: repair the damaged files first")
     if as_json:
-        counts = {"files": found.files, "size_bytes": found.size_bytes, "frames": found.frames}
-        faults = [_fault_json(fault) for fault in found.faults]
-        wrong = [_pictures_json(check) for check in checks]
         print_json(
             {
                 "ok": not found.faults and not any(check.wrong or check.problem for check in checks),
-                **counts,
-                "faults": faults,
-                **({"pictures": wrong} if pictures else {}),
+                "files": found.files,
+                "size_bytes": found.size_bytes,
+                "frames": found.frames,
+                "faults": [_fault_json(fault) for fault in found.faults],
+                **({"pictures": [_pictures_json(check) for check in checks]} if pictures else {}),
             }
         )
     elif found.faults:
         _print_faults(found.faults)
         mendable = all(fault.is_mendable for fault in found.faults)
-        advice = "`vidx repair` takes out what is damaged and indexes it again" if mendable else BEYOND_REPAIR
+        advice = "`vidx repair` takes out damaged frames and indexes them again" if mendable else BEYOND_REPAIR
         click.echo(f"{counted(len(found.faults), 'fault')}; {advice}")
     else:
         files, frames = counted(found.files, "file"), counted(found.frames, "frame")
@@ -87,28 +87,27 @@ def verify(archive_dir: str, pictures: bool, as_json: bool) -> None:
 
 @click.command()
 @archive_option
-@click.option("--no-index", is_flag=True, help="Take out what is damaged, and do not index it again.")
-@click.option("--pictures", is_flag=True, help=PICTURES + " Videos with wrong ones are indexed again.")
+@click.option("--no-index", is_flag=True, help="Take out damaged frames, and do not index them again.")
+@click.option("--pictures", is_flag=True, help=PICTURES + " Videos with wrong pictures are indexed again.")
 @json_option
 def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> None:
     """Take damaged frames out of an archive and index their videos again.
 
-    What is whole stays as it is; the index is built anew. Where a video cannot be indexed again, as its file is out of
-    reach, damaged files of it stay as long as the rest in them can be read: repair again once it is back. Where they
-    cannot, it stays partial, or failed where nothing of it is left, and the next `vidx index` of it completes it.
+    Undamaged frames stay as they are, and the search index is built again.
+
+    A video whose file is gone cannot be indexed again. If its damaged files can still be read in part, they stay; run
+    repair again when the video is back. Otherwise the video becomes partial, or failed if nothing of it is left, and
+    `vidx index` completes it when it is back.
 
     \b
     vidx repair
     vidx repair --no-index --json
 
-    Exit codes: 0 the archive is whole, 3 some videos could not be completed, 5 it cannot be repaired.
+    Exit codes: 0 the archive is undamaged, 3 some videos could not be completed, 5 the archive cannot be repaired.
     """
-    from pipeline.cli.print import note, print_json
     from pipeline.index.job import index_again, why_not_again
-    from pipeline.results.text import counted
     from storage.archive.archive import open_archive
     from storage.care.repair import repair as repair_archive
-    from storage.files import source_text
 
     uri = archive_uri(archive_dir)
     done = repair_archive(uri) if no_index else repair_archive(uri, why_not_again)
@@ -121,7 +120,7 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
     if pictures and not done.left:
         from pipeline.care.check_pictures import check_pictures, drop_wrong_videos
 
-        checks = check_pictures(open_archive(uri), _report)
+        checks = check_pictures(open_archive(uri), show_count)
         to_index += drop_wrong_videos(open_archive(uri, write=True), checks)
         if not as_json:
             _print_pictures(checks)
@@ -148,18 +147,18 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
         if not no_index:
             for row in incomplete:
                 why = row.known_problem
-                mend = "; once that is mended, `vidx index` on it completes it" if why.reason.is_temporary else ""
-                note(f"{source_text(row.uri)}: not whole: {why.reason}: {why.detail}{mend}")
+                mend = "; when that is solved, `vidx index` completes the video" if why.reason.is_temporary else ""
+                note(f"{source_text(row.uri)}: not complete: {why.reason}: {why.detail}{mend}")
         for row in done.spared:
             why = row.known_problem
             note(
-                f"{source_text(row.uri)}: damaged files of it stay, as it cannot be indexed again: {why.reason}: "
-                f"{why.detail}; once that is mended, `vidx repair` completes it"
+                f"{source_text(row.uri)}: its damaged files stay, because it cannot be indexed again: {why.reason}: "
+                f"{why.detail}; when that is solved, `vidx repair` completes the video"
             )
-        ends = f"{counted(whole, 'video')} whole again, {not_whole} not"
+        ends = f"{counted(whole, 'video')} complete again, {not_whole} not"
         click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
         if done.left:
-            click.echo(f"{counted(len(done.left), 'fault')}, listed last, cannot be repaired")
+            click.echo(f"the last {counted(len(done.left), 'fault')} in the list cannot be repaired")
     sys.exit(5 if done.left else 3 if incomplete or done.spared or done.rows_lost else 0)
 
 
@@ -171,21 +170,19 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
     default=168.0,
     show_default=True,
     metavar="HOURS",
-    help="Leave alone what is younger; a job that was killed goes on from it.",
+    help="Keep younger files; a killed job continues from them.",
 )
 @json_option
 def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
-    """Remove what an archive shows no more: files that killed jobs left, and frames that were replaced.
+    """Remove files that an archive does not need any more: those of killed jobs, and frames that were replaced.
 
-    Frames that a killed job has committed are shown by the job that goes on from them; clean with an age that leaves
-    them for it.
+    A killed job leaves committed frames that the next job of these videos uses. Choose --older-than so that they stay
+    until then.
 
     \b
     vidx clean
     vidx clean --older-than 24
     """
-    from pipeline.cli.print import print_json
-    from pipeline.results.text import counted
     from storage.archive.archive import open_archive
     from storage.care.clean import clean as clean_archive
 
@@ -194,7 +191,7 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
         print_json({"files_removed": cleaned.files, "frames_removed": cleaned.frames})
     else:
         files, frames = counted(cleaned.files, "file"), counted(cleaned.frames, "frame")
-        click.echo(f"{files} removed, {frames} that no video shows")
+        click.echo(f"{files} and {frames} removed")
 
 
 @click.command()
@@ -205,28 +202,26 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
     default=128,
     show_default=True,
     metavar="MIB",
-    help="How large files of frames may become; larger ones are left as they are.",
+    help="Maximum size of a joined file. Larger files stay as they are.",
 )
 @json_option
 def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
-    """Join the small files of each video into larger ones, while the archive is searched and added to.
+    """Join the small files of each video into larger ones.
 
-    Frames stay the same; where a moment begins or ends may shift by a frame. The old files stay for those who read them
-    at this moment; `vidx clean` removes them when they are a week old. It may be stopped at any time, and goes on where
-    it was.
+    The archive can be searched and added to meanwhile. The frames stay the same; a moment may begin or end one frame
+    earlier or later. The old files stay for processes that still read them; `vidx clean` removes them when they are a
+    week old. The command may be stopped at any time; the next run continues.
 
     \b
     vidx compact
     vidx compact --target-mib 512 --json
 
-    Exit code 5: some files are damaged, and their videos were left as they are; `vidx repair` mends them.
+    Exit code 5: some files are damaged. Their videos stay as they are; `vidx repair` repairs them.
     """
-    from pipeline.cli.print import note, print_json
-    from pipeline.results.text import counted
     from storage.archive.archive import open_archive
     from storage.care.compact import compact as compact_archive
 
-    done = compact_archive(open_archive(archive_uri(archive_dir), write=True), target_mib << 20, _report)
+    done = compact_archive(open_archive(archive_uri(archive_dir), write=True), target_mib << 20, show_count)
     if as_json:
         counts = {"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written}
         print_json({**counts, "problems": list(done.problems)})
@@ -239,14 +234,7 @@ def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
     sys.exit(5 if done.problems else 0)
 
 
-def _report(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\r{done}/{total} files", err=True, nl=done == total)
-
-
 def _problem_json(row: VideoRow) -> dict:
-    from storage.files import source_text
-
     problem = row.known_problem
     return {"source": source_text(row.uri), "reason": str(problem.reason), "detail": problem.detail}
 
@@ -256,8 +244,6 @@ def _fault_json(fault: Fault) -> dict:
 
 
 def _pictures_json(check: PictureCheck) -> dict:
-    from storage.files import source_text
-
     return {
         "source": source_text(check.row.uri),
         "checked": check.checked,
@@ -268,11 +254,6 @@ def _pictures_json(check: PictureCheck) -> dict:
 
 
 def _print_pictures(checks: Sequence[PictureCheck]) -> None:
-    from pipeline.cli.print import print_table
-    from pipeline.results.text import counted
-    from pipeline.times import clock
-    from storage.files import source_text
-
     rows = [
         (source_text(check.row.uri), f"{check.wrong} of {check.checked}", clock(check.first_wrong_seconds))
         for check in checks
@@ -282,14 +263,12 @@ def _print_pictures(checks: Sequence[PictureCheck]) -> None:
         print_table(("video", "wrong pictures", "from"), rows, right=("wrong pictures", "from"))
     elif checks:
         frames = counted(sum(check.checked for check in checks), "picture")
-        click.echo(f"{frames} of {counted(len(checks), 'video')} that decord decoded: none is wrong")
+        click.echo(f"{frames} of {counted(len(checks), 'video')} that decord decoded: all are right")
     else:
-        click.echo("no video was decoded by decord, so no picture was compared")
+        click.echo("no picture was compared: decord decoded no video of this archive")
 
 
 def _print_faults(faults: Sequence[Fault]) -> None:
-    from pipeline.cli.print import print_table
-
     if faults:
         rows = [(fault.path, fault.detail, ", ".join(fault.sources)) for fault in faults]
         print_table(("file", "fault", "frames of"), rows)

@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.ask import answer_json, ask_options, asked_of, asker_of, checked_model
+from pipeline.cli.empty_filter import why_nothing
+from pipeline.cli.models import hint_of
 from pipeline.cli.options import (
     archive_option,
     archive_uri,
+    check_sheet,
     filter_of,
     filter_options,
     json_option,
     model_option,
     model_options,
     tell_unfinished,
+    write_sheet,
 )
+from pipeline.cli.print import json_text, note, print_moments
+from pipeline.results.json_values import moment_json
+from pipeline.results.text import counted, printable
+from pipeline.times import clock
+from storage.errors import DamagedError, UsageError
+from storage.files import source_text
 
 if TYPE_CHECKING:
     from pipeline.ask.chat import Conversation
@@ -29,11 +39,11 @@ if TYPE_CHECKING:
     from workers.models.bundle import Bundle
 
 HELP = """\
-/video VIDEO   ask about one video; /video alone: about all
-/time FROM TO  ask about these positions of it; /time alone: about all of it
-/sources       the moments that the last answer rests on; /sources FILE.html: with pictures, as a page
-/reset         forget what was said
-/quit          end; so does the end of the input"""
+/video VIDEO   ask about one video; /video alone: about all videos
+/time FROM TO  ask about a range of positions; /time alone: about whole videos
+/sources       list the moments of the last answer; /sources FILE.html writes them as a page with pictures
+/reset         forget the conversation
+/quit          end the conversation; the end of the input does this too"""
 
 COMMANDS = ("/video", "/time", "/sources", "/reset", "/quit", "/exit", "/help")
 
@@ -46,11 +56,12 @@ COMMANDS = ("/video", "/time", "/sources", "/reset", "/quit", "/exit", "/help")
 @model_options
 @json_option
 def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
-    """Ask one question after another; the model stays loaded, and sees what was said before.
+    """Ask one question after another. The model stays loaded and sees the earlier questions and answers.
 
-    A question is answered from the moments that fit it best. What comes after it is about the same moments until it
-    finds others. Ctrl-C stops an answer; /help lists the commands. Questions may come from a file or a pipe, one a
-    line; --json gives a line of JSON for each answer.
+    The first question is answered from the moments that fit it best. Later questions are about the same moments until
+    one fits other moments better. Ctrl-C stops an answer. /help lists the commands.
+
+    Questions can come from a file or a pipe, one per line. --json prints one line of JSON per answer.
 
     \b
     vidx chat
@@ -59,14 +70,11 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     """
     from io import TextIOWrapper
 
-    from pipeline.cli.print import note
-    from pipeline.results.text import counted
     from storage.archive.archive import open_archive
-    from storage.errors import DamagedError, UsageError
 
     signal.signal(signal.SIGTERM, _end)
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no text is refused by its line
+        sys.stdin.reconfigure(errors="surrogateescape")  # only a line that is no text is refused
     archive = open_archive(archive_uri(archive_dir))
     within = filter_of(archive, options)
     tell_unfinished(archive, within)
@@ -78,7 +86,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     if sys.stdin.isatty():
         note(f"{counted(archive.videos.frame_count(), 'frame')}, model {bundle.name}; /help lists the commands")
         if not bundle.card.takes_history:
-            note(f"{bundle.name} was trained on single questions: it does not see those before")
+            note(f"{bundle.name} was trained on single questions: it does not see earlier ones")
     code = 0
     for line in _lines():
         try:
@@ -86,7 +94,7 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
                 break
         except UsageError as error:
             note(str(error))
-        except DamagedError as error:  # which another question may not meet
+        except DamagedError as error:  # another question may not need the damaged file
             note(f"{error}{error.advice}")
             code = error.exit_code
         except KeyboardInterrupt:
@@ -99,17 +107,17 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
 
 
 def _end(*_: object) -> None:
-    """A SIGTERM ends a conversation, where Ctrl-C stops an answer alone."""
+    """Ends the conversation on SIGTERM; Ctrl-C only stops an answer."""
     sys.exit(128 + signal.SIGTERM)
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, with the terminal's editing, or else the lines of the standard input."""
+    """The lines that are typed on a terminal, or those of standard input."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - makes input() edit and remember
+        import readline  # noqa: F401  (gives input() editing and a history)
     while True:
         try:
             yield input("> ")
@@ -121,7 +129,7 @@ def _lines() -> Iterator[str]:
 
 
 class _Turns:
-    """Carries out what is typed."""
+    """Answers questions and carries out commands."""
 
     def __init__(self, archive: Archive, bundle: Bundle, talk: Conversation, options: dict[str, Any], as_json: bool):
         self._archive = archive
@@ -131,9 +139,8 @@ class _Turns:
         self._as_json = as_json
 
     def take(self, line: str) -> bool:
-        """One line; False ends the conversation."""
+        """Handles one line; False ends the conversation."""
         from pipeline.cli.main import did_you_mean
-        from storage.errors import UsageError
 
         command, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -158,14 +165,10 @@ class _Turns:
         elif command == "/sources":
             self._sources(rest)
         else:
-            raise UsageError(f"{command}: no such command{did_you_mean(command, COMMANDS)}; /help lists them")
+            raise UsageError(f"{command}: no such command{did_you_mean(command, COMMANDS)}; /help lists all")
         return True
 
     def _narrow(self, **changes: str | None) -> None:
-        from pipeline.cli.empty_filter import why_nothing
-        from pipeline.cli.print import note
-        from pipeline.results.text import counted
-
         options = self._options | changes
         self._talk.narrow(filter_of(self._archive, options))
         tell_unfinished(self._archive, self._talk.within)
@@ -177,9 +180,6 @@ class _Turns:
             note(f"nothing there: {why_nothing(self._archive, self._talk.within)}; choose another /video or /time")
 
     def _ask(self, question: str) -> None:
-        from pipeline.cli.empty_filter import why_nothing
-        from pipeline.cli.print import json_line, note
-
         def stream(text: str) -> None:
             if not self._as_json:
                 click.echo(text, nl=False)
@@ -189,25 +189,19 @@ class _Turns:
             click.echo(f"> {question}")
         answer = self._talk.ask(question, stream, note)
         if self._as_json:
-            click.echo(json_line(answer_json(question, answer, self._bundle.model_id, self._bundle)))
+            click.echo(json_text(answer_json(question, answer, self._bundle.model_id, self._bundle)))
         elif answer is None and not self._talk.within.rows(self._archive):
             note(f"nothing found: {why_nothing(self._archive, self._talk.within)}")
         elif answer is None:
-            note("not found in this archive: no frame fits the question; /video and /time say what it is about")
+            note("not found in this archive: no frame fits the question; choose a part of it with /video and /time")
         else:
             click.echo()
             self._cite(answer)
 
     def _cite(self, answer: Answer) -> None:
-        from pipeline.cli.models import hint_of
-        from pipeline.cli.print import note
-        from pipeline.results.text import counted, printable
-        from pipeline.times import clock
-        from storage.files import source_text
-
         first, others = answer.moments[0], len(answer.moments) - 1
         place = f"{source_text(first.uri).rsplit('/', 1)[-1]} {clock(first.start_seconds)}-{clock(first.end_seconds)}"
-        more = f" and {counted(others, 'more moment')}, /sources lists them" if others else ""
+        more = f" and {counted(others, 'more moment')}; /sources lists them" if others else ""
         note(f"[{printable(place)}{more}; {counted(answer.frame_count, 'frame')}, {answer.fuse}]")
         if answer.fuse_note:
             note(answer.fuse_note)
@@ -215,20 +209,14 @@ class _Turns:
             note(hint)
 
     def _sources(self, file: str) -> None:
-        from pipeline.cli.print import json_line, note, print_moments
-        from pipeline.results.json_values import moment_json
-
         answer = self._talk.last
         if answer is None:
-            note("nothing has been answered yet")
+            note("there is no answer yet")
         elif file:
-            from pipeline.results.contact_sheet import SUFFIXES, write_contact_sheet
-            from pipeline.results.output import check_output
-
-            check_output(file, SUFFIXES)
-            write_contact_sheet(file, answer.question, self._archive, answer.moments)
-            note(f"contact sheet: {file}")
+            options = {"show": False, "contact_sheet": file}
+            check_sheet(options)
+            write_sheet(options, answer.question, self._archive, answer.moments)
         elif self._as_json:
-            click.echo(json_line({"moments": [moment_json(moment) for moment in answer.moments]}))
+            click.echo(json_text({"moments": [moment_json(moment) for moment in answer.moments]}))
         else:
             print_moments(answer.moments)

@@ -6,7 +6,7 @@ import click
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script by which a shell completes vidx's commands, options and files.
+    """Print a script that lets a shell complete the commands, options and files of vidx.
 
     \b
     eval "$(vidx completion bash)"                                  in ~/.bashrc

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli.empty_filter import why_no_video
 from pipeline.cli.options import archive_option, archive_uri, complete_files, json_option, parse_tags, tag_option
+from pipeline.cli.print import note, print_json, print_table
+from pipeline.results.json_values import source_json
+from pipeline.results.text import counted, minute
+from storage.errors import UsageError
+from storage.files import source_text
 
 if TYPE_CHECKING:
     from storage.archive.archive import Archive
@@ -27,10 +33,10 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="List what would b
 @archive_option
 @tag_option
 @click.option(
-    "--where", metavar="SQL", default="", help="Only videos of which this condition on columns of `videos` is true."
+    "--where", metavar="SQL", default="", help="Only videos for which this condition on columns of `videos` is true."
 )
 @dry_run_option
-@click.option("--yes", is_flag=True, help="Do not ask, on a terminal, before --tag or --where delete.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @json_option
 def delete(
     videos: tuple[str, ...],
@@ -41,35 +47,43 @@ def delete(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Take videos out of an archive: no query finds them any more, from this moment on.
+    """Take videos out of an archive, so that no query finds them any more.
 
     VIDEO is a path, a URI, a file name, or six or more digits of an id. Without it, --tag and --where choose the
-    videos; on a terminal, vidx then asks before it deletes. The next `vidx index` leaves deleted content out, but for
-    --restore-deleted. The video files themselves are not touched. `vidx clean --older-than 0` removes the frames from
-    the disk; until they are cleaned, --restore-deleted brings them back without decoding.
+    videos, and vidx asks for confirmation if it runs on a terminal.
+
+    The video files are not touched. Later runs of `vidx index` skip deleted videos, unless --restore-deleted is given.
+    `vidx clean --older-than 0` removes the frames from the disk. Until then, --restore-deleted restores them without
+    decoding.
 
     \b
     vidx delete party.mp4
     vidx delete 1f0c22 /videos/door.mkv && vidx clean --older-than 0
     vidx delete --tag camera=north --where "captured_at < '2024-05-01'" --dry-run
     """
+    from pipeline.ask.filter import Filter
     from storage.archive.archive import open_archive
-    from storage.errors import UsageError
 
     is_chosen = bool(tags or where)
     if bool(videos) == is_chosen:
-        given = "VIDEO with --tag or --where" if videos else "nothing"
-        raise UsageError(f"{given}: name videos, or choose them by --tag, --where or both")
+        given = "VIDEO with --tag or --where" if videos else "no VIDEO"
+        raise UsageError(f"{given}: give either videos, or --tag, --where or both")
     archive = open_archive(archive_uri(archive_dir))
     if videos:
         rows = list({row.uri: row for row in map(archive.videos.find, videos)}.values())  # before any is deleted
     else:
         rows = _chosen(archive, tags, where)
     if is_chosen and not rows:
-        _tell_why_none(archive, tags, where)
+        note(why_no_video(archive, Filter(tags=parse_tags(tags), where=where)))
     if is_chosen and rows and not (dry_run or yes) and sys.stdin.isatty() and sys.stderr.isatty():
         _ask(rows)
-    _delete(archive, rows, dry_run, as_json)
+    done = rows if dry_run else archive.videos.delete(rows)
+    if as_json:
+        print_json(_summary(done, dry_run, [_json(row) for row in done]))
+        return
+    if done:
+        print_table(("video", "frames", "source"), _cells(done), right=("frames",))
+    _tell(done, dry_run)
 
 
 def _chosen(archive: Archive, tags: Sequence[str], where: str) -> list[VideoRow]:
@@ -78,49 +92,35 @@ def _chosen(archive: Archive, tags: Sequence[str], where: str) -> list[VideoRow]
     from storage.sql import select_videos
 
     rows = [row for row in Filter(tags=parse_tags(tags)).videos(archive) if row.status is not Status.DELETED]
-    if where:  # of videos alone: what is true of a few frames deletes no whole video
+    if where:  # not `frames`: a condition that is true for a few frames must not delete a video
         uris = select_videos(archive, where, of_frames=False)
         rows = [row for row in rows if row.uri in uris]
     return rows
 
 
-def _tell_why_none(archive: Archive, tags: Sequence[str], where: str) -> None:
-    from pipeline.ask.filter import Filter
-    from pipeline.cli.empty_filter import why_no_video
-    from pipeline.cli.print import note
-
-    note(why_no_video(archive, Filter(tags=parse_tags(tags), where=where)))
-
-
 def _ask(rows: Sequence[VideoRow]) -> None:
-    """Ends the command unless the user says yes."""
-    from pipeline.cli.print import print_table
-    from pipeline.results.text import counted
-
+    """Asks for confirmation; a "no" ends the command."""
     print_table(("video", "frames", "source"), _cells(rows), right=("frames",), err=True)
     frames = counted(sum(row.frame_count for row in rows), "frame")
     click.confirm(f"Delete {counted(len(rows), 'video')} with {frames}?", abort=True, err=True)
 
 
 @click.command()
-@click.option("--older-than", required=True, metavar="AGE", help="Such as 90d, 12h, 8w or 2y.")
+@click.option("--older-than", required=True, metavar="AGE", help="An age such as 90d, 12h, 8w or 2y.")
 @archive_option
 @dry_run_option
 @json_option
 def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> None:
-    """Take out the videos that were recorded longer ago than an age.
+    """Take out the videos that are older than an age, as `vidx delete` does.
 
-    A video's age counts from its capture time; where that is not known, from when its file was last changed; where that
-    is not known either, from when it was indexed. The list says which; with --dry-run it also names what stays. What is
-    taken out is as deleted as by `vidx delete`.
+    A video's age counts from its capture time. If that is unknown, it counts from the last change of the file; if that
+    is unknown too, from the time of indexing. The list says which. With --dry-run, it also shows the videos that stay.
 
     \b
     vidx expire --older-than 90d
     vidx expire --older-than 12h --dry-run
     """
-    from pipeline.cli.print import note, print_json
     from storage.archive.archive import open_archive
-    from storage.files import source_text
     from storage.records import Status
 
     now = datetime.now(UTC)
@@ -132,42 +132,39 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     kept = [row for row in rows if _key(row) in ages and ages[_key(row)].since >= oldest]
     done = expired if dry_run else archive.videos.delete(expired)
     if as_json:
-        more = {"videos_kept": [_json(row) | ages[_key(row)].json() for row in kept]} if dry_run else {}
-        print_json(_summary(done, dry_run, [_json(row) | ages[_key(row)].json() for row in done]) | more)
+        told, told_kept = ([_json(row) | ages[_key(row)].json() for row in rows] for rows in (done, kept))
+        print_json(_summary(done, dry_run, told) | ({"videos_kept": told_kept} if dry_run else {}))
     else:
         _print_ages({"deleted": done, "kept": kept if dry_run else []}, ages, dry_run)
         _tell(done, dry_run)
     for row in rows:
         if _key(row) not in ages:
-            note(f"{source_text(row.uri)} stays: nothing says how old it is")
+            note(f"{source_text(row.uri)} stays: its age is unknown")
 
 
 def _print_ages(rows: Mapping[str, Sequence[VideoRow]], ages: Mapping[str, _Age], dry_run: bool) -> None:
-    """Videos with their ages, the oldest first, by what happens to them."""
-    from pipeline.cli.print import print_table
-    from pipeline.results.text import minute
-
+    """Prints videos with their ages, grouped by what happens to them, the oldest first."""
     cells = []
     for fate, group in rows.items():
         for row in sorted(group, key=lambda row: ages[_key(row)].since):
             age, (video, frames, source) = ages[_key(row)], _cells([row])[0]
-            by = _AGE_SOURCES[age.source] + (" that the file gives" if age.is_by_file else "")
+            by = _AGE_SOURCES[age.source] + (" given by the file" if age.is_by_file else "")
             told = (video, frames, str(age), minute(age.since), by, source)
             cells.append((fate, *told) if dry_run else told)
-    columns = ("video", "frames", "age", "since (UTC)", "by the", "source")
+    columns = ("video", "frames", "age", "since (UTC)", "age counts from", "source")
     if cells:
         print_table(("would be", *columns) if dry_run else columns, cells, right=("frames", "age"))
 
 
 @dataclass(frozen=True)
 class _Age:
-    """How long ago a video was recorded, as far as is known.
+    """The age of a video.
 
     Attributes:
-        since: when.
-        source: the column that says so: captured_at, file_changed_at or indexed_at.
-        seconds: from then till now.
-        is_by_file: whether captured_at is what the file says of its own creation.
+        since: the time from which it counts.
+        source: where this time is from: captured_at, file_changed_at or indexed_at.
+        seconds: the age.
+        is_by_file: whether captured_at was read from the file.
     """
 
     since: datetime
@@ -176,7 +173,7 @@ class _Age:
     is_by_file: bool
 
     def json(self) -> dict[str, Any]:
-        """As --json tells it."""
+        """The keys of --json."""
         told = {"age_seconds": round(self.seconds), "age_from": self.source, "since": self.since}
         is_captured = self.source == "captured_at"
         return told | ({"captured_from": "file" if self.is_by_file else "manifest"} if is_captured else {})
@@ -194,7 +191,7 @@ _AGE_SOURCES = {
 
 
 def _key(row: VideoRow) -> str:
-    """What stays the same though the file moves."""
+    """What identifies a video, even if its file moves."""
     return row.video_id or row.uri
 
 
@@ -211,9 +208,7 @@ def _age_of(row: VideoRow, now: datetime) -> _Age | None:
 
 
 def _instant_before(text: str, now: datetime) -> datetime:
-    """Now less an age."""
-    from storage.errors import UsageError
-
+    """The time at which a video would have this age now."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdwy])", text.strip())
     try:
         if match:
@@ -223,40 +218,21 @@ def _instant_before(text: str, now: datetime) -> datetime:
     raise UsageError(f"--older-than {text}: not an age; give a number with h, d, w or y, e.g. 90d")
 
 
-def _delete(archive: Archive, rows: Sequence[VideoRow], dry_run: bool, as_json: bool) -> None:
-    """Deletes videos and tells which."""
-    from pipeline.cli.print import print_json, print_table
-
-    done = rows if dry_run else archive.videos.delete(rows)
-    if as_json:
-        print_json(_summary(done, dry_run, [_json(row) for row in done]))
-        return
-    if done:
-        print_table(("video", "frames", "source"), _cells(done), right=("frames",))
-    _tell(done, dry_run)
-
-
 def _summary(rows: Sequence[VideoRow], dry_run: bool, videos: list[dict[str, Any]]) -> dict[str, Any]:
     frames = sum(row.frame_count for row in rows)
     return {"dry_run": dry_run, "videos_deleted": len(rows), "frames_deleted": frames, "videos": videos}
 
 
 def _tell(rows: Sequence[VideoRow], dry_run: bool) -> None:
-    from pipeline.results.text import counted
-
     frames = counted(sum(row.frame_count for row in rows), "frame")
     click.echo(f"{counted(len(rows), 'video')} with {frames} {'would be deleted' if dry_run else 'deleted'}")
     if rows and not dry_run:
-        click.echo("their frames leave the disk with `vidx clean --older-than 0`")
+        click.echo("`vidx clean --older-than 0` removes their frames from the disk")
 
 
 def _json(row: VideoRow) -> dict[str, Any]:
-    from storage.files import source_text
-
-    return {"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri}
+    return {"video_id": row.video_id} | source_json(row.uri)
 
 
 def _cells(rows: Sequence[VideoRow]) -> list[tuple[str, int, str]]:
-    from storage.files import source_text
-
     return [((row.video_id or "")[:8], row.frame_count, source_text(row.uri)) for row in rows]

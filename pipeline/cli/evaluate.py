@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import archive_option, archive_uri, complete_files, json_option, model_option
+from pipeline.cli.options import (
+    archive_option,
+    archive_uri,
+    complete_files,
+    json_option,
+    min_score_option,
+    model_option,
+)
+from pipeline.cli.print import note, print_json, print_table, show_count
+from pipeline.results.text import counted
 
 if TYPE_CHECKING:
     from pipeline.evaluate.retrieval import Judged, Scores
@@ -15,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def evaluate() -> None:
-    """Measure how well an archive answers what is known.
+    """Measure how well search finds known moments.
 
     \b
     vidx evaluate retrieval QUERIES.csv
@@ -25,13 +33,8 @@ def evaluate() -> None:
 @evaluate.command()
 @click.argument("queries", metavar="FILE", shell_complete=complete_files)
 @archive_option
-@click.option("--within-video", is_flag=True, help="Search each text in its own video alone, not in the whole archive.")
-@click.option(
-    "--min-score",
-    type=click.FloatRange(-1, 1),
-    default=None,
-    help="Least score of a hit; without it what the model or the archive says.",
-)
+@click.option("--within-video", is_flag=True, help="Search each text only in its own video.")
+@min_score_option
 @model_option
 @json_option
 def retrieval(
@@ -43,16 +46,17 @@ def retrieval(
     tower: str | None,
     as_json: bool,
 ) -> None:
-    """Search for texts whose moments are known, and score what is found.
+    """Search for texts whose moments are known, and score the results.
 
-    FILE is CSV with the columns file, start_seconds, end_seconds and text, an empty file meaning that the archive shows
-    nothing of the kind; or annotations of QVHighlights (JSON lines) or Charades-STA (lines ID START END##text). Videos
-    are named by path, file name, or file name without its suffix. A text is one query, and wherever the file says it is
-    true is right; with --within-video it is one for each video that it is said of.
+    FILE is CSV with the columns file, start_seconds, end_seconds and text, or annotations of QVHighlights (JSON lines)
+    or Charades-STA (lines ID START END##text). In a CSV, an empty file says that the archive does not show the text.
+    Videos are named by path, or by file name with or without suffix.
 
-    R@k is the share of the texts of which one of the first k moments overlaps a true one by an IoU of at least that
-    much; MRR the mean of 1 / rank of the first such one (IoU 0.5), of ten; F1 that of telling what is there from what
-    is not.
+    Each text is one query, and all its moments are right answers. With --within-video, it is one query per video.
+
+    R@k is the share of the texts for which one of the first k moments overlaps a known one by at least this IoU. MRR is
+    the mean of 1 / rank of the first such moment among ten (IoU 0.5). F1 measures how well search tells what the
+    archive shows from what it does not show.
 
     \b
     vidx evaluate retrieval QUERIES.csv
@@ -61,7 +65,6 @@ def retrieval(
     from pipeline.ask.filter import Filter
     from pipeline.ask.query import Query, Term
     from pipeline.ask.search import Searcher, SearchLimits, bundle_of
-    from pipeline.cli.print import note, print_json
     from pipeline.evaluate.retrieval import DEPTH, judge, read_annotations, score
     from storage.archive.archive import open_archive
 
@@ -73,11 +76,10 @@ def retrieval(
     for number, one in enumerate(annotated, 1):
         found = searcher.search(Query((Term(one.text),)), Filter(video=one.video), SearchLimits(DEPTH, min_score))
         judged.append(judge(one, found.moments))
-        if sys.stderr.isatty():
-            click.echo(f"\r{number}/{len(annotated)} queries", err=True, nl=number == len(annotated))
+        show_count(number, len(annotated), "queries")
     scores = score(judged)
     if found.frames_pending:
-        note(f"{found.frames_pending} frames have no search keys, and count as not found")
+        note(f"{counted(found.frames_pending, 'frame')} of the archive cannot be found: they have no search keys")
     if as_json:
         print_json(
             {**_scores_json(scores), "floor": found.threshold.score, "queries": [_judged_json(one) for one in judged]}
@@ -98,8 +100,7 @@ def _judged_json(judged: Judged) -> dict[str, Any]:
 
 
 def _print_scores(scores: Scores, judged: list[Judged]) -> None:
-    from pipeline.cli.print import print_table
-    from pipeline.evaluate.retrieval import MRR_OVERLAP, OVERLAPS, RANKS
+    from pipeline.evaluate.retrieval import DEPTH, MRR_OVERLAP, OVERLAPS, RANKS
 
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.1f}"
@@ -108,9 +109,9 @@ def _print_scores(scores: Scores, judged: list[Judged]) -> None:
     print_table(("IoU", *(f"R@{rank}" for rank in RANKS)), rows, right=[f"R@{rank}" for rank in RANKS])
     if scores.there:
         mrr, f1 = f"{scores.reciprocal_rank:.3f}", f"{scores.found_f1:.3f}"
-        click.echo(f"MRR {mrr}, F1 of found {f1}; {scores.there} texts of what is there, {scores.found} of them found")
+        click.echo(f"MRR {mrr}, F1 of found {f1}; {scores.there} texts with moments, {scores.found} of them found")
     if scores.absent:
-        click.echo(f"{scores.absent} texts of what is not there, {scores.found_wrongly} of them found something")
+        click.echo(f"{scores.absent} texts without moments, {scores.found_wrongly} of them found something")
     missed = [one.text for one in judged if one.is_there and one.ranks[MRR_OVERLAP] is None]
     if missed:
-        print_table(("not among the first ten",), [(text,) for text in missed])
+        print_table((f"not among the first {DEPTH}",), [(text,) for text in missed])

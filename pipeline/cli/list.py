@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli.empty_filter import why_no_video
 from pipeline.cli.options import archive_option, archive_uri, filter_of, json_option, video_filter_options
+from pipeline.cli.print import note, print_csv, print_json, print_table
+from pipeline.results.text import minute
+from pipeline.times import clock
+from storage.errors import UsageError
+from storage.files import source_text
 
 if TYPE_CHECKING:
     from storage.records import VideoRow
@@ -23,14 +29,15 @@ STATUSES = ("indexing", "indexed", "partial", "failed", "deleted")
     "statuses",
     type=click.Choice(STATUSES),
     multiple=True,
-    help="Only videos of this status; of several, any. Without it all but the deleted.",
+    show_default="all but deleted",
+    help="Only videos with this status. It can be given several times.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table.")
 @json_option
 def list_videos(archive_dir: str, statuses: tuple[str, ...], as_csv: bool, as_json: bool, **options: Any) -> None:
-    """List the videos of an archive, one a line.
+    """List the videos of an archive, one per line.
 
-    Times of recording and of indexing are UTC. --json and --csv give more columns, and whole ids.
+    Times of recording and indexing are in UTC. --json and --csv give more columns, and full ids.
 
     \b
     vidx list
@@ -38,16 +45,13 @@ def list_videos(archive_dir: str, statuses: tuple[str, ...], as_csv: bool, as_js
     vidx list --status failed --status partial --json
     vidx list --where "duration_seconds > 3600" --csv
     """
-    from pipeline.cli.empty_filter import why_no_video
-    from pipeline.cli.print import note, print_csv, print_json
     from pipeline.results.listing import COLUMNS, listed
     from storage.archive.archive import open_archive
-    from storage.errors import UsageError
 
     if as_csv and as_json:
-        raise UsageError("--csv --json: choose one of them")
+        raise UsageError("--csv --json: choose one of the two")
     if options["where"] and "deleted" in statuses:
-        raise UsageError("--status deleted --where: SQL does not see deleted videos; leave out one of the two")
+        raise UsageError("--status deleted --where: SQL does not find deleted videos; leave out one of the two")
     archive = open_archive(archive_uri(archive_dir))
     wanted = statuses or tuple(status for status in STATUSES if status != "deleted")
     within = filter_of(archive, options)
@@ -63,11 +67,6 @@ def list_videos(archive_dir: str, statuses: tuple[str, ...], as_csv: bool, as_js
 
 
 def _print_videos(rows: Sequence[VideoRow]) -> None:
-    from pipeline.cli.print import print_table
-    from pipeline.results.text import minute
-    from pipeline.times import clock
-    from storage.files import source_text
-
     cells = [
         (
             (row.video_id or "")[:8],

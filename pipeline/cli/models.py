@@ -1,16 +1,27 @@
-"""`vidx models`, and what the other commands say of a model's limits."""
+"""`vidx models`, and the notes of other commands on what a model does not know."""
+
+from __future__ import annotations
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.options import archive_option, archive_uri, complete_folders, json_option
+from pipeline.cli.options import archive_option, archive_uri, json_option, tower_choice
+from pipeline.cli.print import note, print_json, print_table
+from pipeline.results.text import first_sentence, size
+from storage.errors import ArchiveError
 
-LINE_SECONDS = 5.0  # between two lines of progress
+if TYPE_CHECKING:
+    from storage.records import Answer, WindowAnswer
+    from workers.models.bundle import Bundle
+    from workers.models.fetch import Fetching
+
+LINE_SECONDS = 5.0  # between two progress lines
 ANOTHER = (
     "to use another model, index into another archive with --model DIR|HUB-ID, "
     "for instance ICTNLP/llava-mini-llama-3.1-8b"
@@ -19,20 +30,14 @@ ANOTHER = (
 
 @click.command()
 @archive_option
-@click.option("--fetch", metavar="ID", default=None, help="Download a model, or a CLIP, into the local hub cache.")
-@click.option(
-    "--tower",
-    metavar="ID|DIR",
-    default=None,
-    shell_complete=complete_folders,
-    help="The CLIP to take instead of the one that a model names.",
-)
+@click.option("--fetch", metavar="ID", help="Download a model or a CLIP into the local hub cache.")
+@tower_choice("The CLIP to use instead of the one that a model names.")
 @json_option
 def models(archive_dir: str, fetch: str | None, tower: str | None, as_json: bool) -> None:
-    """List the models at hand: built in, and published ones in the local hub cache.
+    """List the available models: the built-in ones, and published ones in the local hub cache.
 
-    The model that an existing archive was made with is marked. --fetch downloads one of the hub, and the CLIP that it
-    names; weights that are pickled are converted once, by a process that can open nothing else.
+    The model of the archive is marked. --fetch downloads a model from the hub, with the CLIP that it names. Pickled
+    weights are converted once, in a process that can open no other files.
 
     \b
     vidx models
@@ -42,15 +47,12 @@ def models(archive_dir: str, fetch: str | None, tower: str | None, as_json: bool
     if fetch is not None:
         _fetch(fetch, tower, as_json)
         return
-    from pipeline.cli.print import print_json, print_table
-    from pipeline.results.text import first_sentence
     from storage.archive.archive import archive_exists, open_archive
-    from storage.errors import ArchiveError
     from workers.models.bundle import list_bundles
 
     uri = archive_uri(archive_dir)
     used = None
-    with contextlib.suppress(ArchiveError):  # a damaged archive has nothing to say of models; others have
+    with contextlib.suppress(ArchiveError):  # a damaged archive does not stop the list
         used = open_archive(uri).model_id if archive_exists(uri) else None
     bundles = list_bundles(tower)
     if as_json:
@@ -60,15 +62,7 @@ def models(archive_dir: str, fetch: str | None, tower: str | None, as_json: bool
                     "name": bundle.name,
                     "tower": bundle.tower_name or bundle.config.tower,
                     "model_id": bundle.model_id,
-                    "licence": bundle.card.licence,
-                    "knows": bundle.card.knows,
-                    "does_not_know": bundle.card.does_not_know,
-                    "trained": bundle.card.trained,
-                    "accuracy": bundle.card.accuracy,
-                    "unknown_answers": bundle.card.unknown_answers,
-                    "search_floor": bundle.card.search_floor,
-                    "takes_history": bundle.card.takes_history,
-                    "most_frames": bundle.card.most_frames,
+                    **asdict(bundle.card),
                     "used_by_archive": bundle.model_id == used,
                 }
                 for bundle in bundles
@@ -86,14 +80,12 @@ def models(archive_dir: str, fetch: str | None, tower: str | None, as_json: bool
     ]
     print_table(("name", "id", "licence", "knows"), rows)
     if used is not None:
-        click.echo(f"* made the archive {archive_dir}")
+        click.echo(f"* is the model of the archive {archive_dir}")
     for bundle in bundles:
         _print_details(bundle)
 
 
 def _fetch(name: str, tower: str | None, as_json: bool) -> None:
-    from pipeline.cli.print import note, print_json
-    from pipeline.results.text import size
     from workers.models.bundle import find_bundle
     from workers.models.fetch import fetch
 
@@ -102,11 +94,11 @@ def _fetch(name: str, tower: str | None, as_json: bool) -> None:
     for one in fetched:
         if one.kept:
             note(
-                f"{one.name}: this system did not take {' and '.join(sorted(one.kept))} from the process that read its "
-                "pickled weights; torch's loader of tensors alone was all that kept them in"
+                f"{one.name}: this system could not keep {' and '.join(sorted(one.kept))} from the process that read "
+                "its pickled weights; the only protection was torch's loader, which accepts nothing but tensors"
             )
     if fetched[0].tower:
-        find_bundle(name, tower)  # so that what cannot be used is told now
+        find_bundle(name, tower)  # raises now if the model cannot be used
     if as_json:
         print_json(
             [
@@ -122,7 +114,7 @@ def _fetch(name: str, tower: str | None, as_json: bool) -> None:
         )
         return
     for one in fetched:
-        came = f"{size(one.downloaded_bytes)} downloaded" if one.downloaded_bytes else "was there"
+        came = f"{size(one.downloaded_bytes)} downloaded" if one.downloaded_bytes else "already complete"
         came += ", converted from pickled weights" if one.is_converted else ""
         click.echo(f"{one.name}: {came}; {one.directory}")
     use = f"--model {name}" if fetched[0].tower else f"--tower {name}"
@@ -130,15 +122,12 @@ def _fetch(name: str, tower: str | None, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _fetch_progress() -> Iterator[Callable[[Any], None]]:
-    """A callback for a fetch: a bar on a terminal, a line now and then elsewhere."""
-    from pipeline.cli.print import note
-    from pipeline.results.text import size
-
+def _fetch_progress() -> Iterator[Callable[[Fetching], None]]:
+    """A callback that shows a download: a bar on a terminal, progress lines elsewhere."""
     if not sys.stderr.isatty():
         told, told_at = ("", ""), 0.0
 
-        def tell(now: Any) -> None:
+        def tell(now: Fetching) -> None:
             nonlocal told, told_at
             if (now.step, now.name) != told or time.monotonic() - told_at >= LINE_SECONDS:
                 told, told_at = (now.step, now.name), time.monotonic()
@@ -152,18 +141,17 @@ def _fetch_progress() -> Iterator[Callable[[Any], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("asking the hub", total=None)
+        task = bar.add_task("contacting the hub", total=None)
 
-        def show(now: Any) -> None:
+        def show(now: Fetching) -> None:
             description = f"{now.step} {now.name}: {now.file}"
             bar.update(task, description=description, completed=now.done_bytes, total=now.total_bytes)
 
         yield show
 
 
-def _print_details(bundle: Any) -> None:
-    """What a model's files say besides, and nothing where they say nothing."""
-    from pipeline.cli.print import print_table
+def _print_details(bundle: Bundle) -> None:
+    """Prints what a model's card states besides the table."""
     from workers.models.bundle import NOT_STATED
 
     card = bundle.card
@@ -173,7 +161,7 @@ def _print_details(bundle: Any) -> None:
         if text != NOT_STATED
     ]
     if card.most_frames is not None:
-        stated.append(("frames", f"of one answer at most {card.most_frames}"))
+        stated.append(("frames", f"at most {card.most_frames} per answer"))
     if stated or card.accuracy:
         click.echo(f"\n{bundle.name}")
     if stated:
@@ -181,40 +169,35 @@ def _print_details(bundle: Any) -> None:
     if card.accuracy:
         click.echo()
         kinds = dict.fromkeys(kind for kinds in card.accuracy.values() for kind in kinds)  # in order, each once
-        rows = [(kind, *(_percent(kinds.get(kind)) for kinds in card.accuracy.values())) for kind in kinds]
+        rows = [
+            (kind, *(f"{kinds[kind]:.1f}" if kind in kinds else "" for kinds in card.accuracy.values()))
+            for kind in kinds
+        ]
         print_table(("% right", *card.accuracy), rows, right=tuple(card.accuracy))
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def limits_of(bundle: Any) -> str:
-    """One line: what a model knows and does not know, and how to name another one."""
-    from pipeline.results.text import first_sentence
-
+def limits_of(bundle: Bundle) -> str:
+    """One line that says what a model knows and does not know, and how to use another one."""
     return f"model {bundle.name} {_knows(bundle)}does not know {first_sentence(bundle.card.does_not_know)}; {ANOTHER}"
 
 
-def hint_of(bundle: Any, answer: Any) -> str:
-    """One line for an answer that says that the model does not know: why, what it knows, how to name another one.
+def hint_of(bundle: Bundle, answer: Answer | WindowAnswer) -> str:
+    """One line for an answer that means "I do not know", or for one with such windows; empty for other answers.
 
-    The same where that is the answer of some windows, and of one window. Nothing for any other answer.
+    The line says why, what the model knows, and how to use another one.
     """
-    from pipeline.results.text import first_sentence
-
-    unknown = [window for window in getattr(answer, "windows", ()) if window.unknown]
+    windows = getattr(answer, "windows", ())
+    unknown = [window for window in windows if window.unknown]
     if answer.unknown:
         what, why = "this", answer.unknown
     elif unknown:
-        what, why = f"this in {len(unknown)} of the {len(answer.windows)} windows", unknown[0].unknown
+        what, why = f"this in {len(unknown)} of the {len(windows)} windows", unknown[0].unknown
     else:
         return ""
     return f"model {bundle.name} {_knows(bundle)}does not know {what}: {first_sentence(why)}; {ANOTHER}"
 
 
-def _knows(bundle: Any) -> str:
-    from pipeline.results.text import first_sentence
+def _knows(bundle: Bundle) -> str:
     from workers.models.bundle import NOT_STATED
 
     return "" if bundle.card.knows == NOT_STATED else f"knows {first_sentence(bundle.card.knows)}; it "

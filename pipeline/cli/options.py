@@ -9,23 +9,29 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from pipeline.cli.print import note
+from pipeline.results.json_values import source_json
+from pipeline.results.output import check_output
+from pipeline.results.text import counted, printable
+from pipeline.times import parse_instant, parse_moment, parse_time
 from storage.errors import UsageError
+from storage.files import source_text, to_uri
 
 if TYPE_CHECKING:
     from pipeline.ask.filter import Filter
     from storage.archive.archive import Archive
     from storage.records import Moment, VideoRow
 
-UNFINISHED_NAMED = 3  # of the videos that are not whole yet
+UNFINISHED_NAMED = 3  # videos that are named when several are not completely indexed
 
 
 def complete_files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Has the shell complete names of files."""
+    """Lets the shell complete file names."""
     return [CompletionItem(incomplete, type="file")]
 
 
 def complete_folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Has the shell complete names of folders."""
+    """Lets the shell complete folder names."""
     return [CompletionItem(incomplete, type="dir")]
 
 
@@ -37,13 +43,13 @@ archive_option = click.option(
     show_default=True,
     metavar="DIR",
     shell_complete=complete_folders,
-    help="The archive; the environment variable VIDX_ARCHIVE sets it too.",
+    help="The archive. The environment variable VIDX_ARCHIVE sets it too.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 def grouped(*options: Callable) -> Callable:
-    """Options that commands share, as one decorator, in the order of their help."""
+    """One decorator for several options, which the help lists in this order."""
 
     def decorate(command: Callable) -> Callable:
         for option in reversed(options):
@@ -54,10 +60,10 @@ def grouped(*options: Callable) -> Callable:
 
 
 def _one_video(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> str | None:
-    """Refuses a second one, which would otherwise silently take the place of the first."""
+    """The name given; click alone would take the last of several without a word."""
     if len(names) > 1:
         given = " ".join(f"--video {name}" for name in names)
-        raise UsageError(f"{given}: name one; several can be chosen by --tag, or by --where \"source LIKE '%...'\"")
+        raise UsageError(f"{given}: give one video; choose several with --tag or --where \"source LIKE '%...'\"")
     return names[0] if names else None
 
 
@@ -67,25 +73,27 @@ _video_option = click.option(
     multiple=True,
     callback=_one_video,
     shell_complete=complete_files,
-    help="Only this video: its path, URI, or six or more digits of its id; or VIDEO@START-END.",
+    help="Only this video: its path, its URI, or six or more digits of its id; or VIDEO@START-END.",
 )
 _position_options = grouped(
-    click.option("--from", "from_text", metavar="TIME", help="From this position: seconds or h:mm:ss.s."),
-    click.option("--to", "to_text", metavar="TIME", help="Up to this position, not included."),
+    click.option("--from", "from_text", metavar="TIME", help="Only from this position on: seconds or h:mm:ss.s."),
+    click.option("--to", "to_text", metavar="TIME", help="Only up to this position, which is not included."),
 )
 _recorded_options = grouped(
-    click.option("--after", metavar="TIME", help="Recorded at this time or later."),
-    click.option("--before", metavar="TIME", help="Recorded before this time, ISO 8601; UTC without a zone."),
+    click.option("--after", metavar="TIME", help="Only what was recorded at this time or later."),
+    click.option(
+        "--before", metavar="TIME", help="Only what was recorded before this time: ISO 8601, in UTC if it has no zone."
+    ),
 )
 tag_option = click.option(
     "--tag",
     "tags",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Only videos with this tag; of several with one key, any.",
+    help="Only videos with this tag. Of several values for one key, any is enough.",
 )
 
-# Which part of an archive.
+# The options that choose a part of an archive.
 filter_options = grouped(
     _video_option,
     _position_options,
@@ -95,11 +103,11 @@ filter_options = grouped(
         "--where",
         metavar="SQL",
         default="",
-        help="Only frames of which this condition on columns of `videos` and `frames` is true; see `vidx sql`.",
+        help="Only frames for which this condition is true. It uses columns of `videos` and `frames`; see `vidx sql`.",
     ),
 )
 
-# Which videos of an archive.
+# The options that choose videos of an archive.
 video_filter_options = grouped(
     _video_option,
     _recorded_options,
@@ -108,53 +116,67 @@ video_filter_options = grouped(
         "--where",
         metavar="SQL",
         default="",
-        help="Only videos of which this condition on columns of `videos` is true, or one on `frames` of any frame.",
+        help="Only videos for which this condition on columns of `videos` is true, or one on columns of `frames` is "
+        "true for at least one frame.",
     ),
 )
+
+
+def tower_choice(text: str) -> Callable:
+    """The option --tower with this help."""
+    return click.option("--tower", metavar="ID|DIR", shell_complete=complete_folders, help=text)
+
+
+def model_choice(text: str, show_default: str | bool = False) -> Callable:
+    """The option --model with this help."""
+    return click.option(
+        "--model", metavar="NAME|DIR|HUB-ID", shell_complete=complete_folders, show_default=show_default, help=text
+    )
+
 
 model_option = grouped(
-    click.option(
-        "--model",
-        metavar="NAME|DIR|HUB-ID",
-        default=None,
-        shell_complete=complete_folders,
-        help="Where the archive's model lies now; the one that made it.",
-    ),
-    click.option(
-        "--tower",
-        metavar="ID|DIR",
-        default=None,
-        shell_complete=complete_folders,
-        help="Where its CLIP lies now; the one that made it.",
-    ),
+    model_choice("Where the archive's model is, if it was moved."),
+    tower_choice("Where the CLIP of this model is, if it was moved."),
+)
+min_score_option = click.option(
+    "--min-score",
+    "--floor",
+    "min_score",
+    type=click.FloatRange(-1, 1),
+    show_default="stated by the model, or measured in the archive",
+    help="Lowest score of a hit.",
 )
 
-# How moments are seen.
+# The options that show moments as pictures.
 sheet_option = grouped(
-    click.option("--show", is_flag=True, help="Draw the moments' thumbnails in this terminal."),
+    click.option("--show", is_flag=True, help="Draw thumbnails of the moments in this terminal."),
     click.option(
         "--contact-sheet",
         metavar="FILE",
-        default=None,
         shell_complete=complete_files,
-        help="Write the moments' thumbnails with times and scores to a file, .html or .png.",
+        help="Write thumbnails of the moments, with times and scores, to a .html or .png file.",
     ),
 )
 
-# Of commands that load a model.
+# The options of commands that load a model.
 model_options = grouped(
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=None, help="Where to compute; auto."),
     click.option(
-        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default=None, help="Precision; auto."
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), show_default="auto", help="Where the model computes."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        show_default="auto",
+        help="Precision of the model.",
     ),
 )
 
 
 def parse_tags(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The values asked for, by key.
+    """The values given by --tag, by key.
 
     Raises:
-        UsageError: not KEY=VALUE.
+        UsageError: one is not KEY=VALUE.
     """
     tags: dict[str, tuple[str, ...]] = {}
     for pair in pairs:
@@ -166,31 +188,26 @@ def parse_tags(pairs: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def archive_uri(archive_dir: str) -> str:
-    """The archive's URI from what the user typed.
+    """The URI of the archive that --archive names.
 
     Raises:
-        UsageError: it begins with ~ and no home folder is known.
+        UsageError: the path begins with ~, and the home folder is unknown.
     """
-    from storage.files import to_uri
-
     try:
         return archive_dir if "://" in archive_dir else to_uri(Path(archive_dir).expanduser().as_posix())
     except RuntimeError:
-        raise UsageError(f"--archive {archive_dir}: no home folder is known; set HOME or name the whole path") from None
+        raise UsageError(f"--archive {archive_dir}: no home folder is known; set HOME or give the full path") from None
 
 
 def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
-    """The part of an archive that the options of `filter_options` leave."""
+    """The part of an archive that the options of `filter_options` choose."""
     from pipeline.ask.filter import Filter
-    from pipeline.cli.print import note
-    from pipeline.times import parse_instant, parse_moment, parse_time
-    from storage.files import source_text
     from storage.records import Status, is_whole
 
     video, from_text, to_text = options["video"], options.get("from_text"), options.get("to_text")
     name, start, end = parse_moment(video) if video is not None else (None, None, None)
     if start is not None and not (from_text is None and to_text is None):
-        raise UsageError(f"--video {video} names a moment already; leave out --from and --to, or the part after @")
+        raise UsageError(f"--video {video} names a moment; leave out --from and --to, or the part after @")
     start = parse_time("--from", from_text) if from_text is not None else start
     end = parse_time("--to", to_text) if to_text is not None else end
     if start is not None and end is not None and end <= start:
@@ -198,8 +215,8 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
     row = archive.videos.find(name) if name is not None else None
     if row is not None and not is_whole(row.problem) and row.status is not Status.INDEXING:
         note(f"{source_text(row.uri)} is {row.status}: {row.known_problem.reason}: {row.known_problem.detail}")
-    if start is not None and end is None and video and from_text is None:
-        end = start + 1e-6  # a moment of one instant: the frame shown then
+    if start is not None and end is None and from_text is None:
+        end = start + 1e-6  # VIDEO@TIME: the frame that is shown then
     after, before = (
         None if options[name] is None else parse_instant(f"--{name}", options[name]) for name in ("after", "before")
     )
@@ -209,32 +226,29 @@ def filter_of(archive: Archive, options: Mapping[str, Any]) -> Filter:
 
 
 def tell_unfinished(archive: Archive, within: Filter) -> list[VideoRow]:
-    """Says which of the videos that are looked at are not whole yet, and gives them."""
-    from pipeline.cli.print import note
-    from pipeline.results.text import counted, printable
-    from storage.files import source_text
-
+    """The chosen videos that are not completely indexed yet; a note names the first of them."""
     rows = within.unfinished(archive)
     for row in rows[:UNFINISHED_NAMED]:
-        note(f"not whole yet: {printable(source_text(row.uri))}: {row.known_problem.detail}")
+        note(f"not complete yet: {printable(source_text(row.uri))}: {row.known_problem.detail}")
     if len(rows) > UNFINISHED_NAMED:
         others = counted(len(rows) - UNFINISHED_NAMED, "more video")
-        note(f"not whole yet: {others}; `vidx list --status indexing` lists them")
+        note(f"not complete yet: {others}; `vidx list --status indexing` lists them")
     return rows
 
 
 def unfinished_json(rows: Sequence[VideoRow]) -> list[dict[str, str]]:
-    """The same, as `search --json` and `ask --json` give it."""
-    from storage.files import source_text
-
-    return [{"source": source_text(row.uri), "source_uri": row.uri, "detail": row.known_problem.detail} for row in rows]
+    """These videos, as `search --json` and `ask --json` give them."""
+    return [source_json(row.uri) | {"detail": row.known_problem.detail} for row in rows]
 
 
 def check_sheet(options: Mapping[str, Any]) -> None:
-    """Refuses what the options of `sheet_option` cannot have, before anything is searched for."""
+    """Checks the options of `sheet_option` before the search.
+
+    Raises:
+        UsageError: the file cannot be written, or this terminal cannot show pictures.
+    """
     if options["contact_sheet"] is not None:
         from pipeline.results.contact_sheet import SUFFIXES
-        from pipeline.results.output import check_output
 
         check_output(options["contact_sheet"], SUFFIXES)
     if options["show"]:
@@ -244,15 +258,13 @@ def check_sheet(options: Mapping[str, Any]) -> None:
 
 
 def write_sheet(options: Mapping[str, Any], title: str, archive: Archive, moments: Sequence[Moment]) -> None:
-    """Shows and writes moments as the options of `sheet_option` say."""
+    """Shows and writes thumbnails, as the options of `sheet_option` ask for."""
     if options["show"] and moments:
         from pipeline.results.contact_sheet import show_moments
 
         show_moments(archive, moments)
     if options["contact_sheet"] is not None and moments:
-        from pipeline.cli.print import note
         from pipeline.results.contact_sheet import write_contact_sheet
-        from pipeline.results.text import printable
 
         write_contact_sheet(options["contact_sheet"], title, archive, moments)
         note(f"contact sheet: {printable(options['contact_sheet'])}")

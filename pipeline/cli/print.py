@@ -1,4 +1,4 @@
-"""What the commands print: JSON, CSV, tables, and one-line notes."""
+"""The output of the commands: JSON, CSV, tables, and one-line notes."""
 
 from __future__ import annotations
 
@@ -16,44 +16,42 @@ from pipeline.results.json_values import json_value
 from pipeline.results.text import printable
 from pipeline.times import clock
 from storage.files import source_text
-from storage.records import Moment
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from storage.records import Moment
 
 GAP = 3  # cells between columns
-LEAST_WIDTH = 16  # of a column of text that is folded
-LONG_ROWS = 1000  # of a table whose columns' widths are worked out together
+LEAST_WIDTH = 16  # of a column whose text is folded
+LONG_ROWS = 1000  # rows that decide the widths of a long table's columns
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output: binary values in hex, times in ISO 8601, no NaN."""
-    click.echo(json.dumps(json_value(value), ensure_ascii=not _is_utf(sys.stdout), indent=2, allow_nan=False))
+    """Prints one JSON document: binary values in hex, times in ISO 8601, null for NaN."""
+    click.echo(json_text(value, indent=2))
 
 
 def print_json_list(values: Iterable[Any]) -> None:
-    """The same of a list, an entry when it comes; where one cannot be had, the document breaks off."""
+    """Prints a JSON list, each entry as soon as it is there; an error leaves the document incomplete."""
     before = "\n"
     sys.stdout.write("[")
     for value in values:
-        text = json.dumps(json_value(value), ensure_ascii=not _is_utf(sys.stdout), indent=2, allow_nan=False)
-        sys.stdout.write(before + textwrap.indent(text, "  "))
+        sys.stdout.write(before + textwrap.indent(json_text(value, indent=2), "  "))
         before = ",\n"
     sys.stdout.write("]\n" if before == "\n" else "\n]\n")
 
 
-def json_line(value: Any) -> str:
-    """The same document in one line."""
-    return json.dumps(json_value(value), ensure_ascii=not _is_utf(sys.stdout), allow_nan=False)
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A JSON document, in one line or indented."""
+    return json.dumps(json_value(value), ensure_ascii=not _is_utf(sys.stdout), indent=indent, allow_nan=False)
 
 
 def _is_utf(stream: TextIO) -> bool:
-    """Whether everything can be written there; elsewhere what cannot is escaped."""
+    """Whether the stream can encode all characters."""
     return (stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def print_long_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A plain table, of which the rows after the first LONG_ROWS are printed as they come, under the same columns."""
+    """Prints a table whose rows need not all be there yet; the first LONG_ROWS rows decide the widths."""
     cells = iter(rows)
     pieces = iter(lambda: list(itertools.islice(cells, LONG_ROWS)), [])
     first = next(pieces, [])
@@ -71,19 +69,22 @@ def print_table(
     least_widths: Sequence[int] = (),
     has_head: bool = True,
 ) -> None:
-    """A plain table; control characters in cells are shown escaped, so that a file name cannot write the terminal.
+    """Prints a plain table; on a terminal that is too narrow, each row becomes lines of `name: value`.
 
-    Where the terminal is too narrow for the columns, each row is told in lines of `name: value`.
+    Control characters in cells are escaped, so that a file name cannot control the terminal.
 
     Args:
         columns: headings.
-        rows: cells; None is shown as nothing.
-        right: the headings of right-aligned columns.
-        err: to standard error.
-        least_widths: of the columns, in characters.
+        rows: cells; None is an empty cell.
+        right: headings of right-aligned columns.
+        err: print to standard error.
+        least_widths: minimum widths of the columns, in characters.
         has_head: print the headings.
     """
+    from rich.box import Box
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     stream = sys.stderr if err else sys.stdout
     width = None if stream.isatty() else 100_000  # in a pipe or a file: one line
@@ -92,7 +93,16 @@ def print_table(
     cells = [[printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row] for row in rows]
     if not cells or _fits(columns, cells, right, console.width):
         line = "─" if _is_utf(stream) else "-"
-        text = _table_text(console, columns, cells, right, line, least_widths, has_head and any(columns))
+        below_head = Box(f"    \n    \n {line * 2} \n    \n    \n    \n    \n    \n", ascii=line.isascii())
+        table = Table(box=below_head, pad_edge=False, show_edge=False, show_header=has_head and any(columns))
+        for name, least in itertools.zip_longest(columns, least_widths):
+            side: Literal["right", "left"] = "right" if name in right else "left"
+            table.add_column(name, justify=side, no_wrap=name in right, overflow="fold", min_width=least)
+        for row in cells:
+            table.add_row(*map(Text, row))
+        with console.capture() as captured:
+            console.print(table)
+        text = captured.get()
     elif any(columns):
         text = "\n".join("".join(f"{name}: {cell}\n" for name, cell in zip(columns, row)) for row in cells)
     else:
@@ -101,7 +111,7 @@ def print_table(
 
 
 def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[str], width: int) -> bool:
-    """Whether every column can be shown whole: numbers in one line, texts folded into lines of a readable width."""
+    """Whether the columns fit: numbers in one line, texts folded at LEAST_WIDTH or more."""
     from rich.cells import cell_len
 
     needed = GAP * (len(columns) - 1)
@@ -111,34 +121,8 @@ def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequenc
     return needed <= width
 
 
-def _table_text(
-    console: Console,
-    columns: Sequence[str],
-    cells: Iterable[Sequence[str]],
-    right: Sequence[str],
-    line: str,
-    least_widths: Sequence[int],
-    has_head: bool,
-) -> str:
-    from rich.box import Box
-    from rich.table import Table
-    from rich.text import Text
-
-    below_head = Box(f"    \n    \n {line * 2} \n    \n    \n    \n    \n    \n", ascii=line.isascii())
-    table = Table(box=below_head, pad_edge=False, show_edge=False, show_header=has_head)
-    for name, least in itertools.zip_longest(columns, least_widths):
-        numeric = name in right
-        side: Literal["right", "left"] = "right" if numeric else "left"
-        table.add_column(name, justify=side, no_wrap=numeric, overflow="fold", min_width=least)
-    for row in cells:
-        table.add_row(*map(Text, row))
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
-
-
 def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows by the names of columns as CSV on standard output, with a header; maps and lists in cells are JSON."""
+    """Prints CSV with a header; maps and lists in cells are JSON."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
@@ -150,12 +134,18 @@ def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None
 
 
 def note(message: str) -> None:
-    """One line for people, beside the results; names in it cannot write the terminal."""
+    """Prints one line on standard error, with control characters escaped."""
     click.echo(printable(message), err=True)
 
 
+def show_count(done: int, total: int, noun: str = "files") -> None:
+    """Shows on a terminal how much is done, in one line that is overwritten."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{done}/{total} {noun}", err=True, nl=done == total)
+
+
 def print_moments(moments: Sequence[Moment], err: bool = False) -> None:
-    """Moments as a table, best first."""
+    """Prints a table of moments."""
     print_table(
         ("score", "start", "end", "best", "video", "source"),
         (

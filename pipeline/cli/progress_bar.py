@@ -1,13 +1,15 @@
-"""How a running job is shown: a bar and the files at work on a terminal, a line now and then elsewhere."""
+"""The progress of an index job: a bar and the current files on a terminal, progress lines elsewhere."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pipeline.index.progress import FileAtWork, Progress
+from pipeline.cli.print import note
+from pipeline.index.progress import FileAtWork, Progress, Report
+from pipeline.results.text import printable
 from pipeline.times import clock_seconds
 from storage.files import source_text
 
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FILES_SHOWN = 6
-VIDEO_LINE_SECONDS = 5.0  # between two lines when videos have ended
-LINE_SECONDS = 30.0  # between two lines while long ones go on
+VIDEO_LINE_SECONDS = 5.0  # between two lines if videos ended in between
+LINE_SECONDS = 30.0  # between two lines otherwise
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[Progress], None]]:
-    """A callback for the job: it draws on a terminal, and writes lines elsewhere, on standard error."""
+def show_progress() -> Iterator[Report]:
+    """A callback for the job that shows its progress on standard error."""
     if not sys.stderr.isatty():
         yield _LineProgress()
         return
@@ -34,7 +36,7 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
 
 
 def _drawn(progress: Progress, seconds: float) -> "RenderableType":
-    """A bar, the counts below it, and a line for each file."""
+    """A bar, the counts below it, and one line per file."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -54,15 +56,13 @@ def _drawn(progress: Progress, seconds: float) -> "RenderableType":
 
 
 class _LineProgress:
-    """A line when videos have ended, and now and then while long ones go on."""
+    """Prints a line when videos have ended, and from time to time during long videos."""
 
     def __init__(self):
         self._start = self._last = time.monotonic()
         self._videos_done, self._done = -1, (0, 0.0)
 
     def __call__(self, progress: Progress) -> None:
-        from pipeline.cli.print import note
-
         now, done = time.monotonic(), (progress.frames_done, progress.done_seconds)
         passed = now - self._last
         if progress.videos_done != self._videos_done:
@@ -84,27 +84,25 @@ def _videos(progress: Progress) -> str:
 
 
 def _counts(progress: Progress, seconds: float) -> Iterator[str]:
-    """How much is done, how fast, and how long the rest takes; seconds: since the job began."""
+    """How much is done, how fast, and how long the rest takes; `seconds` is the time since the job began."""
     if progress.total_seconds:
         yield _of(progress.done_seconds, progress.total_seconds)
     frames = progress.frames_done + progress.frames_at_work
     yield f"{frames} frames"
     yield f"{frames / max(seconds, 1e-9):.1f} frames/s"
     if progress.frames_resumed:
-        yield f"{progress.frames_resumed:,} frames were there already"
+        yield f"{progress.frames_resumed:,} frames from an earlier run"
     if progress.seconds_left is not None and progress.videos_done < progress.video_count:
         yield f"{clock_seconds(progress.seconds_left)} left"
 
 
 def _name(file: FileAtWork) -> str:
-    from pipeline.results.text import printable
-
     return printable(os.path.basename(source_text(file.uri)))
 
 
 def _position(file: FileAtWork) -> str:
     if file.done_seconds is None:
-        return "first look"
+        return "reading"
     if file.length_seconds is None:
         return clock_seconds(file.done_seconds)
     return _of(file.done_seconds, max(file.done_seconds, file.length_seconds))

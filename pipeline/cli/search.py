@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli.empty_filter import why_nothing
+from pipeline.cli.models import limits_of
 from pipeline.cli.options import (
     archive_option,
     archive_uri,
@@ -18,12 +20,16 @@ from pipeline.cli.options import (
     filter_options,
     grouped,
     json_option,
+    min_score_option,
     model_option,
     sheet_option,
     tell_unfinished,
     unfinished_json,
     write_sheet,
 )
+from pipeline.cli.print import note, print_json, print_moments
+from pipeline.results.json_values import moment_json
+from pipeline.results.text import counted, printable
 
 if TYPE_CHECKING:
     from pipeline.ask.filter import Filter
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 
 NEAR_MISSES = 3
 
-# What `search` and `export` look for, and where.
+# The options of `search` and `export`.
 search_options = grouped(
     archive_option,
     click.option(
@@ -44,7 +50,7 @@ search_options = grouped(
         metavar="FILE",
         multiple=True,
         shell_complete=complete_files,
-        help="Find what looks like this picture.",
+        help="Find moments that look like this picture.",
     ),
     click.option(
         "--like",
@@ -52,9 +58,9 @@ search_options = grouped(
         metavar="VIDEO@TIME",
         multiple=True,
         shell_complete=complete_files,
-        help="Find what looks like this moment, elsewhere.",
+        help="Find other moments that look like this one.",
     ),
-    click.option("--not", "without", metavar="TEXT", multiple=True, help="Leave out frames that show this."),
+    click.option("--not", "without", metavar="TEXT", multiple=True, help="Exclude frames that show this."),
     filter_options,
     click.option(
         "--top",
@@ -63,17 +69,10 @@ search_options = grouped(
         type=click.IntRange(1, 1000),
         default=10,
         show_default=True,
-        help="Moments at most.",
+        help="Maximum number of moments.",
     ),
-    click.option("--per-video", type=click.IntRange(1), metavar="N", help="Of one video at most so many."),
-    click.option(
-        "--min-score",
-        "--floor",
-        "threshold",
-        type=click.FloatRange(-1, 1),
-        default=None,
-        help="Least score of a hit; without it what the model or the archive says.",
-    ),
+    click.option("--per-video", type=click.IntRange(1), metavar="N", help="Maximum number of moments of one video."),
+    min_score_option,
     model_option,
 )
 
@@ -81,14 +80,16 @@ search_options = grouped(
 @click.command()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @search_options
-@click.option("--explain", is_flag=True, help="Say where the least score comes from, and what comes closest below it.")
+@click.option(
+    "--explain", is_flag=True, help="Say where the lowest score comes from, and list the best moments below it."
+)
 @sheet_option
 @json_option
 def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: Any) -> None:
     """Find the moments that texts describe, or that look like pictures, best first.
 
-    The score is the cosine between the search keys of the text or picture and of the moment's frames, on average; of
-    several texts or pictures, their mean. One that ends in ^2 counts twice.
+    The score is the mean cosine between the search key of the text or picture and those of the moment's frames. For
+    several texts or pictures, it is the mean of their scores. A text or picture that ends in ^2 counts twice.
 
     \b
     vidx search "a white van"
@@ -99,9 +100,6 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
 
     Exit code 4: nothing found.
     """
-    from pipeline.cli.print import print_json, print_moments
-    from pipeline.results.json_values import moment_json
-
     check_sheet(options)
     found = _search(texts, archive_dir, options)
     if as_json:
@@ -137,15 +135,19 @@ def search(texts: tuple[str, ...], archive_dir: str, as_json: bool, **options: A
     "--format",
     "format_name",
     type=click.Choice(["csv", "json", "vtt", "otio", "edl"]),
-    default=None,
-    help="What to write; without it what FILE's suffix says.",
+    show_default="FILE's suffix",
+    help="Format to write.",
 )
 def export(file: str, texts: tuple[str, ...], archive_dir: str, format_name: str | None, **options: Any) -> None:
     """Write the moments that texts describe to a file for other programs.
 
-    FILE ends in .csv or .json (a row for each moment), .vtt (WebVTT chapters of one video, in order of time), .otio (an
-    OpenTimelineIO edit list, which video editors read; needs the extra `otio`) or .edl (a CMX 3600 edit list, of videos
-    of one frame rate). For standard output it is - with --format.
+    FILE is - for standard output, together with --format, or ends in one of these:
+
+    \b
+    .csv, .json  one row per moment
+    .vtt         WebVTT chapters of one video, in order of time
+    .otio        OpenTimelineIO edit list for video editors; needs the extra `otio`
+    .edl         CMX 3600 edit list; all videos must have the same frame rate
 
     \b
     vidx export vans.csv "a white van" --top 100
@@ -153,12 +155,10 @@ def export(file: str, texts: tuple[str, ...], archive_dir: str, format_name: str
     vidx export vans.otio "a white van" --per-video 1
     vidx export - "a white van" --format csv
 
-    Exit code 4: nothing found, and nothing written.
+    Exit code 4: nothing was found or written.
     """
-    from pipeline.cli.print import note
     from pipeline.results.export import STDOUT, check_place
     from pipeline.results.export import export as write
-    from pipeline.results.text import counted, printable
 
     name = check_place(file, format_name)
     found = _search(texts, archive_dir, options)
@@ -189,15 +189,13 @@ def _search(texts: Sequence[str], archive_dir: str, options: Mapping[str, Any]) 
     bundle = bundle_of(archive, options["model"], options["tower"])
     query = query_of(texts, options["without"], options["images"], options["likes"])
     near = NEAR_MISSES if options.get("explain") else 0
-    wanted = SearchLimits(options["limit"], options["threshold"], options["per_video"], near)
+    wanted = SearchLimits(options["limit"], options["min_score"], options["per_video"], near)
     within = filter_of(archive, options)
     unfinished = tell_unfinished(archive, within)
     return _FoundMoments(archive, bundle, query, within, run_search(archive, bundle, query, within, wanted), unfinished)
 
 
 def _explained(result: SearchResult) -> dict[str, Any]:
-    from pipeline.results.json_values import moment_json
-
     return {
         "floor_source": result.threshold.source,
         "method": result.method,
@@ -207,34 +205,26 @@ def _explained(result: SearchResult) -> dict[str, Any]:
 
 
 def _explain(result: SearchResult) -> None:
-    from pipeline.cli.print import note, print_moments
-
-    note(f"{result.frames_searched} frames; {result.method or 'nothing was compared'}")
+    note(f"{counted(result.frames_searched, 'frame')}; {result.method or 'nothing was compared'}")
     note(f"a hit scores at least {result.threshold.score:g} ({result.threshold.source}; --min-score)")
     if result.near_misses:
-        note("closest below that:")
+        note("best moments below this score:")
         print_moments(result.near_misses, err=True)
 
 
 def _end_search(found: _FoundMoments) -> None:
-    """Says what a search could not look at, and ends with exit code 4 where nothing was found."""
-    from pipeline.cli.empty_filter import why_nothing
-    from pipeline.cli.models import limits_of
-    from pipeline.cli.print import note
-    from pipeline.results.text import counted
-
+    """Notes what the search left out; exits with code 4 if it found nothing."""
     result = found.result
     if result.frames_pending:
-        pending = counted(result.frames_pending, "frame")
-        note(f"{pending} of the archive without search keys: no search finds them")
+        note(f"{counted(result.frames_pending, 'frame')} of the archive cannot be found: they have no search keys")
     if not result.moments:
         searched = result.frames_searched
         why = (
-            f"none of {counted(searched, 'frame')} reaches a score of {result.threshold.score:g} (--min-score)"
+            f"none of {counted(searched, 'frame')} reaches the score {result.threshold.score:g} (--min-score)"
             if searched
             else why_nothing(found.archive, found.within)
         )
         limits = f"; {limits_of(found.bundle)}" if searched and found.bundle.card.states_limits else ""
-        shows = f", but for {result.frames_left_out} that show what --not names" if result.frames_left_out else ""
-        note(f"nothing found: {why}{shows}{limits}")
+        left_out = f", except {result.frames_left_out} excluded by --not" if result.frames_left_out else ""
+        note(f"nothing found: {why}{left_out}{limits}")
         sys.exit(4)

@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from pipeline.cli.options import archive_option, archive_uri, json_option
+from pipeline.cli.print import note, print_csv, print_json, print_json_list, print_long_table, print_table
+from pipeline.results.json_values import source_json
+from pipeline.results.text import counted, size
+from pipeline.sizes import parse_size
 from storage.errors import UsageError
+from storage.files import source_text
 
 if TYPE_CHECKING:
-    from storage.archive.archive import ArchiveStatus
     from storage.records import VideoRow
 
-_BESIDES_BYTES, _THREAD_BYTES = 1 << 30, 32 << 20  # what a statement may take besides what DuckDB reckons
+_BESIDES_BYTES, _THREAD_BYTES = 1 << 30, 32 << 20  # memory that DuckDB does not count, per process and per thread
 
 
 @click.command()
 @archive_option
-@click.option("--failed", is_flag=True, help="List the videos that failed or are partial, and why.")
-@click.option("--deleted", is_flag=True, help="List the videos that were deleted; --restore-deleted brings them back.")
+@click.option("--failed", is_flag=True, help="List failed and partial videos, with the reason.")
+@click.option("--deleted", is_flag=True, help="List deleted videos; `vidx index --restore-deleted` restores them.")
 @json_option
 def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None:
-    """Show what an archive holds, and what of it can be searched.
+    """Show what an archive holds, and how much of it can be searched.
 
     \b
     vidx status
     vidx status --failed
     vidx status --archive /data/archive --json
     """
-    from pipeline.cli.print import print_json, print_table
-    from pipeline.results.text import size
     from storage.archive.archive import open_archive
     from storage.records import Status
     from storage.vectors.vector_index import open_index
 
     archive = open_archive(archive_uri(archive_dir))
     if failed:
-        listed = (Status.PARTIAL, Status.FAILED)
-        _print_failed([row for row in archive.videos.all() if row.status in listed], as_json)
+        _print_failed([row for row in archive.videos.all() if row.status in (Status.PARTIAL, Status.FAILED)], as_json)
         return
     if deleted:
         _print_deleted([row for row in archive.videos.all() if row.status is Status.DELETED], as_json)
@@ -73,68 +74,46 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
         return
     counts = f"{found.videos_indexed} indexed, {found.videos_partial} partial, {found.videos_failed} failed"
     counts += f", {found.videos_deleted} deleted" if found.videos_deleted else ""
-    rows = (
+    rows = [
         ("archive", archive_dir),
         ("videos", counts),
         ("frames", f"{found.frames}, of which {found.frames - pending} can be searched"),
-        *_in_progress(found),
+    ]
+    if found.videos_in_progress:
+        begun = f"{found.frames_in_progress:,} frames of {counted(found.videos_in_progress, 'video')}"
+        rows.append(("in progress", f"{begun}, of which {found.frames_in_progress_shown:,} can be searched"))
+    rows += [
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),
         ("size", size(found.size_bytes)),
         ("version", f"{found.version}, format {found.format_version}"),
-        *_unconfined(found),
-    )
-    print_table(("", ""), rows)
-
-
-def _in_progress(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
-    """What is committed of videos that are not whole."""
-    from pipeline.results.text import counted
-
-    if found.videos_in_progress:
-        begun = f"{found.frames_in_progress:,} frames of {counted(found.videos_in_progress, 'video')}"
-        yield "in progress", f"{begun}, of which {found.frames_in_progress_shown:,} can be searched"
-
-
-def _unconfined(found: ArchiveStatus) -> Iterator[tuple[str, str]]:
-    """What the processes that decoded the videos were not kept from."""
-    from pipeline.results.text import counted
-
+    ]
     if found.videos_unconfined:
         from workers.sandbox import told
 
-        yield (
-            "sandbox",
-            f"{counted(found.videos_unconfined, 'video')} decoded without being kept from "
-            + told(found.sandbox_missing),
-        )
+        videos = counted(found.videos_unconfined, "video")
+        rows.append(("sandbox", f"{videos} decoded without being kept from {told(found.sandbox_missing)}"))
+    print_table(("", ""), rows)
 
 
 def _print_failed(rows: Sequence[VideoRow], as_json: bool) -> None:
-    from pipeline.cli.print import print_json, print_table
-    from storage.files import source_text
-
     columns = ("status", "reason", "source", "detail", "attempts")
     failed = [(row, row.known_problem) for row in rows]
     cells = [(row.status, why.reason, source_text(row.uri), why.detail, row.attempts) for row, why in failed]
     if as_json:
-        listed = [dict(zip(columns, row, strict=True)) for row in cells]
-        print_json([{**entry, "source_uri": row.uri} for entry, row in zip(listed, rows, strict=True)])
+        print_json([dict(zip(columns, cell)) | source_json(row.uri) for cell, row in zip(cells, rows)])
     elif cells:
         print_table(columns, cells, right=("attempts",))
     else:
-        click.echo("no video failed or is partial")
+        click.echo("no video is failed or partial")
 
 
 def _print_deleted(rows: Sequence[VideoRow], as_json: bool) -> None:
-    from pipeline.cli.print import print_json, print_table
-    from storage.files import source_text
-
     if as_json:
-        print_json([{"video_id": row.video_id, "source": source_text(row.uri), "source_uri": row.uri} for row in rows])
+        print_json([{"video_id": row.video_id} | source_json(row.uri) for row in rows])
     elif rows:
         print_table(("video", "source"), [(row.known_id[:8], source_text(row.uri)) for row in rows])
     else:
-        click.echo("no video was deleted")
+        click.echo("no video is deleted")
 
 
 @click.command()
@@ -147,13 +126,13 @@ def _print_deleted(rows: Sequence[VideoRow], as_json: bool) -> None:
     default=300.0,
     show_default=True,
     metavar="SECONDS",
-    help="Stop a statement that is not done by then.",
+    help="Stop a statement that takes longer.",
 )
 @click.option(
     "--memory",
     metavar="SIZE",
-    default=None,
-    help="Stop one that takes more, as 512MB; half of the machine's, and 4GB at most.",
+    show_default="half of the machine's, at most 4GB",
+    help="Stop a statement that needs more memory, e.g. 512MB.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table.")
 @json_option
@@ -162,19 +141,16 @@ def sql(
 ) -> None:
     """Query the archive's metadata with SQL (DuckDB).
 
-    Views: `videos` and `frames`. Columns that hold tokens or pictures appear only when they are named. Statements
-    cannot reach files, the network or the settings. Rows are printed as they are found.
+    There are two views, `videos` and `frames`. `SELECT *` leaves out columns that hold tokens or pictures; name them to
+    get them. A statement cannot access files, the network or DuckDB's settings. Rows are printed as they are found.
 
     \b
     vidx sql "SELECT source, status, duration_seconds FROM videos"
     vidx sql "SELECT count(*) AS n FROM frames WHERE time_seconds < 60" --json
     vidx sql "SELECT * FROM frames" --csv --timeout 3600 > frames.csv
     """
-    from pipeline.cli.print import print_csv, print_json_list, print_long_table
-    from pipeline.sizes import parse_size
-
     if as_csv and as_json:
-        raise UsageError("--csv --json: choose one of them")
+        raise UsageError("--csv --json: choose one of the two")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
     from storage.archive.archive import open_archive
     from storage.processes import limit_memory
@@ -193,8 +169,6 @@ def sql(
 
 
 def _give_up(word: str) -> NoReturn:
-    """Ends this process at once, whatever DuckDB is doing."""
-    from pipeline.cli.print import note
-
+    """Ends this process at once, even while DuckDB works."""
     note(f"vidx: {word}")
     os._exit(UsageError.exit_code)

@@ -1,4 +1,4 @@
-"""The one executor: a Ray cluster, its workers, and which task runs on which."""
+"""The executor: a Ray cluster, its workers, and the distribution of tasks."""
 
 import contextlib
 import sys
@@ -17,13 +17,13 @@ from storage.processes import kill_children
 from storage.records import Content, Problem, Reason, SegmentTask
 from workers.actors import SEGMENTS_AT_ONCE, Encoder, Examiner, WorkerSettings
 
-REACHED_SECONDS = 1.0  # between two questions to a worker how far it is
-ATTEMPTS = 2  # of a task whose worker died; then the task is blamed
+REACHED_SECONDS = 1.0  # between two requests for a worker's progress
+ATTEMPTS = 2  # a task is tried again once if its worker died
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A task that ended: what it was, and its result or why there is none."""
+    """A finished task, and its result or its problem."""
 
     kind: Literal["examine", "encode"]
     key: Any
@@ -37,32 +37,32 @@ class _Task:
     key: Any
     arguments: tuple
     worker: int
-    handle: Any = None  # the worker's, where it has been given out
+    handle: Any = None  # of the worker that has the task
     attempts: int = 0
 
     @property
     def role(self) -> Literal["examine", "encode"]:
-        """The kind of worker that it runs on."""
+        """The kind of worker for this task."""
         return "examine" if self.kind == "examine" else "encode"
 
 
 class Executor:
-    """Starts or joins a cluster, holds its workers for one job, and hands back outcomes as they come.
+    """Starts or joins a cluster, runs the tasks of one job on its workers, and returns their outcomes.
 
-    Ray is shut down on exit if it was started here; workers are released either way.
+    On exit, the workers are released; a cluster that was started here is shut down.
     """
 
     def __init__(self, settings: WorkerSettings, address: str | None, workers: int | None):
         self._settings = settings
         self._address = address
         self._wanted = workers
-        self._counts: dict[str, int] = {}  # of workers, by kind
+        self._counts: dict[str, int] = {}  # workers by kind
         self._slots = {"examine": 2, "encode": SEGMENTS_AT_ONCE}
         self._workers: dict[tuple[str, int], Any] = {}
         self._running: dict[Any, _Task] = {}
-        self._asked: dict[Any, int] = {}  # workers that have not answered how far they are, by the call
+        self._asked: dict[Any, int] = {}  # by call, workers that have not yet reported their progress
         self._last_asked = -REACHED_SECONDS
-        self._suspects: list[_Task] = []  # whose worker died; each is tried again with no other beside it
+        self._suspects: list[_Task] = []  # tasks whose worker died; each is tried again alone
         self._watch: RayWatch | None = None
 
     def __enter__(self) -> "Executor":
@@ -90,51 +90,51 @@ class Executor:
             self._submit(_Task("load", None, (), worker))
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
-        """Releases what is left of the cluster.
+        """Releases the cluster.
 
         Raises:
-            ClusterError: an error of Ray comes from its death.
+            ClusterError: the error was caused by the death of the cluster.
         """
         if self._watch is not None:
             self._watch.stop()
         is_dead = self._watch is not None and self._watch.is_dead()
         if not is_dead:
-            # A client that has lost its server raises these.
+            # A client that lost its server raises these.
             with contextlib.suppress(RayError, ConnectionError, AssertionError):
                 for handle in self._workers.values():
                     ray.kill(handle)
                 ray.shutdown()
-        elif self._address is None:  # every call into Ray would wait for it
+        elif self._address is None:  # a call into Ray would block
             kill_children()
-        is_of_death = is_dead and isinstance(error, RayError | UsageError)  # also that Ray cannot be started
+        is_of_death = is_dead and isinstance(error, RayError | UsageError)  # UsageError: Ray cannot be started
         if self._watch is not None and error is not None and (is_of_death or type(error) is ConnectionError):
             raise self._watch.error(first_line(error)) from error
 
     @property
     def running(self) -> int:
-        """Tasks that have been given out and have not ended."""
+        """Number of tasks that are not finished."""
         return len(self._suspects) + sum(task.kind != "load" for task in self._running.values())
 
     @property
     def is_loading(self) -> bool:
-        """Whether no worker has its model yet."""
+        """Whether no worker has loaded its model yet."""
         return sum(task.kind == "load" for task in self._running.values()) == self._counts["encode"]
 
     def is_busy(self, kind: Literal["examine", "encode"]) -> bool:
-        """Whether a task of that kind runs, or waits to be tried again."""
+        """Whether a task of this kind runs, or waits to be tried again."""
         return any(task.kind == kind for task in (*self._running.values(), *self._suspects))
 
     def at_work(self, kind: Literal["examine", "encode"]) -> list[Any]:
-        """The keys of the tasks of that kind that workers have, in the order in which they were given out."""
+        """The keys of the running tasks of this kind, oldest first."""
         return [task.key for task in self._running.values() if task.kind == kind]
 
     def reached(self) -> dict[tuple[int, str], tuple[float, int]]:
-        """What workers have said since the last call: Encoder.reached of all of them."""
+        """The progress that workers have reported since the last call, see Encoder.reached."""
         found: dict[tuple[int, str], tuple[float, int]] = {}
         answers = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else ()
         for answer in answers:
             del self._asked[answer]
-            with contextlib.suppress(RayError):  # it died: its tasks tell why
+            with contextlib.suppress(RayError):  # the worker died; its tasks say why
                 found |= ray.get(answer)
         if time.monotonic() - self._last_asked >= REACHED_SECONDS:
             self._last_asked = time.monotonic()
@@ -145,27 +145,26 @@ class Executor:
         return found
 
     def free(self, kind: Literal["examine", "encode"]) -> int:
-        """How many more tasks of that kind may be given out now."""
+        """How many more tasks of this kind can be started now."""
         if self._suspects or any(task.attempts > 1 for task in self._running.values()):
             return 0
         in_use = sum(task.kind == kind for task in self._running.values())
         return self._counts[kind] * self._slots[kind] - in_use
 
     def examine(self, key: Any, uri: str, content: Content | None) -> None:
-        """Gives out the first look at a source."""
+        """Starts the examination of a source."""
         self._submit(_Task("examine", key, (uri, content), self._least_busy("examine")))
 
     def encode(self, key: Any, task: SegmentTask) -> None:
-        """Gives out a segment."""
+        """Starts the work on a segment."""
         self._submit(_Task("encode", key, (task,), self._least_busy("encode")))
 
     def wait(self, timeout_seconds: float) -> list[Outcome]:
-        """Tasks that have ended, at least one unless the time is up first.
+        """The tasks that have finished; waits for at least one, up to the timeout.
 
         Raises:
-            VidxError: a worker met one that concerns the whole job, such as a full disk or a model that cannot be
-                loaded.
-            ClusterError: Ray's own processes died, or workers do while they load the model.
+            VidxError: an error that concerns the whole job, such as a full disk or a model that cannot be loaded.
+            ClusterError: Ray's own processes died, or workers died while they loaded the model.
         """
         if self._suspects and not self._running:
             self._submit(self._suspects.pop())
@@ -188,7 +187,7 @@ class Executor:
                 raise error.cause from None
             if task.kind == "load":
                 raise
-            sys.stderr.write(f"{error}\n")  # our own mistake: its traceback is shown, and the job goes on
+            sys.stderr.write(f"{error}\n")  # a bug of vidx: its traceback is shown, and the job continues
             detail = f"{type(error.cause).__name__}: {error.cause}"
             return Outcome(task.kind, task.key, None, Problem(Reason.UNKNOWN, detail))
         except RayError as error:  # the worker, its node or its memory
@@ -196,17 +195,17 @@ class Executor:
         return None if task.kind == "load" else Outcome(task.kind, task.key, result, None)
 
     def _after_death(self, task: _Task, error: RayError) -> Outcome | None:
-        """A worker died: another takes its place and the task is tried again, alone, up to ATTEMPTS times."""
+        """Replaces a dead worker; its task is tried again alone, or fails after ATTEMPTS."""
         reason = first_line(error)
         if task.kind == "load" and task.attempts == ATTEMPTS:
             where = f"the cluster at {self._address}" if self._address else "this machine"
             raise ClusterError(
-                f"workers on {where} die while they load the model: {reason} Check their memory and that every node "
+                f"workers on {where} died while they loaded the model: {reason} Check their memory, and that each node "
                 "has this version of vidx and Ray; a cluster without authentication needs RAY_AUTH_MODE=disabled"
             )
         if self._watch is not None and self._watch.is_gone():
             raise self._watch.error()
-        if self._workers[task.role, task.worker] is task.handle:  # the first of its tasks to notice replaces it
+        if self._workers[task.role, task.worker] is task.handle:  # not replaced yet
             ray.kill(task.handle)
             self._workers[task.role, task.worker] = self._new_worker(task.role)
         if task.kind == "load":
@@ -215,7 +214,7 @@ class Executor:
         if task.attempts < ATTEMPTS:
             self._suspects.append(task)
             return None
-        detail = f"the worker process died {ATTEMPTS} times on it: {reason}"
+        detail = f"the worker process died {ATTEMPTS} times during this video: {reason}"
         return Outcome(task.kind, task.key, None, Problem(Reason.WORKER_LOST, detail))
 
     def _submit(self, task: _Task) -> None:
@@ -232,22 +231,22 @@ class Executor:
             return ray.remote(num_cpus=0)(Examiner).remote(self._settings)
         on_gpu = self._settings.device == "cuda"
         options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": 1}
-        ray.method(concurrency_group="reached")(Encoder.reached)  # here: workers do not import Ray
-        # Started tasks are given to a worker at a time up to its slots; ours decides about retries, not Ray.
+        ray.method(concurrency_group="reached")(Encoder.reached)  # not in the class: workers do not import Ray
+        # The executor decides about retries, not Ray.
         options |= {"max_concurrency": SEGMENTS_AT_ONCE, "concurrency_groups": {"reached": 1}}
         return ray.remote(max_restarts=0, max_task_retries=0, **options)(Encoder).remote(self._settings)
 
 
 def _worker_count(device: str, wanted: int | None) -> int:
-    """As many as wanted; else one per GPU, or on CPUs one per eight cores, on several of which a model computes.
+    """The number of workers: as wanted, or else one per GPU, or one per eight cores.
 
     Raises:
-        UsageError: the cluster has not as many GPUs or cores, so that some would wait for ever.
+        UsageError: the cluster has fewer GPUs or cores, so that some workers would never start.
     """
     kind, cores_each = ("GPU", 1) if device == "cuda" else ("CPU", 8)
     have = int(ray.cluster_resources().get(kind, 0))
     if have == 0 and kind == "GPU":
         raise UsageError("--device cuda: Ray finds no GPU on this machine or cluster; use --device cpu")
     if wanted is not None and wanted > have:
-        raise UsageError(f"--workers {wanted}: there are {have} {kind}s; give at most as many")
+        raise UsageError(f"--workers {wanted}: there are {have} {kind}s; give at most {have}")
     return wanted or max(1, have // cores_each)

@@ -1,7 +1,7 @@
-"""Questions that are answered on a Ray cluster: the model, the archive's rows and the videos are read there.
+"""Questions that a Ray cluster answers: it reads the model, the archive and the videos.
 
-What is said on the way comes back piece by piece through plain calls of an actor, since a driver outside the cluster
-(`ray://`) has no streaming ones.
+Pieces of an answer come back through plain calls of an actor, because a driver outside the cluster (`ray://`) cannot
+make streaming calls.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from workers.llm.prompt import Turns
 from workers.models.bundle import Bundle
 from workers.models.load import use_cores
 
-CORES = 4  # of a worker without a GPU, at most
-PATIENCE_SECONDS = 20.0  # until it is said that the worker waits for a place
+CORES = 4  # maximum for a worker without a GPU
+PATIENCE_SECONDS = 20.0  # until a note says that the worker waits for free cores or a GPU
 
 
 class RemoteAsker:
-    """An Asker in a worker of a cluster; its calls are those of Asker."""
+    """An Asker in a worker of a cluster; it has the methods of Asker."""
 
     def __init__(
         self,
@@ -50,20 +50,17 @@ class RemoteAsker:
         """Joins the cluster and starts the worker.
 
         Args:
-            archive: what is asked; its folder is under the same path on the cluster.
-            model: where the archive's model lies there; None for the one that made it.
-            address: the cluster's.
-            options: how the model is held there; device "auto" is a GPU where the cluster has one.
-            cache_bytes: as Asker takes it.
-            announce: hears when the worker has to wait for others to end.
-            tower: where its vision tower lies there; None for the one that made it.
+            archive: the archive to ask; it has the same path on the cluster.
+            model, tower: where the archive's model and its CLIP are on the cluster; None if they were not moved.
+            options: how to load the model; device "auto" is a GPU if the cluster has one.
+            announce: gets a note if the worker must wait for others.
         Raises:
-            UsageError: no cluster is there, or no such archive or model on it.
+            UsageError: there is no such cluster, or it has no such archive or model.
             ClusterError: the worker died.
         """
         start_ray(address)
         self._address = address
-        self._watch = watch_joined_ray(address, address_of_joined(address), "ask again when it is back")
+        self._watch = watch_joined_ray(address, address_of_joined(address), "ask again when it runs")
         self._numbers = itertools.count()
         have = ray.cluster_resources()
         gpus = min(1, int(have.get("GPU", 0))) if options.device != "cpu" else 0
@@ -88,18 +85,9 @@ class RemoteAsker:
         """As Asker.choose."""
         return self._call("choose", (question, within, asked))
 
-    def answer(
-        self,
-        question: str,
-        chosen: Chosen,
-        asked: Asked,
-        *,
-        history: Turns = (),
-        stream: Say = silent,
-        announce: Say = silent,
-    ) -> Answer:
+    def answer(self, question: str, chosen: Chosen, asked: Asked, *, history: Turns = (), **heard: Say) -> Answer:
         """As Asker.answer."""
-        return self._call("answer", (question, chosen, asked), stream, announce, history=history)
+        return self._call("answer", (question, chosen, asked), **heard, history=history)
 
     def fits(self, question: str, chosen: Chosen, asked: Asked, history: Turns) -> bool:
         """As Asker.fits."""
@@ -109,14 +97,7 @@ class RemoteAsker:
         """As Asker.best_score."""
         return self._call("best_score", (question, frames))
 
-    def _call(
-        self,
-        name: str,
-        arguments: tuple,
-        stream: Say = silent,
-        announce: Say = silent,
-        **others: Any,
-    ) -> Any:
+    def _call(self, name: str, arguments: tuple, stream: Say = silent, announce: Say = silent, **others: Any) -> Any:
         hear = {"stream": stream, "announce": announce}
         number = next(self._numbers)
         try:
@@ -124,7 +105,7 @@ class RemoteAsker:
             while True:
                 said = self._worker.said.remote(number)
                 if result in self._first_of(said, result):
-                    self._get(result)  # raises where the call has failed before it could say so
+                    self._get(result)  # raises if the call failed before it could report that
                 for kind, text in self._get(said):
                     if kind == "end":
                         return self._get(result)
@@ -139,7 +120,7 @@ class RemoteAsker:
             raise self._lost(error) from error
 
     def _first_of(self, *references: Any) -> list[Any]:
-        """The references that are there, as soon as one is.
+        """The references that are ready; waits for at least one.
 
         Raises:
             ClusterError: the cluster has died; Ray itself would wait for a minute and then end this process.
@@ -162,27 +143,27 @@ class RemoteAsker:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> ClusterError:
-        """What a call is told whose worker, or its cluster, has died."""
+        """The error if the worker or its cluster has died."""
         reason = first_line(error)
         return ClusterError(
-            f"the worker that answers on the cluster at {self._address} died: {reason} Check its memory and that "
-            "every node has this version of vidx and Ray, and ask again"
+            f"the worker on the cluster at {self._address} died: {reason} Check its memory, and that each node has "
+            "this version of vidx and Ray; then ask again"
         )
 
 
 class _Answerer:
-    """The worker: an Asker, and what was said in each of its calls that nobody has fetched yet."""
+    """The worker: an Asker, and for each call the pieces that nobody has fetched yet."""
 
     def __init__(self, cores: int, *settings: Any):
         self._cores = cores
         self._settings = settings
         self._asker: Asker | None = None
-        self._turn = threading.Lock()  # of calls
+        self._turn = threading.Lock()  # one call at a time
         self._queues: dict[int, queue.SimpleQueue[tuple[str, str]]] = {}
-        self._stopped = -1  # this call, and all before it
+        self._stopped = -1  # this call and all earlier ones are stopped
 
     def bundle(self) -> Bundle:
-        """The archive's model, found; not in the constructor, so that its errors reach the user as they are."""
+        """The archive's model. It is not found in the constructor, whose errors Ray would wrap."""
         uri, model, tower, *how = self._settings
         archive = open_archive(uri)
         bundle = bundle_of(archive, model, tower)
@@ -191,7 +172,7 @@ class _Answerer:
         return bundle
 
     def call(self, number: int, name: str, arguments: tuple, others: dict[str, Any]) -> Any:
-        """A method of the asker; what it says meanwhile waits in `said`, and "end" is the last of it."""
+        """Calls a method of the asker; `said` gives its pieces, and an "end" after the last one."""
         waiting = self._queue(number)
 
         def say(kind: str, text: str) -> None:
@@ -208,7 +189,7 @@ class _Answerer:
             waiting.put(("end", ""))
 
     def said(self, number: int) -> list[tuple[str, str]]:
-        """What has been said in a call since this was asked last, and of which kind; waits for the first of it."""
+        """The new pieces of a call, each with its kind; waits for at least one."""
         waiting = self._queue(number)
         found = [waiting.get()]
         while not waiting.empty():
@@ -218,7 +199,7 @@ class _Answerer:
         return found
 
     def stop(self, number: int) -> None:
-        """Has a call end when it says something next."""
+        """Stops a call, and all earlier ones, at its next piece."""
         self._stopped = number
 
     def _queue(self, number: int) -> queue.SimpleQueue[tuple[str, str]]:
@@ -226,4 +207,4 @@ class _Answerer:
 
 
 class _Stopped(Exception):
-    """Nobody wants the rest of the answer."""
+    """The user has stopped the answer."""

@@ -1,7 +1,7 @@
-"""Supervision of Ray: a command in a process of its own, and a watch over the cluster that it uses.
+"""Supervision of Ray: a command in a separate process, and a watch over its cluster.
 
-Calls into Ray block, or end this process from C++ without a word that a user understands, once the cluster is gone: no
-handler of Python's runs. The watch notices the death; the process that stays behind knows what to say.
+When a cluster is gone, calls into Ray block, or end the process from C++ without a useful message; Python's handlers do
+not run. The watch notices this, and the process that waits for the command prints a message.
 """
 
 import atexit
@@ -22,37 +22,30 @@ from workers.sandbox import die_with_owner
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT)
 RAY_NAMES = ("raylet", "gcs_server")
 LOOK_SECONDS = 0.5
-ANSWER_SECONDS = 2.0  # that a cluster elsewhere has to accept a connection
-SILENT_SECONDS = 15.0  # for which it may accept none, as while its head is started again
-GRACE_SECONDS = 30.0  # for whoever waits to notice by himself, or to end a commit; Ray ends the process after 60
+ANSWER_SECONDS = 2.0  # timeout of a connection to a joined cluster
+SILENT_SECONDS = 15.0  # a joined cluster is dead if it accepts no connection for so long; its head may be restarting
+GRACE_SECONDS = 30.0  # after the death of a cluster, for the end of a commit; Ray ends the process after 60
 
-GO_ON = "what was committed stays, run the same command again to go on"
+GO_ON = "committed work stays, run the same command again to continue"
 RAY_DIED = "Ray's own processes died (out of memory?)"
 
 
 class RayWatch:
-    """Notices when a cluster dies, and ends this process where it hangs on that.
+    """Notices when a cluster dies, and ends this process if it does not end by itself.
 
-    Where the cluster is dead and this process is still at work GRACE_SECONDS later, it waits inside Ray for what will
-    not come: then it ends, with the watch's word and the exit code of a ClusterError.
+    If this process still runs GRACE_SECONDS after the death, a call into Ray blocks it. The watch then ends it with a
+    message and the exit code of a ClusterError.
 
     Attributes:
-        word: what to say of the death.
+        word: the message.
         advice: what the user can do then.
-        has_died: whether that was seen at the last look, LOOK_SECONDS ago at most; `is_dead` looks now.
+        has_died: whether the cluster was dead at the last look, at most LOOK_SECONDS ago; `is_dead` looks now.
     """
 
     def __init__(
         self, is_dead: Callable[[], bool], word: str, silent_seconds: float = 0.0, advice: str = GO_ON
     ) -> None:
-        """Begins to watch.
-
-        Args:
-            is_dead: looks whether the cluster is dead.
-            word: what to say then.
-            silent_seconds: for how long it has to look dead before it is taken to be.
-            advice: what the user can do then.
-        """
+        """Starts the watch; the cluster counts as dead when it has looked dead for silent_seconds."""
         self.is_dead = is_dead
         self.word = word
         self.advice = advice
@@ -62,7 +55,7 @@ class RayWatch:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def is_gone(self) -> bool:
-        """Looks until the cluster lives, or has looked dead for long enough."""
+        """Whether the cluster is dead; waits until that is certain."""
         end = time.monotonic() + self._silent_seconds
         while self.is_dead():
             if self.has_died or time.monotonic() >= end:
@@ -71,11 +64,11 @@ class RayWatch:
         return False
 
     def error(self, detail: str = "") -> ClusterError:
-        """What is told of the death."""
+        """The error about the death of the cluster."""
         return ClusterError(f"{self.word}{detail and f': {detail}'}; {self.advice}")
 
     def stop(self) -> None:
-        """Watches no more."""
+        """Stops the watch."""
         self._over.set()
 
     def _watch(self) -> None:
@@ -89,9 +82,9 @@ class RayWatch:
 
 
 def watch_own_ray() -> RayWatch:
-    """A watch over the processes of the cluster that this process is about to start."""
-    others = set(child_pids(*RAY_NAMES))  # of a cluster before this one
-    seen: dict[int, str | None] = {}  # start by process number
+    """A watch over the cluster that this process starts next."""
+    others = set(child_pids(*RAY_NAMES))  # of an earlier cluster
+    seen: dict[int, str | None] = {}  # start times by process id
 
     def is_dead() -> bool:
         for pid in set(child_pids(*RAY_NAMES)) - others:
@@ -102,13 +95,7 @@ def watch_own_ray() -> RayWatch:
 
 
 def watch_joined_ray(name: str, address: str, advice: str = GO_ON) -> RayWatch:
-    """A watch over a cluster that others started.
-
-    Args:
-        name: the cluster's, as the user gave it.
-        address: HOST:PORT of its head, or of its server for clients.
-        advice: what the user can do when it has died.
-    """
+    """A watch over a running cluster; `name` is the address that the user gave, `address` is HOST:PORT."""
     host, _, port = address.rpartition(":")
 
     def is_dead() -> bool:
@@ -122,7 +109,7 @@ def watch_joined_ray(name: str, address: str, advice: str = GO_ON) -> RayWatch:
 
 
 def end_at_once(word: str) -> NoReturn:
-    """Says why and ends this process with all that it started, whatever it waits for; with a ClusterError's code."""
+    """Prints a message and ends this process and its children at once, with the exit code of a ClusterError."""
     sys.stderr.write(f"vidx: {word}\n")
     sys.stderr.flush()
     kill_children()
@@ -130,30 +117,30 @@ def end_at_once(word: str) -> NoReturn:
 
 
 def continue_in_own_process() -> None:
-    """Forks, to be called before anything starts threads; what follows the call happens in the new process.
+    """Forks; the caller continues in the new process. Call this before any thread is started.
 
-    The old one waits, passes on the signals that it gets, and ends with the exit code of the new one; where that did
-    not end by itself, with a word about it and the exit code of a ClusterError. What the new one leaves behind, as
-    Ray's agents for a minute where their raylet was killed, is ended then. The new one dies with the old one. It is a
-    process group of its own, so that Ctrl-C reaches it once.
+    The old process waits, passes on signals, and ends with the exit code of the new one. If the new process was killed,
+    the old one prints a message and ends with the exit code of a ClusterError. It also ends processes that are left,
+    such as Ray's agents. If the old process dies, the new one dies too. The new one has its own process group, so that
+    Ctrl-C reaches it once.
     """
     if sys.platform != "linux":
         return
     adopt_orphans()
     here, there = socket.socketpair()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is somebody to pass them on
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until the handlers below are installed
     pid = os.fork()
     if pid == 0:
         here.close()
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # may write to a terminal that is set to stop other groups
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a terminal can stop other groups that write
         die_with_owner(there.fileno())
         atexit.register(there.send, b".")
         return
     there.close()
     for number in _PASSED_ON:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda got, _: _pass_on(got, pid))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
@@ -173,3 +160,19 @@ def _pass_on(number: int, pid: int) -> None:
         os.kill(pid, number)
     if number == signal.SIGTSTP:
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def interrupt_on_sigterm() -> None:
+    """Lets SIGTERM stop a job like Ctrl-C; some schedulers send it twice, to a process and its parent."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def ignore_interrupts() -> None:
+    """Ignores Ctrl-C and SIGTERM from now on, while Ray ends its processes; they would only print a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,12 +1,12 @@
-"""retrieval: how well a search finds moments whose truth is known.
+"""retrieval: how well a search finds known moments.
 
-Sources: R@k at an IoU and its mean over queries, as of moment retrieval (QVHighlights, arXiv 2107.09609; Charades-STA,
-arXiv 1705.02101).
+Source: R@k at an IoU, as in moment retrieval (QVHighlights, arXiv 2107.09609; Charades-STA, arXiv 1705.02101).
 """
 
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ DEPTH = max(RANKS)
 
 @dataclass(frozen=True)
 class Truth:
-    """A stretch of a video that a text describes: positions in seconds, half-open."""
+    """A range of a video that a text describes, in seconds, half-open."""
 
     video_id: str
     start_seconds: float
@@ -34,12 +34,12 @@ class Truth:
 
 @dataclass(frozen=True)
 class Annotated:
-    """A text and everything that it describes; nothing, where it is not to be found.
+    """A text and the ranges that it describes.
 
     Attributes:
         text: the query.
-        truths: what it describes.
-        video: the one that it is to be found in; None for the whole archive.
+        truths: all ranges that it describes; empty if the archive does not show it.
+        video: the only video to search; None for the whole archive.
     """
 
     text: str
@@ -49,14 +49,14 @@ class Annotated:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a search gave for one text.
+    """The result of the search for one text.
 
     Attributes:
         text: the query.
         is_there: whether the archive shows what it describes.
-        is_found: whether the search gave anything.
-        ranks: by overlap, the rank (1 the best) of the first moment that overlaps a truth so much; None for no such one
-            among the first DEPTH.
+        is_found: whether the search found any moment.
+        ranks: by overlap, the rank (1 is the best) of the first moment that overlaps a truth by this much; None if none
+            of the first DEPTH moments does.
     """
 
     text: str
@@ -67,14 +67,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over queries; shares are 0 to 1, and None where there is no such query.
+    """Means over queries; shares are 0 to 1, or None if there is no such query.
 
     Attributes:
-        recall: by (rank, overlap), the share of the queries whose truth is met within the first so many moments.
-        reciprocal_rank: mean of 1 / rank at MRR_OVERLAP, 0 where it is not met.
-        found_f1: of "there is something to be found", over all queries.
-        there, absent: numbers of queries with and without truth.
-        found, found_wrongly: those of each that found anything.
+        recall: by (rank, overlap), the share of queries for which one of the first `rank` moments is right.
+        reciprocal_rank: mean of 1 / rank of the first right moment at MRR_OVERLAP, 0 if there is none.
+        found_f1: F1 of the decision that the archive shows something, over all queries.
+        there, absent: numbers of queries with and without truths.
+        found, found_wrongly: how many of these two found any moment.
     """
 
     recall: Mapping[tuple[int, float], float | None]
@@ -87,7 +87,7 @@ class Scores:
 
 
 def overlap(moment: Moment, truth: Truth) -> float:
-    """Intersection over union of two stretches; 0 where they are of different videos."""
+    """Intersection over union of two ranges; 0 if they are in different videos."""
     if moment.video_id != truth.video_id:
         return 0.0
     both = min(moment.end_seconds, truth.end_seconds) - max(moment.start_seconds, truth.start_seconds)
@@ -96,7 +96,7 @@ def overlap(moment: Moment, truth: Truth) -> float:
 
 
 def judge(annotated: Annotated, moments: Sequence[Moment]) -> Judged:
-    """One query's moments, best first, against its truth."""
+    """Compares the moments of one query, best first, with its truths."""
     best = [max((overlap(moment, truth) for truth in annotated.truths), default=0.0) for moment in moments[:DEPTH]]
     ranks = {
         least: next((rank for rank, reached in enumerate(best, 1) if reached >= least), None) for least in OVERLAPS
@@ -105,7 +105,7 @@ def judge(annotated: Annotated, moments: Sequence[Moment]) -> Judged:
 
 
 def score(judged: Sequence[Judged]) -> Scores:
-    """The means; those of rank and overlap over the queries that have a truth."""
+    """The scores of all queries; recall and rank are means over the queries with truths."""
     there = [one for one in judged if one.is_there]
     found = sum(one.is_found for one in there)
     found_wrongly = sum(one.is_found for one in judged if not one.is_there)
@@ -113,7 +113,9 @@ def score(judged: Sequence[Judged]) -> Scores:
     misses = len(there) - found
     return Scores(
         recall={
-            (rank, least): _mean([_met(one, rank, least) for one in there]) for rank in RANKS for least in OVERLAPS
+            (rank, least): _mean([(one.ranks[least] or math.inf) <= rank for one in there])
+            for rank in RANKS
+            for least in OVERLAPS
         },
         reciprocal_rank=_mean(reciprocal),
         found_f1=2 * found / (2 * found + found_wrongly + misses) if there else None,
@@ -124,11 +126,6 @@ def score(judged: Sequence[Judged]) -> Scores:
     )
 
 
-def _met(judged: Judged, rank: int, least: float) -> bool:
-    reached = judged.ranks[least]
-    return reached is not None and reached <= rank
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -137,18 +134,18 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def read_annotations(path: str, archive: Archive, by_video: bool = False) -> list[Annotated]:
-    """The queries of a file.
+    """The queries in a file.
 
-    CSV with the columns file, start_seconds, end_seconds and text (an empty file: there is nothing of the kind in the
-    archive), JSON lines as QVHighlights has them (query, vid, relevant_windows), or text lines as Charades-STA has them
-    (`ID START END##text`). Videos are named by path, file name, or file name without its suffix.
+    The file is CSV with the columns file, start_seconds, end_seconds and text, JSON lines of QVHighlights (query, vid,
+    relevant_windows), or text lines of Charades-STA (`ID START END##text`). In a CSV, an empty file means that the
+    archive does not show the text. Videos are named by path, or by file name with or without suffix.
 
     Args:
         path: the file.
-        archive: what it is about.
-        by_video: a text is a query for each video that it is said of; else it is one, and wherever it is true is right.
+        archive: the archive that it describes.
+        by_video: whether a text is one query per video that it describes, or one query for the whole archive.
     Raises:
-        UsageError: the file cannot be read, or names a video that the archive does not hold.
+        UsageError: the file cannot be read, or names a video that is not in the archive.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -164,22 +161,24 @@ def read_annotations(path: str, archive: Archive, by_video: bool = False) -> lis
             raise UsageError(f"{path}: query {number} has no text")
         if name is None:
             if by_video:
-                raise UsageError(f"{path}: query {number} names no video, and each is to be searched in its own")
+                raise UsageError(f"{path}: query {number} names no video, but each query is searched in its own video")
             truths.setdefault((query, None), [])
             continue
         row = names.find(name, number)
         videos[row.video_id] = row
         if stretch is not None and not stretch[0] < stretch[1]:
-            raise UsageError(f"{path}: query {number}: {stretch[0]:g} to {stretch[1]:g} is no range of time")
-        if by_video or stretch is not None:  # what one video does not show another may
+            raise UsageError(
+                f"{path}: query {number}: {stretch[0]:g} to {stretch[1]:g}: the range ends before it starts"
+            )
+        if by_video or stretch is not None:  # else another video may show the text
             found = truths.setdefault((query, row.video_id if by_video else None), [])
             found += [] if stretch is None else [Truth(row.known_id, *stretch)]
     if not truths:
-        raise UsageError(f"{path}: no queries in it")
+        raise UsageError(f"{path}: the file has no queries")
     return [Annotated(query, tuple(found), videos.get(video_id)) for (query, video_id), found in truths.items()]
 
 
-# A text, the video that it is about, and the stretch that shows it; None for no video and for no such stretch.
+# A text, a video, and the range that shows the text; None for no video and for no such range.
 Row = tuple[str, str | None, tuple[float, float] | None]
 
 
@@ -188,7 +187,7 @@ def _rows(read: Callable[[str], list[Row]], path: str, text: str) -> list[Row]:
         return read(text)
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(
-            f"{path}: {type(error).__name__} {error}: wanted CSV with the columns file, start_seconds, end_seconds and "
+            f"{path}: {type(error).__name__} {error}: give CSV with the columns file, start_seconds, end_seconds and "
             "text, JSON lines with query, vid and relevant_windows, or lines ID START END##text"
         ) from error
 
@@ -223,7 +222,7 @@ def _charades_lines(text: str) -> list[Row]:
 
 
 class _Names:
-    """Videos by path, URI, file name, and file name without suffix."""
+    """Finds videos by path, URI, or file name with or without suffix."""
 
     def __init__(self, archive: Archive, path: str):
         self._archive = archive
@@ -242,5 +241,5 @@ class _Names:
         except UsageError as error:
             raise UsageError(f"{self._path}: query {number}: {error}") from error
         if not row.frame_count:
-            raise UsageError(f"{self._path}: query {number}: {name} has no frames to be found")
+            raise UsageError(f"{self._path}: query {number}: {name} has no frames in the archive")
         return row

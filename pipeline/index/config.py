@@ -1,4 +1,4 @@
-"""Settings of an index job: one validated model, values from presets, a file and the command line."""
+"""The settings of an index job, from presets, a file and the command line."""
 
 import re
 import tomllib
@@ -14,9 +14,9 @@ from storage.records import Choice
 
 
 class IndexConfig(BaseModel):
-    """Everything that `vidx index` can be told besides its sources and its archive.
+    """All settings of `vidx index` except its sources and its archive.
 
-    `patches` and `workers` of None mean: what the model (1/9 of its patches) and the machine suggest.
+    If `patches` is None, it is 1/9 of the model's patches; if `workers` is None, it depends on the machine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,30 +44,30 @@ class IndexConfig(BaseModel):
     @classmethod
     def _exact_fps(cls, value: Any) -> Fraction:
         text = str(value)
-        if not re.fullmatch(r"-?[\d.]{1,20}(/\d{1,20})?", text):  # an exponent could make it as large as it likes
+        if not re.fullmatch(r"-?[\d.]{1,20}(/\d{1,20})?", text):  # an exponent could make it huge
             raise ValueError("must be a number or a ratio such as 30000/1001")
         try:
             fps = Fraction(text)
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError("must be a number or a ratio such as 30000/1001") from error
         if not 0 < fps <= 1000:
-            raise ValueError("must be more than 0 and at most 1000 frames per second")
+            raise ValueError("must be above 0 and at most 1000 frames per second")
         return fps
 
 
 def preset_names() -> list[str]:
-    """Names that `--config` accepts besides a file."""
+    """The names of the presets for `--config`."""
     return sorted(Path(entry.name).stem for entry in files("configs").iterdir() if entry.name.endswith(".toml"))
 
 
 def load_config(config: str | None, command_line: dict[str, Any]) -> IndexConfig:
-    """The defaults, overlaid by a preset or TOML file, overlaid by what the command line says.
+    """The settings of the command line, then those of a preset or TOML file, then the defaults.
 
     Args:
-        config: a preset's name, a path, or None.
+        config: the name of a preset, a path, or None.
         command_line: option name -> value; None means not given.
     Raises:
-        UsageError: no such file, no TOML, an unknown key, or a value out of range.
+        UsageError: there is no such file, it is not TOML, it has an unknown key, or a value is not allowed.
     """
     values = _read_toml(config) if config else {}
     given = {name: value for name, value in command_line.items() if value is not None}
@@ -78,7 +78,8 @@ def load_config(config: str | None, command_line: dict[str, Any]) -> IndexConfig
         name = str(first["loc"][0])
         origin = f"--{name.replace('_', '-')}" if name in given else f"{config}: {name}"
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"{origin} is no setting; known are {', '.join(IndexConfig.model_fields)}") from error
+            allowed = ", ".join(IndexConfig.model_fields)
+            raise UsageError(f"{origin}: there is no such setting; the settings are {allowed}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{origin}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from error
 
@@ -92,4 +93,4 @@ def _read_toml(config: str) -> dict[str, Any]:
         names = ", ".join(preset_names())
         raise UsageError(f"--config {config}: cannot be read; give a TOML file or one of {names}") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {config}: not TOML: {error}") from error
+        raise UsageError(f"--config {config}: the file is not TOML: {error}") from error

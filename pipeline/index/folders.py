@@ -1,4 +1,4 @@
-"""Walks folders: each real folder once, whichever symbolic links lead to it, and links after all else."""
+"""Walks folders; each folder is visited once, even if several symbolic links lead to it. Links come last."""
 
 import os
 from collections import deque
@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 
 class EntryKind(Enum):
-    """What a place is; NOTHING is a link whose target is not there."""
+    """The kind of a place; NOTHING is a link without a target."""
 
     FILE = auto()
     FOLDER = auto()
@@ -17,11 +17,11 @@ class EntryKind(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Something that a walk met.
+    """A file, folder or broken link.
 
     Attributes:
-        path: by which it was reached.
-        real: the same place without symbolic links.
+        path: the path by which it was found.
+        real: the path without symbolic links.
         kind: what it is; a pipe or a device counts as a file.
     """
 
@@ -31,18 +31,18 @@ class Place:
 
 
 class FolderWalk:
-    """Walks below folders.
+    """A walk through folders.
 
     Attributes:
-        unscanned: places that were left out, each with the reason.
+        unscanned: places that were not visited, with the reason.
     """
 
     def __init__(self, seen: set[bytes], hidden: bool = True):
-        """Starts with nothing walked.
+        """Prepares a walk.
 
         Args:
-            seen: real folders that are not walked again; walks that share the set share the folders.
-            hidden: take names that begin with a dot too.
+            seen: real paths of visited folders; several walks can share the set.
+            hidden: include names that begin with a dot.
         """
         self.unscanned: list[tuple[bytes, str]] = []
         self._seen = seen
@@ -50,11 +50,11 @@ class FolderWalk:
         self._links: deque[tuple[bytes, bytes]] = deque()  # path, and the real folder that the link lies in
 
     def below(self, folder: bytes) -> Iterator[Place]:
-        """The folder and what lies below it, a folder's files in order of name before its folders; links wait."""
+        """A folder and everything below it except links; files come before folders, in order of name."""
         yield from self._walk(Place(folder, os.path.realpath(folder), EntryKind.FOLDER))
 
     def linked(self) -> Iterator[Place]:
-        """What the links met so far lead to, and the links met on the way."""
+        """The targets of all links found so far, and of links found there."""
         while self._links:
             path, folder = self._links.popleft()
             real = os.path.realpath(path)
@@ -68,7 +68,7 @@ class FolderWalk:
             elif real in self._seen:
                 continue
             elif (folder + b"/").startswith(real.rstrip(b"/") + b"/"):
-                self.unscanned.append((path, "a link to a folder around it; it was not followed"))
+                self.unscanned.append((path, "this link leads to a folder that contains it, and was not followed"))
             else:
                 yield from self._walk(Place(path, real, EntryKind.FOLDER))
 

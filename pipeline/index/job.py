@@ -1,10 +1,10 @@
-"""job: sources -> the committed, searchable archive. The job's flow; the work itself happens in workers."""
+"""job: sources -> committed, searchable videos. It gives work to the workers and commits the results."""
 
 import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.ask.thresholds import update_thresholds
 from pipeline.index.config import IndexConfig
 from pipeline.index.plan import Decision, IndexPlan, Update, WantedRows, decide_known, plan_sources
-from pipeline.index.progress import FileAtWork, Meter, Progress, VideoMeter
+from pipeline.index.progress import FileAtWork, Meter, Progress, Report, VideoMeter
 from pipeline.index.split import split
 from storage.archive.archive import Archive
 from storage.archive.claims import Job
@@ -42,29 +42,36 @@ from workers.models.bundle import Bundle, find_bundle
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify
 
-if TYPE_CHECKING:  # importing Ray costs a second that a run with nothing to do need not wait for
+if TYPE_CHECKING:  # importing Ray takes a second, and a run with nothing to do does not need it
     from pipeline.cluster.executor import Executor, Outcome
 
-ADMIT_SECONDS = 0.5  # between two commits of numbers, while other videos are still being examined
-COMMIT_SECONDS = 2.0  # receipts are committed in groups: a commit costs tens of milliseconds however many are in it
-INDEX_FRAMES = 1 << 14  # published and not in the index: until then a search compares them one by one
-LATE_SECONDS = 1.0  # by which frames may lie behind the duration that a file claims, before it is not believed
-SHOW_PART_SECONDS = 10.0  # from the first committed segment; of what is whole by then, none is shown in part
-ELSEWHERE_SECONDS = 0.5  # between two looks at what other jobs are doing
-READY_SEGMENTS = 64  # examined but not yet given out; bounds what the driver holds
+ADMIT_SECONDS = 0.5  # between two commits of video numbers, while other videos are examined
+COMMIT_SECONDS = 2.0  # between two commits; one costs tens of milliseconds, for any number of receipts
+INDEX_FRAMES = 1 << 14  # published frames that may be missing in the search index; a search compares them one by one
+LATE_SECONDS = 1.0  # the duration in a header is replaced if frames end later than this after it
+SHOW_PART_SECONDS = 10.0  # a video can be searched in part so long after its first committed segment
+ELSEWHERE_SECONDS = 0.5  # between two looks at the videos of other jobs
+READY_SEGMENTS = 64  # segments that wait for a worker; above that, no more videos are examined
 
 
 @dataclass
 class IndexResult:
-    """What a job did; the four kinds of videos are disjoint and add up to the sources.
+    """What a job did; indexed, partial, failed and skipped add up to the number of sources.
 
-    `failures` lists this run's partial and failed videos, `notes` whole ones of which something should be known. Parts
-    of skipped: failed_before counts those of earlier runs that this one did not try again, deleted_before those that
-    were deleted, before it or while it was at them. `updates` lists videos of the archive whose tags or capture time
-    the sources state anew. frame_count is what this run computed, frames_resumed what earlier ones had committed of the
-    videos that it worked on. The seconds of the stages are summed over workers: waiting for the decoder, computing, and
-    writing. cache_problem says why hashes are not remembered for the next run. sandbox_missing names what a process
-    that decoded was not kept from (workers/sandbox.py).
+    Attributes:
+        indexed, partial, failed, skipped: numbers of videos.
+        failed_before: skipped videos that failed in an earlier run.
+        deleted_before: skipped videos that were deleted, before this run or during it.
+        frame_count: frames that this run computed.
+        frames_resumed: frames that earlier runs had committed of the videos of this run.
+        seconds: duration of the run.
+        decode_seconds, encode_seconds, store_seconds: waiting for the decoder, computing and writing, of all workers.
+        failures: partial and failed videos of this run.
+        updates: videos whose tags or capture times the sources change.
+        notes: indexed videos with a remark.
+        interrupted: whether Ctrl-C or SIGTERM stopped the job.
+        cache_problem: why hashes cannot be kept for the next run; empty if they can.
+        sandbox_missing: what a decoding process was not kept from (workers/sandbox.py).
     """
 
     indexed: int = 0
@@ -87,13 +94,10 @@ class IndexResult:
     sandbox_missing: set[str] = field(default_factory=set)
 
     def count(self, row: VideoRow) -> None:
-        """Adds one video that this run tried."""
-        if row.status is Status.INDEXED:
-            self.indexed += 1
-        elif row.status is Status.PARTIAL:
-            self.partial += 1
-        else:
-            self.failed += 1
+        """Adds a video that this run tried."""
+        self.indexed += row.status is Status.INDEXED
+        self.partial += row.status is Status.PARTIAL
+        self.failed += row.status is Status.FAILED
         if not is_whole(row.problem):
             self.failures.append(row)
         elif row.problem is not None:
@@ -102,17 +106,17 @@ class IndexResult:
 
 @dataclass
 class _Video:
-    """A video between its first look and its publication.
+    """A video that was examined and is not published yet.
 
     Attributes:
-        asset, content, probe, number: what it is.
+        asset, content, probe, number: the video.
         waiting: keys of segments that are not committed.
-        held: keys of segments whose frames are.
+        held: keys of segments whose frames are committed.
         resumed: whether earlier jobs committed some of them.
-        meter: of what is done.
-        committed_since: since when frames of it are committed, as far as this job knows; None where none are.
-        is_settled: whether a row shows what is committed of it, or none may before it is whole.
-        problem: of the first segment that is not whole.
+        meter: how much of it is done.
+        committed_since: when this job first knew of committed frames; None if there are none.
+        is_settled: whether the video need not be published in part (any more).
+        problem: of the first segment that is not complete.
     """
 
     asset: VideoAsset
@@ -129,10 +133,10 @@ class _Video:
 
 
 def sampling_of(config: IndexConfig, bundle: Bundle) -> Sampling:
-    """Which rows of each video the settings ask for, of a model.
+    """The choice of frames and patch rows that the settings ask for.
 
     Raises:
-        UsageError: more patches than the model has, or a choice that needs a library which is missing.
+        UsageError: there are more patches than the model has, or a library for --sample is missing.
     """
     sampling = Sampling(
         config.fps, bundle.default_patch_rows if config.patches is None else config.patches, config.sample
@@ -145,23 +149,23 @@ def sampling_of(config: IndexConfig, bundle: Bundle) -> Sampling:
 def plan_index(
     assets: Iterable[VideoAsset], archive: Archive | None, bundle: Bundle, sampling: Sampling, config: IndexConfig
 ) -> IndexPlan:
-    """What a job would do with each source; changes nothing. An archive of None is one that is not there yet."""
+    """What a job would do with each source; changes nothing. The archive is None if it does not exist yet."""
     wanted = WantedRows(bundle.model_id, sampling, config.max_pixels, config.retry_failed, config.restore_deleted)
     return plan_sources(list(assets), archive.videos.all() if archive else [], wanted, HashCache())
 
 
 def check_machine(config: IndexConfig) -> None:
-    """Refuses what this machine surely lacks, before Ray is started, which counts it exactly.
+    """Checks what this machine has, before Ray is started.
 
     Raises:
-        UsageError: no GPU, fewer cores than workers, or a sandbox with gaps where that has to be strict.
+        UsageError: there is no GPU, there are fewer cores than workers, or the sandbox is not complete and must be.
     """
     check_device(config.device)
     if config.strict_sandbox:
         check_confined()
     cores = os.cpu_count() or 1
     if config.workers is not None and config.workers > cores and not _on_gpu(config):
-        raise UsageError(f"--workers {config.workers}: there are {cores} CPUs; give at most as many")
+        raise UsageError(f"--workers {config.workers}: there are {cores} CPUs; give at most {cores}")
 
 
 def run_index(
@@ -170,26 +174,26 @@ def run_index(
     bundle: Bundle,
     sampling: Sampling,
     config: IndexConfig,
-    report: Callable[[Progress], None],
+    report: Report,
 ) -> IndexResult:
-    """Indexes what the archive does not hold yet and leaves it committed and searchable.
+    """Indexes the videos that the archive does not hold yet.
 
-    A KeyboardInterrupt stops the job after what is finished has been committed; the result then says so.
+    A KeyboardInterrupt stops the job after a last commit of finished work; the result says so.
 
     Raises:
         ArchiveError: the archive cannot be written.
-        UsageError: no cluster at the address.
+        UsageError: there is no cluster at the address.
     """
     start = time.monotonic()
     result = IndexResult()
     plan = plan_index(assets, archive, bundle, sampling, config)
     if plan.renewed:
-        archive.videos.update(plan.renewed)  # before anything new takes the place of what has moved away
+        archive.videos.update(plan.renewed)  # first: a new video may have the old name of one that was moved
     result.updates = list(plan.updates.values())
     result.cache_problem = plan.cache_problem
     result.failed_before = plan.count(Decision.FAILED)
     result.deleted_before = plan.count(Decision.DELETED)
-    result.skipped = plan.count(Decision.KNOWN, Decision.MOVED, Decision.UPDATED, Decision.FAILED, Decision.DELETED)
+    result.skipped = len(plan.decisions) - len(plan.todo)
     if plan.todo:
         from pipeline.cluster.executor import Executor
 
@@ -204,11 +208,11 @@ def run_index(
                 result.interrupted = True
                 run.commit(is_last=True)
             except VidxError:
-                with contextlib.suppress(VidxError):  # what other workers had finished; a full disk refuses it too
+                with contextlib.suppress(VidxError):  # commits finished work, unless the disk is full
                     run.commit(is_last=True)
                 raise
     update_index(archive)
-    if plan.todo:  # a run with nothing to do ends in a second
+    if plan.todo:
         if not result.interrupted:
             improve_index(archive)
             update_thresholds(archive, bundle)
@@ -217,16 +221,16 @@ def run_index(
     return result
 
 
-def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Progress], None]) -> list[VideoRow]:
-    """Indexes videos once more, each with the settings of its row.
+def index_again(archive: Archive, rows: Sequence[VideoRow], report: Report) -> list[VideoRow]:
+    """Indexes videos again, each with the settings of its row.
 
-    Those whose files are gone, or hold something else now, stay as they are.
+    Videos whose files are gone or have another content stay as they are.
 
     Returns:
-        Those that are still not whole, their problem being why.
+        The rows of videos that are still not complete, with the problem.
     Raises:
-        UsageError: the archive's model is not at hand.
-        KeyboardInterrupt: after what is finished has been committed.
+        UsageError: the archive's model is not available.
+        KeyboardInterrupt: finished work has been committed.
     """
     bundle, away = _own_bundle(archive), _away(rows)
     there = [row for row in rows if row.video_id not in away]
@@ -238,14 +242,12 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Callable[[Pr
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
         if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
             raise KeyboardInterrupt
-    problems = (
-        {row.video_id: row.problem for row in rows} | {row.video_id: row.problem for row in archive.videos.all()} | away
-    )
+    problems = {row.video_id: row.problem for row in (*rows, *archive.videos.all())} | away
     return [replace(row, problem=problem) for row in rows if (problem := problems[row.video_id]) is not None]
 
 
 def why_not_again(archive: Archive, rows: Sequence[VideoRow]) -> dict[str, Problem]:
-    """Why videos cannot be indexed once more with what is at hand, by video_id; those that can are not in it."""
+    """By video_id, why videos cannot be indexed again; those that can are left out."""
     try:
         _own_bundle(archive)
     except UsageError as error:
@@ -260,22 +262,19 @@ def _own_bundle(archive: Archive) -> Bundle:
 
 
 def _away(rows: Sequence[VideoRow]) -> dict[str, Problem]:
-    """Why videos cannot be read where they were, by video_id; those that can are not in it."""
-    hashes = HashCache()
-    return {row.known_id: problem for row in rows if (problem := _why_away(row, hashes)) is not None}
-
-
-def _why_away(row: VideoRow, hashes: HashCache) -> Problem | None:
-    try:
-        if identify(file_path(row.uri), hashes).video_id == row.video_id:
-            return None
-    except VideoProblem as problem:
-        return Problem(problem.reason, problem.detail)
-    return Problem(Reason.CHANGED, "the file holds something else now")
+    """By video_id, why the files of videos cannot be read; those that can be read are left out."""
+    hashes, found = HashCache(), {}
+    for row in rows:
+        try:
+            if identify(file_path(row.uri), hashes).video_id != row.video_id:
+                found[row.known_id] = Problem(Reason.CHANGED, "the file has another content now")
+        except VideoProblem as problem:
+            found[row.known_id] = Problem(problem.reason, problem.detail)
+    return found
 
 
 def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choice: Choice) -> WorkerSettings:
-    """The part of the settings that workers need; a device of "auto" is settled here, since Ray must know it."""
+    """The settings of the workers; a device of "auto" is decided here, because Ray must know it."""
     return WorkerSettings(
         frames_uri=archive.frames_uri,
         model=bundle.name,
@@ -283,7 +282,7 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
         device="cuda" if _on_gpu(config) else "cpu",
         dtype=config.dtype,
         batch=config.batch,
-        threads=1,  # the executor divides the cores once it has counted the workers
+        threads=1,  # the executor sets it
         max_pixels=config.max_pixels,
         decode_threads=config.decode_threads,
         timeout_seconds=config.timeout_seconds,
@@ -295,21 +294,14 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
 
 
 def _on_gpu(config: IndexConfig) -> bool:
-    """Whether to compute on a GPU; asking torch would cost its import in a driver that needs none."""
+    """Whether to compute on a GPU; this avoids importing torch here."""
     return config.device == "cuda" or (config.device == "auto" and os.path.exists("/dev/nvidiactl"))
 
 
 class _Run:
-    """The loop over examinations and segments: gives out work, collects it, commits it."""
+    """The main loop of a job: gives out work, collects results, commits them."""
 
-    def __init__(
-        self,
-        plan: IndexPlan,
-        archive: Archive,
-        job: Job,
-        result: IndexResult,
-        report: Callable[[Progress], None],
-    ):
+    def __init__(self, plan: IndexPlan, archive: Archive, job: Job, result: IndexResult, report: Report):
         self._plan = plan
         self._restored = set(plan.restored)
         self._unexamined = deque(plan.todo)
@@ -335,7 +327,7 @@ class _Run:
         self._counted: dict[int, int] = {}  # frames of videos that are shown in part, in _unindexed
 
     def run(self, executor: "Executor") -> None:
-        """Until every source is published, failed or skipped."""
+        """Works until every source is published, failed or skipped."""
         while self._unexamined or self._ready or executor.running or self._examined or self._elsewhere:
             self._give_out(executor)
             for outcome in executor.wait(timeout_seconds=0.5):
@@ -351,15 +343,15 @@ class _Run:
         self._show(executor)
 
     def commit(self, is_last: bool = False) -> None:
-        """Frames first, then the videos whose last segment is among them, and those that are to be shown in part.
+        """Commits new frames, then publishes videos that are complete now or can be shown in part.
 
         Args:
-            is_last: the job ends here; what is committed of videos that are not whole is shown.
+            is_last: the job ends here, so all incomplete videos are shown in part.
         """
         receipts = list(self._receipts)
         for number in {receipt.video_number for receipt in receipts if receipt.part is not None}:
             self._job.begin(number)
-        landed = self._archive.parts.commit(receipts)  # which tells, where it is interrupted and done once more
+        landed = self._archive.parts.commit(receipts)  # can be repeated after an interruption
         del self._receipts[: len(receipts)]
         self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
         for receipt in receipts:
@@ -385,7 +377,7 @@ class _Run:
         ]
         rows = [*finished, *map(self._unfinished_row, partly)]
         published = self._archive.videos.publish(rows, self._restored) if rows else set()
-        self._restored -= published  # what a user deletes after it was restored, and shown, stays deleted
+        self._restored -= published  # if a user deletes it again, it stays deleted
         del self._finished[: len(finished)]
         for video in partly:
             video.is_settled = True
@@ -401,12 +393,12 @@ class _Run:
         self._count_unindexed(finished)
 
     def _is_deleted(self, video_id: str) -> bool:
-        """Whether a user has deleted a video while this job was at it."""
+        """Whether a user has deleted a video during this job."""
         row = self._archive.videos.row_of(video_id)
         return row is not None and row.status is Status.DELETED
 
     def _count_unindexed(self, finished: Sequence[VideoRow]) -> None:
-        """Adds the frames that are shown since the last count."""
+        """Adds the frames that were published since the last call."""
         shown = self._archive.videos.published()
         at_work = {video.number for video in self._videos.values() if video.number in shown}
         counts = {number: self._archive.parts.frame_count(number) for number in at_work}
@@ -424,21 +416,18 @@ class _Run:
 
     def _take_in(self, outcome: "Outcome") -> None:
         if outcome.kind == "encode":
-            receipt: Receipt | None = outcome.result
-            if receipt is None:
-                assert outcome.problem is not None  # where there is no result
-                receipt = _lost(outcome.key, outcome.problem)
+            task = outcome.key
+            receipt: Receipt = outcome.result or Receipt(  # the worker died or failed
+                task.segment, task.video_number, None, outcome.problem, task.probe.decoder, 0, 0.0, 0.0, 0.0
+            )
             self._videos[receipt.segment.video_id].meter.finish(receipt.segment.key, receipt.end_seconds)
             self._receipts.append(receipt)
             return
-        examined = outcome.result or Examined(None, None, outcome.problem)
-        self._take_examined(outcome.key, examined)
-
-    def _take_examined(self, asset: VideoAsset, examined: Examined) -> None:
+        asset, examined = outcome.key, outcome.result or Examined(None, None, outcome.problem)
         content = examined.content
         self._note_sandbox(content.video_id if content else None, examined.sandbox_missing)
         if content is not None:
-            if content.video_id in self._seen:  # the same bytes under a second name in this very job
+            if content.video_id in self._seen:  # a second file with the same content
                 self._skip(asset)
                 return
             self._seen[content.video_id] = asset.uri
@@ -454,12 +443,12 @@ class _Run:
             self._sandbox_missing.setdefault(video_id, set()).update(missing)
 
     def _may_admit(self, executor: "Executor") -> bool:
-        """Whether to wait no longer for others to be examined; each admission is a commit, whatever it admits."""
+        """Whether to admit the examined videos now; waiting for more of them saves commits."""
         coming = executor.is_busy("examine") or (self._unexamined and len(self._ready) < READY_SEGMENTS)
         return not coming or time.monotonic() - self._last_admission >= ADMIT_SECONDS
 
     def _admit(self) -> None:
-        """Gives the examined videos their numbers, in one commit, and lines up their segments."""
+        """Gives the examined videos their numbers, in one commit, and queues their segments."""
         examined, self._examined = self._examined, []
         if not examined:
             return
@@ -471,7 +460,7 @@ class _Run:
             if not self._job.take(number):
                 self._elsewhere.append((asset, content, probe))
                 continue
-            if self._is_done(content):  # by another job, since this one began
+            if self._is_done(content):  # another job was faster
                 self._job.release(number)
                 self._skip(asset)
                 continue
@@ -493,7 +482,7 @@ class _Run:
                 self._finish(video)
 
     def _look_elsewhere(self) -> None:
-        """What other jobs have finished is done; what they have let go of unfinished, this one takes."""
+        """Skips videos that other jobs have finished, and takes over those that they gave up."""
         self.commit()
         time.sleep(ELSEWHERE_SECONDS)
         self._archive.refresh()
@@ -502,7 +491,7 @@ class _Run:
             if self._is_done(content):
                 self._skip(asset)
                 continue
-            if row := self._archive.videos.row_of(content.video_id):  # what a manifest said to the job that was at it
+            if row := self._archive.videos.row_of(content.video_id):  # keep what a manifest stated in the other job
                 tags = row.tags if asset.tags is None else asset.tags
                 asset = replace(asset, tags=tags)
                 if asset.captured_at is None:
@@ -511,7 +500,7 @@ class _Run:
         self._admit()
 
     def _is_done(self, content: Content) -> bool:
-        """Whether a row has come since this job began, and leaves nothing to do."""
+        """Whether another job has published this video since this job began."""
         row = self._archive.videos.row_of(content.video_id)
         if row is None or row == self._plan.by_id.get(content.video_id):
             return False
@@ -537,7 +526,7 @@ class _Run:
         said = video.probe.duration_seconds
         if said is not None and receipt.end_seconds is not None and receipt.end_seconds > said + LATE_SECONDS:
             video.probe = replace(video.probe, duration_seconds=receipt.end_seconds)
-        if receipt.decoder == "pyav":  # it took over where decord met damage, if only in this segment
+        if receipt.decoder == "pyav":  # it replaced decord in a damaged segment
             video.probe = replace(video.probe, decoder="pyav")
         if not video.waiting:
             self._finish(video)
@@ -548,11 +537,11 @@ class _Run:
         frame_count = self._archive.parts.frame_count(video.number)
         problem = video.problem
         if not self._archive.parts.holds(video.number, video.held):
-            problem = Problem(Reason.DAMAGED, "frames of it were taken out while this job worked")
+            problem = Problem(Reason.DAMAGED, "its frames were taken out during this job")
         if is_whole(problem) and video.resumed:
             problem = min(self._archive.parts.problems(video.number), key=is_whole, default=problem)
         if frame_count == 0 and problem is None:
-            problem = Problem(Reason.NO_FRAMES, "the video stream holds no frame that can be decoded")
+            problem = Problem(Reason.NO_FRAMES, "the video stream has no frame that can be decoded")
         row = self._row(video.asset, video.content, video.probe, video.number, frame_count, problem)
         self._finished.append(row)
 
@@ -589,7 +578,7 @@ class _Run:
         )
 
     def _sandbox_missing_of(self, content: Content | None, number: int | None) -> tuple[str, ...] | None:
-        """What was missing when this run read the video, or an earlier one whose frames stay."""
+        """What the decoders were not kept from, in this run and in earlier ones whose frames stay."""
         missing = self._sandbox_missing.get(content.video_id) if content else None
         if content is None or missing is None:
             return None
@@ -599,7 +588,7 @@ class _Run:
         return tuple(sorted(missing))
 
     def _unfinished_row(self, video: _Video) -> VideoRow:
-        """The row of a video of which frames are committed, and not all; it does not count this run yet."""
+        """The row of a video that is shown in part; it does not count this run as an attempt yet."""
         count = self._archive.parts.frame_count(video.number)
         problem = Problem(Reason.UNFINISHED, "it is being indexed, or its job was interrupted")
         row = self._row(video.asset, video.content, video.probe, video.number, count, problem)
@@ -637,7 +626,7 @@ class _Run:
 
 
 def _size(asset: VideoAsset, content: Content | None) -> int:
-    """Of a source in bytes; nothing where that cannot be told, which the worker that looks at it says."""
+    """The size of a source in bytes; 0 if it is unknown."""
     if content is not None:
         return content.size_bytes
     with contextlib.suppress(OSError, ValueError):
@@ -646,13 +635,8 @@ def _size(asset: VideoAsset, content: Content | None) -> int:
 
 
 def _dated(asset: VideoAsset, probe: Probe | None) -> VideoAsset:
-    """The asset with the time of capture that its file gives, where nobody said another."""
+    """The asset with the capture time that its file states, unless a manifest states one."""
     is_told = asset.captured_at is not None and asset.captured_from is CapturedFrom.MANIFEST
     if is_told or probe is None or probe.created_at is None:
         return asset
     return replace(asset, captured_at=probe.created_at, captured_from=CapturedFrom.FILE)
-
-
-def _lost(task: SegmentTask, problem: Problem) -> Receipt:
-    """The receipt of a segment whose worker could not write one."""
-    return Receipt(task.segment, task.video_number, None, problem, task.probe.decoder, 0, 0.0, 0.0, 0.0)

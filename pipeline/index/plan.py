@@ -1,9 +1,10 @@
-"""plan: which sources the archive holds already, and what of their rows has to follow the files."""
+"""plan: what a job does with each source, and which rows of the archive change because files did."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -13,7 +14,7 @@ from storage.records import Content, Problem, Reason, Sampling, Status, VideoAss
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify, open_source
 
-TRIES = 3  # runs that try, unasked, what failed for a reason that may pass
+TRIES = 3  # runs that try a video again that failed for a temporary reason
 
 
 class Decision(StrEnum):
@@ -34,26 +35,18 @@ class Decision(StrEnum):
 
     @property
     def is_work(self) -> bool:
-        """Whether the job tries it; what is missing or unreadable becomes a failure, unless it comes in time."""
-        tried = (
-            Decision.NEW,
-            Decision.CHANGED,
-            Decision.SETTINGS,
-            Decision.RETRY,
-            Decision.MISSING,
-            Decision.UNREADABLE,
-            Decision.UNFINISHED,
-        )
-        return self in tried
+        """Whether the job tries to index the source; a missing or unreadable one then becomes a failed video."""
+        skipped = (Decision.MOVED, Decision.UPDATED, Decision.KNOWN, Decision.FAILED, Decision.DELETED)
+        return self not in skipped
 
 
 @dataclass(frozen=True)
 class WantedRows:
-    """What a job wants of every source: rows of this model with these settings.
+    """The rows that a job wants for every source: of this model, with these settings.
 
     Attributes:
-        retry_failed: try again what failed or is partial, whatever the reason.
-        restore_deleted: index again what was deleted.
+        retry_failed: try all failed and partial videos again.
+        restore_deleted: index deleted videos again.
     """
 
     model_id: str
@@ -69,31 +62,32 @@ class WantedRows:
 
 @dataclass(frozen=True)
 class Update:
-    """A video whose tags or capture time a manifest states anew."""
+    """A video whose tags or capture time are changed by a manifest."""
 
     before: VideoRow
     after: VideoRow
 
     @property
-    def changes(self) -> dict[str, tuple[object, object]]:
-        """What it was and what it is, by tag and for captured_at; None for nothing."""
-        old, new = ({**row.tags, "captured_at": row.captured_at} for row in (self.before, self.after))
+    def changes(self) -> dict[str, tuple[datetime | str | None, datetime | str | None]]:
+        """The values before and after, by tag and for `captured_at`; None for no value."""
+        old: dict[str, datetime | str | None] = {**self.before.tags, "captured_at": self.before.captured_at}
+        new: dict[str, datetime | str | None] = {**self.after.tags, "captured_at": self.after.captured_at}
         return {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What is to be done, and what is known of it.
+    """What a job will do.
 
     Attributes:
-        wanted: of the sources.
-        decisions: of each source, in order.
-        renewed: rows to publish before anything else: of sources that moved, were touched, retagged or redated.
-        updates: those of them that were retagged or redated, by the uri that they have now.
-        problems: why a source is missing or unreadable, or failed before, by uri.
-        contents: of sources that have been hashed, by uri.
-        cache_problem: why hashes are not remembered from run to run; empty where they are.
-        by_id, by_uri: the archive's rows, renewed.
+        wanted: the rows that the job wants.
+        decisions: the decision for each source, in order.
+        renewed: changed rows to publish first: of files that were moved or touched, or have new tags or capture times.
+        updates: the changes of tags and capture times, by the video's present URI.
+        problems: by URI, why a source is missing, unreadable, or failed before.
+        contents: by URI, the contents of sources that have been hashed.
+        cache_problem: why hashes cannot be kept for the next run; empty if they can.
+        by_id, by_uri: the archive's rows, after these changes.
     """
 
     wanted: WantedRows
@@ -108,12 +102,12 @@ class IndexPlan:
 
     @property
     def todo(self) -> tuple[VideoAsset, ...]:
-        """Sources that need work."""
+        """The sources that the job tries to index."""
         return tuple(asset for asset, decision in self.decisions if decision.is_work)
 
     @property
     def restored(self) -> set[str]:
-        """Ids of deleted content that is to be indexed again."""
+        """The ids of deleted videos that will be indexed again."""
         ids = {content.video_id for asset in self.todo if (content := self.contents.get(asset.uri))}
         return {video_id for video_id in ids & self.by_id.keys() if self.by_id[video_id].status is Status.DELETED}
 
@@ -122,7 +116,7 @@ class IndexPlan:
         return sum(decision in wanted for _, decision in self.decisions)
 
     def inherit(self, asset: VideoAsset, content: Content | None) -> VideoAsset:
-        """The asset with tags and capture time of the same content, or tags of the same place, where it has none."""
+        """The asset; missing tags and times are taken from the same content, missing tags also from the same place."""
         same_content = self.by_id.get(content.video_id) if content else None
         same_place = same_content or self.by_uri.get(asset.uri)
         tags = asset.tags if asset.tags is not None else (same_place.tags if same_place else {})
@@ -132,7 +126,7 @@ class IndexPlan:
         return replace(asset, captured_at=same_content.captured_at, captured_from=same_content.captured_from)
 
     def attempts(self, asset: VideoAsset, content: Content | None) -> int:
-        """How many runs have tried this content, or this place where the content cannot be read, as it is wanted."""
+        """How many runs with these settings tried this content, or this place if the content cannot be read."""
         row = self.by_id.get(content.video_id) if content else self.by_uri.get(asset.uri)
         if row is None or not self.wanted.is_of(row):
             return 0
@@ -142,10 +136,10 @@ class IndexPlan:
 def plan_sources(
     assets: Sequence[VideoAsset], rows: Sequence[VideoRow], wanted: WantedRows, hashes: HashCache
 ) -> IndexPlan:
-    """Tells the sources that need work from those that do not; changes nothing.
+    """The plan for some sources; it changes nothing.
 
-    Only files of a size that the archive knows are hashed here (they are probably known, and then no cluster
-    need be started), and those whose hash is remembered; the others are hashed by the workers.
+    A file is hashed here only if its hash is cached or the archive has a video of its size: then it is probably known,
+    and may need no cluster. Workers hash the other files.
     """
     by_id = {row.video_id: row for row in rows if row.video_id is not None}
     sizes = {row.size_bytes for row in by_id.values()}
@@ -166,7 +160,7 @@ def plan_sources(
         if problem is not None:
             problems[asset.uri] = problem
         if decisions[asset.uri] in (Decision.MISSING, Decision.UNREADABLE) and place is not None:
-            row = place  # what it holds cannot be looked at, and it is the video of this place as far as is known
+            row = place  # the file cannot be read; probably it is still the video of this place
         if row is None or row.status is Status.DELETED:
             continue
         changed = _renewed(renewed.get(row.known_id, row), asset, content, contents, named)
@@ -193,11 +187,11 @@ def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) ->
         worth = os.path.isfile(path) and (stat.st_size in sizes or hashes.get(stat) is not None)
         return identify(path, hashes) if worth else None
     except (OSError, ValueError, VideoProblem):
-        return None  # the worker meets it again and gives it its reason
+        return None  # the worker will find the reason
 
 
 def _decide_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows) -> tuple[Decision, Problem | None]:
-    """Of a source whose content the archive does not hold, by the row of its place; and what is wrong with it."""
+    """The decision for content that the archive does not hold, from the row of its place; and the source's problem."""
     problem = _why_unreadable(asset)
     if row is None or row.video_id is not None:
         if problem is None:
@@ -218,7 +212,7 @@ def _why_unreadable(asset: VideoAsset) -> Problem | None:
 
 
 def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:
-    """Of a source whose content the archive holds: whether trying again would give the same rows."""
+    """The decision for content that the archive holds."""
     if row.status is Status.DELETED:
         return Decision.NEW if wanted.restore_deleted else Decision.DELETED
     if not wanted.is_of(row):
@@ -230,16 +224,16 @@ def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:
         return Decision.KNOWN
     again = wanted.retry_failed or (problem.reason.is_temporary and row.attempts < TRIES)
     if problem.reason is Reason.TOO_LARGE:
-        again |= f" {wanted.max_pixels} " not in problem.detail  # which names the limit that it was above
+        again |= f" {wanted.max_pixels} " not in problem.detail  # the detail names the limit at that time
     return Decision.RETRY if again else Decision.FAILED
 
 
 def _renewed(
     row: VideoRow, asset: VideoAsset, content: Content | None, contents: Mapping[str, Content], named: Collection[str]
 ) -> VideoRow | None:
-    """The row with what the source says differently now: moved, retagged, redated; None where nothing is.
+    """The row with a changed place, tags or capture time; None if nothing has changed.
 
-    A copy says nothing of tags and times where the place that the row names is a source too.
+    A copy of a video does not change tags and times if the row's own file is a source too.
     """
     changes: dict[str, Any] = {}
     if asset.uri == row.uri:
@@ -257,7 +251,7 @@ def _renewed(
 
 
 def _still_there(row: VideoRow, contents: Mapping[str, Content]) -> bool:
-    """Whether the place that a row names still holds its content; another file may have taken the name."""
+    """Whether the file of a row still has its content; another file may have taken its name."""
     if row.uri in contents:
         return contents[row.uri].video_id == row.video_id
     path = file_path(row.uri)

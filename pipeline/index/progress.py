@@ -1,23 +1,23 @@
-"""progress: how far a job is, in seconds of video, and how long the rest takes."""
+"""progress: how much of a job is done, in seconds of video, and how long the rest takes."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from storage.records import Probe
 
-MEMORY_SECONDS = 300.0  # what was done longer ago than this counts little for the speed: steady, and not deaf
-LEAST_SECONDS = 2.0  # of work, before its speed says anything
+MEMORY_SECONDS = 300.0  # work from longer ago than this counts little for the speed
+LEAST_SECONDS = 2.0  # of work; before that, there is no estimate
 
 
 @dataclass(frozen=True)
 class FileAtWork:
-    """A source that workers are at.
+    """A source that workers work on.
 
     Attributes:
         uri: of the source.
-        done_seconds: how much of it is done; None while it is only being looked at.
-        length_seconds: how long it is, where that is known.
+        done_seconds: how much of it is done; None while it is examined.
+        length_seconds: its length; None if it is unknown.
     """
 
     uri: str
@@ -27,17 +27,17 @@ class FileAtWork:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a running job stands; all seconds but seconds_left are seconds of video.
+    """The state of a running job; all seconds except seconds_left are seconds of video.
 
     Attributes:
-        videos_done, video_count: sources that have ended, of all that need work.
-        frames_done: computed by this job, of segments that have ended, so that they stay where it is interrupted.
-        frames_at_work: computed of segments that have not ended.
-        frames_resumed: which earlier jobs had committed.
-        done_seconds: of all sources together, what was resumed included.
-        total_seconds: how long they all are, as far as known, else as their sizes suggest; None where nothing is known.
-        seconds_left: until the job ends, at its present speed; None where that cannot be told yet.
-        files: what workers are at.
+        videos_done, video_count: sources that are finished, and all that the job tries.
+        frames_done: frames of finished segments, computed by this job; they stay if it is interrupted.
+        frames_at_work: computed frames of unfinished segments.
+        frames_resumed: frames that earlier jobs have committed.
+        done_seconds: finished part of all sources, including what earlier jobs have done.
+        total_seconds: length of all sources; estimated from file sizes if unknown; None without any known length.
+        seconds_left: time until the job ends, at its present speed; None without an estimate.
+        files: the sources that workers work on.
     """
 
     videos_done: int
@@ -51,15 +51,18 @@ class Progress:
     files: tuple[FileAtWork, ...]
 
 
+Report = Callable[[Progress], None]  # is called a few times per second
+
+
 class Speed:
-    """How fast something grows, over the last minutes: exact at first, then fading with MEMORY_SECONDS."""
+    """The speed at which an amount grows, mostly in the last MEMORY_SECONDS."""
 
     def __init__(self):
         self._last: tuple[float, float] | None = None
         self._grown = self._span = 0.0
 
     def add(self, now: float, amount: float) -> None:
-        """The amount at a time; the first call is the start."""
+        """Adds the amount at a time; the first call is the start."""
         if self._last is not None:
             passed = now - self._last[0]
             fade = math.exp(-passed / MEMORY_SECONDS)
@@ -68,18 +71,18 @@ class Speed:
         self._last = now, amount
 
     def seconds_for(self, amount: float) -> float | None:
-        """How long it takes to grow by an amount; None where it has not grown, or not for long enough."""
+        """How long it takes to grow by an amount; None if it has not grown, or not for long enough."""
         if self._grown <= 0 or self._span < LEAST_SECONDS:
             return None
         return amount * self._span / self._grown
 
 
 class VideoMeter:
-    """How much of one video is done: segments that have ended, and of those at work what workers have reached.
+    """How much of one video is done: its finished segments, and the finished part of the others.
 
     Attributes:
-        length_seconds: what the file says; None where it does not.
-        resumed_seconds: of what earlier jobs have committed.
+        length_seconds: length that the file states; None if it states none.
+        resumed_seconds: seconds that earlier jobs have committed.
     """
 
     def __init__(self, probe: Probe, resumed_keys: Iterable[str]):
@@ -93,26 +96,26 @@ class VideoMeter:
 
     @property
     def done_seconds(self) -> float:
-        """Of all segments."""
+        """Finished seconds of all segments."""
         return sum(self._ended.values()) + sum(seconds for seconds, _ in self._at_work.values())
 
     @property
     def frames_at_work(self) -> int:
-        """Computed of segments that have not ended."""
+        """Computed frames of unfinished segments."""
         return sum(frame_count for _, frame_count in self._at_work.values())
 
     def reach(self, key: str, position_seconds: float, frame_count: int) -> None:
-        """A worker has come to a position in a segment, with so many frames; nothing where that has ended since."""
+        """Notes that a worker has reached a position in a segment; ignored if the segment is finished."""
         if key not in self._ended:
             start, end = self._probe.range_seconds(key)
             self._at_work[key] = max(0.0, min(position_seconds, end) - start), frame_count
 
     def finish(self, key: str, end_seconds: float | None) -> None:
-        """A segment has ended, well or not.
+        """Notes that a segment is finished or has failed.
 
         Args:
             key: of the segment.
-            end_seconds: where its last frame ends, which is what counts where the segment has no end of its own.
+            end_seconds: end of its last frame; used for the last segment, which has no end of its own.
         """
         start, end = self._probe.range_seconds(key)
         self._at_work.pop(key, None)
@@ -122,14 +125,14 @@ class VideoMeter:
 
 
 class Meter:
-    """Adds up what a job has done, and foretells how long the rest takes.
+    """Sums up what a job has done, and estimates how long the rest takes.
 
-    A video counts as long as it says. One that nobody has looked at yet, or that does not say, counts by its bytes, as
-    the others do on average.
+    The length of a video is the one that it states. The length of an unexamined video, or of one that states none, is
+    estimated from its size and the average of the others.
     """
 
     def __init__(self, size_bytes: Mapping[str, int]):
-        """Begins with sources that nobody has looked at; size_bytes: of each uri."""
+        """Begins with unexamined sources; `size_bytes` has their sizes by URI."""
         self._unseen = dict(size_bytes)
         self._unseen_bytes = sum(self._unseen.values())
         self._at_work: dict[str, tuple[VideoMeter, int]] = {}
@@ -139,11 +142,11 @@ class Meter:
         self._speed = Speed()
 
     def leave_out(self, uri: str) -> None:
-        """A source that gives no work after all: it cannot be read, or the archive holds it."""
+        """Notes that a source needs no work: it cannot be read, or the archive already holds it."""
         self._unseen_bytes -= self._unseen.pop(uri, 0)
 
     def begin(self, uri: str, probe: Probe, resumed_keys: Iterable[str]) -> VideoMeter:
-        """A source that workers will be given; of which earlier jobs have committed some segments."""
+        """Notes that a source is examined, and which of its segments earlier jobs have committed."""
         size = self._unseen.pop(uri, 0)
         self._unseen_bytes -= size
         video = VideoMeter(probe, resumed_keys)
@@ -155,18 +158,18 @@ class Meter:
         return video
 
     def end(self, uri: str) -> None:
-        """All segments of a source have ended."""
+        """Notes that all segments of a source are finished."""
         video, _ = self._at_work.pop(uri)
-        self._finished_seconds += video.done_seconds  # which may be less than the file says
+        self._finished_seconds += video.done_seconds  # may be less than the file states
 
     @property
     def done_seconds(self) -> float:
-        """Of all sources, with what was resumed."""
+        """Finished seconds of all sources, including what earlier jobs have done."""
         return self._finished_seconds + sum(video.done_seconds for video, _ in self._at_work.values())
 
     @property
     def total_seconds(self) -> float | None:
-        """Of all sources; None where nothing is known of those that are left."""
+        """Seconds of all sources; None if the length of the rest cannot be estimated."""
         lengths = [(video.length_seconds, video.done_seconds, size) for video, size in self._at_work.values()]
         guessed_bytes = self._unseen_bytes + sum(size for length, _, size in lengths if length is None)
         if guessed_bytes and not self._measured_bytes:
@@ -176,11 +179,11 @@ class Meter:
         return self._finished_seconds + known + self._unseen_bytes * each_byte
 
     def look(self, now: float) -> None:
-        """Notes how much is done at a time; the first call is the start."""
+        """Notes how much is done now; the first call is the start."""
         self._speed.add(now, self.done_seconds - self._resumed_seconds)
 
     @property
     def seconds_left(self) -> float | None:
-        """Until all is done, at the speed of this job alone; None where that cannot be told."""
+        """Time until all is done, at the speed of this job; None without an estimate."""
         total = self.total_seconds
         return None if total is None else self._speed.seconds_for(total - self.done_seconds)

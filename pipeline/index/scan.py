@@ -1,6 +1,6 @@
-"""scan: what the user names -> the list of videos to look at.
+"""scan: sources -> the list of videos.
 
-Nothing is opened but manifests and files of folders whose suffix other programs use too.
+It opens only manifests, and files in folders whose suffix is also used for other things.
 """
 
 import glob
@@ -20,29 +20,29 @@ from storage.records import VideoAsset
 from workers.decode.structure import HEAD_BYTES, foreign_content
 from workers.sources.identity import open_source
 
-# What a folder is searched for; a file named by itself, by a glob or in a manifest may end as it likes. Of these, a
-# file that holds something else is told as a failed video.
+# The suffixes that count as videos in a folder. Files that are named directly, by a glob or in a manifest may have any
+# suffix. If such a file is not a video, it becomes a failed one.
 VIDEO_SUFFIXES = frozenset(
     b".264 .265 .266 .360 .3g2 .3gp .3gp2 .3gpp .amv .asf .avi .cavs .dirac .divx .dv .dvr-ms .evo .f4v .flv .glv .gxf"
     b" .h261 .h263 .h264 .h265 .h266 .h26l .hdmov .hevc .insv .ismv .ivf .k3g .lrv .m1v .m2p .m2t .m2ts .m2v .m4v .mj2"
     b" .mjpeg .mjpg .mk3d .mkv .mov .mp2v .mp4 .mp4v .mpe .mpeg .mpegts .mpg .mpv .mqv .mxf .nsv .nuv .obu .ogg .ogm"
     b" .ogv .osv .qt .rm .rmvb .ssif .vc1 .vdr .vob .vro .vvc .webm .wm .wmv .wtv .y4m".split()
 )
-# Suffixes of videos and of other things, such as TypeScript, Modula-2, tracker music, MetaPost, AviSynth and books: a
-# file that is plainly one of those is left out.
+# Suffixes of videos that other files have too: TypeScript, Modula-2, tracker music, MetaPost, AviSynth, books. A file
+# that is clearly one of these is left out.
 SHARED_SUFFIXES = frozenset(b".avc .avs .dav .dif .lrf .mod .mp .mts .nut .psp .tod .tp .trp .ts".split())
-APPLE_DOUBLE = "._*"  # what macOS keeps beside each file on foreign disks, under the file's own suffix
+APPLE_DOUBLE = "._*"  # macOS metadata on foreign disks; it has the suffix of the file that it describes
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The videos to look at, in order.
+    """The result of a scan.
 
     Attributes:
-        assets: the videos.
-        left_out: how many files in folders are no videos, by suffix in lower case; "" is none.
-        unscanned: places in folders that could not be looked at, each with the reason.
-        without_video: named folders, and globs of folders, in which there is none.
+        assets: the videos, in order.
+        left_out: numbers of files in folders that are no videos, by suffix in lower case; "" is no suffix.
+        unscanned: places in folders that could not be scanned, with the reason.
+        without_video: named folders, and globs of folders, that contain no video.
     """
 
     assets: tuple[VideoAsset, ...]
@@ -52,7 +52,7 @@ class Scan:
 
 
 def scan(sources: Iterable[str]) -> Scan:
-    """Every video that the sources name, each file once, in the order named; what links lead to comes last.
+    """The videos of the sources, each file once, in order; targets of links in folders come last.
 
     Args:
         sources: files, folders (recursive), globs, `.csv` or `.jsonl` manifests, `file://` URIs.
@@ -67,19 +67,19 @@ def scan(sources: Iterable[str]) -> Scan:
 
 
 class _FoundFiles:
-    """What has been found so far."""
+    """What a scan has found so far."""
 
     def __init__(self):
+        self.unscanned: list[tuple[bytes, str]] = []
         self._assets: dict[bytes, VideoAsset] = {}  # by path without symbolic links
         self._left_out: Counter[str] = Counter()
-        self._unscanned: list[tuple[bytes, str]] = []
         self._seen: set[bytes] = set()
-        self._walks: list[tuple[str, FolderWalk]] = []  # with the source that each is of
-        self._has_video: dict[str, bool] = {}  # by source, where that is a folder
+        self._walks: list[tuple[str, FolderWalk]] = []  # with their sources
+        self._has_video: dict[str, bool] = {}  # by source, for folders
         self._spelled: dict[str, dict[str, str]] = {}  # names in folders, by their one spelling
 
     def on_disk(self, path: str) -> str:
-        """The path, or the one that looks the same (NFC and NFD of Unicode) where nothing has these very bytes."""
+        """The path, or an existing one that differs only in its Unicode form (NFC or NFD)."""
         if path.isascii() or os.path.lexists(path):
             return path
         folder, name = os.path.split(path)
@@ -90,13 +90,13 @@ class _FoundFiles:
         return os.path.join(folder, self._spelled[folder].get(normalize_text(name), name))
 
     def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
-        """One video; a manifest's row says more than a path."""
+        """Adds a video; a row of a manifest replaces a plain path."""
         real = real or os.path.realpath(file_path(asset.uri))
         if real not in self._assets or asset.tags is not None or asset.captured_at is not None:
             self._assets[real] = asset
 
     def add_folder(self, source: str, folder: bytes) -> None:
-        """The videos in a folder, whose links are kept for later."""
+        """Adds the videos of a folder; its links are followed later."""
         try:
             os.scandir(folder).close()
         except OSError as error:
@@ -106,22 +106,18 @@ class _FoundFiles:
         self._has_video.setdefault(source, os.path.realpath(folder) in self._seen)
         self._take(source, walk.below(folder))
 
-    def note_unscanned(self, walk: FolderWalk) -> None:
-        """Remembers what a walk left out."""
-        self._unscanned += walk.unscanned
-
     def follow_links(self) -> None:
-        """The videos that links in folders lead to and that were not found without them."""
+        """Adds the videos that only links in folders lead to."""
         for source, walk in self._walks:
             self._take(source, walk.linked())
-            self.note_unscanned(walk)
+            self.unscanned += walk.unscanned
 
     def as_scan(self) -> Scan:
-        """All that was found."""
+        """The result."""
         return Scan(
             tuple(self._assets.values()),
             dict(self._left_out.most_common()),
-            tuple((os.fsdecode(path), why) for path, why in dict.fromkeys(self._unscanned)),
+            tuple((os.fsdecode(path), why) for path, why in dict.fromkeys(self.unscanned)),
             tuple(source for source, has_video in self._has_video.items() if not has_video),
         )
 
@@ -135,13 +131,13 @@ class _FoundFiles:
                 if place.real not in self._assets:
                     self.add(VideoAsset(to_uri(place.path)), place.real)
             elif place.kind is EntryKind.NOTHING:
-                self._unscanned.append((place.path, "a link that leads nowhere"))
+                self.unscanned.append((place.path, "this link has no target"))
             else:
                 self._left_out[kind] += 1
 
 
 def _left_out_as(place: Place) -> str | None:
-    """The suffix of a file in a folder that is no video; None of one that is to be looked at."""
+    """The suffix of a file in a folder that is no video; None for a video."""
     name = os.path.basename(place.path)
     if name.startswith(b"._"):
         return APPLE_DOUBLE
@@ -152,7 +148,7 @@ def _left_out_as(place: Place) -> str | None:
 
 
 def _is_foreign(path: bytes) -> bool:
-    """Whether a file is plainly no video; not one that cannot be read, which is to be told as a failed video."""
+    """Whether a file is clearly no video. A file that cannot be read may be one, and becomes a failed video."""
     try:
         descriptor = open_source(path)
     except VideoProblem:
@@ -169,10 +165,12 @@ def _scan_source(source: str, found: _FoundFiles) -> None:
     if os.path.isdir(path):
         found.add_folder(source, os.fsencode(path))
     elif os.path.lexists(path):
-        if path.lower().endswith(MANIFEST_SUFFIXES):
-            _scan_manifest(path, found)
-        else:
+        if not path.lower().endswith(MANIFEST_SUFFIXES):
             found.add(VideoAsset(to_uri(path)))
+            return
+        for row in read_manifest(path):
+            place = found.on_disk(os.path.join(os.path.dirname(path), _as_path(row.source)))
+            found.add(VideoAsset(to_uri(place), row.captured_at, row.tags))
     elif glob.has_magic(path):
         _scan_glob(source, path, found)
     else:
@@ -184,24 +182,18 @@ def _as_path(source: str) -> str:
         return source
     path = local_path(source)
     if path is None:
-        raise UsageError(f"{source}: only local files can be indexed (paths or file:// URIs)")
+        raise UsageError(f"{source}: only local files can be indexed; give a path or a file:// URI")
     return os.fsdecode(path)
-
-
-def _scan_manifest(path: str, found: _FoundFiles) -> None:
-    for row in read_manifest(path):
-        place = found.on_disk(os.path.join(os.path.dirname(path), _as_path(row.source)))
-        found.add(VideoAsset(to_uri(place), row.captured_at, row.tags))
 
 
 def _scan_glob(source: str, pattern: str, found: _FoundFiles) -> None:
     spellings = {pattern, *(unicodedata.normalize(form, pattern) for form in ("NFC", "NFD"))}
     matches = sorted({match for each in spellings for match in _expand(os.fsencode(each), found)})
-    recursive = "**" in pattern.split("/")  # it lists what lies below a folder by itself
+    recursive = "**" in pattern.split("/")  # ** itself matches everything below a folder
     files = [match for match in matches if not os.path.isdir(match)]
     folders = [] if recursive else [match for match in matches if os.path.isdir(match)]
     if not files and not folders:
-        raise UsageError(f"{source}: matches no video")
+        raise UsageError(f"{source}: no video matches this pattern")
     for match in matches:
         if match in folders:
             found.add_folder(source, match)
@@ -210,9 +202,9 @@ def _scan_glob(source: str, pattern: str, found: _FoundFiles) -> None:
 
 
 def _expand(pattern: bytes, found: _FoundFiles) -> Iterator[bytes]:
-    """What a glob matches, where ** stands for folders at any depth, those that links lead to once.
+    """The paths that a glob matches; ** stands for folders at any depth, each visited once.
 
-    The glob module follows links in ** again and again: two that lead to a folder around them take it for ever.
+    The glob module follows links in ** without end if they lead to a folder that contains them.
     """
     parts = pattern.split(b"/")
     if b"**" not in parts:
@@ -225,4 +217,4 @@ def _expand(pattern: bytes, found: _FoundFiles) -> Iterator[bytes]:
     for folder in itertools.chain(*(walk.below(start) for start in starts), walk.linked()):
         if folder.kind is EntryKind.FOLDER:
             yield from _expand(os.path.join(glob.escape(folder.path), *rest), found)
-    found.note_unscanned(walk)
+    found.unscanned += walk.unscanned

@@ -1,16 +1,16 @@
-"""split: one probed video -> the segments that are decoded, encoded and committed on their own."""
+"""split: a probed video -> the segments that are decoded, encoded and committed one by one."""
 
 from storage.records import Probe, Segment
 
-# Long enough that seeking and a Parquet part cost little, short enough that a killed job loses little. It is
-# part of every archive's segment keys: with another value a half-done video would be cut elsewhere.
+# Long enough that seeking and Parquet parts cost little, short enough that a killed job loses little. Segment keys in
+# archives depend on it: with another value, the rest of a half-indexed video would be cut differently.
 SEGMENT_SECONDS = 300
 
 
 def split(video_id: str, probe: Probe, segment_seconds: float = SEGMENT_SECONDS) -> list[Segment]:
-    """Segments of at least segment_seconds each, cut at keyframes, that tile the video.
+    """Segments that tile a video, cut at keyframes, each at least segment_seconds long (the last may be shorter).
 
-    The number of segments follows the keyframes that exist, never the duration that a header claims.
+    They depend on the keyframes that exist, and not on the duration in the header.
     """
     length = segment_seconds / probe.time_base
     start_ticks, first_index, origin = None, 0, probe.first_ticks

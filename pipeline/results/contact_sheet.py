@@ -1,4 +1,4 @@
-"""contact sheet: moments as one page of thumbnails, HTML or PNG, from what is stored alone."""
+"""contact sheet: a page with the thumbnails of moments, HTML or PNG; needs no video."""
 
 import base64
 import io
@@ -25,13 +25,14 @@ from storage.records import FrameRef, Moment
 
 SUFFIXES = (".html", ".png")
 _CARD_CELLS = 30  # width of a card in a terminal
-_LARGEST = 1024  # pixels, of a thumbnail
-_COLUMNS, _SIDE, _GAP, _LINES, _FONT_SIZE = 5, 240, 12, 2, 15  # of the PNG, in pixels but for the first
+_LARGEST = 1024  # pixels; no thumbnail is wider or higher
+_COLUMNS, _LINES = 5, 2  # cards in a row of the PNG, lines of text on a card
+_SIDE, _GAP, _FONT_SIZE = 240, 12, 15  # pixels
 
 
 @dataclass(frozen=True)
 class _Card:
-    """A moment as people read it; thumbnail is a JPEG file, or empty where none is kept."""
+    """The texts and the thumbnail of a moment; the thumbnail is a JPEG file, or empty if none is stored."""
 
     start: str
     end: str
@@ -43,12 +44,12 @@ class _Card:
 
     @property
     def picture(self) -> str:
-        """The thumbnail as text."""
+        """The thumbnail in Base64."""
         return base64.b64encode(self.thumbnail).decode()
 
 
 def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
-    """One card for each moment, in their order, with the thumbnail of its best frame; no video is opened.
+    """Writes a page with one card per moment, which shows its best frame.
 
     Raises:
         UsageError: the file cannot be written.
@@ -56,7 +57,9 @@ def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequen
     """
     cards = _cards(archive, moments)
     if Path(path).suffix.lower() == ".html":
-        data = _html(title, cards)
+        template = (files("pipeline.results") / "contact_sheet.html").read_text(encoding="utf-8")
+        page = Environment(autoescape=True).from_string(template).render(title=printable(title), cards=cards)
+        data = page.encode()
     else:
         file = io.BytesIO()
         _sheet(cards, _COLUMNS).save(file, "PNG")
@@ -65,21 +68,21 @@ def write_contact_sheet(path: str, title: str, archive: Archive, moments: Sequen
 
 
 def check_show() -> None:
-    """Refuses to show pictures where that cannot work.
+    """Checks that pictures can be shown.
 
     Raises:
-        UsageError: standard output is no terminal, or the library is missing.
+        UsageError: standard output is not a terminal, or the library is missing.
     """
     if not sys.stdout.isatty():
-        raise UsageError("--show draws in a terminal, and standard output is none; use --contact-sheet FILE")
+        raise UsageError("--show: standard output is not a terminal; use --contact-sheet FILE")
     if not os.get_terminal_size(sys.stdout.fileno()).columns:
-        raise UsageError("--show: this terminal does not say its size; use --contact-sheet FILE")
+        raise UsageError("--show: the size of this terminal is unknown; use --contact-sheet FILE")
     if find_spec("textual_image") is None:
         raise UsageError("--show needs textual-image; install it with pip install 'vidx[show]'")
 
 
 def show_moments(archive: Archive, moments: Sequence[Moment]) -> None:
-    """Draws the moments' thumbnails in the terminal: by its own protocol for pictures, else in half blocks."""
+    """Draws thumbnails in the terminal: with its protocol for pictures, or else with half blocks."""
     from rich.console import Console
     from textual_image.renderable import Image as Shown  # asks the terminal what it can do
 
@@ -108,17 +111,12 @@ def _cards(archive: Archive, moments: Sequence[Moment]) -> list[_Card]:
 def _best_frame(archive: Archive, moment: Moment) -> FrameRef:
     shown = archive.frames.at(moment.video_number, moment.best_seconds)
     if shown is None:
-        raise UsageError(f"{source_text(moment.uri)}: was taken out of the archive meanwhile; search again")
+        raise UsageError(f"{source_text(moment.uri)}: this video was just taken out of the archive; search again")
     return shown
 
 
-def _html(title: str, cards: Sequence[_Card]) -> bytes:
-    template = (files("pipeline.results") / "contact_sheet.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True).from_string(template).render(title=printable(title), cards=cards).encode()
-
-
 def _sheet(cards: Sequence[_Card], most_columns: int) -> Image.Image:
-    """A grid; the title is left to the file's name, since the built-in font has few scripts."""
+    """The cards in a grid; there is no title, because the built-in font has few scripts."""
     font = ImageFont.load_default(_FONT_SIZE)
     columns = min(most_columns, max(1, len(cards)))
     rows = -(-len(cards) // columns)
@@ -139,10 +137,10 @@ def _sheet(cards: Sequence[_Card], most_columns: int) -> Image.Image:
 
 
 def _picture(card: _Card) -> Image.Image:
-    """The thumbnail, which may come from a stranger: a JPEG, and a small one.
+    """The thumbnail, decoded; it may come from a stranger.
 
     Raises:
-        ArchiveError: it is none.
+        ArchiveError: it is not a small JPEG.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of large pictures
@@ -152,7 +150,7 @@ def _picture(card: _Card) -> Image.Image:
         picture.load()
         return picture
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DamagedError(f"{card.source}: damaged archive: the thumbnail at {card.best} is no small JPEG") from error
+        raise DamagedError(f"{card.source}: damaged: its thumbnail at {card.best} is not a small JPEG") from error
 
 
 def _fitting(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

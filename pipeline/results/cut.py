@@ -1,4 +1,4 @@
-"""cut: a moment of a video as a file of its own."""
+"""cut: a moment of a video -> a new file."""
 
 import os
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ FORMATS = {  # FFmpeg's names, by suffix
 
 @dataclass(frozen=True)
 class Clip:
-    """A file that was cut out; positions in the source, in seconds, as a player of the new file shows it."""
+    """A new file, and the positions in the source at which a player shows its start and end, in seconds."""
 
     file: str
     start_seconds: float
@@ -36,21 +36,19 @@ class Clip:
 
 
 def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | None, *, overwrite: bool = False) -> Clip:
-    """Copies a moment and its sound into a file, from the keyframe before it on; nothing is encoded again.
+    """Copies a moment and its sound into a file, from the keyframe before it; nothing is encoded again.
 
     Args:
-        row: the video.
         start_seconds, end_seconds: positions that a player shows, half-open.
-        file: its suffix names the format; None for VIDEO_START-END in the current folder.
-        overwrite: write over a file that is there.
+        file: the suffix names the format; None for VIDEO_START-END in the current folder.
     Raises:
-        UsageError: the video is gone or changed, has no picture there, or does not fit into the format; or the file
-            is there already or cannot be written.
+        UsageError: the video is gone or changed, has no picture at this time, or has a codec that the format cannot
+            hold; or the file exists or cannot be written.
     """
     source = Path(os.fsdecode(file_path(row.uri)))  # its very bytes, in any locale
     if row.probe is None:
         raise UsageError(
-            f"{source_text(row.uri)}: could not be read when it was indexed, so nothing can be cut out of it"
+            f"{source_text(row.uri)}: nothing can be cut from it, because it could not be read when indexed"
         )
     times = f"{clock(start_seconds)}-{clock(end_seconds)}".replace(":", ".")
     suffix = source.suffix if source.suffix.lower() in FORMATS else ".mkv"
@@ -60,16 +58,16 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
     try:
         check_still_there(row)
         if os.path.exists(out) and os.path.samefile(out, file_path(row.uri)):
-            raise UsageError(f"{out}: is the video itself; name another file")
+            raise UsageError(f"{out}: this is the video itself; name another file")
         if os.path.lexists(out) and not overwrite:
-            raise UsageError(f"{out}: is there already; name another file, or write over it with --force")
+            raise UsageError(f"{out}: this file exists; name another file, or overwrite it with --force")
         done = _write(row, start_seconds, end_seconds, partial, FORMATS[Path(out).suffix.lower()])
         _put(partial, out, overwrite)
     except FileExistsError as error:
-        raise UsageError(f"{out}: came to be there meanwhile; name another file, or use --force") from error
+        raise UsageError(f"{out}: this file has just been created; name another file, or use --force") from error
     except VideoProblem as problem:
         may_fit = problem.reason is Reason.UNSUPPORTED_CODEC and not out.endswith(".mkv")
-        raise UsageError(problem.detail + ("; an .mkv file holds most codecs" if may_fit else "")) from problem
+        raise UsageError(problem.detail + ("; an .mkv file can hold most codecs" if may_fit else "")) from problem
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from error
     finally:
@@ -79,7 +77,11 @@ def clip(row: VideoRow, start_seconds: float, end_seconds: float, file: str | No
 
 
 def _put(partial: str, out: str, overwrite: bool) -> None:
-    """Gives a written file its name; of a name that was taken meanwhile FileExistsError, unless it is overwritten."""
+    """Gives a complete file its name.
+
+    Raises:
+        FileExistsError: the name is taken, and must not be overwritten.
+    """
     if not overwrite:
         try:
             os.link(partial, out)

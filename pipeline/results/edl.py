@@ -1,4 +1,4 @@
-"""edl: moments as an edit decision list in the form of CMX 3600, which most video editors read."""
+"""edl: moments -> an edit decision list in the format CMX 3600, which most video editors read."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from storage.files import source_text
 from storage.records import Moment
 
 MOST_EVENTS = 999  # an event's number has three digits
-RECORD_START_HOURS = 1  # where the first event begins in the programme, by custom
-_SAME = 5e-4  # of rates that are taken for the same: 24 and 23.976, or 30 and 29.97, lie twice as far apart
+RECORD_START_HOURS = 1  # the usual start of the first event in the programme
+SAME_RATE = 5e-4  # relative difference below which rates are equal; that of 24 and 23.976, or 30 and 29.97, is twice it
 
 
 @dataclass(frozen=True)
 class Timebase:
-    """How frames are counted as hours, minutes, seconds and frames (SMPTE 12M).
+    """A rule for counting frames as hours, minutes, seconds and frames (SMPTE 12M).
 
     Attributes:
-        rate: frames a second.
-        nominal: frames that a second of the count has.
-        dropped: numbers that each minute leaves out but every tenth, so that the count keeps up with the clock at 29.97
-            and 59.94 frames a second; 0 elsewhere.
+        rate: frames per second.
+        nominal: frames per second of the count.
+        dropped: numbers that are skipped each minute, except each tenth, so that the count agrees with the clock at
+            29.97 and 59.94 frames per second; otherwise 0.
     """
 
     rate: Fraction
@@ -31,7 +31,7 @@ class Timebase:
     dropped: int
 
     def timecode(self, frame: int) -> str:
-        """The count of a frame, the first one being 0; `;` before the frames where numbers are left out."""
+        """The timecode of a frame, counted from 0; it has a `;` before the frames if numbers are skipped."""
         tens, rest = divmod(frame, 600 * self.nominal - 9 * self.dropped)
         minutes = max(0, rest - 60 * self.nominal) // (60 * self.nominal - self.dropped)
         left_out = 9 * tens + minutes + (rest >= 60 * self.nominal)
@@ -40,11 +40,11 @@ class Timebase:
         return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{mark}{frames:02d}"
 
     def frame_at(self, seconds: float) -> int:
-        """The frame that begins nearest to a position."""
+        """The frame whose start is nearest to a position."""
         return max(0, math.floor(seconds * float(self.rate) + 0.5))
 
 
-_TIMEBASES = (
+TIMEBASES = (
     Timebase(Fraction(24000, 1001), 24, 0),
     Timebase(Fraction(24), 24, 0),
     Timebase(Fraction(25), 25, 0),
@@ -54,39 +54,37 @@ _TIMEBASES = (
     Timebase(Fraction(60000, 1001), 60, 4),
     Timebase(Fraction(60), 60, 0),
 )
-_ANY = Timebase(Fraction(30), 30, 0)  # for rates that are no usual one's part or multiple
+_ANY = Timebase(Fraction(30), 30, 0)  # for rates that are not a multiple or a fraction of a usual rate
 
 
 def timebase_of(rate: float) -> Timebase:
-    """What frames of a video are counted by: its own rate, else the nearest usual one that is in step with it."""
+    """The timebase for a video's rate: the nearest usual rate that is a multiple or a fraction of it."""
 
     def steps(base: Timebase) -> float:
         return max(rate / base.rate, base.rate / rate)
 
-    in_step = [base for base in _TIMEBASES if abs(steps(base) / round(steps(base)) - 1) < _SAME]
+    in_step = [base for base in TIMEBASES if abs(steps(base) / round(steps(base)) - 1) < SAME_RATE]
     return min(in_step, key=steps, default=_ANY)
 
 
 def edl(title: str, moments: Sequence[Moment], rates: Sequence[float]) -> str:
-    """One event for each moment, best first and one after the other, cut from the files that they lie in.
+    """An edit decision list with one event per moment, one after the other.
 
-    A file's frames are counted from 0. The reel is AX, as of files that have none; each event's comments name its file.
+    The frames of a file are counted from 0. The reel is AX, as usual for files; comments name the file of each event.
 
     Args:
-        title: of the list.
-        moments: at most MOST_EVENTS.
-        rates: frames a second of each moment's video.
+        rates: frames per second of each moment's video.
     Raises:
-        UsageError: too many moments, videos of several rates, or a time that no such list can hold.
+        UsageError: there are too many moments or several frame rates, or a time is above 24 hours.
     """
     if len(moments) > MOST_EVENTS:
-        raise UsageError(f"{len(moments)} moments: an EDL holds {MOST_EVENTS}; ask for fewer with --top {MOST_EVENTS}")
+        raise UsageError(f"{len(moments)} moments: an EDL can hold {MOST_EVENTS}; use --top {MOST_EVENTS}")
     bases = {timebase_of(rate) for rate in rates}
     if len(bases) > 1:
         of = " and ".join(f"{float(base.rate):.5g}" for base in sorted(bases, key=lambda base: base.rate))
         raise UsageError(
-            f"an EDL has one frame rate, and the moments are of videos of {of} frames a second; choose videos of one "
-            "rate with --video or --where, or write .otio, which holds several"
+            f"an EDL has one frame rate, but these videos have {of} frames per second; choose videos of one rate with "
+            "--video or --where, or write .otio, which can hold several"
         )
     (base,) = bases
     lines = [f"TITLE: {_one_line(title)[:70]}", f"FCM: {'DROP FRAME' if base.dropped else 'NON-DROP FRAME'}", ""]
@@ -98,7 +96,7 @@ def edl(title: str, moments: Sequence[Moment], rates: Sequence[float]) -> str:
         record = cut[-1]
         times = [base.timecode(frame) for frame in cut]
         if max(times) >= "24":
-            raise UsageError(f"{source_text(moment.uri)}: an EDL ends at 24 hours; write .otio, which does not")
+            raise UsageError(f"{source_text(moment.uri)}: an EDL ends at 24 hours; write .otio, which has no limit")
         source = _one_line(source_text(moment.uri))
         lines.append(f"{number:03d}  AX       V     C        {' '.join(times)}")
         lines += [f"* FROM CLIP NAME: {source.rsplit('/', 1)[-1]}", f"* SOURCE FILE: {source}", ""]

@@ -1,4 +1,4 @@
-"""export: moments for other programs: CSV, JSON, WebVTT chapters, or edit lists of OpenTimelineIO and CMX 3600."""
+"""export: moments -> CSV, JSON, WebVTT chapters, or edit lists of OpenTimelineIO and CMX 3600."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.results.edl import edl
+from pipeline.results.edl import SAME_RATE, TIMEBASES, edl
 from pipeline.results.json_values import moment_json
 from pipeline.results.output import check_output, write_output
 from pipeline.results.text import encodable
@@ -18,52 +18,44 @@ from storage.files import source_text
 from storage.records import Moment
 
 STDOUT = "-"
-_RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
-_SAME = 5e-4  # of a rate and the usual one that is meant: 24 and 23.976, or 30 and 29.97, lie twice as far apart
-_UNKNOWN_RATE = 1000.0  # milliseconds, of a video with one stored frame
+_UNKNOWN_RATE = 1000.0  # of a video with one stored frame: milliseconds
 
 
 def check_place(place: str, name: str | None = None) -> str:
-    """The format in which moments are written to a file, or to standard output for `-`; told before any work is done.
+    """The format in which moments will be written; checks it before any work is done.
 
     Args:
-        place: a file, or -.
-        name: of the format, one of FORMATS; None takes it from the file's suffix.
+        place: a file, or - for standard output.
+        name: a key of FORMATS; None for the format of the file's suffix.
     Raises:
-        UsageError: no such format, no such folder, or a library is missing.
+        UsageError: there is no such format or folder, or a library is missing.
     """
     if place != STDOUT:
         check_output(place, [f".{suffix}" for suffix in FORMATS] if name is None else [Path(place).suffix.lower()])
         name = name or Path(place).suffix.lower()[1:]
     if name is None:
-        raise UsageError(f"{STDOUT}: name the format for standard output with --format {'|'.join(FORMATS)}")
+        raise UsageError(f"{STDOUT}: standard output needs --format {'|'.join(FORMATS)}")
     if name == "otio" and find_spec("opentimelineio") is None:
-        raise UsageError(f"{place}: needs OpenTimelineIO; install it with pip install 'vidx[otio]'")
+        raise UsageError(f"{place}: OpenTimelineIO is not installed; install it with pip install 'vidx[otio]'")
     return name
 
 
 def export(place: str, name: str, title: str, archive: Archive, moments: Sequence[Moment]) -> None:
-    """Writes moments to a file, or to standard output for `-`.
+    """Writes moments (at least one) to a file, or to standard output for `-`, in the format from `check_place`.
 
-    Args:
-        place: a file, or -.
-        name: of the format, as `check_place` gives it.
-        title: what was searched for.
-        archive: what it was searched in.
-        moments: at least one.
     Raises:
         UsageError: the file cannot be written, or the format cannot hold these moments.
     """
     text = FORMATS[name](title, archive, moments)
     if place == STDOUT:
-        sys.stdout.buffer.write(text.encode())  # the same bytes as in a file, whatever the terminal's encoding
+        sys.stdout.buffer.write(text.encode())  # UTF-8 as in a file, even if the terminal has another encoding
         sys.stdout.flush()
     else:
         write_output(place, text.encode())
 
 
 def _csv(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
-    """A row for each moment, best first."""
+    """One row per moment, best first."""
     file = io.StringIO()
     rows = [_row(title, moment) for moment in moments]
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -73,7 +65,7 @@ def _csv(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
 
 
 def _json(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
-    """A list of the same rows."""
+    """A list of these rows."""
     return json.dumps([_row(title, moment) for moment in moments], ensure_ascii=False, indent=2) + "\n"
 
 
@@ -83,9 +75,9 @@ def _row(title: str, moment: Moment) -> dict:
 
 
 def _vtt(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
-    """Chapters of one video, in order of time, as the W3C's WebVTT has them."""
+    """WebVTT chapters of one video, in order of time."""
     if len({moment.uri for moment in moments}) > 1:
-        raise UsageError("chapters are of one video, and the moments are of several; choose one with --video")
+        raise UsageError("WebVTT chapters are of one video, but these moments are of several; choose one with --video")
     words = " ".join(encodable(title).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->").split())
     cues = [
         f"{_vtt_time(moment.start_seconds)} --> {_vtt_time(moment.end_seconds)}\n{words}\n"
@@ -101,7 +93,7 @@ def _vtt_time(seconds: float) -> str:
 
 
 def _otio(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
-    """One track with a clip for each moment, best first, of the media that it lies in."""
+    """An OpenTimelineIO timeline: one track with a clip per moment, best first."""
     import opentimelineio as otio
 
     track = otio.schema.Track(name=encodable(title), kind=otio.schema.TrackKind.Video)
@@ -129,7 +121,7 @@ def _edl(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
 
 
 def _frame_rate(archive: Archive, video_number: int) -> float:
-    """Frames a second, from the ranks and times of the stored ones; a usual rate where it is within a thousandth."""
+    """Frames per second, from the indexes and times of stored frames; a usual rate if it is almost equal."""
     bounds = archive.parts.bounds()
     places = bounds.of(video_number)
     seconds = bounds.last_seconds[places].max() - bounds.first_seconds[places].min()
@@ -137,8 +129,8 @@ def _frame_rate(archive: Archive, video_number: int) -> float:
     if seconds <= 0 or frames <= 0:
         return _UNKNOWN_RATE
     rate = float(frames / seconds)
-    usual = min(_RATES, key=lambda usual: abs(usual / rate - 1))
-    return usual if abs(usual / rate - 1) < _SAME else rate
+    usual = min((float(base.rate) for base in TIMEBASES), key=lambda usual: abs(usual / rate - 1))
+    return usual if abs(usual / rate - 1) < SAME_RATE else rate
 
 
 FORMATS = {"csv": _csv, "json": _json, "vtt": _vtt, "otio": _otio, "edl": _edl}

@@ -1,18 +1,20 @@
-"""Values and moments as JSON holds them."""
+"""JSON of values, videos and moments."""
 
 import math
 from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.results.text import encodable
 from storage.files import source_text
-from storage.records import Moment
+
+if TYPE_CHECKING:
+    from storage.records import Moment
 
 
 def json_value(value: Any) -> Any:
-    """What JSON can hold of a value: binary values in hex, times in ISO 8601, null for what is no finite number."""
+    """A value that JSON can hold: binary values in hex, times in ISO 8601, null for infinite numbers and NaN."""
     match value:
         case None | bool() | int():
             return value
@@ -32,7 +34,12 @@ def json_value(value: Any) -> Any:
             return str(value)
 
 
-def moment_json(moment: Moment) -> dict[str, Any]:
+def source_json(uri: str) -> dict[str, Any]:
+    """A video's place, as every --json gives it: for people, and as a URI."""
+    return {"source": source_text(uri), "source_uri": uri}
+
+
+def moment_json(moment: "Moment") -> dict[str, Any]:
     """A moment as `search --json` and `ask --json` give it."""
     return {
         "video_id": moment.video_id,

@@ -1,4 +1,4 @@
-"""listing: what is told of a video, one row each, by `vidx list` and the Python interface alike."""
+"""listing: the row of a video in `vidx list` and in the Python interface."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import pyarrow as pa
 from storage.files import source_text
 from storage.records import VideoRow
 
-# Fields of the probe are null where the file could not be opened.
+# The fields of the probe are null if the file could not be opened.
 _FIELDS: dict[str, tuple[pa.DataType, Callable[[VideoRow], Any]]] = {
     "video_id": (pa.string(), lambda row: row.video_id),
     "source": (pa.string(), lambda row: source_text(row.uri)),
@@ -35,5 +35,5 @@ SCHEMA = pa.schema([(name, kind) for name, (kind, _) in _FIELDS.items()])
 
 
 def listed(row: VideoRow) -> dict[str, Any]:
-    """What is told of a video, by COLUMNS."""
+    """The row of a video, with the keys COLUMNS."""
     return {name: value_of(row) for name, (_, value_of) in _FIELDS.items()}

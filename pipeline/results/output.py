@@ -1,4 +1,4 @@
-"""Files that a user asks for beside the archive: where they can be written, told before any work is done."""
+"""Output files outside the archive: checked before any work is done, and written."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,23 +7,23 @@ from storage.errors import UsageError
 
 
 def check_output(path: str, suffixes: Iterable[str]) -> None:
-    """Refuses a file that cannot be written.
+    """Checks that a file can be written.
 
     Raises:
-        UsageError: another suffix, or no such folder.
+        UsageError: the file has another suffix, or there is no such folder.
     """
     allowed, folder = tuple(suffixes), Path(path).absolute().parent
     if Path(path).suffix.lower() not in allowed:
-        raise UsageError(f"{path}: name a file that ends in {', '.join(allowed)}")
+        raise UsageError(f"{path}: the file must end in {' or '.join(allowed)}")
     if not folder.is_dir():
-        raise UsageError(f"{path}: there is no folder {folder}")
+        raise UsageError(f"{path}: there is no folder {folder}; create it, or name another file")
 
 
 def write_output(path: str, data: bytes) -> None:
-    """Writes a file, over one that is there.
+    """Writes a file, and overwrites an existing one.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     try:
         Path(path).write_bytes(data)

@@ -1,6 +1,7 @@
-"""stored_frames: what an archive keeps of frames, batch after batch, as numpy arrays or Arrow."""
+"""stored_frames: the stored data of frames in batches, as numpy arrays or Arrow."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,15 +24,16 @@ CELLS = tuple(_READERS)
 
 @dataclass(frozen=True, repr=False)
 class Frames:
-    """T stored frames, of one video or several, in order of video and time.
+    """T stored frames of one or more videos, in order of video and time.
 
-    What was not asked for is None, and so is what the archive does not keep of all of them.
+    A field is None if it was not asked for, or if the archive does not store it for all of these frames.
 
     Attributes:
         video_id: (T,) object, str.
         video_number: (T,) int32, as in the view `videos`.
-        frame_index: (T,) int64, rank in presentation order among all frames of the video.
-        time_seconds, duration_seconds: (T,) float64, position that a player shows, and how long the frame stands for.
+        frame_index: (T,) int64, index among all frames of the video, in presentation order.
+        time_seconds: (T,) float64, position that a player shows.
+        duration_seconds: (T,) float64, how long the frame is shown, until the next stored one.
         token: (T, C*C, H) float16, the vision token after pre-fusion, as the LLM receives it.
         compressor_out: (T, C*C, D) float16, before the projector.
         search_key: (T, E) float16, L2-normalised.
@@ -56,7 +58,7 @@ class Frames:
         return f"Frames({len(self)} frames, {', '.join(cells) or 'no cells'})"
 
     def to_arrow(self) -> pa.RecordBatch:
-        """The same as columns, without a copy of the arrays; those of more than one axis are fixed-shape tensors."""
+        """The fields as columns, without a copy; arrays with more than one axis are fixed-shape tensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return pa.RecordBatch.from_pydict(
             {name: _as_arrow(name, value) for name, value in values.items() if value is not None}
@@ -72,38 +74,21 @@ def _as_arrow(name: str, value: np.ndarray | tuple[bytes, ...]) -> pa.Array:
 
 
 def stored_frames(archive: Archive, rows: Rows, cells: Sequence[str], batch_frames: int) -> Iterator[Frames]:
-    """Frames of an archive in order of video and time, so many at once; cells of one batch at a time are held.
+    """Batches of stored frames, in order of video and time; memory holds one batch at a time.
 
     Args:
-        archive: at the version that all batches are of.
-        rows: which frames.
-        cells: of CELLS, what to read of each frame.
-        batch_frames: in each batch but the last.
+        cells: what to read of each frame, of CELLS.
+        batch_frames: frames per batch; the last one can be smaller.
     Raises:
-        ArchiveError: a part is missing or damaged, or keeps no such cells.
+        ArchiveError: a part is missing or damaged.
     """
-    for refs in _batches(archive.frames.refs_of(rows), batch_frames):
-        yield _read(archive, refs, cells)
-
-
-def _batches(groups: Iterable[list[FrameRef]], count: int) -> Iterator[list[FrameRef]]:
-    waiting: list[FrameRef] = []
-    for refs in groups:
-        waiting += refs
-        while len(waiting) >= count:
-            yield waiting[:count]
-            waiting = waiting[count:]
-    if waiting:
-        yield waiting
-
-
-def _read(archive: Archive, refs: Sequence[FrameRef], cells: Sequence[str]) -> Frames:
-    uri = archive.frames_uri
-    found: dict[str, Any] = {name: _READERS[name](uri, refs) for name in cells if has_column(uri, name, refs)}
-    if "thumbnail" in found:
-        found["thumbnail"] = tuple(found["thumbnail"])
-    found |= {name: np.array([getattr(ref, name) for ref in refs], kind) for name, kind in _KINDS.items()}
-    return Frames(**found)
+    uri, found_refs = archive.frames_uri, itertools.chain.from_iterable(archive.frames.refs_of(rows))
+    while refs := list(itertools.islice(found_refs, batch_frames)):
+        found: dict[str, Any] = {name: _READERS[name](uri, refs) for name in cells if has_column(uri, name, refs)}
+        if "thumbnail" in found:
+            found["thumbnail"] = tuple(found["thumbnail"])
+        found |= {name: np.array([getattr(ref, name) for ref in refs], kind) for name, kind in _KINDS.items()}
+        yield Frames(**found)
 
 
 _KINDS = {

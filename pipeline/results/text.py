@@ -1,21 +1,21 @@
-"""Values as text for people: one line each, without control characters."""
+"""Values as text for people."""
 
 from datetime import UTC, datetime
 from typing import Any
 
 
 def encodable(text: str) -> str:
-    """Text that every encoder takes, whatever the bytes of a file name were."""
+    """The text with escapes for bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def minute(instant: datetime | None) -> str:
-    """A point in time as people read it, in UTC."""
+    """A time to the minute, in UTC."""
     return "" if instant is None else f"{instant.astimezone(UTC):%Y-%m-%d %H:%M}"
 
 
 def printable(cell: Any) -> str:
-    """A cell as one line of text without control characters."""
+    """A value as one line of text, with control characters escaped."""
     if cell is None:
         return ""
     if isinstance(cell, bytes | bytearray | memoryview):
@@ -26,20 +26,18 @@ def printable(cell: Any) -> str:
 
 
 def size(size_bytes: int) -> str:
-    """Bytes with a unit."""
-    amount, unit = float(size_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if amount < 1000 or unit == "TB":
-            break
-        amount /= 1000
-    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+    """A size with a unit, such as 1.5 GB."""
+    amount, units = float(size_bytes), ["TB", "GB", "MB", "kB", "B"]
+    while amount >= 1000 and len(units) > 1:
+        amount, _ = amount / 1000, units.pop()
+    return f"{amount:.0f} B" if units[-1] == "B" else f"{amount:.1f} {units[-1]}"
 
 
 def counted(count: int, noun: str) -> str:
-    """As "1 frame", "2 frames"."""
+    """A count with its noun, as in "1 frame" or "2 frames"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def first_sentence(text: str) -> str:
-    """A text cut down to go into a line, its full stop taken off."""
+    """The first sentence of a text, in one line and without its full stop."""
     return printable(text.strip().split(". ")[0].removesuffix("."))

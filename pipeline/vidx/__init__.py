@@ -1,4 +1,4 @@
-"""vidx: index video archives once; search, ask and read them ever after.
+"""vidx: index video archives; search them and ask questions about them.
 
 import vidx
 
@@ -7,7 +7,7 @@ archive = vidx.open("./vidx-archive")
 for moment in archive.search("a red bus"):
     print(moment.uri, moment.start_seconds, moment.end_seconds, moment.score)
 
-This package holds nothing itself: pipeline.api makes what is here.
+The code is in pipeline.api.
 """
 
 from pipeline.api.index_videos import index
