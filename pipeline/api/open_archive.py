@@ -73,9 +73,7 @@ class OpenArchive:
         The model is found when it is needed first, or now if `model` or `tower` is given.
 
         Args:
-            place: the folder or URI.
-            model: the archive's model, if its files were moved; as for `--model`.
-            tower: the CLIP of this model, if its files were moved; as for `--tower`.
+            model, tower: where the archive's model and its CLIP are, if they were moved; as for `--model`, `--tower`.
         """
         return cls(open_archive(place_of(place)), model, tower)
 
@@ -298,7 +296,6 @@ class OpenArchive:
         """The rows of a SELECT over the views `videos` and `frames`; `sql_rows` gives them one by one.
 
         Args:
-            statement: a statement in DuckDB's SQL.
             timeout_seconds: the statement is stopped after this time.
             memory: the memory that the statement may use, in bytes or as "512MB"; None for half of the machine's, at
                 most 4 GB.

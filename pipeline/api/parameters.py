@@ -77,13 +77,7 @@ def check(name: str, value: object, is_right: bool, allowed: str) -> None:
 
 
 def check_count(name: str, value: object, *, or_none: str = "") -> None:
-    """Raises a UsageError unless the value is a whole number from 1 on.
-
-    Args:
-        name: of the parameter.
-        value: of the parameter.
-        or_none: what None means; empty if None is not allowed.
-    """
+    """Raises a UsageError unless the value is a whole number from 1 on; or None, if `or_none` says what it means."""
     is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
     _check_or_none(name, value, is_count, "a whole number, at least 1", or_none)
 

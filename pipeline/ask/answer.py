@@ -187,10 +187,9 @@ class Asker:
         stream: Say = silent,
         announce: Say = silent,
     ) -> Answer:
-        """The model's answer from chosen frames.
+        """The model's answer from the chosen frames (at least one).
 
         Args:
-            chosen: at least one frame.
             history: earlier questions and answers, which the model sees too.
             stream, announce: as for `ask`.
         Raises:

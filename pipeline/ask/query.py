@@ -104,7 +104,6 @@ class QueryEncoder:
         """The keys of a query; a text that is too long for the text tower is cut.
 
         Args:
-            query: what to search for.
             threshold: the lowest score of a hit; None for the threshold of its kinds.
         Raises:
             UsageError: a text is empty, the model cannot search this way, or there is no such picture or moment.

@@ -77,9 +77,7 @@ def bundle_of(archive: Archive, model: str | None, tower: str | None = None) -> 
     """The model that an archive was made with.
 
     Args:
-        archive: the archive.
-        model: where the model is now; None if it was not moved.
-        tower: where its CLIP is now; None if it was not moved.
+        model, tower: where the model and its CLIP are now; None if they were not moved.
     Raises:
         UsageError: there is no such model, or it is not the archive's.
     """

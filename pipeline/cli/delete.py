@@ -132,7 +132,7 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     kept = [row for row in rows if _key(row) in ages and ages[_key(row)].since >= oldest]
     done = expired if dry_run else archive.videos.delete(expired)
     if as_json:
-        told, told_kept = ([_json(row) | ages[_key(row)].json() for row in rows] for rows in (done, kept))
+        told, told_kept = ([_json(row) | ages[_key(row)].json() for row in group] for group in (done, kept))
         print_json(_summary(done, dry_run, told) | ({"videos_kept": told_kept} if dry_run else {}))
     else:
         _print_ages({"deleted": done, "kept": kept if dry_run else []}, ages, dry_run)

@@ -141,8 +141,6 @@ def read_annotations(path: str, archive: Archive, by_video: bool = False) -> lis
     archive does not show the text. Videos are named by path, or by file name with or without suffix.
 
     Args:
-        path: the file.
-        archive: the archive that it describes.
         by_video: whether a text is one query per video that it describes, or one query for the whole archive.
     Raises:
         UsageError: the file cannot be read, or names a video that is not in the archive.

@@ -38,12 +38,7 @@ class FolderWalk:
     """
 
     def __init__(self, seen: set[bytes], hidden: bool = True):
-        """Prepares a walk.
-
-        Args:
-            seen: real paths of visited folders; several walks can share the set.
-            hidden: include names that begin with a dot.
-        """
+        """Prepares a walk that skips the folders in `seen`, and without `hidden`, names that begin with a dot."""
         self.unscanned: list[tuple[bytes, str]] = []
         self._seen = seen
         self._hidden = hidden

@@ -192,7 +192,11 @@ def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) ->
 
 def _decide_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows) -> tuple[Decision, Problem | None]:
     """The decision for content that the archive does not hold, from the row of its place; and the source's problem."""
-    problem = _why_unreadable(asset)
+    problem = None
+    try:
+        os.close(open_source(file_path(asset.uri)))
+    except VideoProblem as error:
+        problem = Problem(error.reason, error.detail)
     if row is None or row.video_id is not None:
         if problem is None:
             return (Decision.NEW if row is None else Decision.CHANGED), None
@@ -201,14 +205,6 @@ def _decide_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows)
     is_the_same = problem is not None and problem.reason is before
     again = row.attempts < TRIES if before is Reason.UNKNOWN else not is_the_same
     return (Decision.RETRY if wanted.retry_failed or again else Decision.FAILED), problem or row.problem
-
-
-def _why_unreadable(asset: VideoAsset) -> Problem | None:
-    try:
-        os.close(open_source(file_path(asset.uri)))
-    except VideoProblem as problem:
-        return Problem(problem.reason, problem.detail)
-    return None
 
 
 def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:

@@ -111,12 +111,7 @@ class VideoMeter:
             self._at_work[key] = max(0.0, min(position_seconds, end) - start), frame_count
 
     def finish(self, key: str, end_seconds: float | None) -> None:
-        """Notes that a segment is finished or has failed.
-
-        Args:
-            key: of the segment.
-            end_seconds: end of its last frame; used for the last segment, which has no end of its own.
-        """
+        """Notes that a segment is finished or has failed; end_seconds is used for the last one, which has no end."""
         start, end = self._probe.range_seconds(key)
         self._at_work.pop(key, None)
         if math.isinf(end):
