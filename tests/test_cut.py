@@ -92,6 +92,7 @@ def test_what_cannot_be_cut_is_refused_in_a_line(vidx, samples_archive, tmp_path
         (("highway.avi@3-5", str(tmp_path / "out.txt")), ".mkv"),
         (("highway.avi@3-5", str(tmp_path / "no" / "out.avi")), "no folder"),
         (("highway.avi@900-905", str(tmp_path / "out.avi")), "no picture"),
+        (("bird_first_frame_at_10s.mp4@1-3", str(tmp_path / "out.mp4")), "no picture"),
         (("highway.avi@3-5", str(SAMPLES / "highway.avi")), "the video itself"),
         (("unknown.avi@3-5", str(tmp_path / "out.avi")), "no such video"),
     )

@@ -95,7 +95,7 @@ def cut(source: VideoInput, probe: Probe, start_seconds: float, end_seconds: flo
         try:
             with av.open(new, "w", format=kind, buffer_size=1 << 20) as out:
                 copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in streams}
-                last = first
+                last = -math.inf  # when the last copied frame ends
                 for packet in _ended(_moment(opened, streams, first, begins, end), video, end):
                     if packet.stream is video:
                         last = max(last, _shown(packet) + _length(packet))
