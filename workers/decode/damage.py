@@ -30,7 +30,7 @@ class Damage:
         count: of all places.
         passed_over: the first message that is not counted, because it concerns the start of a cut recording.
         has_whole_picture: whether an undamaged frame was decoded.
-        suspects: packets that the container calls incomplete and that the decoder does not complain about.
+        suspect_count: packets that the container calls incomplete and that the decoder does not complain about.
         end: the problem that ended decoding early.
     """
 
@@ -38,7 +38,7 @@ class Damage:
     count: int = 0
     passed_over: str | None = None
     has_whole_picture: bool = False
-    suspects: int = 0
+    suspect_count: int = 0
     end: VideoProblem | None = None
 
     def note(self, ticks: int | None, detail: str) -> None:
@@ -57,7 +57,7 @@ class Damage:
         return self.marks[0][1] if self.marks else self.passed_over
 
 
-def words_of_damage(lines: Iterable[tuple]) -> str | None:
+def damage_message(lines: Iterable[tuple]) -> str | None:
     """The first of FFmpeg's error lines that reports damage."""
     return next((text.strip() for _, _, text in lines if _DAMAGE.search(text)), None)
 
@@ -97,7 +97,7 @@ class DamageWatch:
             self._has_begun, self._begins_ticks = True, ticks
         if trouble is None and packet is not None and packet.is_corrupt:
             if self._is_transport:
-                self._damage.suspects += not _before(ticks, self._start_ticks)
+                self._damage.suspect_count += not _before(ticks, self._start_ticks)
             else:
                 trouble = "a packet is incomplete"
         if trouble is None:

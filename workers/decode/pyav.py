@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason
 from workers.decode.clock import RESTART_SECONDS, BestEffortClock, OneClock, TimedFrame
-from workers.decode.damage import Damage, DamageWatch, words_of_damage
+from workers.decode.damage import Damage, DamageWatch, damage_message
 from workers.decode.encryption import ENCRYPTED_DETAIL, is_encrypted
 from workers.decode.open_video import DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
 from workers.decode.packets import PacketTable, can_cut, is_header, scan_packets
@@ -82,7 +82,7 @@ def _decode(video: OpenVideo, packet: av.Packet | None) -> tuple[list[av.VideoFr
     video.lines.clear()
     context = video.stream.codec_context
     try:
-        return context.decode(packet), words_of_damage(video.lines)
+        return context.decode(packet), damage_message(video.lines)
     except EOFError:
         return [], None
     except av.error.MemoryError as error:
@@ -252,10 +252,10 @@ def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequ
 def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
     """Notes missing packets of a transport stream; FFmpeg also calls packets incomplete that are whole."""
     # Where FFmpeg looks for the streams, at the file's start, it does not report every incomplete packet.
-    losses = find_losses(video.file, video.stream.id, video.file.size if damage.suspects else _PROBED_BYTES)
+    losses = find_losses(video.file, video.stream.id, video.file.size if damage.suspect_count else _PROBED_BYTES)
     if losses.count:
         damage.note(None, f"packets are missing at byte {losses.first_byte}")
-    elif damage.suspects > losses.joins:
+    elif damage.suspect_count > losses.joins:
         damage.note(None, "a packet is incomplete")
 
 

@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 class Refused(Exception):
-    """The file is damaged, or holds something else than tensors."""
+    """The file is damaged, or holds something other than tensors."""
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +71,7 @@ def load(path: str, source: int) -> Any:
     """The content of a file of pickled weights; memory-mapped if its format allows that.
 
     Raises:
-        Refused: the file is damaged, or holds something else than tensors.
+        Refused: the file is damaged, or holds something other than tensors.
     """
     for is_mapped in (True, False):
         file: Any = path if is_mapped else os.fdopen(os.dup(source), "rb")
@@ -80,7 +80,7 @@ def load(path: str, source: int) -> Any:
         except pickle.UnpicklingError as error:
             named = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_][\w.]*)", str(error))
             if named is None:
-                raise Refused("it is damaged, or holds something else than tensors") from error
+                raise Refused("it is damaged, or holds something other than tensors") from error
             raise Refused(f"it asks for {named[1]}, which is not allowed in weights") from error
         except MemoryError:
             raise
@@ -97,7 +97,7 @@ def checked(loaded: Any, size_bytes: int) -> dict[str, Tensor]:
     """The loaded tensors by name, in the order in which they are written.
 
     Raises:
-        Refused: there is something else than tensors, or they are much larger than their file.
+        Refused: there is something other than tensors, or they are much larger than their file.
     """
     if not isinstance(loaded, Mapping) or not loaded:
         raise Refused(f"it holds {type(loaded).__name__}, not tensors by name")
