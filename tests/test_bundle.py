@@ -228,7 +228,7 @@ def test_an_index_cannot_lead_elsewhere(checkpoint, weight_map, message):
     [
         ({"model_type": "llava"}, "only llava_mini_llama can be loaded"),
         ({"compressor_size": 0}, "compressor_size is 0"),
-        ({"mm_vision_tower": "nowhere"}, "mm_vision_tower 'nowhere' is no directory"),
+        ({"mm_vision_tower": "nowhere"}, "mm_vision_tower nowhere: no such directory"),
         ({"mm_vision_select_layer": 3}, "mm_vision_select_layer is 3; it must be negative"),
         ({"vidx": {"knows": "all"}}, "vidx needs licence"),
         ({"vidx": {"licence": "MIT", "search_floor": "low"}}, "vidx.search_floor is 'low'; it must be a number"),

@@ -142,7 +142,8 @@ def test_a_tower_that_is_not_there_names_the_command_that_gets_it(vidx, reposito
     run = vidx(*command, env=places)
     assert (run.code, len(run.err.splitlines())) == (2, 1)
     assert (
-        f"its vision tower {TOWER} is not in the local hub cache; `vidx models --fetch {TOWER}` downloads it" in run.err
+        f"its mm_vision_tower {TOWER}: not in the local hub cache; `vidx models --fetch {TOWER}` downloads it"
+        in run.err
     )
     assert vidx("models", "--fetch", TOWER, env=places).code == 0
     assert vidx(*command, "--dry-run", env=places).code == 0

@@ -429,18 +429,12 @@ def _readme_licence(directory: Path) -> str:
 
 def _tower_directory(directory: Path, tower: str) -> Path:
     """The directory that `mm_vision_tower` names: a path from the checkpoint, a path, or a hub id."""
-    for candidate in (directory / tower, Path(tower)):
-        if candidate.is_dir():
-            return candidate
-    if is_hub_id(tower):
-        try:
-            return hub_directory(tower)
-        except UsageError as error:
-            raise UsageError(f"{directory}: its vision tower {tower} is {error}; --tower names another") from error
-    raise UsageError(
-        f"{directory}: mm_vision_tower {tower!r} is no directory there and no hub id; put a CLIP there, or name one "
-        "with --tower"
-    )
+    if (directory / tower).is_dir():
+        return directory / tower
+    try:
+        return _find_directory(tower)[1]
+    except UsageError as error:
+        raise UsageError(f"{directory}: its mm_vision_tower {tower}: {error}; --tower names another CLIP") from error
 
 
 def _other_tower(tower: str) -> tuple[str, Path]:
