@@ -87,7 +87,7 @@ def test_a_missing_and_a_shortened_file_are_named_with_their_videos(archive):
 def test_rows_that_say_other_frames_than_are_stored_are_found(archive):
     archive.videos.publish([row_for(archive, 1, 77)])
     (fault,) = verify(archive.uri).faults
-    assert "77 frames by its row, and 5 are stored" in fault.detail
+    assert "77 frames, and 5 are stored" in fault.detail
 
 
 def test_damaged_frames_are_taken_out_and_the_rest_stays(archive):

@@ -1,5 +1,5 @@
 """Care of an archive: verify, repair, clean and compact.
 
-In: an Archive. Out: what is damaged, and an archive without it.
+In: an Archive. Out: a report of its damage; an archive without damage, without unused files, with fewer parts.
 Imports: storage.archive, storage.parts, storage.vectors.
 """

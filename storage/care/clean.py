@@ -1,4 +1,4 @@
-"""Removes what nothing needs any more: what killed jobs left behind, and what was replaced."""
+"""Removes what is not needed any more: what killed jobs left behind, and what was replaced."""
 
 import contextlib
 import math
@@ -16,47 +16,44 @@ from storage.files import file_path, join, list_names, remove
 from storage.vectors.index_manifest import TRAINING, locked
 from storage.vectors.vector_index import improve_index, named_files, update_index
 
-UNNAMED_KEPT_SECONDS = 7 * 24 * 3600  # longer than any job or reader works with what it has opened
+UNNAMED_KEPT_SECONDS = 7 * 24 * 3600  # longer than any job or reader uses the files that it has opened
 
-MARGIN_SECONDS = 5.0  # clocks and file times are not that exact; files of the last seconds are left alone
+MARGIN_SECONDS = 5.0  # clocks and file times are not more exact; files of the last seconds are kept
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was removed: frames that no row showed, and files that nothing named."""
+    """The number of removed frames, which no row showed, and of removed files, which no table or index named."""
 
     frames: int
     files: int
 
 
 def clean(archive: Archive, older_than_seconds: int) -> Cleaned:
-    """Drops frames that no row shows and that were written so long ago, then sweeps.
+    """Removes frames that no row shows, if they were written so long ago, and files that nothing names.
 
-    Until then a job that was killed goes on from such frames, and `vidx index` with the settings that they were made
-    with shows them again. Frames of a video that a job has taken stay.
+    Until then, a killed job continues from such frames, and `vidx index` with the settings of the frames shows them
+    again. Frames of a video that a job has taken stay.
 
     Raises:
         ArchiveError: a table or a part cannot be read, or the archive cannot be written.
     """
-    started = _oldest_start(archive)
-    newest = time.time() if started is None else min(time.time(), started)
-    frames = _drop_hidden(archive, min(newest - MARGIN_SECONDS, time.time() - older_than_seconds))
+    frames = _drop_unpublished(archive, min(_newest_removable(archive), time.time() - older_than_seconds))
     update_index(archive, max_retired=0)
     improve_index(archive)
     return Cleaned(frames, remove_unnamed_files(archive, older_than_seconds))
 
 
 def remove_unnamed_files(archive: Archive, older_than_seconds: int = UNNAMED_KEPT_SECONDS) -> int:
-    """Removes unnamed files that were written, or have been unnamed, for so long; says how many.
+    """Removes files that were written, or have been unnamed, for so long; returns their number.
 
-    Every version of a table that became an old one less than that ago can still be read. What was written since the
-    oldest running job began is left alone: it may be about to be committed.
+    Each version of a table stays readable for so long after the next version was made. What was written since the
+    oldest running job began stays: it may be about to be committed.
 
     Raises:
         ArchiveError: a table cannot be read.
     """
-    now, started = time.time(), _oldest_start(archive)  # before the listing: a job may end while that goes on
-    newest = (now if started is None else min(now, started)) - MARGIN_SECONDS
+    now, newest = time.time(), _newest_removable(archive)  # before the listing: a job may end during it
     found = []
     for name in TABLES:
         table_uri = join(archive.uri, name)
@@ -77,48 +74,54 @@ def remove_unnamed_files(archive: Archive, older_than_seconds: int = UNNAMED_KEP
     return removed
 
 
-def _drop_hidden(archive: Archive, written_before: float) -> int:
-    """Takes out frames that no row shows, of videos that no job has taken; says how many."""
-    archive.refresh()
-    bounds, hidden = archive.parts.bounds(), archive.unpublished_numbers()
-    written = dict.fromkeys(hidden, -math.inf)
-    for number, path in zip(bounds.video_number.tolist(), bounds.path.tolist(), strict=True):
-        if number in hidden:
-            written[number] = max(written[number], _modified(join(archive.frames_uri, path)))
-    old = [number for number in hidden if written[number] < written_before]
-    if not old:
-        return 0
-    with Job(archive.uri) as job:
-        alone = job.is_alone()  # which matters where claims cannot be made
-        taken = [number for number in old if job.take(number, lease_seconds=math.inf) and (alone or job.holds(number))]
-        archive.refresh()  # whoever had one of them before may have published it
-        bounds = archive.parts.bounds()
-        chosen = np.isin(bounds.video_number, [*archive.unpublished_numbers() & set(taken)])
-        archive.parts.drop(bounds.path[chosen].tolist())
-        archive.videos.recount()  # a row may have come while this process slept: the next job completes it
-        return int(bounds.row_count[chosen].sum())
-
-
 def remove_stale_claims(archive: Archive) -> None:
-    """Removes claims that jobs which are gone have left, but for those of videos that they have begun.
+    """Removes claims of jobs that have ended, except those of videos with frames that no row shows yet.
 
-    Before a job, since one that was killed may have left the claim of a video whose row this job replaces.
+    A job calls this when it begins: a killed job may have left the claim of a video whose row the new job replaces.
     """
     _oldest_start(archive)
 
 
-def _oldest_start(archive: Archive) -> float | None:
-    """When the oldest running job began; the claims of what other ones have begun stay."""
+def _newest_removable(archive: Archive) -> float:
+    """The time before which a file must have been written to be removed."""
+    started = _oldest_start(archive)
+    return (time.time() if started is None else min(time.time(), started)) - MARGIN_SECONDS
 
-    def hidden() -> set[int]:
-        archive.refresh()  # a job that is gone has committed what it has before it was found to be gone
+
+def _oldest_start(archive: Archive) -> float | None:
+    """When the oldest running job began; removes stale claims on the way."""
+
+    def unpublished() -> set[int]:
+        archive.refresh()  # a job that has ended committed everything before its end was noticed
         return archive.unpublished_numbers()
 
-    return oldest_job_start(archive.uri, hidden)
+    return oldest_job_start(archive.uri, unpublished)
+
+
+def _drop_unpublished(archive: Archive, written_before: float) -> int:
+    """Takes out frames that no row shows, of videos that no job has taken; returns their number."""
+    archive.refresh()
+    bounds, unpublished = archive.parts.bounds(), archive.unpublished_numbers()
+    written = dict.fromkeys(unpublished, -math.inf)
+    for number, path in zip(bounds.video_number.tolist(), bounds.path.tolist(), strict=True):
+        if number in unpublished:
+            written[number] = max(written[number], _modified(join(archive.frames_uri, path)))
+    old = [number for number in unpublished if written[number] < written_before]
+    if not old:
+        return 0
+    with Job(archive.uri) as job:
+        alone = job.is_alone()  # matters on file systems where claims cannot be made
+        taken = [number for number in old if job.take(number, lease_seconds=math.inf) and (alone or job.holds(number))]
+        archive.refresh()  # a job that had taken one of them may have published it
+        bounds = archive.parts.bounds()
+        chosen = np.isin(bounds.video_number, [*archive.unpublished_numbers() & set(taken)])
+        archive.parts.drop(bounds.path[chosen].tolist())
+        archive.videos.recount()  # a row may have been published while this process slept: the next job completes it
+        return int(bounds.row_count[chosen].sum())
 
 
 def _modified(uri: str) -> float:
     try:
         return os.lstat(file_path(uri)).st_mtime
-    except FileNotFoundError:  # a running job tidies up
+    except FileNotFoundError:  # a running job has removed it
         return math.inf

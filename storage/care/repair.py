@@ -1,4 +1,4 @@
-"""repair: takes out of an archive what is damaged, so that the rest is whole and the gaps can be indexed again."""
+"""repair: removes what is damaged from an archive, so that the rest can be used and the gaps can be indexed again."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +20,16 @@ WhyNot = Callable[[Archive, Sequence[VideoRow]], Mapping[str, Problem]]
 
 @dataclass(frozen=True)
 class Repair:
-    """What was done.
+    """What a repair found and did.
 
     Attributes:
-        found: what was wrong before.
+        found: the faults before the repair.
         to_index: rows of videos that lost frames; they are partial until they are indexed again.
         notes: what else was lost or set aside, one line each.
-        rows_lost: how many videos have frames and no row any more.
-        spared: rows of videos that keep damaged parts, since they cannot be indexed again and the rest can be read;
-            their problem is why they cannot.
-        left: what is still wrong otherwise.
+        rows_lost: the number of videos that have frames, but no row any more.
+        spared: rows of videos that keep damaged parts, because they cannot be indexed again and their other frames can
+            be read; the row's problem says why they cannot.
+        left: the other faults that remain.
     """
 
     found: Verification
@@ -41,17 +41,17 @@ class Repair:
 
 
 def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
-    """Makes an archive whole again, as far as what it still holds allows.
+    """Removes damaged files, rows and frames, and builds the index again.
 
     Args:
         uri: the archive's.
-        why_not: tells of videos, by video_id, why they cannot be indexed again; of those, what can still be read stays.
+        why_not: gives for videos, by video_id, why they cannot be indexed again; their readable frames are kept.
     Raises:
         UsageError: there is no archive.
-        ArchiveError: it cannot be written, or its log is damaged beyond its newest commit.
+        ArchiveError: it cannot be written, or more of its log is damaged than the newest commit.
     """
     if not archive_exists(uri):
-        open_archive(uri)  # which says so
+        open_archive(uri)  # raises the error
     uri = archive_uri(uri)
     notes = [*_roll_back(uri)]
     found = verify(uri)
@@ -63,7 +63,7 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
     archive = open_archive(uri, write=True)
     spared = _drop_frames(archive, found, why_not)
     archive.restore_numbers()
-    if dropped:  # damage to the tables of rows hides other kinds
+    if dropped:  # damage to the tables of rows hides other damage
         spared = _drop_frames(archive, verify(uri), why_not)
     rows = archive.videos.recount()
     again = {row.video_id for row in rows}
@@ -71,10 +71,10 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
     lost = len(archive.unpublished_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
-            f"the rows of {lost} videos are lost, with their sources, tags and capture times, and whether they were "
-            "deleted. Their frames are not: `vidx index` on their sources, with the manifest that gave the tags, shows "
-            "them again without decoding them, unless `vidx clean` has removed them before. Do not give it what was "
-            "deleted, or delete it again"
+            f"the rows of {lost} videos are lost, with their sources, tags and capture times. Their frames are not "
+            "lost: run `vidx index` on their sources, with the manifest that gave the tags. It shows the frames again "
+            "without decoding, unless `vidx clean` has removed them before. It is not known any more which of the "
+            "videos were deleted: leave those out, or delete them again"
         )
     if not found.faults:
         return Repair(found, tuple(rows), tuple(notes), lost)
@@ -87,15 +87,15 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
 
 
 def _was_damaged(row: VideoRow) -> bool:
-    """An earlier repair took frames out, and nothing has indexed it since."""
+    """Whether an earlier repair has removed frames of the video, and it was not indexed again since."""
     return row.problem is not None and row.problem.reason is Reason.DAMAGED
 
 
 def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict[str, VideoRow]:
-    """Takes out damaged parts, and all parts of a video that has frames twice: nobody can say which are right.
+    """Removes damaged parts, and all parts of a video that has frames twice, as it is unknown which are right.
 
     Returns:
-        The damaged parts that stay, with their videos.
+        The damaged parts that stay, by path, with the rows of their videos.
     """
     bounds = archive.parts.bounds()
     damaged = {fault.file for fault in found.faults if fault.table == "frames" and fault.file}
@@ -115,7 +115,7 @@ def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict
 
 
 def _can_be_read(archive: Archive, path: str, row: VideoRow) -> bool:
-    """Whether a damaged part still says when its frames are and that they are this video's, and has all search keys."""
+    """Whether the times, the video and all search keys of a damaged part can still be read."""
     try:
         read_times(archive.frames_uri, path)
         part_keys(archive.frames_uri, path)
@@ -125,7 +125,7 @@ def _can_be_read(archive: Archive, path: str, row: VideoRow) -> bool:
 
 
 def _roll_back(uri: str) -> Iterator[str]:
-    """Sets aside what a power cut left empty or cut short: the newest commit of a table, and summaries of its log."""
+    """Sets aside files of a log that a power cut left empty or cut short: the newest commit, and summaries."""
     for name in TABLES:
         table_uri = join(uri, name)
         for summary in damaged_checkpoints(table_uri):
@@ -145,4 +145,4 @@ def _drop_row_files(uri: str, found: Verification) -> Iterator[str]:
     for fault in found.faults:
         if fault.table in ("videos", "numbers") and fault.file:
             drop_file(join(uri, fault.table), fault.file)
-            yield f"{fault.path}: damaged, taken out of the archive"
+            yield f"{fault.path}: damaged, removed from the archive"

@@ -1,4 +1,4 @@
-"""verify: whether every byte of an archive is what was written, and whether its tables agree with one another."""
+"""verify: checks that every byte of an archive is as it was written, and that its tables agree with one another."""
 
 import os
 from collections import defaultdict
@@ -26,16 +26,16 @@ BEYOND_REPAIR = (
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is not as it was written.
+    """Something in an archive that is not as it was written.
 
     Attributes:
-        path: of the file or folder, as people read it.
+        path: the path of the file or folder.
         detail: what is wrong with it.
         table: the table that it belongs to, "index", or None for a log.
-        file: its name there, where one file is at fault.
-        sources: the videos whose frames it holds, as people read them.
-        video_number: of the video that has frames twice.
-        is_mendable: whether `repair` can do something about it.
+        file: its name in the table, if one file is damaged.
+        sources: the paths of the videos whose frames it holds.
+        video_number: the number of a video that has frames twice.
+        is_mendable: whether `repair` can mend it.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what is wrong."""
+    """What was checked, and the faults."""
 
     files: int
     size_bytes: int
@@ -60,17 +60,17 @@ class Verification:
 def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: None) -> Verification:
     """Reads the whole archive and checks it.
 
-    Every file against its checksum; every part against what the log says of it and against the videos table; every
-    frame against being stored twice; the index against the keys of the parts.
+    Each file is compared with its checksum, each part with the log and with the videos table, and the index with the
+    keys of the parts. No frame may be stored twice.
 
     Args:
         uri: the archive's.
-        report: is told after each file how many of how many have been read.
+        report: called after each file with the number of files read and of all.
     Raises:
         UsageError: there is no archive.
     """
     if not archive_exists(uri):
-        open_archive(uri)  # which says so
+        open_archive(uri)  # raises the error
     uri = archive_uri(uri)
     files, faults = [], []
     for name in TABLES:
@@ -81,7 +81,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
             mendable = bool(cut_short_commit(join(uri, name)) or damaged_checkpoints(join(uri, name)))
             faults.append(Fault(path, detail, None, is_mendable=mendable))
     if faults:
-        return Verification(0, 0, 0, tuple(faults))  # without its logs nobody can say which files it has
+        return Verification(0, 0, 0, tuple(faults))  # without the logs it is unknown which files it has
     damaged = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and checksums release the interpreter lock
         found = pool.map(lambda file: _file_fault(join(uri, file[0], file[1]), file[2]), files)
@@ -94,7 +94,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
         faults = [
             Fault(source_text(join(uri, name, path)), detail, name, path) for (name, path), detail in damaged.items()
         ]
-        return Verification(len(files), size_bytes, 0, tuple(faults))  # whose frames they are cannot be told
+        return Verification(len(files), size_bytes, 0, tuple(faults))  # it is unknown whose frames the parts hold
     archive = open_archive(uri)
     bounds = archive.parts.bounds()
     faults = [*_part_faults(archive, bounds, {path: detail for (_, path), detail in damaged.items()})]
@@ -105,7 +105,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
 
 
 def _file_fault(uri: str, size: int) -> str:
-    """What is wrong with the bytes of a file; nothing where they are right."""
+    """What is wrong with the bytes of a file; empty if nothing is."""
     try:
         check_kind(uri)
         if (found := file_size(uri)) != size:
@@ -136,7 +136,7 @@ def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str
             try:
                 times = read_times(archive.frames_uri, path)
                 owner = part_identity(archive.frames_uri, path)["video_number"]
-            except DamagedError as error:  # written so, by another program
+            except DamagedError as error:  # another program has written it
                 yield Fault(source_text(uri), str(error).partition(": ")[2], "frames", path, shown)
                 continue
             held = (len(times.ticks), *_ends(times.frame_index), *_ends(times.time_seconds))
@@ -144,7 +144,7 @@ def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str
             if (owner, held) == (number, tuple(column[place] for column in said)):
                 ticks[number].append(times.ticks)
                 continue
-            detail = f"the log says another video, rows or times of it than the {len(times.ticks)} rows that it holds"
+            detail = f"the video, number or times of its {len(times.ticks)} rows are not as the log says"
         yield Fault(source_text(uri), detail, "frames", path, shown)
     for number, pieces in ticks.items():
         joined = np.concatenate(pieces)
@@ -160,9 +160,9 @@ def _ends(values: np.ndarray) -> tuple:
 
 
 def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
-    """Videos whose rows say more frames than are stored, or a number that is another's.
+    """Videos whose rows say more frames than are stored, or another number than the table of numbers.
 
-    Fewer they may say: a job commits frames first, and publishes the row when it has all of them.
+    A row may say fewer frames than are stored: a job commits frames before it publishes the row.
     """
     stored = bounds.frame_counts()
     given, place = archive.numbers.known(), source_text(join(archive.uri, "videos"))
@@ -171,8 +171,8 @@ def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
         if row.video_number is None:
             continue
         if row.frame_count > stored[row.video_number]:
-            detail = f"{source} has {row.frame_count} frames by its row, and {stored[row.video_number]} are stored"
+            detail = f"the row of {source} says {row.frame_count} frames, and {stored[row.video_number]} are stored"
             yield Fault(place, detail, "videos", None, (source,))
         if given.get((row.known_id, row.sampling)) != row.video_number:
-            detail = f"{source} has the number {row.video_number}, which is not its own"
+            detail = f"the row of {source} has the number {row.video_number}, which is not its own"
             yield Fault(place, detail, "videos", None, (source,))
