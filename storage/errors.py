@@ -1,18 +1,18 @@
-"""Errors that a user can mend: one clear line and the exit code of the command that meets them."""
+"""Errors that a user can correct: each has a message of one line and the exit code of the command."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # records needs numpy, which --help must not wait for
+if TYPE_CHECKING:  # records imports numpy, which --help must not wait for
     from storage.records import Reason
 
 
 class VidxError(Exception):
-    """Something outside our code is wrong; the message names it, what is allowed, and what to do."""
+    """Something outside vidx is wrong; the message names it, what is allowed, and what to do."""
 
     exit_code = 1
-    advice = ""  # what to do, where every error of the kind is met in the same way; the commands add it to the message
+    advice = ""  # what to do, if it is the same for every error of the class; the commands add it to the message
 
 
 class UsageError(VidxError):
@@ -22,28 +22,28 @@ class UsageError(VidxError):
 
 
 class ArchiveError(VidxError):
-    """The archive cannot be written, or what it holds is damaged or too new for this version."""
+    """The archive cannot be read or written, is damaged, or has another format."""
 
     exit_code = 5
 
 
 class DamagedError(ArchiveError):
-    """What the archive holds is not what was written."""
+    """A file of the archive is missing or damaged."""
 
-    advice = "; `vidx verify` lists all that is damaged, and `vidx repair` mends what it can"
+    advice = "; `vidx verify` lists all damage, and `vidx repair` removes it"
 
 
 class ClusterError(VidxError):
-    """Ray died, does not answer or ran out of memory; what is committed stays, and the same command goes on."""
+    """Ray died, does not answer or ran out of memory; what is committed stays, and the same command continues."""
 
     exit_code = 6
 
 
 class VideoProblem(Exception):
-    """One video cannot be read, wholly or in part; it becomes that video's status, never the job's end.
+    """A video cannot be read, or not completely; this becomes the status of the video and does not end the job.
 
     Attributes:
-        reason: the counted reason.
+        reason: the reason, by which failures are counted.
         detail: one line for people.
     """
 

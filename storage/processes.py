@@ -1,4 +1,4 @@
-"""Processes of this machine, as the system lists them."""
+"""Processes of this machine and their memory, from /proc."""
 
 import contextlib
 import ctypes
@@ -12,27 +12,27 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def python_path() -> str:
-    """PYTHONPATH with which `python -P -m` finds this program's modules from any folder, and no folder's own av.py."""
+    """A PYTHONPATH with which `python -P -m` finds vidx's modules from any folder, and no file of that folder."""
     return os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def process_start(pid: int) -> str | None:
-    """When a process began, so that another one with its number is not taken for it; None where it has ended."""
+    """The start time of a process, which tells it from a later one with the same id; None if it has ended."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if words[0] in "ZX" else words[19]  # a zombie waits for its parent to look
+    return None if words[0] in "ZX" else words[19]  # a zombie has ended
 
 
 def adopt_orphans() -> None:
-    """From now on this process is the parent of what its descendants leave behind, where the system can do so."""
+    """Makes this process the parent of orphans among its descendants; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_children() -> None:
-    """Kills the processes that this one started, or has adopted; those that they leave behind too, where it adopts."""
+    """Kills the children of this process; after adopt_orphans also all their descendants."""
     while pids := child_pids():
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -43,7 +43,7 @@ def kill_children() -> None:
 
 
 def child_pids(*names: str) -> list[int]:
-    """Child processes of this one, of any name or with one of these; none where the system does not list them."""
+    """The ids of this process's children, of any name or with one of these; empty if there is no /proc."""
     found = []
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
@@ -56,19 +56,19 @@ def child_pids(*names: str) -> list[int]:
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's memory."""
+    """The memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def anonymous_bytes() -> int:
-    """Memory that this process has besides mapped files; 0 where the system does not say."""
+    """The memory of this process without mapped files, in bytes; 0 if there is no /proc."""
     return _status_bytes("RssAnon")
 
 
 def limit_memory(more_bytes: int) -> None:
-    """From now on this process gets no more than so many bytes besides what it has; Linux alone knows such a limit.
+    """Limits this process to so many bytes more than it has now; on Linux only.
 
-    Whatever asks for more is refused at once, instead of the system ending a process when the machine has none left.
+    An allocation beyond the limit fails at once. Without a limit, the system would kill a process when memory runs out.
     """
     if sys.platform != "linux":
         return
@@ -81,7 +81,7 @@ def limit_memory(more_bytes: int) -> None:
 
 
 def _status_bytes(name: str) -> int:
-    """A line of what the system says of this process."""
+    """A value of /proc/self/status, in bytes."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(f"{name}:"):

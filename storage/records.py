@@ -1,4 +1,4 @@
-"""The nouns of the data's path: what one step hands to the next.
+"""The data that one step hands to the next.
 
     VideoAsset -> Probe -> SegmentTask -> FrameBatch -> TokenBatch -> Receipt -> VideoRow
     question   -> Hit -> Moment -> Answer
@@ -22,17 +22,17 @@ FRAME_SIDE = 336  # every frame enters the model as 336 x 336 pixels (published 
 
 
 class Status(StrEnum):
-    """How a video ended, or that it has not."""
+    """The state of a video in an archive."""
 
-    INDEXING = "indexing"  # its first segments can be searched; a job is at the others, or was interrupted
+    INDEXING = "indexing"  # some segments can be searched; a job indexes the others, or was interrupted
     INDEXED = "indexed"
     PARTIAL = "partial"
     FAILED = "failed"
-    DELETED = "deleted"  # by a user; what is left says so, lest the next job index it again
+    DELETED = "deleted"  # by a user; the row stays, so that the next job does not index the video again
 
 
 class Reason(StrEnum):
-    """Why a video is partial, failed or not whole yet, or what is to be known of one that is whole."""
+    """Why a video is partial, failed or not whole yet; or a note about a whole video."""
 
     NOT_A_VIDEO = "not_a_video"
     NO_VIDEO_STREAM = "no_video_stream"
@@ -40,9 +40,9 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
     ENCRYPTED = "encrypted"
-    CLOCK_RESTARTED = "clock_restarted"  # every frame is there; an indexed video may have this reason
+    CLOCK_RESTARTED = "clock_restarted"  # all frames are there; an indexed video may have this reason
     UNSUPPORTED_CODEC = "unsupported_codec"
-    OVERFLOW = "overflow"  # the model gives numbers of a frame that cannot be stored
+    OVERFLOW = "overflow"  # the model's numbers for a frame are too large to be stored
     TOO_LARGE = "too_large"
     REFUSED_FORMAT = "refused_format"
     TIMEOUT = "timeout"
@@ -57,16 +57,16 @@ class Reason(StrEnum):
 
     @property
     def is_temporary(self) -> bool:
-        """True where it lay with the machine or the moment, not with the bytes, so that the next run tries again."""
-        return self in _MAY_PASS
+        """Whether the machine or the moment is the cause, not the video's content, so that the next run tries again."""
+        return self in _TEMPORARY
 
     @property
     def is_note(self) -> bool:
-        """True where nothing is missing or damaged, and the user should know about the video all the same."""
+        """Whether nothing is missing or damaged, but the user should know about it."""
         return self is Reason.CLOCK_RESTARTED
 
 
-_MAY_PASS = {
+_TEMPORARY = {
     Reason.VANISHED,
     Reason.CHANGED,
     Reason.PERMISSION,
@@ -79,7 +79,7 @@ _MAY_PASS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a video, or one segment of it, is not whole, or a note about a whole one."""
+    """Why a video or a segment is not whole, or a note about a whole one."""
 
     reason: Reason
     detail: str
@@ -96,7 +96,7 @@ def is_whole(problem: Problem | None) -> bool:
 
 
 class CapturedFrom(StrEnum):
-    """Where the time of capture comes from: a manifest, which wins, or what the file says of its own creation."""
+    """Where the time of capture comes from: a manifest, which has priority, or the creation time in the file."""
 
     MANIFEST = "manifest"
     FILE = "file"
@@ -104,13 +104,13 @@ class CapturedFrom(StrEnum):
 
 @dataclass(frozen=True)
 class VideoAsset:
-    """A source as scan found it, not yet opened.
+    """A source that scan has found and nobody has opened yet.
 
     Attributes:
-        uri: where it is.
-        captured_at: as a manifest says; None where it does not.
-        tags: as a manifest says, all of them; None where it does not say, so that those that are known stay.
-        captured_from: where captured_at comes from, where it is known.
+        uri: the URI of the file.
+        captured_at: the time of capture in the manifest, or None.
+        tags: all tags in the manifest; None if it has none, and then the known tags of the video stay.
+        captured_from: where captured_at comes from.
     """
 
     uri: str
@@ -120,14 +120,14 @@ class VideoAsset:
 
     def __post_init__(self):
         if "://" not in self.uri:
-            raise ValueError(f"VideoAsset.uri is no URI: {self.uri!r}")
+            raise ValueError(f"VideoAsset.uri is not a URI: {self.uri!r}")
         if self.captured_at is not None and self.captured_at.tzinfo is None:
             raise ValueError("VideoAsset.captured_at has no time zone")
 
 
 @dataclass(frozen=True)
 class Content:
-    """The bytes of a source at one time: a video's identity, and how to notice that they changed."""
+    """The identity of a video's content, and the size and time by which a change of the file is noticed."""
 
     video_id: str
     size_bytes: int
@@ -135,25 +135,25 @@ class Content:
 
     def __post_init__(self):
         if not re.fullmatch(r"[0-9a-f]{64}", self.video_id):
-            raise ValueError(f"Content.video_id is no SHA-256: {self.video_id!r}")
+            raise ValueError(f"Content.video_id is not a SHA-256: {self.video_id!r}")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the video stream that ffmpeg's best-stream rule picks says about itself.
+    """The properties of a file's video stream; of several streams, the one that ffmpeg's best-stream rule picks.
 
     Attributes:
-        decoder: the library that reads this file right: "decord" or "pyav".
+        decoder: the library that reads this file correctly: "decord" or "pyav".
         container, codec: FFmpeg's names.
         width, height: pixels as shown, after rotation.
         rotation_degrees: 0, 90, 180 or 270 counter-clockwise, applied by decode.
         time_base: seconds per tick.
         first_ticks: presentation time of the first frame that decodes; the origin of the sampling grid.
-        clock_offset_seconds: file clock minus the position a player shows.
-        duration_seconds: the container's, or None where it does not say.
-        cuts: ticks of keyframes at which a segment may begin, ascending, the file's first excluded, each
-            with the rank of that frame in presentation order; empty where the file must be read in one piece.
-        created_at: when the file says that it was made; None where it says nothing that can be.
+        clock_offset_seconds: the file's clock minus the position that a player shows.
+        duration_seconds: as the container says, or None.
+        cuts: ticks of keyframes at which a segment may begin, ascending, without the file's first, each with the
+            rank of the frame in presentation order; empty if the file must be read in one piece.
+        created_at: the creation time in the file; None if there is none, or an impossible one.
     """
 
     decoder: str
@@ -179,25 +179,24 @@ class Probe:
             raise ValueError("Probe.created_at has no time zone")
 
     def pts_seconds(self, ticks: Ticks) -> Ticks:
-        """The file's own clock."""
+        """Seconds on the file's own clock."""
         return ticks * self.time_base.numerator / self.time_base.denominator
 
     def time_seconds(self, ticks: Ticks) -> Ticks:
-        """The position a player shows."""
+        """The position that a player shows, in seconds."""
         return self.pts_seconds(ticks) - self.clock_offset_seconds
 
     def range_seconds(self, segment_key: str) -> tuple[float, float]:
-        """Positions between which a segment lies; the first one begins at 0, the end of the last one is infinite."""
+        """Start and end of a segment as positions; the first segment starts at 0, the last one ends at infinity."""
         start, end = segment_range(segment_key)
         return self.time_seconds(start) if math.isfinite(start) else 0.0, float(self.time_seconds(end))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The unit of work: the frames of one video with start_ticks <= ticks < end_ticks.
+    """The unit of work: the frames of one video with start_ticks <= ticks < end_ticks; None means no limit.
 
-    None is an open end: before the first frame, after the last. first_index is the rank, in presentation
-    order, of the segment's first frame among all of the video's.
+    first_index is the rank, in presentation order, of the segment's first frame among all frames of the video.
     """
 
     video_id: str
@@ -207,7 +206,7 @@ class Segment:
 
     @property
     def key(self) -> str:
-        """The time range as text, the same however the file was read."""
+        """The time range as text; it does not depend on how the file was read."""
         start = "" if self.start_ticks is None else self.start_ticks
         end = "" if self.end_ticks is None else self.end_ticks
         return f"{start}..{end}"
@@ -217,24 +216,24 @@ SEGMENT_KEY = r"(?:-?[0-9]{1,19})?\.\.(?:-?[0-9]{1,19})?"
 
 
 def segment_range(key: str) -> tuple[float, float]:
-    """Start and end of a segment, in ticks, by its key, which fits SEGMENT_KEY; infinite where it is open."""
+    """Start and end of a segment in ticks, from its key, which must match SEGMENT_KEY; infinite if there is no limit."""
     start, end = key.split("..")
     return int(start) if start else -math.inf, int(end) if end else math.inf
 
 
 def joined_key(keys: Sequence[str]) -> str:
-    """The key of the segment that reaches from the start of the first to the end of the last."""
+    """The key of the segment from the start of the first to the end of the last."""
     return f"{keys[0].split('..')[0]}..{keys[-1].split('..')[1]}"
 
 
 def lies_within(key: str, other: str) -> bool:
-    """Whether a segment is the other one or a piece of it, by their keys."""
+    """Whether a segment is the other one or a part of it, by their keys."""
     (start, end), (other_start, other_end) = segment_range(key), segment_range(other)
     return other_start <= start and end <= other_end
 
 
 class Choice(StrEnum):
-    """Which frames of a video are kept: those shown at even instants, keyframes, or the first of each scene."""
+    """Which frames of a video are kept: frames at a constant rate, keyframes, or the first frame of each scene."""
 
     RATE = "rate"
     KEYFRAMES = "keyframes"
@@ -243,12 +242,12 @@ class Choice(StrEnum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings besides the model that decide which rows an archive holds of a video.
+    """The settings, besides the model, that determine the rows of a video in an archive.
 
     Attributes:
-        fps: frames kept per second; of keyframes and scenes, at most so many.
-        patches: rows of the patch tier, per picture.
-        choice: which frames.
+        fps: frames kept per second; the maximum for keyframes and scenes.
+        patches: the number of patch rows per frame.
+        choice: which frames are kept.
     """
 
     fps: Fraction
@@ -267,22 +266,22 @@ class Sampling:
 
     @classmethod
     def from_text(cls, text: str) -> "Sampling":
-        """The settings that a row names, as str gives them.
+        """The settings from a text that str has made.
 
         Raises:
-            ValueError: the text is none that str gives.
+            ValueError: the text is another one.
         """
-        number = r"[1-9][0-9]{0,39}"  # "1e999999999" would be worked out
+        number = r"[1-9][0-9]{0,39}"  # Fraction would compute "1e999999999"
         match = re.fullmatch(rf"fps=({number})(?:/({number}))?,patches=([0-9]{{1,9}})(?:,sample=([a-z]+))?", text)
         if match is None:
-            raise ValueError(f"sampling {text[:60]!a} is none that vidx writes")
+            raise ValueError(f"sampling {text[:60]!a} is not a text that vidx writes")
         fps, per, patches, choice = match.groups()
         return cls(Fraction(int(fps), int(per or 1)), int(patches), Choice(choice or Choice.RATE))
 
 
 @dataclass(frozen=True)
 class SegmentTask:
-    """All that a worker must know to index one segment."""
+    """All that a worker needs to index one segment."""
 
     uri: str
     content: Content
@@ -302,13 +301,13 @@ def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, .
 
 @dataclass(frozen=True, repr=False)
 class FrameBatch:
-    """T frames in presentation order, each with the span it stands for.
+    """T frames in presentation order, each with the time span for which it is shown.
 
     Attributes:
         pixels: (T, 336, 336, 3) uint8, RGB, upright.
-        ticks: (T,) int64, the frame's own presentation time.
-        end_ticks: (T,) int64, where the next stored frame, or nothing, takes over.
-        frame_index: (T,) int64, rank in presentation order among all of the video's frames.
+        ticks: (T,) int64, the presentation time.
+        end_ticks: (T,) int64, the time at which the next stored frame, or nothing, is shown.
+        frame_index: (T,) int64, rank in presentation order among all frames of the video.
         thumbnails: T small JPEG files, upright, aspect ratio kept.
     """
 
@@ -329,7 +328,7 @@ class FrameBatch:
             raise ValueError("FrameBatch.end_ticks lies before ticks")
 
     def take(self, places: np.ndarray) -> "FrameBatch":
-        """Some of the frames."""
+        """The frames at these places."""
         thumbnails = tuple(self.thumbnails[place] for place in places.tolist())
         pixels, ticks, end_ticks = self.pixels[places], self.ticks[places], self.end_ticks[places]
         return FrameBatch(pixels, ticks, end_ticks, self.frame_index[places], thumbnails)
@@ -343,12 +342,12 @@ class FrameBatch:
 
 @dataclass(frozen=True, repr=False)
 class PatchRows:
-    """The patch tier of T frames: K kept rows of the vision tower's layer -2 each, quantised.
+    """The patch rows of T frames: for each, K rows of the vision tower's layer -2, quantised.
 
     Attributes:
         values: (T, K, D) int8.
         scales: (T, K) float32; a row's features are values * scale.
-        positions: (T, K) uint16, ascending: place of the row among all patches of the frame's pre-fusion input.
+        positions: (T, K) uint16, ascending: index of the row among all patches of the frame's pre-fusion input.
     """
 
     values: np.ndarray
@@ -362,7 +361,7 @@ class PatchRows:
         _check("PatchRows.positions", self.positions, np.uint16, (frames, rows))
 
     def take(self, places: np.ndarray) -> "PatchRows":
-        """Those of some frames."""
+        """The patch rows of the frames at these places."""
         return PatchRows(self.values[places], self.scales[places], self.positions[places])
 
     def __repr__(self) -> str:
@@ -371,13 +370,13 @@ class PatchRows:
 
 @dataclass(frozen=True, repr=False)
 class TokenBatch:
-    """What is stored of T frames.
+    """The model's outputs for T frames, as they are stored.
 
     Attributes:
         token: (T, C*C, H) float16, the vision token after pre-fusion, as the LLM receives it.
         compressor_out: (T, C*C, D) float16, before the projector.
-        search_key: (T, E) float16, L2-normalised; None where the model has no joint embedding.
-        patches: the patch tier, or None.
+        search_key: (T, E) float16, L2-normalised; None if the model has no joint embedding.
+        patches: the patch rows, or None.
     """
 
     token: np.ndarray
@@ -395,7 +394,7 @@ class TokenBatch:
             raise ValueError(f"TokenBatch.patches holds {len(self.patches.values)} frames, wanted {count}")
 
     def take(self, places: np.ndarray) -> "TokenBatch":
-        """What is stored of some of the frames."""
+        """The outputs for the frames at these places."""
         key, patches = self.search_key, self.patches
         return TokenBatch(
             self.token[places],
@@ -412,7 +411,7 @@ class TokenBatch:
 
 
 def join_tokens(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """What is stored of the frames of several batches, as one."""
+    """Several batches as one."""
     first, joined = batches[0], np.concatenate
     patches = None
     if first.patches is not None:
@@ -444,11 +443,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What comes back from a segment: where its rows lie, and what went wrong on the way.
+    """The result of indexing a segment: its part, and its problem.
 
-    part is None where the segment gave no frame; problem is None where it is whole. end_seconds is the position at
-    which its last frame ends, None where no frame was decoded. sandbox_missing names what the decoder was not kept
-    from.
+    part is None if the segment has no frame; problem is None if it is whole. end_seconds is the position at which its
+    last frame ends, None if no frame was decoded. sandbox_missing lists the protections that the decoder ran without.
     """
 
     segment: Segment
@@ -468,11 +466,10 @@ class Receipt:
 class VideoRow:
     """One row of the videos table; publishing it makes the video's frames visible.
 
-    Fields that only an opened file can tell are None where it could not be opened; known_* give them where they are
-    there. attempts counts the runs that tried this content with these settings; indexed_at is when the last of them
-    ended, None where none has, or where an older vidx did not say. captured_from means something where captured_at is
-    known. sandbox_missing names what the processes that decoded it were not kept from (workers/sandbox.py), None where
-    that is not known.
+    Fields that come from the opened file are None if it could not be opened; the known_* properties assert that they
+    are not None. attempts is the number of runs that tried this content with these settings. indexed_at is the end of
+    the last run, None if no run has ended, or in rows of an older vidx. captured_from is used only with captured_at.
+    sandbox_missing lists the protections that the decoders ran without (workers/sandbox.py), None if that is unknown.
     """
 
     video_id: str | None
@@ -495,32 +492,32 @@ class VideoRow:
 
     @property
     def known_id(self) -> str:
-        """video_id, of a video whose file could be opened."""
+        """The video_id of a video whose file could be opened."""
         assert self.video_id is not None
         return self.video_id
 
     @property
     def known_number(self) -> int:
-        """video_number, of a video with frames or of one that is being indexed."""
+        """The video_number of a video that has frames or is being indexed."""
         assert self.video_number is not None
         return self.video_number
 
     @property
     def known_probe(self) -> Probe:
-        """probe, of a video with frames."""
+        """The probe of a video with frames."""
         assert self.probe is not None
         return self.probe
 
     @property
     def known_problem(self) -> Problem:
-        """problem, of a video that is not whole."""
+        """The problem of a video that is not whole."""
         assert self.problem is not None
         return self.problem
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One frame that answers a search, with the cosine of the search keys."""
+    """One frame that a search has found, with the cosine of the search keys."""
 
     video_number: int
     frame_index: int
@@ -529,9 +526,9 @@ class Hit:
 
 @dataclass(frozen=True)
 class Moment:
-    """A stretch of one video that answers a search; times are positions that a player shows.
+    """A time range of one video that a search has found; times are positions that a player shows.
 
-    score is the mean of its frames' cosines, or None where every frame was taken without a search.
+    score is the mean of its frames' cosines, or None if there was no search.
     """
 
     video_id: str
@@ -544,14 +541,14 @@ class Moment:
 
     @property
     def known_score(self) -> float:
-        """score, of a moment that a search found."""
+        """The score of a moment that a search found."""
         assert self.score is not None
         return self.score
 
 
 @dataclass(frozen=True)
 class FrameRef:
-    """One stored frame and where its cells lie: row `row` of the Parquet file `part`."""
+    """One stored frame; its cells are in row `row` of the Parquet file `part`."""
 
     video_id: str
     video_number: int
@@ -565,9 +562,10 @@ class FrameRef:
 
 @dataclass(frozen=True)
 class WindowAnswer:
-    """What the model says of one stretch of the frames, from one position to another.
+    """The model's answer for the frames between two positions.
 
-    unknown says why the model does not know, where its files list the text as an answer that says so; else it is empty.
+    unknown says why the model does not know the answer, if its files list this text as such an answer; else it is
+    empty.
     """
 
     uri: str
@@ -579,19 +577,19 @@ class WindowAnswer:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says, and the moments it was shown.
+    """The model's answer, and the moments that it was shown.
 
     Attributes:
-        question, text: what was asked and answered.
-        moments: what the frames are of.
-        fuse, fuse_note: what pre-fusion read, and why not something better.
-        frame_count: frames that the model was shown.
-        video_bytes_read: of video files.
-        over: how they were chosen where there were more than the context holds: "retrieve", "stride" or "windows".
-        windows: the answers that the last one was made from, where it was.
-        memory_bytes: that the answer takes besides the model, as reckoned beforehand.
-        unknown: why the model does not know, where its files list the text as an answer that says so; of windows, where
-            it knows nothing of any of them. Else empty.
+        question, text: the question and the answer.
+        moments: the moments of the frames.
+        fuse, fuse_note: what pre-fusion has read, and why nothing better.
+        frame_count: the number of frames that the model was shown.
+        video_bytes_read: the number of bytes read from video files.
+        over: how the frames were chosen, if the context is too small for all: "retrieve", "stride" or "windows".
+        windows: the answers from which the last one was made, if any.
+        memory_bytes: the estimated memory that the answer needs besides the model.
+        unknown: why the model does not know the answer, if its files list this text as such an answer; with windows, if
+            this is so for all of them. Else empty.
     """
 
     question: str

@@ -1,4 +1,4 @@
-"""SQL over the archive: DuckDB views `videos` and `frames` of what is published, and nothing else to be reached."""
+"""SQL over the archive: DuckDB views `videos` and `frames` of what is published; a statement can reach nothing else."""
 
 import contextlib
 import decimal
@@ -26,7 +26,7 @@ from storage.parts.layout import BINARY, COLUMNS
 from storage.processes import anonymous_bytes, physical_memory
 from storage.records import Status
 
-# Times come as plain TIMESTAMPs in UTC (_offer_views): a cast here would take the session's time zone.
+# Times are TIMESTAMPs in UTC without a zone (_create_views): a cast here would use the session's time zone.
 _VIDEOS_VIEW = """
 CREATE VIEW videos AS SELECT
     video_id, video_number, source, uri AS source_uri, status, reason, detail, decoder, container, codec, width, height,
@@ -38,20 +38,20 @@ FROM stored_videos
 _FRAMES_VIEW = "CREATE VIEW frames AS SELECT {columns} FROM stored_frames"
 _JOINED = "frames JOIN videos USING (video_number, video_id, model_id, sampling)"
 BATCH_ROWS = 1024
-LOOK_SECONDS = 0.05
-GRACE_SECONDS = 5.0  # for a statement beyond its limits to hear of it
-# What stands in an error that comes from reading parts.
-_OF_PARTS = ("registered as 'stored_frames' failed", "get_next failed", "arrow_scan")
-_READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of statements that change nothing
+CHECK_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # for a statement beyond its limits to stop
+# Texts in the errors of reading parts.
+_PART_ERRORS = ("registered as 'stored_frames' failed", "get_next failed", "arrow_scan")
+_READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of the statements that only read
 
 
 @dataclass(frozen=True)
 class SqlLimits:
-    """What a statement may take.
+    """The limits of a statement.
 
     Attributes:
-        seconds: from its beginning until its last row is asked for.
-        memory_bytes: besides what the process had before.
+        seconds: from its start until its last row is fetched.
+        memory_bytes: in addition to the memory that the process had before.
     """
 
     seconds: float = 300.0
@@ -59,10 +59,10 @@ class SqlLimits:
 
 
 class SqlResult:
-    """The rows of a statement, computed as they are asked for.
+    """The rows of a statement, computed while they are fetched.
 
     Attributes:
-        columns: names, unique: repeated ones are numbered, as DuckDB does in a subquery.
+        columns: the column names; repeated names are numbered, as DuckDB does in a subquery.
     """
 
     def __init__(self, relation: duckdb.DuckDBPyRelation | None, calls: Callable[[], AbstractContextManager]):
@@ -71,7 +71,7 @@ class SqlResult:
         self._calls = calls
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows, BATCH_ROWS at a time, as Arrow has them.
+        """The rows as Arrow batches of BATCH_ROWS.
 
         Raises:
             UsageError: a cell cannot be computed, or a limit is reached.
@@ -89,7 +89,7 @@ class SqlResult:
             yield batch
 
     def rows(self) -> Iterator[tuple]:
-        """The rows as Python values, as run_sql gives them."""
+        """The rows as Python values; see run_sql."""
         types = [] if self._relation is None else self._relation.types
         for batch in self.batches():
             yield from _rows(batch, types)
@@ -98,19 +98,16 @@ class SqlResult:
 def run_sql(archive: Archive, statement: str, limits: SqlLimits | None = None) -> tuple[list[str], list[tuple]]:
     """Column names and rows of one SELECT over the views `videos` and `frames`.
 
-    Cells are Python values: times are UTC without a zone, tags and other maps dicts, binary cells bytes. The binary
-    columns of `frames` (token, compressor_out, search_key, patches, thumbnail, checksums) are there only when the
-    statement names them.
-
-    Column names are unique: repeated ones are numbered, as DuckDB does in a subquery.
+    Cells are Python values: times are UTC without a zone, tags and other maps are dicts, binary cells are bytes. The
+    binary columns of `frames` (token, compressor_out, search_key, patches, thumbnail, checksums) exist only when the
+    statement names them. Repeated column names are numbered, as DuckDB does in a subquery.
 
     Args:
-        archive: which.
+        archive: the archive.
         statement: in DuckDB's SQL.
-        limits: None for the usual ones.
+        limits: None for the defaults.
     Raises:
-        UsageError: the statement is wrong, is not one reading statement, reaches for files or settings, or takes more
-            than it may.
+        UsageError: the statement is wrong, is not one reading statement, uses files or settings, or exceeds its limits.
         ArchiveError: a part is missing or damaged.
     """
     with stream_sql(archive, statement, limits) as result:
@@ -124,25 +121,25 @@ def stream_sql(
     limits: SqlLimits | None = None,
     give_up: Callable[[str], NoReturn] | None = None,
 ) -> Iterator[SqlResult]:
-    """The same, row by row: never more of the result in memory than a batch.
+    """The same as run_sql, with no more than one batch of the result in memory.
 
     Args:
-        archive, statement, limits: as run_sql has them.
-        give_up: ends the process with a message where a statement beyond its limits does not hear that it has to stop,
-            as in a single call of a function that takes minutes; without it, such a one goes on to the end of that.
+        archive, statement, limits: as in run_sql.
+        give_up: ends the process with a message if a statement beyond its limits does not stop, for instance during a
+            single call of a function that takes minutes; None: such a call runs to its end.
     """
     if not is_text(statement):
         raise UsageError("the SQL statement holds bytes that are no UTF-8; type it as text")
     limits = limits or SqlLimits()
     connection = duckdb.connect(":memory:")
     watch = _Watch(connection, limits, give_up)
-    calls = partial(_in_plain_words, archive, watch)
+    calls = partial(_duckdb_errors, archive, watch)
     try:
         with calls():
-            connection.execute("SET TimeZone = 'UTC'")  # else the machine's, for now(), casts and dates in a statement
+            connection.execute("SET TimeZone = 'UTC'")  # else now(), casts and dates use the machine's
             connection.execute(f"SET memory_limit = '{limits.memory_bytes}B'")
-            connection.execute("SET temp_directory = ''")  # what does not fit is refused, and goes to no disk
-            _offer_views(connection, archive, statement)
+            connection.execute("SET temp_directory = ''")  # what does not fit in memory is refused, not written to disk
+            _create_views(connection, archive, statement)
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
             _refuse_other_statements(connection, statement)
@@ -154,11 +151,11 @@ def stream_sql(
 
 
 class _Watch:
-    """Stops what a connection does when it takes longer, or more memory, than it may.
+    """Interrupts a connection when its statement exceeds a limit.
 
     Attributes:
-        why: the limit that was reached, as people read it; empty before.
-        limits: of the statement.
+        why: the limit that was exceeded, for people; empty before.
+        limits: the statement's.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, limits: SqlLimits, give_up: Callable | None):
@@ -171,14 +168,14 @@ class _Watch:
         self._is_working = False
         self._changing = threading.Lock()
         self._ended = threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._check, daemon=True).start()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While the connection is at work.
+        """Marks the time during which the connection works.
 
         Raises:
-            UsageError: a limit was reached before.
+            UsageError: a limit was exceeded before.
         """
         with self._changing:
             if self.why:
@@ -191,38 +188,37 @@ class _Watch:
                 self._is_working = False
 
     def end(self) -> None:
-        """Looks no more."""
+        """Ends the checks."""
         self._ended.set()
 
-    def _look(self) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
+    def _check(self) -> None:
+        while not self._ended.wait(CHECK_SECONDS):
             with self._changing:
-                self.why = self.why or self._reached()
+                self.why = self.why or self._exceeded()
                 if not self.why or not self._is_working:
                     self._over_since = 0.0
                     continue
                 self._over_since = self._over_since or time.monotonic()
-                self._connection.interrupt()  # again and again: one before a call has begun is lost
+                self._connection.interrupt()  # repeated, because an interrupt before a call begins is lost
             if self._give_up is not None and time.monotonic() - self._over_since > GRACE_SECONDS:
                 self._give_up(self.why)
 
-    def _reached(self) -> str:
+    def _exceeded(self) -> str:
         if time.monotonic() - self._begun > self.limits.seconds:
             return f"SQL: not done after {self.limits.seconds:g} s; allow more with --timeout, or ask for less"
         if anonymous_bytes() - self._before > self.limits.memory_bytes:
-            return too_much_memory(self.limits)
+            return _too_much_memory(self.limits)
         return ""
 
 
-def too_much_memory(limits: SqlLimits) -> str:
-    """The line that says so."""
+def _too_much_memory(limits: SqlLimits) -> str:
     allowed = f"{limits.memory_bytes / 1e6:,.0f} MB"
     return f"SQL: takes more than {allowed} of memory; allow more with --memory, or ask for less"
 
 
 @contextlib.contextmanager
-def _in_plain_words(archive: Archive, watch: _Watch) -> Iterator[None]:
-    """A call to DuckDB; what goes wrong in it is told in one line."""
+def _duckdb_errors(archive: Archive, watch: _Watch) -> Iterator[None]:
+    """Turns errors of a call to DuckDB into one line for the user."""
     try:
         with watch.working():
             yield
@@ -231,15 +227,15 @@ def _in_plain_words(archive: Archive, watch: _Watch) -> Iterator[None]:
 
 
 def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | None]:
-    """The frames that an SQL condition on columns of `videos` and `frames` is true of.
+    """The frames for which an SQL condition on columns of `videos` and `frames` is true.
 
-    A column that both views have is the video's, unless the condition names columns of frames alone too: then it has to
-    be written `videos.name` or `frames.name`.
+    A column that both views have is the video's. If the condition also names columns that only frames have, it must be
+    written `videos.name` or `frames.name`.
 
     Returns:
-        By video number: the frames' indexes, ascending, or None for all frames of the video.
+        The indexes of the frames, ascending, by video number; None for all frames of the video.
     Raises:
-        UsageError: the condition is wrong, or reaches for files or settings.
+        UsageError: the condition is wrong, or uses files or settings.
         ArchiveError: a part is missing or damaged.
     """
     try:
@@ -259,15 +255,15 @@ def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | No
 
 
 def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -> set[str]:
-    """The URIs of the videos that an SQL condition is true of.
+    """The URIs of the videos for which an SQL condition is true; deleted videos are left out.
 
     Args:
-        archive: whose videos; deleted ones are not looked at.
-        condition: on columns of `videos`. One that names columns of `frames` too is true of a video where it is true of
-            any of its frames.
+        archive: the archive.
+        condition: on columns of `videos`. If it also names columns of `frames`, it is true for a video if it is true
+            for one of its frames.
         of_frames: whether it may name columns of `frames`.
     Raises:
-        UsageError: the condition is wrong, or reaches for files or settings.
+        UsageError: the condition is wrong, or uses files or settings.
         ArchiveError: a part is missing or damaged.
     """
     try:
@@ -280,13 +276,13 @@ def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -
     return {uri for (uri,) in rows}
 
 
-def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
+def _create_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statement: str) -> None:
     rows = archive.videos.arrow()
     rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
     source = pa.array([source_text(uri) for uri in rows.column("uri").to_pylist()], pa.string())
     for name in ("captured_at", "indexed_at"):
         place = rows.schema.get_field_index(name)
-        rows = rows.set_column(place, name, rows.column(place).cast(pa.timestamp("us")))  # UTC, without its zone
+        rows = rows.set_column(place, name, rows.column(place).cast(pa.timestamp("us")))  # UTC without a zone
     connection.register("stored_videos", rows.append_column("source", source))
     connection.execute(_VIDEOS_VIEW)
     words = set(re.findall(r"\w+", statement.lower()))
@@ -296,7 +292,7 @@ def _offer_views(connection: duckdb.DuckDBPyConnection, archive: Archive, statem
 
 
 def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
-    """Parts of published videos, opened and read as the statement streams through them."""
+    """The parts of published videos, each read when the statement needs it."""
     check_no_links(archive.frames_uri)
     schema = pa.schema([field.with_nullable(True) for field in schema])
     place = file_path(archive.frames_uri).decode()
@@ -309,7 +305,7 @@ def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
         checked.make_fragment(
             f"{place}/{part.path}",
             fs.LocalFileSystem(),
-            # what all rows of the part have in common: a statement about one video opens no other's parts
+            # true for all rows of the part, so a statement about one video opens only its parts
             (number == pa.scalar(part.video_number, pa.int32())) & (video_id == ids[part.video_number]),
         )
         for part in archive.frames.parts()
@@ -323,11 +319,11 @@ def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, statement: s
         raise UsageError(f"one SQL statement at a time, not {len(statements)}")
     kind = statements[0].type.name
     if kind not in _READING:
-        raise UsageError(f"{kind} is not possible here: the archive is only read; write a SELECT on videos and frames")
+        raise UsageError(f"{kind} is not allowed: the archive is only read; write a SELECT on videos and frames")
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Numbers repeated names, whatever their case, as DuckDB does for the columns of a subquery."""
+    """Numbers repeated names, ignoring case, as DuckDB does for the columns of a subquery."""
     counts: dict[str, int] = {}
     unique = []
     for name in names:
@@ -341,11 +337,11 @@ def _unique(names: list[str]) -> list[str]:
 
 
 def _rows(batch: pa.RecordBatch, kinds: Sequence) -> Iterator[tuple]:
-    """Rows as Python values; duckdb's own fetchmany wants pytz for times with a zone."""
+    """Rows as Python values; duckdb's own fetchmany needs pytz for times with a zone."""
     columns = []
     for column, kind in zip(batch.columns, kinds, strict=True):
         values = column.to_pylist(maps_as_pydicts="strict")
-        if str(kind) in ("HUGEINT", "UHUGEINT"):  # what sum() gives; Arrow knows it as a decimal
+        if str(kind) in ("HUGEINT", "UHUGEINT"):  # the type of sum(); a decimal in Arrow
             values = [int(value) if isinstance(value, (decimal.Decimal, float)) else value for value in values]
         columns.append(values)
     return zip(*columns, strict=True)
@@ -356,14 +352,14 @@ def _plain_error(archive: Archive, watch: _Watch, error: Exception) -> UsageErro
     if watch.why:
         return UsageError(watch.why)
     if isinstance(error, (MemoryError, duckdb.OutOfMemoryException)) or text.startswith("Out of Memory Error"):
-        return UsageError(too_much_memory(watch.limits))
+        return UsageError(_too_much_memory(watch.limits))
     if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in text:
-        return UsageError(f"SQL reads the views videos and frames, and nothing else: {text}")
-    if isinstance(error, duckdb.IOException) or any(mark in text for mark in _OF_PARTS):
+        return UsageError(f"SQL can read the views videos and frames, and nothing else: {text}")
+    if isinstance(error, duckdb.IOException) or any(mark in text for mark in _PART_ERRORS):
         return DamagedError(f"{source_text(archive.uri)}: damaged archive: {text}")
     return UsageError(f"SQL: {text}")
 
 
 def _one_line(error: Exception) -> str:
-    """DuckDB's message without the copy of the statement that it draws below."""
+    """DuckDB's message, without the copy of the statement below it."""
     return " ".join(str(error).split("\n\nLINE ")[0].split())

@@ -1,5 +1,5 @@
 """The archive: Delta tables of videos and frames, claims of running jobs, and the commits that change them.
 
-In: VideoRow, and Receipt of each part that was written. Out: an Archive at one version, its rows and frame references.
+In: the VideoRow of a video and the Receipts of its parts. Out: an Archive at one version, its rows and its frames.
 Imports: storage.parts.
 """

@@ -1,5 +1,5 @@
 """Parts: the Parquet files that hold the frames of segments: tokens, patches, search keys and thumbnails.
 
-In: TokenBatch. Out: Receipt; later single cells, mapped and checked row by row.
+In: TokenBatch. Out: a written Part; later single cells, each checked by its checksum.
 Imports: nothing.
 """

@@ -1,4 +1,4 @@
-"""store: the rows of one segment -> one Parquet file (storage/parts/layout.py says what it looks like)."""
+"""store: writes the rows of one segment as one Parquet file (layout: storage/parts/layout.py)."""
 
 import json
 import uuid
@@ -15,13 +15,13 @@ from storage.files import NewFile, join, name_with_checksum, remove, write_error
 from storage.parts.layout import BINARY, PROBLEM_KEY, as_bytes, cell_shapes, pack_patches, part_schema, row_group_rows
 from storage.records import Part, Problem, TokenBatch
 
-# The bounds that Delta's log carries for each part, by which readers skip parts unopened.
+# Columns whose bounds are in Delta's log, so that readers can skip a part without opening it.
 _BOUNDED = ("video_id", "video_number", "segment", "ticks", "frame_index", "time_seconds", "duration_seconds")
 
 
 @dataclass(frozen=True, repr=False)
 class FrameColumns:
-    """When each of T frames is shown; seconds are float64, the others int64, all (T,)."""
+    """The times of T frames; seconds are float64, the others int64, all (T,)."""
 
     ticks: np.ndarray
     frame_index: np.ndarray
@@ -45,11 +45,10 @@ class FrameColumns:
 
 
 class PartWriter:
-    """Writes the rows of one segment to a new Parquet file; holds one row group in memory.
+    """Writes the rows of one segment to a new Parquet file, with one row group in memory.
 
-    The file's bytes depend on the rows alone, not on how they were appended. Its name is random, so that two writers
-    of one segment never meet, and ends with the CRC32C of its bytes. Nothing is visible to readers until
-    storage.archive.archive commits it.
+    The file's bytes depend on the rows only, not on how they were appended. Its name is random, so two writers of one
+    segment use different files, and contains the CRC32C of its bytes. Readers see it when the archive commits it.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class PartWriter:
     ):
         self._frames_uri = frames_uri
         self._stem = uuid.uuid4().hex
-        self._uri = join(frames_uri, f"{self._stem}.parquet")  # until it is whole and its checksum known
+        self._uri = join(frames_uri, f"{self._stem}.parquet")  # until its checksum is known
         self._constants = {
             "video_id": video_id,
             "video_number": video_number,
@@ -86,7 +85,7 @@ class PartWriter:
         self._writer: pq.ParquetWriter  # of `_new`
 
     def append(self, columns: FrameColumns, tokens: TokenBatch, thumbnails: Sequence[bytes]) -> None:
-        """Adds T frames; the arrays may be reused by the caller afterwards.
+        """Adds T frames; the caller may change the arrays afterwards.
 
         Raises:
             ArchiveError: the file cannot be written.
@@ -108,10 +107,10 @@ class PartWriter:
             self._write_group(self._group_rows)
 
     def close(self, problem: Problem | None = None) -> Part | None:
-        """Finishes the file and says what a commit needs of it; None, and no file, when nothing was appended.
+        """Finishes the file and returns it as a commit needs it; None, and no file, if nothing was appended.
 
         Args:
-            problem: why the segment is not whole, so that a job that resumes after a kill still knows.
+            problem: why the segment is not whole; it is stored in the file.
         Raises:
             ArchiveError: the file cannot be written.
         """
@@ -132,16 +131,16 @@ class PartWriter:
         return Part(path, self._row_count, size_bytes, self._bounds.as_json(self._row_count))
 
     def abort(self) -> None:
-        """Removes what was written; to be called instead of close, or after append or close failed."""
+        """Removes the file; call it instead of close, or after append or close failed."""
         if self._new is not None:
-            self._writer.is_open = False  # or it writes its footer into the closed file when it is collected
+            self._writer.is_open = False  # else its destructor writes a footer into the closed file
             self._new.discard()
             self._new = None
         self._pending, self._shapes = [], {}
 
     @staticmethod
     def discard(frames_uri: str, part: Part) -> None:
-        """Removes a finished part that will not be committed."""
+        """Removes a finished part that is not committed."""
         remove(join(frames_uri, part.path))
 
     def _write_group(self, count: int) -> None:
@@ -165,7 +164,7 @@ class PartWriter:
             compression={name: "NONE" if name in binary else "SNAPPY" for name in schema.names},
             use_dictionary=[name for name in narrow if pa.types.is_string(schema.field(name).type)],
             column_encoding=dict.fromkeys(binary, "PLAIN"),
-            write_statistics=narrow,  # bounds of a wide cell would put whole cells into the footer
+            write_statistics=narrow,  # bounds of wide columns would put whole cells into the footer
             data_page_version="1.0",
             data_page_size=1 << 30,  # one page per row group
             write_page_checksum=True,
@@ -194,7 +193,7 @@ class PartWriter:
 
 
 class _Bounds:
-    """The least and greatest value of the columns that Delta's log carries."""
+    """The least and greatest values of the columns in _BOUNDED."""
 
     def __init__(self, constants: dict):
         self._least = {name: constants[name] for name in _BOUNDED if name in constants}
@@ -215,7 +214,7 @@ class _Bounds:
 
 
 def _batch_columns(columns: FrameColumns, tokens: TokenBatch, thumbnails: Sequence[bytes]) -> dict:
-    """Columns of T rows, copied; wide ones as (T, width) uint8."""
+    """The columns of T rows, copied; wide ones as (T, width) uint8."""
     batch = {field.name: getattr(columns, field.name).copy() for field in fields(columns)}
     batch["token"] = as_bytes(tokens.token)
     batch["compressor_out"] = as_bytes(tokens.compressor_out)
@@ -228,7 +227,7 @@ def _batch_columns(columns: FrameColumns, tokens: TokenBatch, thumbnails: Sequen
 
 
 def _take(pending: list[dict], count: int) -> dict:
-    """The first count rows, removed from pending."""
+    """Takes the first count rows out of pending."""
     taken, missing = [], count
     while missing:
         batch = pending.pop(0)
