@@ -58,23 +58,12 @@ class Reason(StrEnum):
     @property
     def is_temporary(self) -> bool:
         """Whether the machine or the moment is the cause, not the video's content, so that the next run tries again."""
-        return self in _TEMPORARY
+        return self.name in ("VANISHED", "CHANGED", "PERMISSION", "WORKER_LOST", "DAMAGED", "UNFINISHED", "UNKNOWN")
 
     @property
     def is_note(self) -> bool:
         """Whether nothing is missing or damaged, but the user should know about it."""
         return self is Reason.CLOCK_RESTARTED
-
-
-_TEMPORARY = {
-    Reason.VANISHED,
-    Reason.CHANGED,
-    Reason.PERMISSION,
-    Reason.WORKER_LOST,
-    Reason.DAMAGED,
-    Reason.UNFINISHED,
-    Reason.UNKNOWN,
-}
 
 
 @dataclass(frozen=True)
@@ -216,7 +205,7 @@ SEGMENT_KEY = r"(?:-?[0-9]{1,19})?\.\.(?:-?[0-9]{1,19})?"
 
 
 def segment_range(key: str) -> tuple[float, float]:
-    """Start and end of a segment in ticks, from its key, which must match SEGMENT_KEY; infinite if there is no limit."""
+    """Start and end of a segment in ticks, from its key (see SEGMENT_KEY); infinite if there is no limit."""
     start, end = key.split("..")
     return int(start) if start else -math.inf, int(end) if end else math.inf
 
@@ -291,7 +280,8 @@ class SegmentTask:
     sampling: Sampling
 
 
-def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:
+def check_array(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:
+    """Raises ValueError if an array has another dtype or shape; None: any length of this dimension."""
     wrong_shape = array.ndim != len(shape) or any(
         want is not None and want != got for want, got in zip(shape, array.shape, strict=False)
     )
@@ -319,9 +309,9 @@ class FrameBatch:
 
     def __post_init__(self):
         count = len(self.pixels)
-        _check("FrameBatch.pixels", self.pixels, np.uint8, (count, FRAME_SIDE, FRAME_SIDE, 3))
+        check_array("FrameBatch.pixels", self.pixels, np.uint8, (count, FRAME_SIDE, FRAME_SIDE, 3))
         for name in ("ticks", "end_ticks", "frame_index"):
-            _check(f"FrameBatch.{name}", getattr(self, name), np.int64, (count,))
+            check_array(f"FrameBatch.{name}", getattr(self, name), np.int64, (count,))
         if len(self.thumbnails) != count:
             raise ValueError(f"FrameBatch.thumbnails has {len(self.thumbnails)} entries, wanted {count}")
         if np.any(self.end_ticks < self.ticks):
@@ -356,9 +346,9 @@ class PatchRows:
 
     def __post_init__(self):
         frames, rows = self.values.shape[:2]
-        _check("PatchRows.values", self.values, np.int8, (frames, rows, None))
-        _check("PatchRows.scales", self.scales, np.float32, (frames, rows))
-        _check("PatchRows.positions", self.positions, np.uint16, (frames, rows))
+        check_array("PatchRows.values", self.values, np.int8, (frames, rows, None))
+        check_array("PatchRows.scales", self.scales, np.float32, (frames, rows))
+        check_array("PatchRows.positions", self.positions, np.uint16, (frames, rows))
 
     def take(self, places: np.ndarray) -> "PatchRows":
         """The patch rows of the frames at these places."""
@@ -386,10 +376,10 @@ class TokenBatch:
 
     def __post_init__(self):
         count = len(self.token)
-        _check("TokenBatch.token", self.token, np.float16, (count, None, None))
-        _check("TokenBatch.compressor_out", self.compressor_out, np.float16, (count, self.token.shape[1], None))
+        check_array("TokenBatch.token", self.token, np.float16, (count, None, None))
+        check_array("TokenBatch.compressor_out", self.compressor_out, np.float16, (count, self.token.shape[1], None))
         if self.search_key is not None:
-            _check("TokenBatch.search_key", self.search_key, np.float16, (count, None))
+            check_array("TokenBatch.search_key", self.search_key, np.float16, (count, None))
         if self.patches is not None and len(self.patches.values) != count:
             raise ValueError(f"TokenBatch.patches holds {len(self.patches.values)} frames, wanted {count}")
 

@@ -244,14 +244,11 @@ def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | No
     except UsageError as error:
         if not isinstance(error.__cause__, duckdb.BinderException):
             raise
-    statement = f"SELECT video_number, frame_index FROM {_JOINED} WHERE (\n{condition}\n) ORDER BY ALL"
+    columns = "video_number, list(frame_index ORDER BY frame_index)"
+    statement = f"SELECT {columns} FROM {_JOINED} WHERE (\n{condition}\n) GROUP BY video_number"
     with stream_sql(archive, statement) as result:
-        pieces = [(batch.column(0).to_numpy(), batch.column(1).to_numpy()) for batch in result.batches()]
-        nothing = np.empty(0, np.int64)
-        numbers, indexes = (np.concatenate([nothing, *column]) for column in zip(*pieces)) if pieces else (nothing,) * 2
-        unique, starts = np.unique(numbers, return_index=True)
-        ends = [*starts[1:], len(indexes)]
-        return {number: indexes[start:end] for number, start, end in zip(unique.tolist(), starts, ends[: len(unique)])}
+        pairs = (pair for batch in result.batches() for pair in zip(*batch.columns, strict=True))
+        return {number.as_py(): indexes.values.to_numpy() for number, indexes in pairs}
 
 
 def select_videos(archive: Archive, condition: str, *, of_frames: bool = True) -> set[str]:

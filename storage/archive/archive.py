@@ -84,19 +84,21 @@ def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str
         ArchiveError: the place cannot be written.
     """
     uri = archive_uri(uri)
+    settings = Settings(FORMAT_VERSION, model_id, model_name, model_tower)
     if not archive_exists(uri):
         refuse_foreign_folder(uri)
         with write_errors(uri):
             for name in (*TABLES, "index"):
                 make_folder(join(uri, name))
-        frames = pa.schema([_optional(field) for field in COLUMNS])
+        optional = ("search_key", "patches")  # parts may lack them
+        frames = pa.schema([field.with_nullable(field.nullable or field.name in optional) for field in COLUMNS])
         for name, schema in (("frames", frames), ("videos", video_rows.SCHEMA), ("numbers", NUMBERS)):
             delta.create_table(join(uri, name), schema)
         if not archive_exists(uri):
-            write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
+            write_settings(uri, settings)
     archive = open_archive(uri, write=True)
     if archive.model_id != model_id and archive.is_empty:  # an earlier job could not load its model
-        write_settings(uri, Settings(FORMAT_VERSION, model_id, model_name, model_tower))
+        write_settings(uri, settings)
         return open_archive(uri)
     archive.check_model(model_id, model_name)
     return archive
@@ -248,8 +250,3 @@ class Archive:
             videos_unconfined=len(unconfined),
             sandbox_missing=tuple(sorted(set().union(*unconfined))),
         )
-
-
-def _optional(field: pa.Field) -> pa.Field:
-    """The field as the table declares it: parts may lack search keys and patches."""
-    return field.with_nullable(True) if field.name in ("search_key", "patches") else field

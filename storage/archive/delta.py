@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -41,7 +41,6 @@ MOST_LOG_BYTES = 1 << 30  # of one file of a log
 _COMMIT = re.compile(r"([0-9]{20})\.json")
 _VERSION = re.compile(r"([0-9]{20})\.")
 _LAST_CHECKPOINT = "_last_checkpoint"
-_Mode = Literal["append", "overwrite"]
 ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
 _GUARD = "rows"  # the application id of every change of a RowTable
 
@@ -129,7 +128,11 @@ def unnamed_files(uri: str, hours: int) -> list[str]:
 
 
 def commit(
-    table: DeltaTable, parts: Sequence[Part], removed: Sequence[tuple[str, int]], guards: dict[str, int]
+    table: DeltaTable,
+    parts: Sequence[Part],
+    removed: Sequence[tuple[str, int]],
+    guards: dict[str, int],
+    schema: pa.Schema | None = None,
 ) -> None:
     """Adds and removes files in one new version, or changes nothing.
 
@@ -138,35 +141,21 @@ def commit(
         parts: written files, relative to the table.
         removed: (path, bytes) of the files to remove.
         guards: application id -> version. A commit since `table`'s version with the same id is a conflict.
+        schema: new columns; then the parts replace all files. None: the columns stay.
     Raises:
         Conflict: another commit was faster.
         ArchiveError: the log cannot be written or read; `may_be_committed` tells whether the change was committed.
     """
-    removals = [RemoveAction(path, True, _now(), size=size) for path, size in removed]
-    _commit(table, [*map(_add, parts), *removals], "append", table.schema(), guards)
-
-
-def commit_instead(table: DeltaTable, parts: Sequence[Part], schema: pa.Schema, guards: dict[str, int]) -> None:
-    """Replaces all files and columns in one new version, or changes nothing; otherwise like `commit`."""
-    _commit(table, [*map(_add, parts)], "overwrite", schema, guards)
-
-
-def _add(part: Part) -> AddAction:
-    return AddAction(part.path, part.size_bytes, {}, _now(), True, part.stats_json)
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
-
-
-def _commit(
-    table: DeltaTable, actions: list[AddAction | RemoveAction], mode: _Mode, schema: Any, guards: dict[str, int]
-) -> None:
-    properties = CommitProperties(app_transactions=[Transaction(*guard, _now()) for guard in guards.items()])
-    version = table.version()
+    now, version = int(time.time() * 1000), table.version()
+    actions: list[AddAction | RemoveAction] = []
+    actions += [AddAction(part.path, part.size_bytes, {}, now, True, part.stats_json) for part in parts]
+    if schema is None:
+        actions += [RemoveAction(path, True, now, size=size) for path, size in removed]
+    properties = CommitProperties(app_transactions=[Transaction(*guard, now) for guard in guards.items()])
     with _delta_errors(table.table_uri):
         try:
-            table.create_write_transaction(actions, mode, schema, commit_properties=properties)
+            mode: Literal["append", "overwrite"] = "append" if schema is None else "overwrite"
+            table.create_write_transaction(actions, mode, schema or table.schema(), commit_properties=properties)
         except CommitFailedError as error:
             raise Conflict(str(error)) from error
         table.update_incremental()
@@ -257,10 +246,7 @@ class RowTable:
             part, removed = self._rewrite(keep, with_columns(added, self._schema()), of_all=is_wider)
             parts, guard = [part] if part else [], {_GUARD: self.version + 1}
             try:
-                if is_wider:
-                    commit_instead(self._table, parts, self._schema(), guard)
-                else:
-                    commit(self._table, parts, removed, guard)
+                commit(self._table, parts, removed, guard, self._schema() if is_wider else None)
                 return
             except Exception as error:  # after an interrupt nothing is removed: the change may be committed
                 if part is not None and may_be_committed(self._table, part.path):

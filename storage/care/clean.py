@@ -74,22 +74,20 @@ def remove_unnamed_files(archive: Archive, older_than_seconds: int = UNNAMED_KEP
     return removed
 
 
-def remove_stale_claims(archive: Archive) -> None:
-    """Removes claims of jobs that have ended, except those of videos with frames that no row shows yet.
-
-    A job calls this when it begins: a killed job may have left the claim of a video whose row the new job replaces.
-    """
-    _oldest_start(archive)
-
-
 def _newest_removable(archive: Archive) -> float:
     """The time before which a file must have been written to be removed."""
-    started = _oldest_start(archive)
+    started = remove_stale_claims(archive)
     return (time.time() if started is None else min(time.time(), started)) - MARGIN_SECONDS
 
 
-def _oldest_start(archive: Archive) -> float | None:
-    """When the oldest running job began; removes stale claims on the way."""
+def remove_stale_claims(archive: Archive) -> float | None:
+    """Removes claims of jobs that have ended, except those of videos with frames that no row shows yet.
+
+    A job calls this when it begins: a killed job may have left the claim of a video whose row the new job replaces.
+
+    Returns:
+        When the oldest running job began, or None.
+    """
 
     def unpublished() -> set[int]:
         archive.refresh()  # a job that has ended committed everything before its end was noticed

@@ -67,7 +67,9 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
         spared = _drop_frames(archive, verify(uri), why_not)
     rows = archive.videos.recount()
     again = {row.video_id for row in rows}
-    rows += [row for row in archive.videos.all() if _was_damaged(row) and row.video_id not in again]
+    for row in archive.videos.all():  # some lost frames in an earlier repair
+        if row.problem is not None and row.problem.reason is Reason.DAMAGED and row.video_id not in again:
+            rows.append(row)
     lost = len(archive.unpublished_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
@@ -84,11 +86,6 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
     left = tuple(fault for fault in verify(uri).faults if fault.table != "frames" or fault.file not in spared)
     kept = {row.video_id: row for row in spared.values()}
     return Repair(found, tuple(rows), tuple(notes), lost, tuple(kept.values()), left)
-
-
-def _was_damaged(row: VideoRow) -> bool:
-    """Whether an earlier repair has removed frames of the video, and it was not indexed again since."""
-    return row.problem is not None and row.problem.reason is Reason.DAMAGED
 
 
 def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict[str, VideoRow]:

@@ -90,23 +90,22 @@ COLUMNS = pa.schema(
 )
 
 
-class read_errors:
-    """A context manager that turns errors of reading a file into one line that names it."""
+@contextlib.contextmanager
+def read_errors(uri: str) -> Iterator[None]:
+    """Turns an error of the block, which reads the file at uri, into one line for the user.
 
-    def __init__(self, uri: str):
-        self._uri = uri
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, FileNotFoundError):
-            raise DamagedError(f"{source_text(self._uri)}: missing, though the archive names it") from error
-        if isinstance(error, OSError) and error.errno is not None:  # Arrow's of broken files carry none
-            raise ArchiveError(f"{source_text(self._uri)}: cannot be read: {error.strerror}") from error
-        if isinstance(error, (OSError, ValueError, pa.ArrowException, KeyError)):
-            reason = " ".join(str(error).split())
-            raise DamagedError(f"{source_text(self._uri)}: damaged or unreadable: {reason}") from error
+    Raises:
+        ArchiveError: the system cannot read the file.
+        DamagedError: it is missing or damaged.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{source_text(uri)}: missing, though the archive names it") from error
+    except (OSError, ValueError, pa.ArrowException, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's errors of broken files have none
+            raise ArchiveError(f"{source_text(uri)}: cannot be read: {error.strerror}") from error
+        raise DamagedError(f"{source_text(uri)}: damaged or unreadable: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

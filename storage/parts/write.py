@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from storage.files import NewFile, join, name_with_checksum, remove, write_errors
 from storage.parts.layout import BINARY, PROBLEM_KEY, as_bytes, cell_shapes, pack_patches, part_schema, row_group_rows
-from storage.records import Part, Problem, TokenBatch
+from storage.records import Part, Problem, TokenBatch, check_array
 
 # Columns whose bounds are in Delta's log, so that readers can skip a part without opening it.
 _BOUNDED = ("video_id", "video_number", "segment", "ticks", "frame_index", "time_seconds", "duration_seconds")
@@ -31,11 +31,8 @@ class FrameColumns:
 
     def __post_init__(self):
         for field in fields(self):
-            array = getattr(self, field.name)
             dtype = np.float64 if field.name.endswith("_seconds") else np.int64
-            if array.dtype != dtype or array.shape != self.ticks.shape or array.ndim != 1:
-                wanted = f"{dtype.__name__}({len(self.ticks)},)"
-                raise ValueError(f"FrameColumns.{field.name} is {array.dtype}{array.shape}, wanted {wanted}")
+            check_array(f"FrameColumns.{field.name}", getattr(self, field.name), dtype, (len(self.ticks),))
 
     def __len__(self) -> int:
         return len(self.ticks)
