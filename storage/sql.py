@@ -245,7 +245,7 @@ def select_frames(archive: Archive, condition: str) -> dict[int, np.ndarray | No
         if not isinstance(error.__cause__, duckdb.BinderException):
             raise
     columns = "video_number, list(frame_index ORDER BY frame_index)"
-    statement = f"SELECT {columns} FROM {_JOINED} WHERE (\n{condition}\n) GROUP BY video_number"
+    statement = f"SELECT {columns} FROM {_JOINED} WHERE (\n{condition}\n) GROUP BY video_number ORDER BY video_number"
     with stream_sql(archive, statement) as result:
         pairs = (pair for batch in result.batches() for pair in zip(*batch.columns, strict=True))
         return {number.as_py(): indexes.values.to_numpy() for number, indexes in pairs}

@@ -14,6 +14,7 @@ from storage.care.clean import UNNAMED_KEPT_SECONDS
 from storage.files import local_path
 from storage.parts.write import FrameColumns, PartWriter
 from storage.records import (
+    FrameRef,
     Part,
     PatchRows,
     Probe,
@@ -200,3 +201,11 @@ def cells_left(archive: Archive, rows: Rows) -> list[bool]:
     held = b"".join((folder_of(archive) / name).read_bytes() for name in held_files(archive))
     tokens = (rows.tokens.token, rows.tokens.compressor_out, rows.tokens.search_key)
     return [cell in held for cell in [*(cell.tobytes() for column in tokens for cell in column), *rows.thumbnails]]
+
+
+def rows_of(frames: list[FrameRef]) -> dict[str, np.ndarray]:
+    """The rows that hold the given frames, by part."""
+    found: dict[str, list[int]] = {}
+    for frame in frames:
+        found.setdefault(frame.part, []).append(frame.row)
+    return {path: np.unique(np.array(rows, np.int64)) for path, rows in found.items()}

@@ -8,11 +8,10 @@ import time
 import numpy as np
 import pytest
 import small_archive
-from small_archive import MODEL_ID, add_video, make_old, random_rows, receipt_for, reserve, row_for
+from small_archive import MODEL_ID, add_video, make_old, random_rows, receipt_for, reserve, row_for, rows_of
 from test_vectors import assert_same, brute_force, index_folder, unit
 
 from storage.archive.archive import create_archive, open_archive
-from storage.archive.frames import rows_of
 from storage.care.clean import remove_unnamed_files
 from storage.errors import ArchiveError
 from storage.files import local_path

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_archive import MODEL_ID, add_video, partial_receipt, random_rows, receipt_for, reserve, row_for
+from small_archive import MODEL_ID, add_video, partial_receipt, random_rows, receipt_for, reserve, row_for, rows_of
 
 from storage.archive.archive import create_archive, open_archive
-from storage.archive.frames import rows_of
 from storage.errors import ArchiveError
 from storage.files import local_path
 from storage.parts import read as cells

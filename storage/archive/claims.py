@@ -3,7 +3,7 @@
     jobs/ID.job         one per job; the job touches it as long as it lives
     jobs/NUMBER.claim   the id of the job that indexes this video
 
-A job that is interrupted leaves the claim of a video of which it has committed frames, and no row shows these yet.
+An interrupted job leaves its claim of a video if it has committed frames of the video and no row shows them yet.
 
 Both files are hints that save work; the guards of the commits make sure that every row appears once. What a job has
 taken is free as soon as its process has ended, or its file has not been touched for LEASE_SECONDS. Its uncommitted
@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 16  # of one of these files
 
 
 class Job:
-    """A running job; a context manager that leaves only the claims of videos of which frames are committed.
+    """A running job; a context manager. At its end, only claims of videos with committed frames stay.
 
     Attributes:
         id: the job's own, at random.

@@ -191,14 +191,6 @@ class FrameTable:
         return times
 
 
-def rows_of(frames: Iterable[FrameRef]) -> Rows:
-    """The rows that hold the given frames, by part."""
-    found: dict[str, list[int]] = {}
-    for frame in frames:
-        found.setdefault(frame.part, []).append(frame.row)
-    return {path: np.unique(np.array(rows, np.int64)) for path, rows in found.items()}
-
-
 @lru_cache(maxsize=1024)
 def read_times(frames_uri: str, path: str) -> Times:
     """The times of a part's rows.

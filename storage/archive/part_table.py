@@ -109,7 +109,7 @@ class PartTable:
         return [problem for problem in self.problems_by_segment(video_number).values() if problem is not None]
 
     def committed(self, video_number: int, segment_keys: Iterable[str], *, whole_only: bool = False) -> set[str]:
-        """Those of the segments whose rows are committed and need no second try.
+        """The segments whose rows are committed and need no second try.
 
         Args:
             video_number: the number of the video with its model and settings.
@@ -286,7 +286,7 @@ def _segment_id(video_number: int, segment_key: str) -> str:
 
 
 def _covered(keys: Iterable[str], others: Collection[str]) -> set[str]:
-    """Those of the segments that are, or lie within, one of the others."""
+    """The keys of segments that are one of the others, or lie within one."""
     known = set(others)
     return {key for key in keys if key in known or any(lies_within(key, other) for other in others)}
 

@@ -72,7 +72,7 @@ class NumberTable:
         return {key: given[key] for key in wanted}
 
     def restore(self, lost: Sequence[Mapping[str, str | int]]) -> None:
-        """Adds those of the rows, with the columns of NUMBERS, whose numbers the table does not have."""
+        """Adds rows, with the columns of NUMBERS; rows whose number the table already has are left out."""
 
         def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
             known = set(rows.column("video_number").to_pylist())

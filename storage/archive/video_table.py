@@ -270,7 +270,7 @@ def _stays(old: tuple, new: tuple, restored: Collection[str]) -> bool:
 
 
 def _still_current(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
-    """Those of the rows whose video still has a row with the same frames; of an unfinished video, with any frames."""
+    """The rows whose video still has a row with the same number of frames; of an unfinished video, with any number."""
     names = ("model_id", "video_id", "video_number", "status", "attempts", "frame_count")
     current = {_without_growth(*values) for values in zip(*(table.column(name).to_pylist() for name in names))}
     return [row for row in rows if _without_growth(*(getattr(row, name) for name in names)) in current]
