@@ -144,7 +144,7 @@ def _part_faults(archive: Archive, bounds: PartBounds, damaged: Mapping[str, str
             if (owner, held) == (number, tuple(column[place] for column in said)):
                 ticks[number].append(times.ticks)
                 continue
-            detail = f"the video, number or times of its {len(times.ticks)} rows are not as the log says"
+            detail = f"the log says another video, other times or another number of rows than its {len(times.ticks)}"
         yield Fault(source_text(uri), detail, "frames", path, shown)
     for number, pieces in ticks.items():
         joined = np.concatenate(pieces)
