@@ -30,7 +30,7 @@ class ArchiveError(VidxError):
 class DamagedError(ArchiveError):
     """A file of the archive is missing or damaged."""
 
-    advice = "; `vidx verify` lists all damage, and `vidx repair` removes it"
+    advice = "; `vidx verify` lists all damage, and `vidx repair` repairs what it can"
 
 
 class ClusterError(VidxError):

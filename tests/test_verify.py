@@ -302,7 +302,7 @@ def test_every_command_that_meets_damage_says_what_to_do_about_it(archive, vidx)
     kept = logs[-1].read_bytes()
     logs[-1].write_bytes(kept[:-20])  # as a power cut leaves it
     met = vidx("status", "--archive", place)
-    assert (met.code, "`vidx repair` mends what it can" in met.err) == (5, True), met.err
+    assert (met.code, "`vidx repair` repairs what it can" in met.err) == (5, True), met.err
     listed = vidx("verify", "--archive", place)
     assert (listed.code, listed.out.splitlines()[-1].startswith("1 fault; `vidx repair` takes out")) == (5, True)
     logs[-1].write_bytes(kept)
@@ -353,7 +353,7 @@ def test_what_cannot_be_indexed_again_is_mended_once_it_can(vidx, tmp_path, as_j
     else:
         assert done.err.startswith(f"{video}: ")
         assert f": {reason}: " in done.err
-        assert done.err.endswith(" completes it\n")
+        assert done.err.endswith(" completes the video\n")
     (tmp_path / "elsewhere.webm").rename(video)
     assert vidx("repair", "--archive", str(archive)).code == 0
     assert vidx("verify", "--archive", str(archive)).code == 0
