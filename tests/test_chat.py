@@ -177,7 +177,7 @@ def test_a_damaged_frame_spoils_the_questions_about_it_alone(archive_copy):
     run = chat([archive_copy], lines, "--video", CLIP, "--fuse", "patches", "--json")
     (answered,) = map(json.loads, run.stdout.splitlines())
     assert (run.returncode, answered["answer"]) == (5, "a cow, a leaf and a tent")
-    assert "`vidx repair` mends what it can" in run.stderr
+    assert "`vidx repair` repairs what it can" in run.stderr
 
 
 WAITS_AFTER_A_WORD = """
