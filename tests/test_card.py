@@ -46,7 +46,7 @@ def test_a_search_is_silent_unless_it_finds_nothing(vidx, model, samples_archive
     assert nothing.code == 4
     (line,) = nothing.err.splitlines()
     assert line.startswith(
-        f"nothing found: none of {samples_archive[1]['frames']} frames reaches a score of 1 (--min-score); "
+        f"nothing found: none of {samples_archive[1]['frames']} frames reaches the score 1 (--min-score); "
     )
     assert "it does not know photographs, or anything else" in line
     (line,) = vidx(*command, "--from", "1000000").err.splitlines()  # what it knows plays no part in that

@@ -112,7 +112,7 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_it_is_said(asker, arch
     talk.conversation._turns = [("What is there?", "a cow")] * 5
     monkeypatch.setattr(Asker, "fits", lambda self, question, chosen, asked, history: len(history) <= 2)
     talk.ask("Where is the tent?")
-    assert talk.announced == ["the context is full: the model no longer sees the first 3 of 5 turns"]
+    assert talk.announced == ["the context is full: the model does not see the first 3 of 5 turns"]
     assert len(talk.conversation._turns) == 3
 
 

@@ -194,7 +194,7 @@ def test_expire_tells_a_files_own_creation_time_from_a_manifests(vidx, archive):
     command = ("expire", "--older-than", "1d", "--dry-run", "--archive", str(folder_of(archive)))
     known = [(one["age_from"], one.get("captured_from")) for one in vidx(*command, "--json").json["videos"]]
     assert known == [("captured_at", "manifest"), ("captured_at", "file"), ("file_changed_at", None)]
-    assert vidx(*command).out.count("capture time that the file gives") == 1
+    assert vidx(*command).out.count("capture time given by the file") == 1
 
 
 def test_a_video_of_which_no_age_is_known_stays_and_is_named(vidx, archive):

@@ -69,7 +69,7 @@ def run_here(*arguments):
         (("ask", "x", "--model", SMALL), 2, "is not the model of"),
         (("ask", "x", "--all", "--frames", "3"), 2, "leave out one of them"),
         (("ask", "x", "--address", "127.0.0.1:1"), 2, "127.0.0.1:1"),
-        (("ask", "x", "--engine", "vllm", "--quantize", "4bit"), 2, "leave one of them out"),
+        (("ask", "x", "--engine", "vllm", "--quantize", "4bit"), 2, "leave out one of"),
         (("ask", "x", "--contact-sheet", "/nowhere/a.html"), 2, "/nowhere"),
         (("ask", "x", "--archive", "/nowhere"), 2, "no archive at"),
         (("ask", "x", "--after", "2020-01-01"), 4, "nothing found"),
