@@ -168,7 +168,8 @@ class _Watch:
         self._is_working = False
         self._changing = threading.Lock()
         self._ended = threading.Event()
-        threading.Thread(target=self._check, daemon=True).start()
+        self._thread = threading.Thread(target=self._check, daemon=True)
+        self._thread.start()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -188,8 +189,14 @@ class _Watch:
                 self._is_working = False
 
     def end(self) -> None:
-        """Ends the checks."""
+        """Ends the checks, and waits for their thread.
+
+        A thread that still held the connection when Python exits would keep DuckDB's objects alive, and DuckDB would
+        report each of them as leaked.
+        """
         self._ended.set()
+        if self._thread is not threading.current_thread():  # garbage collection can close a result in any thread
+            self._thread.join()
 
     def _check(self) -> None:
         while not self._ended.wait(CHECK_SECONDS):

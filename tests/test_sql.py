@@ -155,3 +155,29 @@ def test_a_size_is_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="not a size"):
         parse_size("--memory", text)
+
+
+# The thread that watches the limits ends a second late here, when Python exits unless it waits for the thread.
+SLOW_WATCH = """
+import sys, threading, time
+from storage.archive.archive import open_archive
+from storage.errors import UsageError
+from storage.sql import run_sql
+def delay(frame, event, _):
+    if event == "return" and "sql.py" in frame.f_code.co_filename and frame.f_back.f_code.co_name == "run":
+        print("late")
+        time.sleep(1)
+threading.setprofile(delay)
+archive = open_archive(sys.argv[1])
+try:
+    run_sql(archive, sys.argv[2])
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("statement", "said"), [("SELECT 1", ""), ("SELEKT 1", "SELEKT")])
+def test_nothing_of_duckdb_is_left_when_python_exits(archive, statement, said):
+    command = [sys.executable, "-c", SLOW_WATCH, archive, statement]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (said in done.stdout, "late" in done.stdout, done.stderr) == (True, True, "")
