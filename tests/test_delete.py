@@ -1,11 +1,16 @@
 """Deleted videos are in no answer, do not come back by themselves, and leave no byte once the archive is clean."""
 
+import contextlib
+import os
+import pty
 import shutil
+import signal
+import subprocess
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from conftest import SAMPLES
+from conftest import SAMPLES, VIDX
 from small_archive import (
     MODEL_ID,
     add_video,
@@ -138,6 +143,40 @@ def test_delete_and_restore_from_the_command_line(vidx, archive_copy, tmp_path):
     assert (back["videos_indexed"], back["frames"]) == (1, 0)  # its frames were still there
     (found,) = vidx("sql", f"SELECT * FROM videos WHERE source = '{name}'", "--archive", archive, "--json").json
     assert found["frames"] == row["frames"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "says", "left"),
+    [
+        (b"n\n", 0, "nothing was deleted", [1, 2, 3]),
+        (b"y\n", 0, "Delete 1 video with 5 frames?", [1, 3]),
+        (b"\x03", 130, "vidx: interrupted", [1, 2, 3]),
+    ],
+)
+def test_on_a_terminal_a_choice_is_confirmed_first(archive, typed, code, says, left):
+    ours, terminal = pty.openpty()
+    where = ("--where", "source LIKE '%2.mp4'", "--archive", str(folder_of(archive)))
+    pipes = {"stdin": terminal, "stderr": terminal, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen([VIDX, "delete", *where], **pipes, start_new_session=True) as process:
+        os.close(terminal)
+        said = read_until(ours, b"?")
+        if typed == b"\x03":  # the terminal is not the one that controls the process
+            process.send_signal(signal.SIGINT)
+        else:
+            os.write(ours, typed)
+        said += read_until(ours)
+    os.close(ours)
+    assert (process.returncode, says in said) == (code, True), said
+    assert shown(open_archive(archive.uri)) == left
+
+
+def read_until(terminal, mark=None):
+    """What a program writes to a terminal until it writes a mark, or ends."""
+    said = b""
+    with contextlib.suppress(OSError):  # the program has ended
+        while mark is None or mark not in said:
+            said += os.read(terminal, 1000)
+    return said.decode()
 
 
 def test_expire_goes_by_capture_time_and_else_by_the_files_time(vidx, archive, tmp_path):

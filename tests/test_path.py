@@ -231,7 +231,12 @@ def test_a_moved_video_is_not_indexed_again_and_changed_content_is(vidx, tmp_pat
     folder.mkdir()
     shutil.copy(SAMPLES / "tractor.webm", folder / "a.webm")
     assert vidx("index", str(folder), "--archive", archive).code == 0
-    (folder / "a.webm").rename(folder / "b.webm")
+    (folder / "a.webm").rename(folder / "c.webm")
+    told = vidx("index", str(folder), "--archive", archive).out
+    assert "1 video has moved; the archive has the new place" in told
+    assert f"Nothing to index: {archive} already knows the video" in told
+    assert "has moved" not in vidx("index", str(folder), "--archive", archive).out
+    (folder / "c.webm").rename(folder / "b.webm")
     moved = vidx("index", str(folder), "--archive", archive, "--json").json
     assert (moved["videos_indexed"], moved["videos_skipped"], moved["frames"]) == (0, 1, 0)
     assert [row["source"] for row in sql(vidx, archive, "SELECT source FROM videos")] == [str(folder / "b.webm")]

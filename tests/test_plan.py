@@ -303,6 +303,11 @@ def test_a_dry_run_tells_and_changes_nothing(vidx, archive_copy, tmp_path):
     shown = vidx("index", str(videos), "--archive", str(archive_copy), "--dry-run", "--fps", "2").out
     assert f"{len(plans)} of {len(plans)} videos would be tried; nothing was changed" in shown
     assert "settings" in shown
+    assert "fps 1 -> 2" in shown
+    options = ("--sample", "keyframes", "--patches", "0", "--dry-run", "--json")
+    changed = vidx("index", str(TRACTOR), "--archive", str(archive_copy), *options).json["sources"][0]["settings"]
+    assert (sorted(changed), changed["sample"]) == (["patches", "sample"], ["rate", "keyframes"])
+    assert changed["patches"][1] == "0"
     nowhere = tmp_path / "none"
     assert vidx("index", str(videos), "--archive", str(nowhere), "--dry-run", "--json").json["counts"]["known"] == 0
     assert not nowhere.exists()

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from conftest import ROOT, SAMPLES
 
+import vidx
 from pipeline.api.job_process import IndexJob, run_job
 from pipeline.index.config import IndexConfig
 from storage.archive.archive import create_archive, open_archive
@@ -58,6 +59,12 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_call_goes_on(video, tmp_pat
     print(done.failures, done.frame_count < 800, vidx.open(sys.argv[2]).status().frames)
     """
     assert run(script, video, tmp_path / "archive") == ["interrupted", f"[] True {FRAMES}"]
+
+
+def test_nothing_to_index_makes_no_archive(tmp_path):
+    (tmp_path / "inbox").mkdir()
+    done = vidx.index(tmp_path / "inbox", tmp_path / "archive")
+    assert (done.indexed, done.skipped, (tmp_path / "archive").exists()) == (0, 0, False)
 
 
 def test_a_job_may_be_started_by_any_thread(tmp_path):

@@ -365,6 +365,7 @@ def test_an_empty_inbox_is_nothing_to_do(vidx, tmp_path, option):
         assert run.json["sources"] == [] if "--dry-run" in option else run.json["videos_indexed"] == 0
     else:
         assert f"there is no video in {inbox}" in run.out
+    assert not (tmp_path / "archive").exists()
 
 
 def test_a_glob_that_matches_nothing_and_a_file_that_is_not_there_are_wrong_usage(vidx, tmp_path):

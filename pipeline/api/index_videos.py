@@ -45,7 +45,7 @@ def index(
 
     Args:
         sources: videos, folders (recursive), globs and manifests, one or several.
-        archive: the folder; it is created if there is none.
+        archive: the folder; it is created if there is none and a video to index.
         model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device,
             dtype, batch, max_pixels, decoder, strict_sandbox: as the options of `vidx index`; None for their defaults.
         progress: gets the state of the job a few times per second.
@@ -59,9 +59,9 @@ def index(
     """
     from pipeline.api.job_process import IndexJob, run_job
     from pipeline.index.config import load_config
-    from pipeline.index.job import check_machine, sampling_of
+    from pipeline.index.job import IndexResult, check_machine, sampling_of
     from pipeline.index.scan import scan
-    from storage.archive.archive import create_archive
+    from storage.archive.archive import archive_exists, create_archive
     from workers.models.bundle import find_bundle
 
     paths = [sources] if isinstance(sources, str | PathLike) else list(sources)
@@ -94,8 +94,11 @@ def index(
         from pipeline.cluster.address import check_address
 
         check_address(settings.address)
+    place = place_of(archive)
+    if not found.assets and not archive_exists(place):
+        return IndexResult()  # for nothing, no archive is made
     names = {"model_name": bundle.name, "model_tower": bundle.tower_name}
-    stored = create_archive(place_of(archive), model_id=bundle.model_id, **names)
+    stored = create_archive(place, model_id=bundle.model_id, **names)
     job = IndexJob(found.assets, stored.uri, sampling, settings)
     result = run_job(job, progress or (lambda state: None))
     if result.interrupted:

@@ -50,7 +50,7 @@ def delete(
     """Take videos out of an archive, so that no query finds them any more.
 
     VIDEO is a path, a URI, a file name, or six or more digits of an id. Without it, --tag and --where choose the
-    videos, and vidx asks for confirmation if it runs on a terminal.
+    videos, and vidx asks for confirmation if it runs on a terminal. The exit code is 0 after either answer.
 
     The video files are not touched. Later runs of `vidx index` skip deleted videos, unless --restore-deleted is given.
     `vidx clean --older-than 0` removes the frames from the disk. Until then, --restore-deleted restores them without
@@ -66,8 +66,11 @@ def delete(
 
     is_chosen = bool(tags or where)
     if bool(videos) == is_chosen:
-        given = "VIDEO with --tag or --where" if videos else "no VIDEO"
-        raise UsageError(f"{given}: give either videos, or --tag, --where or both")
+        if videos:
+            raise UsageError(
+                "VIDEO with --tag or --where: give videos, or choose them with --tag and --where, not both"
+            )
+        raise UsageError("no VIDEO is given: name the videos to delete, or choose them with --tag, --where or both")
     archive = open_archive(archive_uri(archive_dir))
     if videos:
         rows = list({row.uri: row for row in map(archive.videos.find, videos)}.values())  # before any is deleted
@@ -75,8 +78,12 @@ def delete(
         rows = _chosen(archive, tags, where)
     if is_chosen and not rows:
         note(why_no_video(archive, Filter(tags=parse_tags(tags), where=where)))
-    if is_chosen and rows and not (dry_run or yes) and sys.stdin.isatty() and sys.stderr.isatty():
-        _ask(rows)
+    can_ask = sys.stdin.isatty() and sys.stderr.isatty()
+    if is_chosen and rows and not (dry_run or yes) and can_ask and not _is_confirmed(rows):
+        note("nothing was deleted: the answer was no")
+        if as_json:
+            print_json(_summary([], dry_run, []))
+        return
     done = rows if dry_run else archive.videos.delete(rows)
     if as_json:
         print_json(_summary(done, dry_run, [_json(row) for row in done]))
@@ -98,11 +105,11 @@ def _chosen(archive: Archive, tags: Sequence[str], where: str) -> list[VideoRow]
     return rows
 
 
-def _ask(rows: Sequence[VideoRow]) -> None:
-    """Asks for confirmation; a "no" ends the command."""
+def _is_confirmed(rows: Sequence[VideoRow]) -> bool:
+    """Asks on the terminal whether to delete these videos."""
     print_table(("video", "frames", "source"), _cells(rows), right=("frames",), err=True)
     frames = counted(sum(row.frame_count for row in rows), "frame")
-    click.confirm(f"Delete {counted(len(rows), 'video')} with {frames}?", abort=True, err=True)
+    return click.confirm(f"Delete {counted(len(rows), 'video')} with {frames}?", err=True)
 
 
 @click.command()
@@ -227,7 +234,8 @@ def _tell(rows: Sequence[VideoRow], dry_run: bool) -> None:
     frames = counted(sum(row.frame_count for row in rows), "frame")
     click.echo(f"{counted(len(rows), 'video')} with {frames} {'would be deleted' if dry_run else 'deleted'}")
     if rows and not dry_run:
-        click.echo("`vidx clean --older-than 0` removes their frames from the disk")
+        whose = "its" if len(rows) == 1 else "their"
+        click.echo(f"`vidx clean --older-than 0` removes {whose} frames from the disk")
 
 
 def _json(row: VideoRow) -> dict[str, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.index.job import IndexResult
     from pipeline.index.plan import IndexPlan, Update
     from pipeline.index.scan import Scan
+    from storage.archive.archive import Archive
     from storage.records import VideoRow
 
 UPDATES_TOLD = 20  # videos whose tags or capture times changed
@@ -111,7 +112,7 @@ def index(
     """
     from pipeline.cli.progress_bar import show_progress
     from pipeline.index.config import load_config
-    from pipeline.index.job import check_machine, plan_index, run_index, sampling_of
+    from pipeline.index.job import IndexResult, check_machine, plan_index, run_index, sampling_of
     from pipeline.index.scan import scan
     from storage.archive.archive import archive_exists, create_archive, open_archive
     from workers.models.bundle import find_bundle
@@ -141,15 +142,20 @@ def index(
         from pipeline.cluster.address import check_address
 
         check_address(settings.address)
-    archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name, model_tower=bundle.tower_name)
-    with show_progress() as report:
-        result = run_index(found.assets, archive, bundle, sampling, settings, report)
+    result, moved_count = IndexResult(), 0
+    if found.assets or archive_exists(place):  # for nothing, no archive is made
+        tower = bundle.tower_name
+        archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name, model_tower=tower)
+        before = _places(archive)
+        with show_progress() as report:
+            result = run_index(found.assets, archive, bundle, sampling, settings, report)
+        moved_count = sum(before.get(video_id, uri) != uri for video_id, uri in _places(archive).items())
     if as_json:
         print_json({**_result_json(result, bundle.model_id), "left_out": found.left_out})
     elif not found.assets:
         click.echo(_nothing_in(found.without_video))
     else:
-        _print_result(result, archive_dir)
+        _print_result(result, archive_dir, moved_count)
     if result.cache_problem:
         note(
             f"file hashes are not kept for the next run ({result.cache_problem}); set VIDX_CACHE to a folder that can "
@@ -179,6 +185,11 @@ def _left_out(counts: Mapping[str, int]) -> str:
     if others := kinds[KINDS_TOLD:]:
         told.append(f"{sum(count for _, count in others)} with {len(others)} more suffixes")
     return ", ".join(told)
+
+
+def _places(archive: Archive) -> dict[str, str]:
+    """The URI of each video whose content is known, by its id."""
+    return {row.video_id: row.uri for row in archive.videos.all() if row.video_id is not None}
 
 
 def _nothing_in(sources: Sequence[str]) -> str:
@@ -215,7 +226,10 @@ def _row_json(row: VideoRow) -> dict[str, Any]:
     return source_json(row.uri) | {"status": row.status, "reason": problem.reason, "detail": problem.detail}
 
 
-def _print_result(result: IndexResult, archive_dir: str) -> None:
+def _print_result(result: IndexResult, archive_dir: str, moved_count: int) -> None:
+    if moved_count:
+        have, places = ("has", "place") if moved_count == 1 else ("have", "places")
+        click.echo(f"{counted(moved_count, 'video')} {have} moved; the archive has the new {places}")
     if result.failed_before:
         click.echo(
             f"{result.failed_before} of the skipped videos failed or were partial in an earlier run; `vidx status "
@@ -231,8 +245,9 @@ def _print_result(result: IndexResult, archive_dir: str) -> None:
             click.echo(f"and {len(result.updates) - UPDATES_TOLD} more; --json lists all")
     tried = result.indexed + result.partial + result.failed
     if tried == 0 and not result.interrupted:
-        videos = counted(result.skipped, "video")
-        click.echo(f"Nothing to index: {archive_dir} already knows all {videos}; `vidx status` shows them.")
+        all_videos = "the video" if result.skipped == 1 else f"all {result.skipped} videos"
+        shows = "it" if result.skipped == 1 else "them"
+        click.echo(f"Nothing to index: {archive_dir} already knows {all_videos}; `vidx status` shows {shows}.")
         return
     counts = f"{result.indexed} indexed, {result.partial} partial, {result.failed} failed, {result.skipped} skipped"
     there = f" ({result.frames_resumed:,} from an earlier run)" if result.frames_resumed else ""
@@ -282,13 +297,16 @@ def _print_plan(plan: IndexPlan, found: Scan, as_json: bool) -> None:
 
 
 def _why(plan: IndexPlan, uri: str) -> dict[str, Any]:
-    """Why a source is not indexed, and which tags and times it changes of a video that the archive holds."""
+    """Why a source is planned so, and which settings, tags and times it changes of a video that the archive holds."""
     problem, update = plan.problems.get(uri), plan.updates.get(uri)
     told = {} if problem is None else {"reason": problem.reason, "detail": problem.detail}
+    if settings := plan.changed_settings(uri):
+        told["settings"] = settings
     return told if update is None else {**told, "changes": update.changes}
 
 
 def _why_line(plan: IndexPlan, uri: str) -> str:
     problem, update = plan.problems.get(uri), plan.updates.get(uri)
     pieces = [] if problem is None else [f"{problem.reason}: {problem.detail}"]
+    pieces += [f"{name} {old} -> {new}" for name, (old, new) in plan.changed_settings(uri).items()]
     return "; ".join(pieces if update is None else [*pieces, _changes(update)])

@@ -101,7 +101,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort):  # click turns Ctrl-C at a question into Abort
         click.echo("vidx: interrupted", err=True)
         code = 130
     except ReaderGone:

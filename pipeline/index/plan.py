@@ -125,6 +125,24 @@ class IndexPlan:
             return asset
         return replace(asset, captured_at=same_content.captured_at, captured_from=same_content.captured_from)
 
+    def changed_settings(self, uri: str) -> dict[str, tuple[str, str]]:
+        """The settings in which a source's video differs from what the job wants: its values, and the job's, by name.
+
+        Empty unless the decision for the source is SETTINGS.
+        """
+        content = self.contents.get(uri)
+        row = self.by_id.get(content.video_id) if content else None
+        if row is None or row.status is Status.DELETED:
+            return {}
+        old, new = Sampling.from_text(row.sampling), self.wanted.sampling
+        values = {
+            "model": (row.model_id[:12], self.wanted.model_id[:12]),
+            "fps": (str(old.fps), str(new.fps)),
+            "patches": (str(old.patches), str(new.patches)),
+            "sample": (str(old.choice), str(new.choice)),
+        }
+        return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
     def attempts(self, asset: VideoAsset, content: Content | None) -> int:
         """How many runs with these settings tried this content, or this place if the content cannot be read."""
         row = self.by_id.get(content.video_id) if content else self.by_uri.get(asset.uri)
