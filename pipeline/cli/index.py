@@ -299,7 +299,7 @@ def _print_plan(plan: IndexPlan, found: Scan, as_json: bool) -> None:
 def _why(plan: IndexPlan, uri: str) -> dict[str, Any]:
     """Why a source is planned so, and which settings, tags and times it changes of a video that the archive holds."""
     problem, update = plan.problems.get(uri), plan.updates.get(uri)
-    told = {} if problem is None else {"reason": problem.reason, "detail": problem.detail}
+    told: dict[str, Any] = {} if problem is None else {"reason": problem.reason, "detail": problem.detail}
     if settings := plan.changed_settings(uri):
         told["settings"] = settings
     return told if update is None else {**told, "changes": update.changes}
