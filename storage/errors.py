@@ -21,6 +21,12 @@ class UsageError(VidxError):
     exit_code = 2
 
 
+class NoArchiveError(UsageError):
+    """There is no archive at a place."""
+
+    advice = ", or name another with --archive"
+
+
 class ArchiveError(VidxError):
     """The archive cannot be read or written, is damaged, or has another format."""
 

@@ -42,6 +42,7 @@ CHECK_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # for a statement beyond its limits to stop
 # Texts in the errors of reading parts.
 _PART_ERRORS = ("registered as 'stored_frames' failed", "get_next failed", "arrow_scan")
+_NO_TABLE = r"Catalog Error: Table with name (\S+) does not exist"
 _READING = ("SELECT", "EXPLAIN", "RELATION", "LOGICAL_PLAN")  # DuckDB's names of the statements that only read
 
 
@@ -361,6 +362,8 @@ def _plain_error(archive: Archive, watch: _Watch, error: Exception) -> UsageErro
         return UsageError(f"SQL can read the views videos and frames, and nothing else: {text}")
     if isinstance(error, duckdb.IOException) or any(mark in text for mark in _PART_ERRORS):
         return DamagedError(f"{source_text(archive.uri)}: damaged archive: {text}")
+    if isinstance(error, duckdb.CatalogException) and (match := re.match(_NO_TABLE, text)):
+        return UsageError(f"SQL: there is no table {match[1]}; the views are videos and frames")
     return UsageError(f"SQL: {text}")
 
 

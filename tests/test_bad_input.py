@@ -63,6 +63,7 @@ def test_a_wrong_command_says_what_is_wrong(vidx, tmp_path, arguments, code, say
         (["search", "x", "--from", "1000000"], 4, "no searchable frames"),
         (["search", "x", "--floor", "1"], 4, "nothing found"),
         (["ask", " "], 2, "empty"),
+        (["ask", "How", "many", "apples"], 2, "put a text of several words in quotes"),
         (
             ["ask", "x", "--from", "1000000", "--all"],
             4,
@@ -89,9 +90,10 @@ def test_a_wrong_query_says_what_is_wrong(vidx, samples_archive, arguments, code
 def test_a_question_to_an_empty_archive_finds_nothing(vidx, tmp_path):
     archive = str(tmp_path / "archive")
     assert vidx("index", str(BROKEN / "text.mp4"), "--archive", archive).code == 3
-    for command in (["search", "x"], ["ask", "x"], ["ask", "x", "--all"]):
+    for command in (["search", "x"], ["ask", "x"], ["ask", "x", "--all"], ["chat"]):
         run = vidx(*command, "--archive", archive)
         assert run.code == 4, run.err
+        assert "nothing found" in run.err
         assert "Traceback" not in run.err
 
 

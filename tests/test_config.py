@@ -34,10 +34,15 @@ def test_frame_rates_are_exact(text):
         ({"fps": "0"}, "--fps: must be above 0"),
         ({"fps": "1e99999999"}, "--fps: must be a number or a ratio"),
         ({"fps": "fast"}, "--fps: must be a number or a ratio"),
-        ({"batch": 0}, "--batch: input should be greater than or equal to 1, not 0"),
-        ({"patches": -1}, "--patches: "),
-        ({"max_pixels": 0}, "--max-pixels: "),
-        ({"device": "tpu"}, "--device: input should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
+        ({"batch": 0}, "--batch: must be at least 1, not 0"),
+        ({"batch": 5000}, "--batch: must be at most 4096, not 5000"),
+        ({"batch": 1.5}, "--batch: must be a whole number, not 1.5"),
+        ({"patches": -1}, "--patches: must be at least 0, not -1"),
+        ({"max_pixels": 0}, "--max-pixels: must be at least 1, not 0"),
+        ({"sample": "all"}, "--sample: must be 'rate', 'keyframes' or 'scenes', not 'all'"),
+        ({"timeout_seconds": 0}, "--timeout-seconds: must be above 0, not 0"),
+        ({"model": 1}, "--model: must be a text, not 1"),
+        ({"device": "tpu"}, "--device: must be 'auto', 'cpu' or 'cuda', not 'tpu'"),
     ],
 )
 def test_values_out_of_range_are_refused_naming_the_option(options, says):
@@ -51,7 +56,7 @@ def test_values_out_of_range_are_refused_naming_the_option(options, says):
     [
         ("bach = 8\n", "bach: there is no such setting; the settings are model, tower, sample, fps"),
         ("batch = \n", "not TOML"),
-        ("batch = 0\n", "my.toml: batch: input should be greater"),
+        ("batch = 0\n", "my.toml: batch: must be at least 1, not 0"),
     ],
 )
 def test_a_wrong_file_is_refused_naming_it(tmp_path, text, says):

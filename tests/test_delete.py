@@ -58,7 +58,7 @@ def test_a_deleted_video_is_in_no_answer(archive):
     assert {hit.video_number for hit in hits} == {reserve(found, 1), reserve(found, 3)}
     for view in ("videos", "frames"):
         assert run_sql(found, f"SELECT count(*) FROM {view} WHERE video_id LIKE '00000002%'")[1] == [(0,)]
-    with pytest.raises(UsageError, match="no such video"):
+    with pytest.raises(UsageError, match=r"2\.mp4: this video was deleted from"):
         found.videos.find("2.mp4")
     status = found.status()
     assert (status.videos_indexed, status.videos_deleted, status.frames) == (2, 1, 10)
@@ -133,7 +133,10 @@ def test_delete_and_restore_from_the_command_line(vidx, archive_copy, tmp_path):
     assert (trial["videos_deleted"], trial["frames_deleted"]) == (1, row["frames"])
     done = vidx("delete", name, row["video_id"][:8], "--archive", archive, "--json")
     assert done.json == {**trial, "dry_run": False}
-    assert vidx("search", "x", "--video", name, "--archive", archive).code == 2
+    search = vidx("search", "x", "--video", name, "--archive", archive)
+    again = vidx("delete", os.path.basename(name), "--archive", archive)
+    for run in (search, again):
+        assert (run.code, "this video was deleted" in run.err) == (2, True)
     assert [one["source"] for one in vidx("status", "--deleted", "--archive", archive, "--json").json] == [name]
     again = vidx("index", str(SAMPLES), "--archive", archive, "--json").json
     assert (again["videos_deleted_before"], again["videos_indexed"]) == (1, 0)

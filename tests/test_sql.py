@@ -181,3 +181,11 @@ def test_nothing_of_duckdb_is_left_when_python_exits(archive, statement, said):
     command = [sys.executable, "-c", SLOW_WATCH, archive, statement]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (said in done.stdout, "late" in done.stdout, done.stderr) == (True, True, "")
+
+
+def test_a_table_that_is_not_there_is_told_with_the_views(archive):
+    for statement in ("SELECT * FROM video", "SELECT * FROM stored"):
+        run = end(start(archive, statement))
+        assert run[0] == 2
+        name = statement.rpartition(" ")[2]
+        assert f"there is no table {name}; the views are videos and frames" in run[2]

@@ -63,7 +63,7 @@ def run_here(*arguments):
         (("search", "x", "--model", "nonesuch"), 2, "nonesuch"),
         (("search", "x", "--contact-sheet", "a.txt"), 2, "a.txt"),
         (("search", "x", "--tag", "camera=north"), 4, "has a tag"),
-        (("ask", " "), 2, "the question is empty"),
+        (("ask", " "), 2, "the question is empty; ask something"),
         (("ask", "x", "--video", "no.mp4"), 2, "no such video"),
         (("ask", "x", "--model", "nonesuch"), 2, "nonesuch"),
         (("ask", "x", "--model", SMALL), 2, "is not the model of"),

@@ -160,7 +160,7 @@ class Asker:
         Raises:
             UsageError: the question is empty, or the model's context cannot hold all frames.
         """
-        check_text("question", question)
+        check_text("question", question, "ask something")
         chosen = self.choose(question, within, asked)
         return self.answer(question, chosen, asked, stream=stream, announce=announce) if chosen else None
 
@@ -202,7 +202,7 @@ class Asker:
         if over is None and asked.frame_limit is not None and self._holds(ids, count, asked):
             over = Over.STRIDE  # --frames is a maximum, and the model was trained on fewer frames
         if over is None or room == 0:
-            raise UsageError(self._too_many(ids, count, asked.most_tokens))
+            raise UsageError(self._too_many(ids, count, asked.most_tokens, chosen.within))
         if over is Over.WINDOWS:
             return self._answer_by_windows(question, chosen, room, asked, stream, announce)
         if over is Over.RETRIEVE:
@@ -380,10 +380,11 @@ class Asker:
         """Whether the context can hold all frames, even if the model was trained on fewer."""
         return context_needed(self._held, ids, frame_count, asked.most_tokens) <= self._held.context_length
 
-    def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int) -> str:
+    def _too_many(self, ids: Sequence[int], frame_count: int, most_tokens: int, within: Filter) -> str:
         bundle = self._held
         fit = frames_that_fit(bundle, ids, most_tokens)
-        narrow = "choose a smaller part with --video, --from and --to, or give --over retrieve, stride or windows"
+        options = "--from and --to" if within.video is not None else "--video, --from and --to"
+        narrow = f"choose a smaller part with {options}, or give --over retrieve, stride or windows"
         if fit == bundle.card.most_frames:
             return (
                 f"{frame_count} frames are too many for one answer: {bundle.name} was trained on at most {fit} frames "

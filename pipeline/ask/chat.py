@@ -69,7 +69,7 @@ class Conversation:
         Raises:
             UsageError: the question is empty, or does not fit the model's context.
         """
-        check_text("question", question)
+        check_text("question", question, "ask something")
         chosen = self._choose(question)
         if not chosen:
             return None

@@ -215,14 +215,14 @@ def _may_end_so(kind: Kind, text: str, after: str) -> bool:
     return len(base) < 2 or len(after.split()) > 1
 
 
-def check_text(what: str, text: str) -> None:
-    """Checks a text that a tokenizer will get.
+def check_text(what: str, text: str, advice: str = "give a text") -> None:
+    """Checks a text that a tokenizer will get; `advice` says what to do if it is empty.
 
     Raises:
         UsageError: the text is empty, or not valid text.
     """
     if not text.strip():
-        raise UsageError(f"the {what} is empty; give a text")
+        raise UsageError(f"the {what} is empty; {advice}")
     if not is_text(text):
         raise UsageError(f"the {what} contains bytes that are not UTF-8; give a text in UTF-8")
 

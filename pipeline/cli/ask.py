@@ -51,7 +51,7 @@ ask_options = grouped(
     click.option(
         "--fuse",
         type=click.Choice(["exact", "patches", "tokens"]),
-        show_default="the best available, with --all the best stored",
+        show_default="the best available",
         help="What the question is fused with: the frames' patches, decoded again; the stored patch rows; or only the "
         "compressed tokens.",
     ),
@@ -181,6 +181,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     """Answer a question from the frames that fit it best, and cite their moments.
 
     If --video, --from, --to or another filter chooses no more than --frames frames, all of them are shown to the model.
+    With --all, the default of --fuse is the best that the archive stores.
 
     \b
     vidx ask "When does the white van leave?"
@@ -196,7 +197,7 @@ def ask(question: str, archive_dir: str, as_json: bool, **options: Any) -> None:
     if options["take_all"] and options["frames"] is not None:
         raise UsageError("--all --frames: --all takes every frame; leave out one of them")
     check_sheet(options)
-    check_text("question", question)
+    check_text("question", question, "ask something")
     archive = open_archive(archive_uri(archive_dir))
     where = filter_of(archive, options)
     how, bundle = checked_model(archive, options)

@@ -155,8 +155,11 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
                 f"{source_text(row.uri)}: its damaged files stay, because it cannot be indexed again: {why.reason}: "
                 f"{why.detail}; when that is solved, `vidx repair` completes the video"
             )
-        ends = f"{counted(whole, 'video')} complete again, {not_whole} not"
-        click.echo(f"{counted(len(done.found.faults), 'fault')}; {ends}")
+        faults = counted(len(done.found.faults), "fault")
+        if whole or not_whole:
+            click.echo(f"{faults} found; {counted(whole, 'video')} complete again, {not_whole} not complete")
+        else:
+            click.echo(f"{faults} found" if done.found.faults else "nothing to repair: no fault was found")
         if done.left:
             click.echo(f"the last {counted(len(done.left), 'fault')} in the list cannot be repaired")
     sys.exit(5 if done.left else 3 if incomplete or done.spared or done.rows_lost else 0)

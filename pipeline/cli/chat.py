@@ -67,6 +67,8 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
     vidx chat
     vidx chat --video bottles.mp4 --from 12 --to 30
     vidx chat --json < questions.txt
+
+    Exit code 4: the questions come from a file or a pipe, and the chosen part of the archive has no frames.
     """
     from io import TextIOWrapper
 
@@ -102,6 +104,10 @@ def chat(archive_dir: str, as_json: bool, **options: Any) -> None:
                 raise
             click.echo()
             note("stopped")
+    if not (code or sys.stdin.isatty() or talk.within.rows(archive)):
+        if not turns.question_count:
+            note(f"nothing found: {why_nothing(archive, talk.within)}")
+        code = 4
     if code:
         sys.exit(code)
 
@@ -129,7 +135,11 @@ def _lines() -> Iterator[str]:
 
 
 class _Turns:
-    """Answers questions and carries out commands."""
+    """Answers questions and carries out commands.
+
+    Attributes:
+        question_count: questions so far.
+    """
 
     def __init__(self, archive: Archive, bundle: Bundle, talk: Conversation, options: dict[str, Any], as_json: bool):
         self._archive = archive
@@ -137,6 +147,7 @@ class _Turns:
         self._talk = talk
         self._options = options
         self._as_json = as_json
+        self.question_count = 0
 
     def take(self, line: str) -> bool:
         """Handles one line; False ends the conversation."""
@@ -185,6 +196,7 @@ class _Turns:
                 click.echo(text, nl=False)
                 sys.stdout.flush()
 
+        self.question_count += 1
         if not sys.stdin.isatty() and not self._as_json:
             click.echo(f"> {question}")
         answer = self._talk.ask(question, stream, note)

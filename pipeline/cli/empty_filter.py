@@ -94,11 +94,16 @@ def _why_no_position(_: Filter, rows: Sequence[VideoRow]) -> str:
     return f"no frame lies between --from and --to; the longest video ends at {clock(max(ends))}"
 
 
+def _why_no_condition(within: Filter, rows: Sequence[VideoRow]) -> str:
+    has_others = not replace(within, where="").is_everything
+    return f"the condition of --where is true for nothing{' that the other options choose' if has_others else ''}"
+
+
 # The parts of a filter in the order in which they are tried, and what is said if a part leaves nothing.
 _PARTS: tuple[tuple[tuple[str, ...], Callable[[Filter, Sequence[VideoRow]], str]], ...] = (
     (("video",), lambda within, rows: ""),
     (("after", "before"), _why_no_time),
     (("tags",), _why_no_tag),
     (("start_seconds", "end_seconds"), _why_no_position),
-    (("where",), lambda within, rows: "the condition of --where is true for nothing that the other options choose"),
+    (("where",), _why_no_condition),
 )

@@ -231,12 +231,15 @@ def _print_result(result: IndexResult, archive_dir: str, moved_count: int) -> No
         have, places = ("has", "place") if moved_count == 1 else ("have", "places")
         click.echo(f"{counted(moved_count, 'video')} {have} moved; the archive has the new {places}")
     if result.failed_before:
+        were, them = ("was", "it") if result.failed_before == 1 else ("were", "them")
         click.echo(
-            f"{result.failed_before} of the skipped videos failed or were partial in an earlier run; `vidx status "
-            "--failed` lists them, --retry-failed tries them again"
+            f"{result.failed_before} of the skipped videos failed or {were} partial in an earlier run; `vidx status "
+            f"--failed` lists {them}, --retry-failed tries {them} again"
         )
     if result.deleted_before:
-        click.echo(f"{result.deleted_before} of the skipped videos were deleted; --restore-deleted indexes them again")
+        were, them = ("was", "it") if result.deleted_before == 1 else ("were", "them")
+        deleted = f"{result.deleted_before} of the skipped videos {were} deleted"
+        click.echo(f"{deleted}; --restore-deleted indexes {them} again")
     if result.updates:
         click.echo(f"{counted(len(result.updates), 'video')} with changed tags or capture times:")
         rows = [(_changes(update), source_text(update.after.uri)) for update in result.updates[:UPDATES_TOLD]]

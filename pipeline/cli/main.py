@@ -30,6 +30,7 @@ COMMANDS = {
     "completion": ("pipeline.cli.completion", "Print a script for completion in a shell."),
 }
 FUNCTIONS = {"list": "list_videos"}  # functions that are not called like their command
+ONE_TEXT = ("ask", "sql")  # commands whose argument is one text with spaces
 # Ray can end the process of these commands, which have work to commit; see pipeline.cluster.supervise.
 IN_OWN_PROCESS = ("index", "repair")
 
@@ -100,6 +101,8 @@ def main() -> None:
         code = error.exit_code
     except click.ClickException as error:
         error.show()
+        if "unexpected extra argument" in error.message and sys.argv[1:2] and sys.argv[1] in ONE_TEXT:
+            click.echo("put a text of several words in quotes", err=True)
         code = 2
     except (KeyboardInterrupt, click.Abort):  # click turns Ctrl-C at a question into Abort
         click.echo("vidx: interrupted", err=True)

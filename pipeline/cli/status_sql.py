@@ -80,7 +80,8 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
         ("frames", f"{found.frames}, of which {found.frames - pending} can be searched"),
     ]
     if found.videos_in_progress:
-        begun = f"{found.frames_in_progress:,} frames of {counted(found.videos_in_progress, 'video')}"
+        frames = "frame" if found.frames_in_progress == 1 else "frames"
+        begun = f"{found.frames_in_progress:,} {frames} of {counted(found.videos_in_progress, 'video')}"
         rows.append(("in progress", f"{begun}, of which {found.frames_in_progress_shown:,} can be searched"))
     rows += [
         ("model", f"{archive.model_name} ({', '.join(found.model_ids) or archive.model_id})"),

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from storage.errors import UsageError
 from storage.records import Choice
+
+_LIMITS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
 
 
 class IndexConfig(BaseModel):
@@ -80,8 +89,19 @@ def load_config(config: str | None, command_line: dict[str, Any]) -> IndexConfig
         if first["type"] == "extra_forbidden":
             allowed = ", ".join(IndexConfig.model_fields)
             raise UsageError(f"{origin}: there is no such setting; the settings are {allowed}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{origin}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from error
+        raise UsageError(f"{origin}: {_allowed(first)}, not {first['input']!r}") from error
+
+
+def _allowed(error: ErrorDetails) -> str:
+    """What a setting must be, from pydantic's error about its value."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in _LIMITS:
+        words, key = _LIMITS[kind]
+        return f"must be {words} {context[key]:g}"
+    if "expected" in context:
+        return f"must be {context['expected']}"
+    name = _KINDS.get(kind.split("_")[0])
+    return f"must be {name}" if name else error["msg"].removeprefix("Value error, ")
 
 
 def _read_toml(config: str) -> dict[str, Any]:

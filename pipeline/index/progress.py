@@ -8,6 +8,7 @@ from storage.records import Probe
 
 MEMORY_SECONDS = 300.0  # work from longer ago than this counts little for the speed
 LEAST_SECONDS = 2.0  # of work; before that, there is no estimate
+LEAST_BYTES_PER_SECOND = 100  # of a video; a file that states a greater length is not believed
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,14 @@ class VideoMeter:
     """How much of one video is done: its finished segments, and the finished part of the others.
 
     Attributes:
-        length_seconds: length that the file states; None if it states none.
+        length_seconds: length that the file states, but no more than its size can hold; None if it states none.
         resumed_seconds: seconds that earlier jobs have committed.
     """
 
-    def __init__(self, probe: Probe, resumed_keys: Iterable[str]):
+    def __init__(self, probe: Probe, size_bytes: int, resumed_keys: Iterable[str]):
         self.length_seconds = probe.duration_seconds
+        if self.length_seconds is not None and size_bytes:
+            self.length_seconds = min(self.length_seconds, size_bytes / LEAST_BYTES_PER_SECOND)
         self._probe = probe
         self._ended: dict[str, float] = {}  # seconds of each segment
         self._at_work: dict[str, tuple[float, int]] = {}  # seconds and frames
@@ -122,8 +125,8 @@ class VideoMeter:
 class Meter:
     """Sums up what a job has done, and estimates how long the rest takes.
 
-    The length of a video is the one that it states. The length of an unexamined video, or of one that states none, is
-    estimated from its size and the average of the others.
+    The length of a video is the one that it states, unless its size cannot hold so much. The length of an unexamined
+    video, or of one that states none, is estimated from its size and the average of the others.
     """
 
     def __init__(self, size_bytes: Mapping[str, int]):
@@ -144,11 +147,11 @@ class Meter:
         """Notes that a source is examined, and which of its segments earlier jobs have committed."""
         size = self._unseen.pop(uri, 0)
         self._unseen_bytes -= size
-        video = VideoMeter(probe, resumed_keys)
+        video = VideoMeter(probe, size, resumed_keys)
         self._at_work[uri] = video, size
         self._resumed_seconds += video.resumed_seconds
-        if probe.duration_seconds:
-            self._measured_seconds += probe.duration_seconds
+        if video.length_seconds:
+            self._measured_seconds += video.length_seconds
             self._measured_bytes += size
         return video
 

@@ -35,7 +35,7 @@ from storage.archive.settings import (
 )
 from storage.archive.video_numbers import NUMBERS, NumberTable
 from storage.archive.video_table import VideoTable
-from storage.errors import UsageError
+from storage.errors import NoArchiveError, UsageError
 from storage.files import join, make_folder, remove, source_text, tree_size, write_bytes, write_errors
 from storage.parts.layout import COLUMNS
 from storage.parts.read import part_identity
@@ -111,12 +111,12 @@ def open_archive(uri: str, *, write: bool = False) -> "Archive":
         uri: where it is.
         write: also check that it can be written.
     Raises:
-        UsageError: there is no archive.
+        NoArchiveError: there is none.
         ArchiveError: it is damaged, has another format, or cannot be read (or written, with write).
     """
     uri = archive_uri(uri)
     if not archive_exists(uri):
-        raise UsageError(f"no archive at {source_text(uri)}: run `vidx index` first, or name another with --archive")
+        raise NoArchiveError(f"no archive at {source_text(uri)}: run `vidx index` first")
     archive = Archive(uri, read_settings(uri))
     if write:
         for name in TABLES:

@@ -81,34 +81,26 @@ class VideoTable:
         If no video has exactly this name, a name that looks the same is taken (NFC and NFD of Unicode).
 
         Raises:
-            UsageError: there is no such video, or more than one.
+            UsageError: there is no such video, or more than one, or it was deleted.
         """
         rows = self.arrow()
-        rows = rows.filter(pc.not_equal(rows.column("status"), str(Status.DELETED)))
-        uris, ids = rows.column("uri").to_pylist(), rows.column("video_id").to_pylist()
-        uri = to_uri(name)
-        if uri in uris:
-            return _row_at(rows, uris.index(uri))
-        for spelled in (str, normalize_uri):
-            place = spelled(uri)
-            same_place = [at for at, other in enumerate(map(spelled, uris)) if other == place]
-            file = place.rsplit("/", 1)[-1]
-            same_name = [at for at, other in enumerate(map(spelled, uris)) if other.rsplit("/", 1)[-1] == file]
-            for same in (same_place, [] if "/" in name else same_name):
-                if len(same) == 1:
-                    return _row_at(rows, same[0])
-        digits = name.lower()
-        is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
-        found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
-        if len(found) == 1:
-            return _row_at(rows, found[0])
-        alike = found or same_place or ([] if "/" in name else same_name)
-        if alike:
-            candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in alike)[:5])
+        is_deleted = pc.equal(rows.column("status"), str(Status.DELETED))
+        present = rows.filter(pc.invert(is_deleted))
+        places = _places_of(present, name)
+        if len(places) == 1:
+            return _row_at(present, places[0])
+        if places:
+            uris, ids = (present.column(column).to_pylist() for column in ("uri", "video_id"))
+            candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in places)[:5])
             raise UsageError(f"{name}: matches more than one video; name one by its path or id: {candidates}")
+        archive = source_text(self._archive_uri)
+        if _places_of(rows.filter(is_deleted), name):
+            raise UsageError(
+                f"{name}: this video was deleted from {archive}; `vidx index` with --restore-deleted restores it"
+            )
         raise UsageError(
-            f"{name}: no such video in {source_text(self._archive_uri)}; name one by its path, its URI or at least "
-            f"{MIN_ID_DIGITS} digits of its id (`vidx list` shows them)"
+            f"{name}: no such video in {archive}; name one by its path, its URI or at least {MIN_ID_DIGITS} digits of "
+            "its id (`vidx list` shows them)"
         )
 
     def published(self) -> dict[int, str]:
@@ -213,9 +205,31 @@ class VideoTable:
 
     def _without_damage(self, row: VideoRow) -> VideoRow:
         count = self._parts.frame_count(row.known_number)
-        problem = Problem(Reason.DAMAGED, f"{row.frame_count - count} of its frames were damaged and removed")
+        lost_count = row.frame_count - count
+        was = "was" if lost_count == 1 else "were"
+        problem = Problem(Reason.DAMAGED, f"{lost_count} of its frames {was} damaged and removed")
         status = Status.PARTIAL if count else Status.FAILED
         return replace(row, status=status, problem=problem, frame_count=count, attempts=0)
+
+
+def _places_of(rows: pa.Table, name: str) -> list[int]:
+    """The places of the rows that a name may mean; one if it is clear, see VideoTable.find."""
+    uris, ids = (rows.column(column).to_pylist() for column in ("uri", "video_id"))
+    uri = to_uri(name)
+    if uri in uris:
+        return [uris.index(uri)]
+    for spelled in (str, normalize_uri):
+        wanted = spelled(uri)
+        same_place = [place for place, other in enumerate(map(spelled, uris)) if other == wanted]
+        file = wanted.rsplit("/", 1)[-1]
+        same_name = [place for place, other in enumerate(map(spelled, uris)) if other.rsplit("/", 1)[-1] == file]
+        for same in (same_place, [] if "/" in name else same_name):
+            if len(same) == 1:
+                return same
+    digits = name.lower()
+    is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
+    found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
+    return found or same_place or ([] if "/" in name else same_name)
 
 
 def _plan_publish(

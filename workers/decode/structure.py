@@ -85,7 +85,7 @@ def name_content(file: VideoFile) -> str | None:
     head = file.read_at(0, HEAD_BYTES)
     kind = foreign_content(head)
     if kind is None and len(head) < 16:
-        return f"a file of {len(head)} bytes"
+        return f"a file of {len(head)} byte{'s' if len(head) != 1 else ''}"
     if kind is None and not head.strip(b"\0"):
         return "a file that begins with zeros"
     return kind
