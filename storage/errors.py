@@ -45,6 +45,12 @@ class ClusterError(VidxError):
     exit_code = 6
 
 
+class UnavailableError(ClusterError):
+    """A cluster or its resources are not there; the same command may work later (sysexits' EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class VideoProblem(Exception):
     """A video cannot be read, or not completely; this becomes the status of the video and does not end the job.
 

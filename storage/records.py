@@ -330,6 +330,15 @@ class FrameBatch:
         return f"FrameBatch({len(self)} frames)"
 
 
+def join_frames(batches: Sequence[FrameBatch]) -> FrameBatch:
+    """The frames of several batches, one after the other."""
+    if len(batches) == 1:
+        return batches[0]
+    arrays = ("pixels", "ticks", "end_ticks", "frame_index")
+    joined = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in arrays}
+    return FrameBatch(**joined, thumbnails=tuple(picture for batch in batches for picture in batch.thumbnails))
+
+
 @dataclass(frozen=True, repr=False)
 class PatchRows:
     """The patch rows of T frames: for each, K rows of the vision tower's layer -2, quantised.
@@ -437,6 +446,7 @@ class Receipt:
 
     part is None if the segment has no frame; problem is None if it is whole. end_seconds is the position at which its
     last frame ends, None if no frame was decoded. sandbox_missing lists the protections that the decoder ran without.
+    node is the id of the cluster's node that decoded.
     """
 
     segment: Segment
@@ -450,6 +460,7 @@ class Receipt:
     store_seconds: float
     end_seconds: float | None = None
     sandbox_missing: tuple[str, ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True)

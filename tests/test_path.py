@@ -367,5 +367,5 @@ def test_videos_that_are_examined_together_get_their_numbers_in_one_commit(vidx,
     script = "import pipeline.index.job; pipeline.index.job.ADMIT_SECONDS = 1e6"
     assert vidx("index", str(SAMPLES), "--archive", str(tmp_path), script=script).code == 0
     commits = list((tmp_path / "numbers" / "_delta_log").glob("*.json"))
-    assert len(commits) == 3  # the table, the first video, all the others
+    assert len(commits) <= 3  # the table, the first video where an encoder was ready by then, all the others
     assert len(open_archive(str(tmp_path)).numbers.known()) == len(SAMPLE_NAMES)

@@ -134,7 +134,7 @@ def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, 
             if how == "ctrl-c":
                 job.send_signal(signal.SIGINT)
             _, err = job.communicate(timeout=120)
-    assert job.returncode == (130 if how == "ctrl-c" else 6), err
+    assert job.returncode == (130 if how == "ctrl-c" else 75), err
     assert "Traceback" not in err
     told = "interrupted; finished work is committed" if how == "ctrl-c" else "does not answer any more"
     assert told in err
@@ -157,7 +157,7 @@ def test_a_question_whose_cluster_dies_ends_with_a_word(vidx, where, archive):
                 assert heard
             kill_all(process)
             _, err = talk.communicate("Where is the tent?\n", timeout=120)
-    assert talk.returncode == 6, err
+    assert talk.returncode == 75, err
     assert "Traceback" not in err
     assert "ask again" in err
 

@@ -212,6 +212,16 @@ def test_a_kill_is_told(start):
     assert outer.returncode == 6
 
 
+def test_a_signal_that_ends_it_from_c_is_told_as_an_interruption(start):
+    outer, _ = start("""
+signal.signal(signal.SIGINT, lambda *_: os.abort())  # as Ray's own handler does while Ray starts
+time.sleep(60)
+""")
+    os.kill(outer.pid, signal.SIGINT)
+    _, err = outer.communicate(timeout=60)
+    assert (outer.returncode, "interrupted; " in err) == (130, True), err
+
+
 def test_it_dies_with_the_process_that_waits_for_it(start):
     outer, inner = start("signal.pause()")
     outer.kill()

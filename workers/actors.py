@@ -1,16 +1,19 @@
-"""The classes that run as Ray actors: Examiner probes sources, Encoder indexes segments."""
+"""What runs as Ray tasks and actors: `examine` probes sources, `decode` gives frames, Encoder indexes segments."""
 
 import os
-import queue
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from storage.errors import ClusterError, VideoProblem
 from storage.files import file_path
 from storage.records import Choice, Content, Probe, Problem, Receipt, SegmentTask
 from workers.decode.client import RETRIED, Decoder, check_choice
+from workers.frame_stream import FrameStream, decode_segment
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify
 
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from workers.vision.llava_mini import VisionPart
 
 PARENT_SECONDS = 1.0  # between two checks that the parent process is alive
-SEGMENTS_AT_ONCE = 2  # per encoder: one is decoded while the other is encoded
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class WorkerSettings:
     device: str
     dtype: str
     batch: int
-    threads: int
     max_pixels: int
     decode_threads: int
     timeout_seconds: float
@@ -55,93 +56,114 @@ class Examined:
         probe: None where it has no video stream that can be decoded.
         problem: why one of them is None.
         sandbox_missing: the steps of the sandbox (sandbox.STEPS) that the decoder's machine did not allow.
+        node: id of the cluster's node that probed it.
     """
 
     content: Content | None
     probe: Probe | None
     problem: Problem | None
     sandbox_missing: tuple[str, ...] = ()
+    node: str = ""
 
 
-class Examiner:
-    """Hashes and probes sources, one at a time."""
+def examine(settings: WorkerSettings, uri: str, content: Content | None) -> Examined:
+    """Hashes and probes one source.
 
-    def __init__(self, settings: WorkerSettings):
-        _die_with_parent()
-        self._decoder = settings.new_decoder()
-        self._hashes = HashCache()
-
-    def examine(self, uri: str, content: Content | None) -> Examined:
-        """Hashes and probes one source.
-
-        Args:
-            content: known already if the caller has hashed the file.
-        """
+    Args:
+        settings: of the job.
+        uri: of the source.
+        content: known already if the caller has hashed the file.
+    """
+    with _decoder_of(settings) as decoder:
         path = file_path(uri)
         try:
-            content = content or identify(path, self._hashes)
-            try:
-                probe = self._decoder.probe(path)
-            except VideoProblem as error:
-                if error.reason not in RETRIED:
-                    raise
-                probe = self._decoder.probe(path)
-            return Examined(content, probe, None, self._decoder.sandbox_missing)
+            content = content or identify(path, _hashes())
+            return Examined(content, _probe(decoder, path), None, decoder.sandbox_missing)
         except VideoProblem as error:
-            return Examined(content, None, Problem(error.reason, error.detail), self._decoder.sandbox_missing)
+            return Examined(content, None, Problem(error.reason, error.detail), decoder.sandbox_missing)
+
+
+def _probe(decoder: Decoder, path: bytes) -> Probe:
+    try:
+        return decoder.probe(path)
+    except VideoProblem as error:
+        if error.reason not in RETRIED:
+            raise
+    return decoder.probe(path)
+
+
+def decode(settings: WorkerSettings, task: SegmentTask) -> FrameStream:
+    """A segment's frames and how that ended, as workers.frame_stream.decode_segment gives them."""
+    with _decoder_of(settings) as decoder:
+        yield from decode_segment(task, decoder, settings.batch)
+
+
+@cache
+def _hashes() -> HashCache:
+    return HashCache()
+
+
+_decoders: dict[WorkerSettings, list[Decoder]] = {}  # of this process, that nobody uses
+
+
+@contextmanager
+def _decoder_of(settings: WorkerSettings) -> Iterator[Decoder]:
+    """A decoder for one task; the processes that read files are kept for the next one."""
+    _die_with_parent()
+    free = _decoders.setdefault(settings, [])
+    decoder = free.pop() if free else settings.new_decoder()
+    try:
+        yield decoder
+    finally:
+        free.append(decoder)
 
 
 class Encoder:
-    """A loaded model, and one decoder for each segment that is indexed at once."""
+    """A loaded model. Several segments take turns at it; each is written while others are computed."""
 
-    def __init__(self, settings: WorkerSettings):
+    def __init__(self, settings: WorkerSettings, decode: Callable[..., FrameStream]):
+        """An encoder without its model yet.
+
+        Args:
+            settings: the job's.
+            decode: (segment task, unseen_by) -> the segment's frames, decoded here or elsewhere.
+        """
         _die_with_parent()
         self._settings = settings
+        self._decode = decode
         self._vision: VisionPart | None = None
         self._loading = threading.Lock()
         self._model_turn = threading.Lock()
         self._reached: dict[tuple[int, str], tuple[float, int]] = {}
-        self._decoders: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
-        for _ in range(SEGMENTS_AT_ONCE):
-            self._decoders.put(settings.new_decoder())
 
-    def load(self) -> None:
+    def load(self, threads: int | None) -> None:
         """Loads the model; a second call does nothing.
 
         The constructor does not load it, because Ray wraps a constructor's errors. Nothing is returned, because Ray
         would send it to the job.
 
+        Args:
+            threads: of the model on a CPU; None for all cores that this process may use.
         Raises:
             UsageError: the model cannot be loaded, or PySceneDetect is needed and not installed.
         """
-        self._loaded()
-
-    def _loaded(self) -> "VisionPart":
         check_choice(self._settings.choice)
         with self._loading:
             if self._vision is None:
-                import torch  # not at the top: examiners and the driver do not need it
+                self._vision = _load_vision(self._settings, threads)
 
-                from workers.models.bundle import find_bundle
-                from workers.vision.llava_mini import load_vision
+    def encode(self, task: SegmentTask, unseen_by: tuple[str, ...] = ()) -> Receipt:
+        """Indexes one segment: has it decoded, encodes it, and writes its part.
 
-                settings = self._settings
-                if settings.device == "cpu":
-                    torch.set_num_threads(settings.threads)
-                bundle = find_bundle(settings.model, settings.tower)
-                self._vision = load_vision(bundle, settings.device, settings.dtype)
-            return self._vision
-
-    def encode(self, task: SegmentTask) -> Receipt:
-        """Indexes one segment: decodes and encodes it, and writes its part.
-
+        Args:
+            task: the segment.
+            unseen_by: ids of nodes that cannot read its source.
         Raises:
-            UsageError: as `load`.
             ClusterError: the worker ran out of memory.
         """
-        vision = self._loaded()
         from workers.segment import index_segment  # after loading: transformers' lazy imports are not thread-safe
 
+        assert self._vision is not None
         settings = self._settings
         stored = (settings.frames_uri, settings.batch, settings.thumbnails)
         key = task.video_number, task.segment.key
@@ -149,9 +171,9 @@ class Encoder:
         def reached(position_seconds: float, frame_count: int) -> None:
             self._reached[key] = position_seconds, frame_count
 
-        decoder = self._decoders.get()
         try:
-            return index_segment(task, decoder, vision, self._model_turn, *stored, reached)
+            decode = partial(self._decode, unseen_by=unseen_by)
+            return index_segment(task, decode, self._vision, self._model_turn, *stored, reached)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -160,7 +182,6 @@ class Encoder:
                 "same command again with a smaller --batch to continue"
             ) from error
         finally:
-            self._decoders.put(decoder)
             self._reached.pop(key, None)
 
     def reached(self) -> dict[tuple[int, str], tuple[float, int]]:
@@ -176,6 +197,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+@cache
 def _die_with_parent() -> None:
     """Ends this process when the raylet that started it dies; Ray alone ends a busy worker too late."""
     parent = os.getppid()
@@ -186,3 +208,14 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _load_vision(settings: WorkerSettings, threads: int | None) -> "VisionPart":
+    import torch  # not at the top: decoders and the driver do not need it
+
+    from workers.models.bundle import find_bundle
+    from workers.vision.llava_mini import load_vision
+
+    if settings.device == "cpu":
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    return load_vision(find_bundle(settings.model, settings.tower), settings.device, settings.dtype)

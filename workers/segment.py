@@ -1,22 +1,20 @@
-"""Indexing of one segment, without Ray: decode, encode, write its Parquet part."""
+"""Indexing of one segment, without Ray: encode its frames, which may come from another process, and write its part."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 
-from storage.errors import VideoProblem
-from storage.files import file_path
 from storage.parts.write import FrameColumns, PartWriter
 from storage.records import FrameBatch, Probe, Problem, Reason, Receipt, SegmentTask
-from workers.decode.client import RETRIED, Decoder
-from workers.sources.identity import check_unchanged
+from workers.decode.client import RETRIED
+from workers.frame_stream import Decoded, FrameStream, in_batches
 from workers.vision.encode import encode_frames
 from workers.vision.llava_mini import VisionPart
 
 
 def index_segment(
     task: SegmentTask,
-    decoder: Decoder,
+    decode: Callable[[SegmentTask], FrameStream],
     model: VisionPart,
     model_turn: AbstractContextManager,
     frames_uri: str,
@@ -30,7 +28,8 @@ def index_segment(
 
     Args:
         task: the segment.
-        decoder: not used by anyone else until the function returns.
+        decode: starts decoding it: frames as workers.frame_stream.decode_segment gives them. Closing the iterator ends
+            that.
         model: may be shared with other tasks.
         model_turn: a lock that is held while the model computes, so that other segments can be decoded meanwhile.
         frames_uri: the archive's frames table.
@@ -42,17 +41,17 @@ def index_segment(
     Raises:
         ArchiveError: the part cannot be written.
     """
-    receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails, reached)
+    receipt = _attempt(task, decode, model, model_turn, frames_uri, batch, thumbnails, reached)
     if receipt.problem is not None and receipt.problem.reason in RETRIED:
         if receipt.part is not None:
             PartWriter.discard(frames_uri, receipt.part)
-        receipt = _attempt(task, decoder, model, model_turn, frames_uri, batch, thumbnails, reached)
+        receipt = _attempt(task, decode, model, model_turn, frames_uri, batch, thumbnails, reached)
     return receipt
 
 
 def _attempt(
     task: SegmentTask,
-    decoder: Decoder,
+    decode: Callable[[SegmentTask], FrameStream],
     model: VisionPart,
     model_turn: AbstractContextManager,
     frames_uri: str,
@@ -60,7 +59,6 @@ def _attempt(
     thumbnails: bool,
     reached: Callable[[float, int], None],
 ) -> Receipt:
-    path = file_path(task.uri)
     writer = PartWriter(
         frames_uri,
         video_id=task.content.video_id,
@@ -72,17 +70,16 @@ def _attempt(
         dtype=str(model.dtype).removeprefix("torch."),
     )
     clock = _Clock()
-    decoder.library = task.probe.decoder
-    problem, frame_count, end_seconds = None, 0, None
+    ended, frame_count, end_seconds = Decoded(None, task.probe.decoder), 0, None
     unfit: list[tuple[float, str]] = []  # frames that cannot be stored: their times, and why
     try:
-        try:
-            check_unchanged(path, task.content)
-            sampling = task.sampling
-            batches = decoder.decode(path, task.probe, task.segment, sampling.fps, batch, sampling.choice)
+        with closing(in_batches(decode(task), batch)) as batches:
             for frames in clock.iterate("decode", batches):
+                if isinstance(frames, Decoded):
+                    ended = frames
+                    break
                 with model_turn, clock.measure("encode"):
-                    encoded = encode_frames(model, frames.pixels, sampling.patches)
+                    encoded = encode_frames(model, frames.pixels, task.sampling.patches)
                 with clock.measure("store"):
                     kept = frames.take(encoded.places) if encoded.unfit else frames
                     pictures = kept.thumbnails if thumbnails else [b""] * len(kept)
@@ -91,9 +88,7 @@ def _attempt(
                 end_seconds = float(task.probe.time_seconds(int(frames.end_ticks[-1])))
                 unfit += [(float(task.probe.time_seconds(frames.ticks[at])), why) for at, why in encoded.unfit.items()]
                 reached(end_seconds, frame_count)
-            check_unchanged(path, task.content)
-        except VideoProblem as error:
-            problem = Problem(error.reason, error.detail)
+        problem = ended.problem
         if unfit:
             problem = _with_left_out(problem, unfit, frame_count)
         if problem is not None and problem.reason is Reason.CHANGED:
@@ -110,13 +105,14 @@ def _attempt(
         video_number=task.video_number,
         part=part,
         problem=problem,
-        decoder=decoder.library,
-        sandbox_missing=decoder.sandbox_missing,
+        decoder=ended.decoder,
+        sandbox_missing=ended.sandbox_missing,
         frame_count=frame_count,
         decode_seconds=clock.seconds["decode"],
         encode_seconds=clock.seconds["encode"],
         store_seconds=clock.seconds["store"],
         end_seconds=end_seconds,
+        node=ended.node,
     )
 
 
@@ -154,7 +150,7 @@ class _Clock:
         finally:
             self.seconds[step] += time.perf_counter() - start
 
-    def iterate(self, step: str, batches: Iterator[FrameBatch]) -> Iterator[FrameBatch]:
+    def iterate(self, step: str, batches: Iterator[FrameBatch | Decoded]) -> Iterator[FrameBatch | Decoded]:
         while True:
             with self.measure(step):
                 batch = next(batches, None)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from decode import make_video
@@ -21,6 +22,7 @@ from pipeline.index.split import split
 from storage.files import local_path, make_folder, to_uri
 from storage.records import Sampling, SegmentTask
 from workers.decode.client import Decoder
+from workers.frame_stream import decode_segment
 from workers.models.bundle import find_bundle
 from workers.segment import index_segment
 from workers.sources.identity import identify
@@ -58,7 +60,12 @@ def main() -> None:
 
             def whole() -> None:
                 turn = threading.Lock()
-                _on_two_threads((first, second), tasks, lambda d, t: index_segment(t, d, vision, turn, frames_uri, 32))
+
+                def index(decoder: Decoder, task: SegmentTask) -> None:
+                    decode = partial(decode_segment, decoder=decoder, batch=32)
+                    index_segment(task, decode, vision, turn, frames_uri, 32)
+
+                _on_two_threads((first, second), tasks, index)
 
             whole()
             runs = [{f.__name__: seconds(f) for f in (decode_alone, encode_alone, whole)} for _ in range(2)]

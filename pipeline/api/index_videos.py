@@ -30,6 +30,8 @@ def index(
     restore_deleted: bool = False,
     address: str | None = None,
     workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    wait_for_resources: float | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     batch: int | None = None,
@@ -46,8 +48,9 @@ def index(
     Args:
         sources: videos, folders (recursive), globs and manifests, one or several.
         archive: the folder; it is created if there is none and a video to index.
-        model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers, device,
-            dtype, batch, max_pixels, decoder, strict_sandbox: as the options of `vidx index`; None for their defaults.
+        model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers,
+            gpus_per_worker, wait_for_resources, device, dtype, batch, max_pixels, decoder, strict_sandbox: as the
+            options of `vidx index`; None for their defaults.
         progress: gets the state of the job a few times per second.
     Returns:
         Counts, and the videos that are partial or failed; these do not raise an error.
@@ -77,6 +80,8 @@ def index(
         "restore_deleted": restore_deleted or None,
         "address": address,
         "workers": workers,
+        "gpus_per_worker": gpus_per_worker,
+        "wait_for_resources": wait_for_resources,
         "device": device,
         "dtype": dtype,
         "batch": batch,

@@ -59,6 +59,14 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
 @click.option(
     "--workers", type=int, metavar="N", show_default="one per GPU, or per 8 cores", help="Copies of the model."
 )
+@click.option("--gpus-per-worker", type=float, metavar="N", show_default="1", help="Share of a GPU for a model copy.")
+@click.option(
+    "--wait-for-resources",
+    type=float,
+    metavar="SECONDS",
+    show_default="no limit",
+    help="Give up with exit code 75 if no model copy could start on the cluster within this time.",
+)
 @model_options
 @click.option("--batch", type=int, metavar="N", show_default="32", help="Frames per forward pass.")
 @click.option(
@@ -108,7 +116,7 @@ def index(
     vidx index 'cam*/2024-05-*.mp4' cameras.csv --archive /data/archive --fps 0.5
 
     Exit codes: 0 success, 3 some videos of this run failed or are partial, 2 wrong usage, 5 the archive cannot be
-    written, 6 Ray died, does not answer or ran out of memory, 130 interrupted.
+    written, 6 Ray died or ran out of memory, 75 the cluster was lost or lacks resources, 130 interrupted.
     """
     from pipeline.cli.progress_bar import show_progress
     from pipeline.index.config import load_config
@@ -148,7 +156,7 @@ def index(
         archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name, model_tower=tower)
         before = _places(archive)
         with show_progress() as report:
-            result = run_index(found.assets, archive, bundle, sampling, settings, report)
+            result = run_index(found.assets, archive, bundle, sampling, settings, report, note)
         moved_count = sum(before.get(video_id, uri) != uri for video_id, uri in _places(archive).items())
     if as_json:
         print_json({**_result_json(result, bundle.model_id), "left_out": found.left_out})

@@ -44,12 +44,15 @@ def start_ray(address: str | None) -> None:
     try:
         with _on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would prevent the last commit
+    except SystemExit as error:  # of Ray's own handler of SIGTERM
+        raise KeyboardInterrupt from error
     except Exception as error:  # Ray raises nothing narrower if a node starts too late
         first = first_line(error)
         if address is None:
             raise UsageError(f"Ray cannot be started on this machine: {first}") from error
         raise UsageError(f"--address {address}: no Ray cluster answers at this address: {first}") from error
+    finally:
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would prevent the last commit
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from storage.errors import ClusterError
+from storage.errors import ClusterError, UnavailableError
 from storage.processes import adopt_orphans, child_pids, kill_children, process_start
 from workers.sandbox import die_with_owner
 
@@ -26,6 +26,7 @@ ANSWER_SECONDS = 2.0  # timeout of a connection to a joined cluster
 SILENT_SECONDS = 15.0  # a joined cluster is dead if it accepts no connection for so long; its head may be restarting
 GRACE_SECONDS = 30.0  # after the death of a cluster, for the end of a commit; Ray ends the process after 60
 
+INTERRUPTED = 130  # exit code
 GO_ON = "committed work stays, run the same command again to continue"
 RAY_DIED = "Ray's own processes died (out of memory?)"
 
@@ -43,12 +44,18 @@ class RayWatch:
     """
 
     def __init__(
-        self, is_dead: Callable[[], bool], word: str, silent_seconds: float = 0.0, advice: str = GO_ON
+        self,
+        is_dead: Callable[[], bool],
+        word: str,
+        silent_seconds: float = 0.0,
+        advice: str = GO_ON,
+        kind: type[ClusterError] = ClusterError,
     ) -> None:
         """Starts the watch; the cluster counts as dead when it has looked dead for silent_seconds."""
         self.is_dead = is_dead
         self.word = word
         self.advice = advice
+        self.kind = kind
         self.has_died = False
         self._silent_seconds = silent_seconds
         self._over = threading.Event()
@@ -65,7 +72,7 @@ class RayWatch:
 
     def error(self, detail: str = "") -> ClusterError:
         """The error about the death of the cluster."""
-        return ClusterError(f"{self.word}{detail and f': {detail}'}; {self.advice}")
+        return self.kind(f"{self.word}{detail and f': {detail}'}; {self.advice}")
 
     def stop(self) -> None:
         """Stops the watch."""
@@ -78,7 +85,7 @@ class RayWatch:
                 alive = time.monotonic()
             self.has_died = is_silent and time.monotonic() - alive >= self._silent_seconds
             if self.has_died and not self._over.wait(GRACE_SECONDS):
-                end_at_once(str(self.error()))
+                end_at_once(str(self.error()), self.kind.exit_code)
 
 
 def watch_own_ray() -> RayWatch:
@@ -105,15 +112,17 @@ def watch_joined_ray(name: str, address: str, advice: str = GO_ON) -> RayWatch:
             return True
         return False
 
-    return RayWatch(is_dead, f"the cluster at {name} does not answer any more", SILENT_SECONDS, advice)
+    return RayWatch(
+        is_dead, f"the cluster at {name} does not answer any more", SILENT_SECONDS, advice, UnavailableError
+    )
 
 
-def end_at_once(word: str) -> NoReturn:
-    """Prints a message and ends this process and its children at once, with the exit code of a ClusterError."""
+def end_at_once(word: str, exit_code: int = ClusterError.exit_code) -> NoReturn:
+    """Prints a message and ends this process and its children at once."""
     sys.stderr.write(f"vidx: {word}\n")
     sys.stderr.flush()
     kill_children()
-    os._exit(ClusterError.exit_code)
+    os._exit(exit_code)
 
 
 def continue_in_own_process() -> None:
@@ -139,15 +148,23 @@ def continue_in_own_process() -> None:
         atexit.register(there.send, b".")
         return
     there.close()
+    passed_on: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        passed_on.append(number)
+        _pass_on(number, pid)
+
     for number in _PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda got, _: _pass_on(got, pid))
+            signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
     kill_children()
     code = os.waitstatus_to_exitcode(status)
     if code == 1 and not here.recv(1):
         end_at_once(f"{RAY_DIED}; {GO_ON}")
+    if code < 0 and {*passed_on} & {signal.SIGINT, signal.SIGTERM}:  # Ray's own handlers, in C++, while it starts
+        end_at_once(f"interrupted; {GO_ON}", INTERRUPTED)
     if code < 0:
         why = " (out of memory?)" if -code == signal.SIGKILL else ""
         killer = signal.Signals(-code).name

@@ -37,6 +37,8 @@ class IndexConfig(BaseModel):
     patches: int | None = Field(default=None, ge=0)
     address: str | None = None
     workers: int | None = Field(default=None, ge=1)
+    gpus_per_worker: float = Field(default=1.0, gt=0, le=1)
+    wait_for_resources: float | None = Field(default=None, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch: int = Field(default=32, ge=1, le=4096)

@@ -1,10 +1,11 @@
 """job: sources -> committed, searchable videos. It gives work to the workers and commits the results."""
 
 import contextlib
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -163,7 +164,7 @@ def check_machine(config: IndexConfig) -> None:
     check_device(config.device)
     if config.strict_sandbox:
         check_confined()
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.workers is not None and config.workers > cores and not _on_gpu(config):
         raise UsageError(f"--workers {config.workers}: there are {cores} CPUs; give at most {cores}")
 
@@ -175,14 +176,25 @@ def run_index(
     sampling: Sampling,
     config: IndexConfig,
     report: Report,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> IndexResult:
     """Indexes the videos that the archive does not hold yet.
 
     A KeyboardInterrupt stops the job after a last commit of finished work; the result says so.
 
+    Args:
+        assets: the sources.
+        archive: where their rows go.
+        bundle: the model.
+        sampling: which rows of each video.
+        config: the other settings.
+        report: is told how far the job is, about twice a second.
+        announce: is told what the job waits for on a cluster, and which nodes it does without.
     Raises:
         ArchiveError: the archive cannot be written.
         UsageError: there is no cluster at the address.
+        ClusterError: Ray died.
+        UnavailableError: the cluster was lost, or lacks what the job needs.
     """
     start = time.monotonic()
     result = IndexResult()
@@ -202,7 +214,17 @@ def run_index(
             run = _Run(plan, archive, job, result, report)
             try:
                 settings = worker_settings(archive, bundle, config, sampling.choice)
-                with Executor(settings, config.address, config.workers) as executor:
+                sources = [asset.uri for asset in plan.todo]
+                with Executor(
+                    settings,
+                    archive.uri,
+                    sources,
+                    address=config.address,
+                    workers=config.workers,
+                    gpus_each=config.gpus_per_worker,
+                    wait_seconds=math.inf if config.wait_for_resources is None else config.wait_for_resources,
+                    announce=announce,
+                ) as executor:
                     run.run(executor)
             except KeyboardInterrupt:
                 result.interrupted = True
@@ -282,7 +304,6 @@ def worker_settings(archive: Archive, bundle: Bundle, config: IndexConfig, choic
         device="cuda" if _on_gpu(config) else "cpu",
         dtype=config.dtype,
         batch=config.batch,
-        threads=1,  # the executor sets it
         max_pixels=config.max_pixels,
         decode_threads=config.decode_threads,
         timeout_seconds=config.timeout_seconds,
@@ -329,14 +350,15 @@ class _Run:
     def run(self, executor: "Executor") -> None:
         """Works until every source is published, failed or skipped."""
         while self._unexamined or self._ready or executor.running or self._examined or self._elsewhere:
+            executor.is_wanted = bool(self._unexamined or self._ready or executor.running or self._examined)
             self._give_out(executor)
             for outcome in executor.wait(timeout_seconds=0.5):
                 self._take_in(outcome)
-            if self._may_admit(executor):
+            if self._examined and self._may_admit(executor):
                 self._admit()
             if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
                 self.commit()
-            if self._elsewhere and not (self._unexamined or self._ready or executor.running):
+            if self._elsewhere and not executor.is_wanted:
                 self._look_elsewhere()
             self._show(executor)
         self.commit()
@@ -410,7 +432,7 @@ class _Run:
         while self._ready and executor.free("encode") > 0:
             task = self._ready.popleft()
             executor.encode(task, task)
-        while self._unexamined and executor.free("examine") > 0 and len(self._ready) < READY_SEGMENTS:
+        while self._unexamined and executor.free("examine") > 0 and self._has_room():
             asset = self._unexamined.popleft()
             executor.examine(asset, asset.uri, self._plan.contents.get(asset.uri))
 
@@ -443,15 +465,22 @@ class _Run:
             self._sandbox_missing.setdefault(video_id, set()).update(missing)
 
     def _may_admit(self, executor: "Executor") -> bool:
-        """Whether to admit the examined videos now; waiting for more of them saves commits."""
-        coming = executor.is_busy("examine") or (self._unexamined and len(self._ready) < READY_SEGMENTS)
+        """Whether to admit the examined videos now; waiting for more of them saves commits.
+
+        None is admitted before an encoder is ready: another job could index them meanwhile.
+        """
+        if executor.is_loading:
+            return False
+        coming = executor.is_busy("examine") or (self._unexamined and self._has_room())
         return not coming or time.monotonic() - self._last_admission >= ADMIT_SECONDS
+
+    def _has_room(self) -> bool:
+        """Whether more sources may be examined."""
+        return len(self._ready) + len(self._examined) < READY_SEGMENTS
 
     def _admit(self) -> None:
         """Gives the examined videos their numbers, in one commit, and queues their segments."""
         examined, self._examined = self._examined, []
-        if not examined:
-            return
         self._last_admission = time.monotonic()
         numbers = self._archive.reserve([(content.video_id, self._sampling) for _, content, _ in examined])
         self._archive.refresh()
@@ -476,8 +505,9 @@ class _Run:
             video = _Video(asset, content, probe, number, left, set(done), bool(done), meter, since)
             video.is_settled = number in self._archive.videos.published()
             self._videos[content.video_id] = video
-            tasks = [SegmentTask(asset.uri, content, probe, segment, number, self._sampling) for segment in waiting]
-            self._ready.extend(tasks)
+            for segment in waiting:
+                own = replace(probe, cuts=tuple(cut for cut in probe.cuts if cut[0] == segment.end_ticks))
+                self._ready.append(SegmentTask(asset.uri, content, own, segment, number, self._sampling))
             if not waiting:
                 self._finish(video)
 
@@ -487,9 +517,13 @@ class _Run:
         time.sleep(ELSEWHERE_SECONDS)
         self._archive.refresh()
         elsewhere, self._elsewhere = self._elsewhere, []
+        numbers = self._archive.reserve([(content.video_id, self._sampling) for _, content, _ in elsewhere])
         for asset, content, probe in elsewhere:
             if self._is_done(content):
                 self._skip(asset)
+                continue
+            if self._job.is_taken(numbers[content.video_id, str(self._sampling)]):
+                self._elsewhere.append((asset, content, probe))
                 continue
             if row := self._archive.videos.row_of(content.video_id):  # keep what a manifest stated in the other job
                 tags = row.tags if asset.tags is None else asset.tags
@@ -497,7 +531,6 @@ class _Run:
                 if asset.captured_at is None:
                     asset = replace(asset, captured_at=row.captured_at, captured_from=row.captured_from)
             self._examined.append((asset, content, probe))
-        self._admit()
 
     def _is_done(self, content: Content) -> bool:
         """Whether another job has published this video since this job began."""

@@ -119,6 +119,16 @@ class Job:
         finally:
             _remove(aside)
 
+    def is_taken(self, number: int) -> bool:
+        """Whether another living job has taken a video."""
+        try:
+            holder = _holder(self._claim(number))
+        except OSError:
+            return False
+        if holder in (None, self.id):
+            return False
+        return _works(self._folder / f"{holder}{_JOB}", _now(self._folder), LEASE_SECONDS)
+
     def is_alone(self) -> bool:
         """Whether no other job exists."""
         now = _now(self._folder)
