@@ -120,7 +120,7 @@ def _end(*_: object) -> None:
 def _lines() -> Iterator[str]:
     """The lines that are typed on a terminal, or those of standard input."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        yield from iter(sys.stdin.readline, "")  # to end a `yield from sys.stdin` early would close it
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() editing and a history)
