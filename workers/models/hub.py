@@ -102,7 +102,9 @@ def hub_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE  # not at the top: a model in a directory does not need it
 
     if not os.path.isabs(HF_HUB_CACHE):
-        raise UsageError("the place of the hub's cache is not known: there is no home folder; set HF_HOME to a folder")
+        raise UsageError(
+            "there is no home folder, so the folder of the hub's cache is not known; set HOME or HF_HOME to a folder"
+        )
     return Path(HF_HUB_CACHE)
 
 
