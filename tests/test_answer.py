@@ -101,7 +101,7 @@ def test_windows_are_asked_one_by_one_and_then_their_answers(narrow_asker, narro
     question = "Is there a tent?"
     room, every = room_of(narrow, question), Filter().frames(archive)
     short = asked(over=Over.WINDOWS, frame_limit=None, most_tokens=20)
-    with pytest.raises(UsageError, match=r"answers of \d+ windows .* do not fit"):
+    with pytest.raises(UsageError, match=r"answers of \d+ windows, .* do not fit"):
         narrow_asker.ask(question, Filter(), short, announce=announce)
     sizes = Counter(frame.video_number for frame in every)
     count = sum(-(-size // room) for size in sizes.values())
