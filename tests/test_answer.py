@@ -64,7 +64,7 @@ def asked(**changes):
 def test_more_frames_than_the_context_holds_are_refused_with_what_to_do(narrow_asker, archive):
     lines, announce = told()
     every = Filter().frames(archive)
-    with pytest.raises(UsageError, match=rf"{len(every)} frames .* {CONTEXT}, enough for \d+ frames; .*--over"):
+    with pytest.raises(UsageError, match=rf"{len(every)} frames, .* {CONTEXT}, enough for \d+ frames; .*--over"):
         narrow_asker.ask("Is there a tent?", Filter(), asked(), announce=announce)
     assert lines == []
 
