@@ -98,7 +98,7 @@ def test_a_search_writes_the_thumbnails_of_its_moments(vidx, samples_archive, tm
         wanted.append(base64.b64encode(data).decode())
     pictures = Page(sheet.read_text(encoding="utf-8")).pictures
     assert pictures == [f"data:image/jpeg;base64,{data}" for data in wanted]
-    for place, word in (("found.gif", ".html, .png"), ("no/folder.png", "no folder")):
+    for place, word in (("found.gif", ".html or .png"), ("no/folder.png", "there is no folder")):
         refused = vidx(*command, "--contact-sheet", str(tmp_path / place))
         assert (refused.code, word in refused.err) == (2, True)
 
@@ -109,7 +109,7 @@ def test_pictures_are_drawn_in_a_terminal_and_nowhere_else(vidx, samples_archive
     assert (piped.code, "--contact-sheet" in piped.err, piped.out) == (2, True, "")
     colours = set(re.findall(rb"\x1b\[[0-9;]*48;2;\d+;\d+;\d+", in_terminal(command, columns=100)))
     assert len(colours) > 50  # a picture in half blocks has many
-    assert b"its size" in in_terminal(command, columns=0)
+    assert b"the size of this terminal" in in_terminal(command, columns=0)
 
 
 def in_terminal(command, columns):
