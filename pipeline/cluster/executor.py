@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -138,9 +138,9 @@ class Executor:
         self._suspects: list[_Task] = []  # whose worker died; each is tried again alone on a worker
         self._asked: dict[Any, _Worker] = {}  # workers that have not answered how far they are, by the call
         self._nodes: dict[str, Node] = {}  # living ones that take part
-        self._left_out: dict[str, str] = {}  # why, by id
+        self._left_out: set[str] = set()  # ids of nodes that take no part
         self._unseen: Counter[str] = Counter()  # sources that a node could not read and another could
-        self._deaths: defaultdict[str, int] = defaultdict(int)  # of encoders that loaded their model, by node
+        self._deaths: Counter[str] = Counter()  # of encoders that loaded their model, by node
         self._last_look = -math.inf
         self._idle_since = time.monotonic()  # since when no encoder has its model
         self._has_told = False
@@ -420,9 +420,7 @@ class Executor:
             else:
                 self._waiting.append(task)
         for worker in self._workers:
-            is_done = worker.is_for_suspects and not self._load(worker)
-            if is_done:
-                worker.is_for_suspects = False
+            worker.is_for_suspects = worker.is_for_suspects and bool(self._load(worker))
         if not self._suspects:
             return
         if self._suspects[0].kind == "examine":
@@ -450,8 +448,11 @@ class Executor:
         else:
             if task.worker is None:
                 task.worker = max(self._seeing(task), key=self._free_slots)
-            method = task.worker.handle.load if task.kind == "load" else task.worker.handle.encode
-            reference = method.remote(*task.arguments)
+            handle = task.worker.handle
+            if task.kind == "load":
+                reference = handle.load.remote(*task.arguments)
+            else:
+                reference = handle.encode.remote(*task.arguments, tuple(task.unseen_by))
         self._running[reference] = task
 
     def _collect(self, reference: Any) -> Outcome | None:
@@ -482,30 +483,25 @@ class Executor:
             assert task.worker is not None
             task.worker.is_loaded = True
             return None
-        if task.worker is not None:
-            task.worker.is_for_suspects = task.worker.is_for_suspects and bool(self._load(task.worker))
         return self._unless_unseen(task, result)
 
     def _leave_out(self, node: Node, why: str) -> None:
         """Does without a node, and says so."""
-        self._left_out[node.id] = why
+        self._left_out.add(node.id)
         self._nodes.pop(node.id, None)
         self._announce(f"node {node.name} is left out: {why}")
 
     def _unless_unseen(self, task: _Task, result: Examined | Receipt) -> Outcome | None:
         """The outcome; a source that one node could not read is tried once more on another."""
-        problem, node = result.problem, self._nodes.get(result.node)
+        problem, part = result.problem, result.part if isinstance(result, Receipt) else None
         is_unseen = problem is not None and problem.reason in UNSEEN
-        part = result.part if isinstance(result, Receipt) else None
-        others = self._nodes if task.kind == "examine" or self._on_gpu else {w.node.id for w in self._workers if w.node}
-        has_other = node is not None and bool({*others} - {node.id})
-        if is_unseen and not task.unseen_by and part is None and node is not None and has_other:
-            task.unseen_by.add(node.id)
+        on_any_node = task.kind == "examine" or self._on_gpu
+        places = {*self._nodes} if on_any_node else {worker.node.id for worker in self._workers if worker.node}
+        others = places - self._left_out - {result.node}
+        if is_unseen and result.node and others and not task.unseen_by and part is None:
+            task.unseen_by.add(result.node)  # it may have been left out meanwhile
             task.attempts -= 1
             task.worker = None
-            if isinstance(result, Receipt):
-                (segment,) = task.arguments[:1]
-                task.arguments = (segment, (node.id,))
             self._waiting.append(task)
             return None
         for blamed in () if is_unseen else task.unseen_by:
