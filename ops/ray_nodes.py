@@ -79,11 +79,8 @@ class Nodes:
 
     def kill(self, number: int) -> None:
         """Kills a node with all that it started, as if its machine were gone."""
-        process = self.processes[number]
-        for pid in [*descendants(process.pid), process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait(30)
+        kill_all(self.processes[number])
+        self.processes[number].wait(30)
 
     def close(self) -> None:
         """Ends all nodes."""
@@ -107,6 +104,13 @@ def ray_nodes(*cores: int) -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.close()
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kills a process and all that it has started."""
+    for pid in [*descendants(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,18 +1,17 @@
 """A real Ray cluster of one node: jobs and questions that run there."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, VIDX
 from ray_cluster import ENVIRONMENT, ray_cluster
 
+from ops.ray_nodes import kill_all
 from pipeline.cluster import remote
 
 
@@ -160,16 +159,3 @@ def test_a_question_whose_cluster_dies_ends_with_a_word(vidx, where, archive):
     assert talk.returncode == 75, err
     assert "Traceback" not in err
     assert "ask again" in err
-
-
-def kill_all(process):
-    """Kills a cluster that a process has started, with that process."""
-    for pid in [*descendants(process.pid), process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def descendants(pid):
-    """The processes that one has started, and those that they have."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [found for child in map(int, children) for found in [child, *descendants(child)]]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.index.job import IndexResult
     from pipeline.index.plan import IndexPlan, Update
     from pipeline.index.scan import Scan
-    from storage.archive.archive import Archive
     from storage.records import VideoRow
 
 UPDATES_TOLD = 20  # videos whose tags or capture times changed
@@ -150,20 +149,18 @@ def index(
         from pipeline.cluster.address import check_address
 
         check_address(settings.address)
-    result, moved_count = IndexResult(), 0
+    result = IndexResult()
     if found.assets or archive_exists(place):  # for nothing, no archive is made
         tower = bundle.tower_name
         archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name, model_tower=tower)
-        before = _places(archive)
         with show_progress() as report:
             result = run_index(found.assets, archive, bundle, sampling, settings, report, note)
-        moved_count = sum(before.get(video_id, uri) != uri for video_id, uri in _places(archive).items())
     if as_json:
         print_json({**_result_json(result, bundle.model_id), "left_out": found.left_out})
     elif not found.assets:
         click.echo(_nothing_in(found.without_video))
     else:
-        _print_result(result, archive_dir, moved_count)
+        _print_result(result, archive_dir)
     if result.cache_problem:
         note(
             f"file hashes are not kept for the next run ({result.cache_problem}); set VIDX_CACHE to a folder that can "
@@ -193,11 +190,6 @@ def _left_out(counts: Mapping[str, int]) -> str:
     if others := kinds[KINDS_TOLD:]:
         told.append(f"{sum(count for _, count in others)} with {len(others)} more suffixes")
     return ", ".join(told)
-
-
-def _places(archive: Archive) -> dict[str, str]:
-    """The URI of each video whose content is known, by its id."""
-    return {row.video_id: row.uri for row in archive.videos.all() if row.video_id is not None}
 
 
 def _nothing_in(sources: Sequence[str]) -> str:
@@ -234,10 +226,10 @@ def _row_json(row: VideoRow) -> dict[str, Any]:
     return source_json(row.uri) | {"status": row.status, "reason": problem.reason, "detail": problem.detail}
 
 
-def _print_result(result: IndexResult, archive_dir: str, moved_count: int) -> None:
-    if moved_count:
-        have, places = ("has", "place") if moved_count == 1 else ("have", "places")
-        click.echo(f"{counted(moved_count, 'video')} {have} moved; the archive has the new {places}")
+def _print_result(result: IndexResult, archive_dir: str) -> None:
+    if result.moved:
+        have, places = ("has", "place") if result.moved == 1 else ("have", "places")
+        click.echo(f"{counted(result.moved, 'video')} {have} moved; the archive has the new {places}")
     if result.failed_before:
         were, them = ("was", "it") if result.failed_before == 1 else ("were", "them")
         click.echo(

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,8 +96,7 @@ def look_around(settings: WorkerSettings, archive_uri: str, sources: Sequence[st
             find_bundle(settings.model, settings.tower)
         except VidxError as error:
             lacks = f"the model ({error})"
-    seen = frozenset(uri for uri in sources if os.access(file_path(uri), os.R_OK))
-    return NodeFacts(versions_here(), lacks, seen)
+    return replace(look_here(sources), lacks=lacks)
 
 
 @cache

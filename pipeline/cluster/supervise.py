@@ -152,7 +152,10 @@ def continue_in_own_process() -> None:
 
     def pass_on(number: int, _: object) -> None:
         passed_on.append(number)
-        _pass_on(number, pid)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+        if number == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     for number in _PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -170,13 +173,6 @@ def continue_in_own_process() -> None:
         killer = signal.Signals(-code).name
         end_at_once(f"{killer} ended the job{why}; {GO_ON}")
     os._exit(code)
-
-
-def _pass_on(number: int, pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
-        os.kill(pid, number)
-    if number == signal.SIGTSTP:
-        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def interrupt_on_sigterm() -> None:

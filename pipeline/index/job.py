@@ -63,6 +63,7 @@ class IndexResult:
         indexed, partial, failed, skipped: numbers of videos.
         failed_before: skipped videos that failed in an earlier run.
         deleted_before: skipped videos that were deleted, before this run or during it.
+        moved: videos whose files were moved or renamed; the archive has their new places.
         frame_count: frames that this run computed.
         frames_resumed: frames that earlier runs had committed of the videos of this run.
         seconds: duration of the run.
@@ -81,6 +82,7 @@ class IndexResult:
     skipped: int = 0
     failed_before: int = 0
     deleted_before: int = 0
+    moved: int = 0
     frame_count: int = 0
     frames_resumed: int = 0
     seconds: float = 0.0
@@ -205,6 +207,7 @@ def run_index(
     result.cache_problem = plan.cache_problem
     result.failed_before = plan.count(Decision.FAILED)
     result.deleted_before = plan.count(Decision.DELETED)
+    result.moved = plan.moved_count
     result.skipped = len(plan.decisions) - len(plan.todo)
     if plan.todo:
         from pipeline.cluster.executor import Executor

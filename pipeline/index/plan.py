@@ -88,6 +88,7 @@ class IndexPlan:
         contents: by URI, the contents of sources that have been hashed.
         cache_problem: why hashes cannot be kept for the next run; empty if they can.
         by_id, by_uri: the archive's rows, after these changes.
+        moved_count: videos whose place is a new one.
     """
 
     wanted: WantedRows
@@ -99,6 +100,7 @@ class IndexPlan:
     by_id: Mapping[str, VideoRow]
     by_uri: Mapping[str, VideoRow]
     cache_problem: str = ""
+    moved_count: int = 0
 
     @property
     def todo(self) -> tuple[VideoAsset, ...]:
@@ -186,6 +188,7 @@ def plan_sources(
             renewed[row.known_id] = changed
             if decisions[asset.uri] is Decision.KNOWN and changed.uri != row.uri:
                 decisions[asset.uri] = Decision.MOVED
+    moved_count = sum(by_id[video_id].uri != row.uri for video_id, row in renewed.items())
     updates = {row.uri: Update(by_id[video_id], row) for video_id, row in renewed.items()}
     updates = {uri: update for uri, update in updates.items() if update.changes}
     decisions |= {uri: Decision.UPDATED for uri in updates if decisions.get(uri) is Decision.KNOWN}
@@ -194,7 +197,16 @@ def plan_sources(
     planned = tuple((asset, decisions[asset.uri]) for asset in assets)
     rows_to_publish = tuple(renewed.values())
     return IndexPlan(
-        wanted, planned, rows_to_publish, updates, problems, contents, by_id | renewed, by_uri, hashes.problem
+        wanted,
+        planned,
+        rows_to_publish,
+        updates,
+        problems,
+        contents,
+        by_id | renewed,
+        by_uri,
+        hashes.problem,
+        moved_count,
     )
 
 

@@ -186,7 +186,9 @@ def _merge(
         centroids = open_centroids(archive, before.centroids)
         coded = open_codes(archive, centroids, before.coded)
         if coded is not None:
-            check_codes(archive, before.coded, coded)
+            for file in before.coded.files:
+                map_whole(archive, file)  # so that no damage is copied as if it were right
+            check_codes(coded)
     except Damaged:
         return _build(archive, [*live.values()]) or IndexManifest()
     parts = [*_live_of(before.exact, live), *new]
@@ -360,7 +362,7 @@ def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]
     try:
         exact, coded = _open_keys(archive, manifest)
         if coded is not None:
-            check_codes(archive, manifest.coded, coded)
+            check_codes(coded)
     except Damaged as error:
         yield uri, f"damaged: {error}"
         return
