@@ -257,4 +257,4 @@ def test_a_copy_of_deleted_content_stays_out_too(vidx, archive_copy, tmp_path):
     assert vidx("delete", "tractor.webm", "--archive", archive).code == 0
     shutil.copy(SAMPLES / "tractor.webm", tmp_path / "copy.webm")
     run = vidx("index", str(tmp_path / "copy.webm"), "--archive", archive)
-    assert "1 of the skipped videos were deleted; --restore-deleted indexes them again" in run.out
+    assert "1 of the skipped videos was deleted; --restore-deleted indexes it again" in run.out
