@@ -114,6 +114,21 @@ def test_a_job_outside_the_cluster_indexes_there_and_no_model_comes_to_it(cluste
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_packages_with_our_names_in_the_current_folder_are_not_imported(cluster, archive, tmp_path):
+    for name in ("configs", "pipeline", "storage", "workers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('this is not vidx')\n")
+    inside, outside = cluster
+    chosen = ("--archive", archive, "--video", "nano_scenes_1.mp4@1-5", "--address", inside)
+    sources = ("index", SAMPLES / "nano_scenes_1.mp4", "--archive")
+    joined = [(*sources, tmp_path / address[:3], "--address", address) for address in (inside, outside)]
+    for command in ((*sources, tmp_path / "here"), *joined, ("ask", "What is there?", *chosen)):
+        done = subprocess.run(
+            [VIDX, *command], env=os.environ | ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["inside", "outside"])
 @pytest.mark.parametrize("how", ["waits", "ctrl-c"])

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
 from storage.errors import UsageError
 
@@ -31,6 +32,10 @@ def start_ray(address: str | None) -> None:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None or not address.startswith("ray://"):
+        # Ray would put the driver's current folder first on the workers' sys.path, and a package there that is called
+        # `workers` would be imported instead of ours. It does not do so for a job of its client (`ray://`).
+        options |= {"job_config": JobConfig(_client_job=True)}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
         options |= {"_temp_dir": _folder_for_ray()}
