@@ -1,4 +1,4 @@
-"""Processes of this machine and their memory, from /proc."""
+"""Processes of this machine, their memory and their cores."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,7 @@ from pathlib import Path
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _PR_SET_CHILD_SUBREAPER = 36
+_CGROUP = Path("/sys/fs/cgroup")  # where Linux shows the limits of a container
 
 
 def python_path() -> str:
@@ -55,9 +56,24 @@ def child_pids(*names: str) -> list[int]:
     return found
 
 
-def physical_memory() -> int:
-    """The memory of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def usable_cores(cgroup: Path = _CGROUP) -> int:
+    """How many cores this process may use, by its affinity and by the limit of its container; at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of cgroup version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            quota, period = map(int, " ".join((cgroup / name).read_text("ascii") for name in names).split())
+            if quota > 0:
+                cores = max(1, min(cores, quota // period))
+    return cores
+
+
+def usable_memory(cgroup: Path = _CGROUP) -> int:
+    """The memory of this machine or the limit of its container, in bytes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int((cgroup / name).read_text("ascii")))
+    return memory
 
 
 def anonymous_bytes() -> int:

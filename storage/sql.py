@@ -23,7 +23,7 @@ from storage.archive.delta import check_no_links
 from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import file_path, is_text, source_text
 from storage.parts.layout import BINARY, COLUMNS
-from storage.processes import anonymous_bytes, physical_memory
+from storage.processes import anonymous_bytes, usable_memory
 from storage.records import Status
 
 # Times are TIMESTAMPs in UTC without a zone (_create_views): a cast here would use the session's time zone.
@@ -56,7 +56,7 @@ class SqlLimits:
     """
 
     seconds: float = 300.0
-    memory_bytes: int = min(4_000_000_000, physical_memory() // 2)
+    memory_bytes: int = min(4_000_000_000, usable_memory() // 2)
 
 
 class SqlResult:

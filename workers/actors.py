@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from storage.errors import ClusterError, VideoProblem
 from storage.files import file_path
+from storage.processes import usable_cores
 from storage.records import Choice, Content, Probe, Problem, Receipt, SegmentTask
 from workers.decode.client import RETRIED, Decoder, check_choice
 from workers.frame_stream import FrameStream, decode_segment
@@ -217,5 +218,5 @@ def _load_vision(settings: WorkerSettings, threads: int | None) -> "VisionPart":
     from workers.vision.llava_mini import load_vision
 
     if settings.device == "cpu":
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads or usable_cores())
     return load_vision(find_bundle(settings.model, settings.tower), settings.device, settings.dtype)

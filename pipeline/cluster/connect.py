@@ -20,8 +20,12 @@ from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
 from storage.errors import UsageError
+from storage.processes import usable_cores, usable_memory
 
 MOST_BYTES = 43  # of the path of Ray's folder: a socket's path has at most 107 bytes, and Ray adds up to 64
+
+BYTES_PER_CORE = 44 << 20  # of frames on their way: stages.BATCHES_AHEAD batches of a decoder and the two at work
+LEAST_STORE, MOST_STORE = 128 << 20, 8 << 30  # bytes; Ray refuses less than 75 MiB, and 10 GB outside /dev/shm
 
 
 def start_ray(address: str | None) -> None:
@@ -37,8 +41,9 @@ def start_ray(address: str | None) -> None:
         # `workers` would be imported instead of ours. It does not do so for a job of its client (`ray://`).
         options |= {"job_config": JobConfig(_client_job=True)}
     if address is None:
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
-        options |= {"_temp_dir": _folder_for_ray()}
+        cores = usable_cores()
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cores, "_temp_dir": _folder_for_ray()}
+        options |= {"object_store_memory": _store_bytes(cores)}
         if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one to the home folder
     else:
@@ -69,6 +74,20 @@ def first_line(error: BaseException) -> str:
 def address_of_joined(address: str) -> str:
     """HOST:PORT of a joined cluster's client server, or else of its head."""
     return address.removeprefix("ray://") if address.startswith("ray://") else ray.get_runtime_context().gcs_address
+
+
+def _store_bytes(cores: int) -> int:
+    """The size of Ray's object store: what all frames on their way can take, where there is so much memory.
+
+    Ray keeps the store in /dev/shm if that has room for it, else in its temporary folder. Containers often have a
+    /dev/shm of 64 MB; a job was not measurably slower there, since the frames are read before the disk has them.
+    """
+    wanted = min((cores + 1) * BYTES_PER_CORE, usable_memory() // 4, MOST_STORE)
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free * 9 // 10
+        if free >= LEAST_STORE:
+            wanted = min(wanted, free)
+    return max(LEAST_STORE, wanted)
 
 
 def _folder_for_ray() -> str:

@@ -20,6 +20,7 @@ from storage.archive.claims import Job
 from storage.care.clean import remove_stale_claims, remove_unnamed_files
 from storage.errors import UsageError, VideoProblem, VidxError
 from storage.files import file_path
+from storage.processes import usable_cores
 from storage.records import (
     CapturedFrom,
     Choice,
@@ -166,7 +167,7 @@ def check_machine(config: IndexConfig) -> None:
     check_device(config.device)
     if config.strict_sandbox:
         check_confined()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if config.workers is not None and config.workers > cores and not _on_gpu(config):
         raise UsageError(f"--workers {config.workers}: there are {cores} CPUs; give at most {cores}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from storage.errors import VideoProblem
 from storage.files import file_path
+from storage.processes import usable_cores
 from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow, is_damaged
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify, open_source
@@ -163,7 +164,7 @@ def plan_sources(
     """
     by_id = {row.video_id: row for row in rows if row.video_id is not None}
     sizes = {row.size_bytes for row in by_id.values()}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # hashing releases the interpreter lock
         found = list(pool.map(lambda asset: _content_if(asset, sizes, hashes), assets))
     contents = {asset.uri: content for asset, content in zip(assets, found, strict=True) if content}
     by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}

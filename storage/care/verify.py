@@ -1,6 +1,5 @@
 """verify: checks that every byte of an archive is as it was written, and that its tables agree with one another."""
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from storage.checks import InvalidValue, check_kind
 from storage.errors import DamagedError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
 from storage.parts.read import part_identity
+from storage.processes import usable_cores
 from storage.vectors.vector_index import index_faults
 
 BEYOND_REPAIR = (
@@ -83,7 +83,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
     if faults:
         return Verification(0, 0, 0, tuple(faults))  # without the logs it is unknown which files it has
     damaged = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and checksums release the interpreter lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # reading and checksums release the interpreter lock
         found = pool.map(lambda file: _file_fault(join(uri, file[0], file[1]), file[2]), files)
         for done, ((name, path, _), detail) in enumerate(zip(files, found, strict=True), 1):
             report(done, len(files))

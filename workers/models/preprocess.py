@@ -8,7 +8,6 @@ the published run; with a tower of 336 pixels and ratio 1 nothing is resized.
 Imports no torch, because the decoder process uses `nearest_index`.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from storage.errors import UsageError
+from storage.processes import usable_cores
 from storage.records import FRAME_SIDE
 
-RESIZE_THREADS = min(4, os.cpu_count() or 1)
+RESIZE_THREADS = min(4, usable_cores())
 
 
 @dataclass(frozen=True)
