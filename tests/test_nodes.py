@@ -102,6 +102,19 @@ def test_nodes_that_cannot_take_part_are_named_and_left_out(sources, wanted, tmp
     assert rows_of(tmp_path / "archive") == wanted
 
 
+def test_a_node_with_another_archive_at_the_same_path_is_left_out(sources, wanted, tmp_path):
+    needs_mounts()
+    archive, other = tmp_path / "archive", tmp_path / "other"
+    subprocess.run([VIDX, "index", sources / "0_highway.avi", "--archive", archive], capture_output=True, check=True)
+    shutil.copytree(archive, other)
+    with ray_nodes(1) as nodes:
+        nodes.add(mounts=f"mount --bind {other} {archive}")
+        code, out, err = ended(start_index(nodes, f"{sources}/0_*", archive))
+    assert (code, "4 indexed, 0 partial, 0 failed, 1 skipped" in out) == (0, True), err
+    assert f"it cannot see the archive {archive}, which is another folder there" in err
+    assert {*rows_of(archive).splitlines()} < {*wanted.splitlines()}
+
+
 def test_a_job_that_no_node_can_take_part_in_ends_with_75(sources, tmp_path):
     needs_mounts()
     with ray_nodes() as nodes:

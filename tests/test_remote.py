@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -112,6 +113,22 @@ def test_a_job_outside_the_cluster_indexes_there_and_no_model_comes_to_it(cluste
     )
     assert (done.returncode, "1 indexed" in done.stdout) == (0, True), done.stderr
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize(
+    "has", [{"RAY_AUTH_TOKEN": "of-another-cluster-0123456789abcdef"}, {"RAY_AUTH_MODE": "disabled"}]
+)
+def test_a_token_that_the_cluster_refuses_is_said_to_be_so(cluster, where, has, tmp_path):
+    address = cluster[0] if where == "inside" else cluster[1]
+    command = [VIDX, "index", SAMPLES / "nano_scenes_1.mp4", "--archive", tmp_path / "archive", "--address", address]
+    started = time.monotonic()
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | has, capture_output=True, text=True)
+    assert time.monotonic() - started < 20
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"vidx: --address {address}: the cluster refuses the token")
+    assert "RAY_AUTH_TOKEN" in line
+    assert done.returncode == 2
 
 
 def test_packages_with_our_names_in_the_current_folder_are_not_imported(cluster, archive, tmp_path):

@@ -16,9 +16,11 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import RayError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_config import JobConfig
 
+from pipeline.cluster.address import ANSWER_SECONDS
 from storage.errors import UsageError
 from storage.processes import usable_cores, usable_memory
 
@@ -52,8 +54,12 @@ def start_ray(address: str | None) -> None:
     hide_ray_tracebacks()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
+        if address is not None:
+            check_token(address)
         with _on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)
+    except UsageError:
+        raise
     except SystemExit as error:  # of Ray's own handler of SIGTERM
         raise KeyboardInterrupt from error
     except Exception as error:  # Ray raises nothing narrower if a node starts too late
@@ -63,6 +69,42 @@ def start_ray(address: str | None) -> None:
         raise UsageError(f"--address {address}: no Ray cluster answers at this address: {first}") from error
     finally:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would prevent the last commit
+
+
+def check_token(address: str) -> None:
+    """Checks that a cluster accepts this process's token; Ray would try for half a minute and then say nothing of it.
+
+    Raises:
+        UsageError: the cluster refuses the token.
+    """
+    try:
+        if address.startswith("ray://"):
+            _ask_client_server(address.removeprefix("ray://"))
+        elif address.rpartition(":")[2].isdigit():
+            GcsClient(address=address)
+    except AuthenticationError as error:
+        raise UsageError(
+            f"--address {address}: the cluster refuses the token of this process; set RAY_AUTH_TOKEN to the token of "
+            "the cluster, or RAY_AUTH_TOKEN_PATH to a file with it"
+        ) from error
+
+
+def _ask_client_server(address: str) -> None:
+    """Raises an AuthenticationError if the client server refuses the token; ray.init says what else is wrong."""
+    try:
+        import grpc  # Ray's client needs it; it comes with vidx's extra `client`
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+    except ImportError:
+        return
+    messages: Any = ray_client_pb2  # mypy does not see what is generated
+    ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
+    with init_grpc_channel(address) as channel:
+        try:
+            ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(ping, timeout=ANSWER_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise AuthenticationError(error.details()) from error
 
 
 def first_line(error: BaseException) -> str:

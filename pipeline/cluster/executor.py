@@ -103,6 +103,7 @@ class Executor:
         self,
         settings: WorkerSettings,
         archive_uri: str,
+        job_uri: str,
         sources: Sequence[str],
         *,
         address: str | None = None,
@@ -115,7 +116,7 @@ class Executor:
 
         Args:
             settings: of the workers.
-            archive_uri: the job's archive, which each node has to see.
+            archive_uri, job_uri: the archive and the job's file in it, which each node has to see.
             sources: the job's sources.
             address: of a cluster; None starts one here.
             workers: at most so many encoders; None for what the cluster has room for.
@@ -125,7 +126,7 @@ class Executor:
         """
         self.is_wanted = True
         self._settings = settings
-        self._archive_uri = archive_uri
+        self._place = archive_uri, job_uri
         self._sources = some_of(sources)
         self._address = address
         self._bound = workers
@@ -441,7 +442,7 @@ class Executor:
         task.attempts += 1
         if task.kind == "look":
             looker = self._look_around.options(**on_node(task.key.id))
-            reference = looker.remote(self._settings, self._archive_uri, self._sources)
+            reference = looker.remote(self._settings, *self._place, self._sources)
         elif task.kind == "examine":
             remote = self._examine.options(**anywhere_but([*self._left_out, *task.unseen_by]))
             reference = remote.remote(self._settings, *task.arguments)

@@ -80,16 +80,20 @@ def cores_each(node: Node) -> int:
     return max(1, int(node.cores) // max(1, encoders_of(node, False, 1.0)))
 
 
-def look_around(settings: WorkerSettings, archive_uri: str, sources: Sequence[str]) -> NodeFacts:
+def look_around(settings: WorkerSettings, archive_uri: str, job_uri: str, sources: Sequence[str]) -> NodeFacts:
     """What this node sees and runs; called on each node of a job.
 
     Args:
         settings: the job's.
         archive_uri: the folder of its archive.
+        job_uri: the job's file in it; an archive without it is another one with the same path.
         sources: some of its sources.
     """
-    lacks = "" if exists(join(archive_uri, "archive.json")) else f"the archive {source_text(archive_uri)}"
-    if not lacks:
+    lacks = ""
+    if not exists(job_uri):
+        is_other = exists(join(archive_uri, "archive.json"))
+        lacks = f"the archive {source_text(archive_uri)}{', which is another folder there' if is_other else ''}"
+    else:
         from workers.models.bundle import find_bundle
 
         try:

@@ -222,6 +222,7 @@ def run_index(
                 with Executor(
                     settings,
                     archive.uri,
+                    job.uri,
                     sources,
                     address=config.address,
                     workers=config.workers,

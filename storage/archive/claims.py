@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
         id: the job's own, at random.
+        uri: of its file, which whoever sees this archive can see.
     """
 
     def __init__(self, archive_uri: str):
@@ -45,6 +46,7 @@ class Job:
         self._uri = join(archive_uri, "jobs")
         self._folder = _folder(archive_uri)
         self._file = self._folder / f"{self.id}{_JOB}"
+        self.uri = join(self._uri, self._file.name)
         self._taken: set[int] = set()
         self._begun: set[int] = set()
         self._ended = threading.Event()
