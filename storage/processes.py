@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -81,19 +82,28 @@ def anonymous_bytes() -> int:
     return _status_bytes("RssAnon")
 
 
-def limit_memory(more_bytes: int) -> None:
-    """Limits this process to so many bytes more than it has now; on Linux only.
+@contextlib.contextmanager
+def limited_memory(more_bytes: int) -> Iterator[None]:
+    """Limits this process, for a while, to so many bytes more than it has now; on Linux only.
 
     An allocation beyond the limit fails at once. Without a limit, the system would kill a process when memory runs out.
     """
     if sys.platform != "linux":
+        yield
         return
     import resource
 
     wanted = _status_bytes("VmData") + more_bytes
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard == resource.RLIM_INFINITY or wanted < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if before != resource.RLIM_INFINITY:
+        wanted = min(wanted, before)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
 def _status_bytes(name: str) -> int:

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,18 @@ class Run:
     @property
     def json(self):
         return json.loads(self.out)
+
+
+def limits_of_this_process():
+    return [resource.getrlimit(kind) for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_CPU)]
+
+
+@pytest.fixture(autouse=True)
+def _limits_stay():
+    """A limit that a test leaves behind would make later ones fail, in all that they start."""
+    before = limits_of_this_process()
+    yield
+    assert limits_of_this_process() == before
 
 
 @cache

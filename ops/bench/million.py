@@ -160,7 +160,6 @@ def measure(folder: Path, bundle: Bundle) -> dict[str, Any]:
     taken["scan"] = seconds(look)
     paths = [os.fsencode(source_of(folder, video)) for video in range(len(found.assets))]
     taken["stat"] = seconds(lambda: [os.stat(path) for path in paths])
-    del paths
     start = time.perf_counter()
     plan = plan_index(found.assets, archive, bundle, sampling, config)
     taken["plan"] = time.perf_counter() - start

@@ -154,13 +154,13 @@ def sql(
         raise UsageError("--csv --json: choose one of the two")
     memory_bytes = None if memory is None else parse_size("--memory", memory)
     from storage.archive.archive import open_archive
-    from storage.processes import limit_memory
+    from storage.processes import limited_memory
     from storage.sql import SqlLimits, stream_sql
 
     limits = SqlLimits(timeout_seconds, memory_bytes or SqlLimits().memory_bytes)
     archive = open_archive(archive_uri(archive_dir))
-    limit_memory(limits.memory_bytes + _BESIDES_BYTES + _THREAD_BYTES * (os.cpu_count() or 1))
-    with stream_sql(archive, statement, limits, _give_up) as result:
+    more_bytes = limits.memory_bytes + _BESIDES_BYTES + _THREAD_BYTES * (os.cpu_count() or 1)
+    with limited_memory(more_bytes), stream_sql(archive, statement, limits, _give_up) as result:
         if as_json:
             print_json_list(dict(zip(result.columns, row, strict=True)) for row in result.rows())
         elif as_csv:
