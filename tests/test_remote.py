@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, VIDX
-from ray_cluster import ENVIRONMENT, ray_cluster
+from ray_cluster import ENVIRONMENT, RAY, ray_cluster
 
-from ops.ray_nodes import kill_all
+from ops.ray_nodes import descendants, kill_all
 from pipeline.cluster import remote
 
 
@@ -104,6 +105,22 @@ def test_a_gpu_that_no_node_has_is_not_waited_for(vidx, cluster, archive):
     assert (refused.code, "no GPU on this cluster" in refused.err) == (2, True), refused.err
 
 
+def test_a_gpu_that_a_cluster_may_get_is_asked_for_while_a_job_waits(cluster, tmp_path):
+    command = [VIDX, "index", SAMPLES / "nano_scenes_1.mp4", "--archive", tmp_path / "archive", "--address", cluster[0]]
+    environment = os.environ | ENVIRONMENT | {"RAY_AUTH_MODE": "token"}
+    with subprocess.Popen(
+        [*command, "--device", "cuda", "--gpus-per-worker", "0.5"], env=environment, stderr=-1, text=True
+    ) as job:
+        status, end = "", time.monotonic() + 60
+        while "{'GPU': 0.5}: 1+ pending" not in status and time.monotonic() < end:
+            told = [RAY, "status", "--address", cluster[0]]
+            status = subprocess.run(told, env=environment, capture_output=True, text=True, check=True).stdout
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate(timeout=60)
+    assert "{'GPU': 0.5}: 1+ pending" in status
+    assert job.returncode == 130, err
+
+
 def test_a_job_outside_the_cluster_indexes_there_and_no_model_comes_to_it(cluster, tmp_path):
     code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))\n"
     code += "from pipeline.cli.main import main; main()"
@@ -170,6 +187,26 @@ def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, 
     told = "interrupted; finished work is committed" if how == "ctrl-c" else "does not answer any more"
     assert told in err
     assert vidx("verify", "--archive", place).code == 0
+
+
+@pytest.mark.long
+def test_a_job_whose_gcs_alone_dies_ends_within_half_a_minute(tmp_path):
+    sources = [tmp_path / f"{number}.mp4" for number in range(20)]
+    for number, source in enumerate(sources):
+        source.write_bytes((SAMPLES / "nano_scenes_1.mp4").read_bytes() + b"\0" * 8 * (number + 1))
+    with ray_cluster() as (process, inside, _):
+        command = [VIDX, "index", *sources, "--archive", tmp_path / "archive", "--fps", "25", "--address", inside]
+        with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=-1, stderr=-1, text=True) as job:
+            while "mp4 0:" not in (line := job.stderr.readline()):  # it indexes
+                assert line
+            (gcs,) = [
+                pid for pid in descendants(process.pid) if Path(f"/proc/{pid}/comm").read_text() == "gcs_server\n"
+            ]
+            os.kill(gcs, signal.SIGKILL)
+            killed = time.monotonic()
+            _, err = job.communicate(timeout=120)
+    assert time.monotonic() - killed < 30
+    assert (job.returncode, "does not answer any more" in err) == (75, True), err
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from pipeline.cluster.nodes import (
     anywhere_but,
     cores_each,
     encoders_of,
+    in_background,
     living_nodes,
     look_around,
     look_here,
@@ -145,6 +147,7 @@ class Executor:
         self._last_look = -math.inf
         self._idle_since = time.monotonic()  # since when no encoder has its model
         self._has_told = False
+        self._look: Future[list[Node]] | None = None  # at the nodes, that has not ended
         self._watch: RayWatch | None = None
 
     def __enter__(self) -> "Executor":
@@ -309,7 +312,10 @@ class Executor:
         if time.monotonic() - self._last_look < LOOK_SECONDS:
             return
         self._last_look = time.monotonic()
-        living = {node.id: node for node in living_nodes()}
+        self._look = self._look or in_background(living_nodes)
+        if not wait([self._look], LOOK_SECONDS).done:  # the head is busy or has died
+            return
+        living, self._look = {node.id: node for node in self._look.result()}, None
         looking = {task.key.id for task in self._running.values() if task.kind == "look"}
         for node in living.values():
             if node.id not in self._nodes and node.id not in self._left_out and node.id not in looking:

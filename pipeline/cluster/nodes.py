@@ -3,12 +3,14 @@
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -18,6 +20,7 @@ from storage.errors import VidxError
 from storage.files import exists, file_path, join, source_text
 from workers.actors import WorkerSettings
 
+T = TypeVar("T")
 CORES_EACH = 8  # of an encoder on CPUs: on more, one forward pass gets hardly faster
 SOURCES_ASKED = 8  # of the job, that each node looks for
 
@@ -66,6 +69,20 @@ def living_nodes() -> list[Node]:
         if node["Alive"]
     ]
     return sorted(found, key=lambda node: node.id)
+
+
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """The result of a call that may block for a minute, as Ray's do when a head has died; this process does not."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def encoders_of(node: Node, on_gpu: bool, gpus_each: float) -> int:
