@@ -82,9 +82,14 @@ def test_a_node_that_is_lost_and_one_that_joins_change_no_row(sources, wanted, t
         wait_for_frames(job)
         nodes.kill(2)
         nodes.add()
-        code, _, err = ended(job)
+        code, out, err = ended(job)
     assert code in (0, 3), err
     assert rows_of(tmp_path / "archive") == wanted
+    (told,) = [line for line in out.splitlines() if line.startswith("decoded by ")]
+    assert (
+        sum(int(count.replace(",", "")) for count in re.findall(r"\): ([\d,]+)(?:, |$)", told))
+        == wanted.count("\n") - 1
+    )
 
 
 def test_nodes_that_cannot_take_part_are_named_and_left_out(sources, wanted, tmp_path):

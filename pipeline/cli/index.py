@@ -208,6 +208,7 @@ def _result_json(result: IndexResult, model_id: str) -> dict[str, Any]:
         "videos_updated": len(result.updates),
         "frames": result.frame_count,
         "frames_resumed": result.frames_resumed,
+        "frames_by_node": result.frames_by_node,
         "model_id": model_id,
         "seconds": round(result.seconds, 3),
         "decode_seconds": round(result.decode_seconds, 3),
@@ -256,6 +257,8 @@ def _print_result(result: IndexResult, archive_dir: str) -> None:
     there = f" ({result.frames_resumed:,} from an earlier run)" if result.frames_resumed else ""
     frames = f"{counted(result.frame_count, 'frame')}{there}"
     click.echo(f"{counts}; {frames} in {result.seconds:.1f} s; archive: {archive_dir}")
+    if len(result.frames_by_node) > 1:
+        click.echo("decoded by " + ", ".join(f"{name}: {count:,}" for name, count in result.frames_by_node.items()))
     if result.failures:
         failures = [(row, row.known_problem) for row in result.failures]
         cells = [(row.status, why.reason, source_text(row.uri), why.detail) for row, why in failures]

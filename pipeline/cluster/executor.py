@@ -99,6 +99,7 @@ class Executor:
 
     Attributes:
         is_wanted: whether there is work for encoders; without it they are given back to other jobs.
+        node_names: of all nodes that the cluster had until now, by their ids.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Executor:
             announce: is told what the job waits for, and which nodes are left out.
         """
         self.is_wanted = True
+        self.node_names: dict[str, str] = {}
         self._settings = settings
         self._place = archive_uri, job_uri
         self._sources = some_of(sources)
@@ -316,6 +318,7 @@ class Executor:
         if not wait([self._look], LOOK_SECONDS).done:  # the head is busy or has died
             return
         living, self._look = {node.id: node for node in self._look.result()}, None
+        self.node_names |= {node.id: node.name for node in living.values()}
         looking = {task.key.id for task in self._running.values() if task.kind == "look"}
         for node in living.values():
             if node.id not in self._nodes and node.id not in self._left_out and node.id not in looking:

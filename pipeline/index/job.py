@@ -4,8 +4,8 @@ import contextlib
 import math
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -67,6 +67,7 @@ class IndexResult:
         moved: videos whose files were moved or renamed; the archive has their new places.
         frame_count: frames that this run computed.
         frames_resumed: frames that earlier runs had committed of the videos of this run.
+        frames_by_node: of frame_count, how many each node of the cluster decoded, by its name.
         seconds: duration of the run.
         decode_seconds, encode_seconds, store_seconds: waiting for the decoder, computing and writing, of all workers.
         failures: partial and failed videos of this run.
@@ -86,6 +87,7 @@ class IndexResult:
     moved: int = 0
     frame_count: int = 0
     frames_resumed: int = 0
+    frames_by_node: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -350,10 +352,13 @@ class _Run:
         self._sandbox_missing: dict[str, set[str]] = {}
         self._meter = Meter({asset.uri: _size(asset, plan.contents.get(asset.uri)) for asset in plan.todo})
         self._unindexed = 0
+        self._node_names: Mapping[str, str] = {}
+        self._frames_by_node: Counter[str] = Counter()  # by the node's id
         self._counted: dict[int, int] = {}  # frames of videos that are shown in part, in _unindexed
 
     def run(self, executor: "Executor") -> None:
         """Works until every source is published, failed or skipped."""
+        self._node_names = executor.node_names
         while self._unexamined or self._ready or executor.running or self._examined or self._elsewhere:
             executor.is_wanted = bool(self._unexamined or self._ready or executor.running or self._examined)
             self._give_out(executor)
@@ -380,7 +385,7 @@ class _Run:
             self._job.begin(number)
         landed = self._archive.parts.commit(receipts)  # can be repeated after an interruption
         del self._receipts[: len(receipts)]
-        self._result.frame_count += sum(receipt.frame_count for receipt, is_in in zip(receipts, landed) if is_in)
+        self._count_frames([receipt for receipt, is_in in zip(receipts, landed) if is_in])
         for receipt in receipts:
             self._result.decode_seconds += receipt.decode_seconds
             self._result.encode_seconds += receipt.encode_seconds
@@ -392,6 +397,16 @@ class _Run:
             improve_index(self._archive)
             self._unindexed = 0
         self._last_commit = time.monotonic()
+
+    def _count_frames(self, receipts: Sequence[Receipt]) -> None:
+        """Adds committed frames, in all and for each node."""
+        for receipt in receipts:
+            self._frames_by_node[receipt.node] += receipt.frame_count
+        by_name: Counter[str] = Counter()  # a node that left and came back has another id
+        for node, count in self._frames_by_node.items():
+            by_name[self._node_names.get(node, node)] += count
+        self._result.frames_by_node = dict(sorted(by_name.items()))
+        self._result.frame_count = by_name.total()
 
     def _publish(self, is_last: bool) -> None:
         finished = list(self._finished)
