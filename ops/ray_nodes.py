@@ -16,9 +16,9 @@ from pathlib import Path
 
 RAY = Path(sys.executable).parent / "ray"
 HEAD = "127.0.0.2"
+TOKEN = {"RAY_AUTH_TOKEN": "of-these-tests-alone-0123456789abcdef"}
 # With it Ray takes the addresses that the nodes are given; who uses the cluster has the same token.
-ENVIRONMENT = {
-    "RAY_AUTH_TOKEN": "of-these-tests-alone-0123456789abcdef",
+ENVIRONMENT = TOKEN | {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
     "RAY_health_check_initial_delay_ms": "1000",

@@ -6,16 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
-RAY = Path(sys.executable).parent / "ray"
+from ops.ray_nodes import RAY, TOKEN
+
 # Who uses the cluster has the same token, and looks for it at 127.0.0.1.
-ENVIRONMENT = {
-    "RAY_AUTH_TOKEN": "of-these-tests-alone-0123456789abcdef",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
+ENVIRONMENT = TOKEN | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @contextlib.contextmanager

@@ -17,15 +17,16 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.job_config import JobConfig
 
 from pipeline.cluster.address import ANSWER_SECONDS
-from storage.errors import UsageError
+from storage.errors import UsageError, VidxError
 from storage.processes import usable_cores, usable_memory
 
 MOST_BYTES = 43  # of the path of Ray's folder: a socket's path has at most 107 bytes, and Ray adds up to 64
 
+NO_GPU = "--device cuda: Ray finds no GPU on {}; use --device cpu"
 BYTES_PER_CORE = 44 << 20  # of frames on their way: stages.BATCHES_AHEAD batches of a decoder and the two at work
 LEAST_STORE, MOST_STORE = 128 << 20, 8 << 30  # bytes; Ray refuses less than 75 MiB, and 10 GB outside /dev/shm
 
@@ -105,6 +106,17 @@ def _ask_client_server(address: str) -> None:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise AuthenticationError(error.details()) from error
+
+
+@contextlib.contextmanager
+def our_errors() -> Iterator[None]:
+    """Raises what vidx raised in a worker, instead of Ray's error around it."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, VidxError):
+            raise error.cause from None
+        raise
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from pipeline.cluster.connect import address_of_joined, first_line, start_ray
+from pipeline.cluster.connect import NO_GPU, address_of_joined, first_line, our_errors, start_ray
 from pipeline.cluster.nodes import (
     Node,
     anywhere_but,
@@ -37,7 +37,7 @@ from pipeline.cluster.nodes import (
 )
 from pipeline.cluster.stages import Decoding, examine_source
 from pipeline.cluster.supervise import RayWatch, watch_joined_ray, watch_own_ray
-from storage.errors import ClusterError, UnavailableError, UsageError, VidxError
+from storage.errors import ClusterError, UnavailableError, UsageError
 from storage.processes import kill_children
 from storage.records import Content, Problem, Reason, Receipt, SegmentTask
 from workers.actors import Encoder, Examined, WorkerSettings
@@ -184,7 +184,7 @@ class Executor:
         kind, have = ("GPU", "GPUs") if self._on_gpu else ("CPU", "CPUs")
         count = int(ray.cluster_resources().get(kind, 0) / (self._gpus_each if self._on_gpu else 1))
         if count == 0 and self._on_gpu:
-            raise UsageError("--device cuda: Ray finds no GPU on this machine; use --device cpu")
+            raise UsageError(NO_GPU.format("this machine"))
         if self._bound is not None and self._bound > count:
             raise UsageError(f"--workers {self._bound}: there are {count} {have}; give at most as many")
 
@@ -468,13 +468,12 @@ class Executor:
     def _collect(self, reference: Any) -> Outcome | None:
         task = self._running.pop(reference)
         try:
-            result = ray.get(reference)
+            with our_errors() if task.kind != "look" else contextlib.nullcontext():
+                result = ray.get(reference)
         except RayTaskError as error:
             if task.kind == "look":
                 self._leave_out(task.key, f"vidx does not run there: {first_line(error.cause or error)}")
                 return None
-            if isinstance(error.cause, VidxError):
-                raise error.cause from None
             if task.kind == "load":
                 raise
             sys.stderr.write(f"{error}\n")  # our own mistake: its traceback is shown, and the job goes on

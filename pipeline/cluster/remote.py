@@ -20,10 +20,10 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.ask.answer import Asked, Asker, Chosen, Say, silent
 from pipeline.ask.filter import Filter
 from pipeline.ask.search import bundle_of
-from pipeline.cluster.connect import address_of_joined, first_line, start_ray
+from pipeline.cluster.connect import NO_GPU, address_of_joined, first_line, our_errors, start_ray
 from pipeline.cluster.supervise import LOOK_SECONDS, watch_joined_ray
 from storage.archive.archive import Archive, open_archive
-from storage.errors import ClusterError, UsageError, VidxError
+from storage.errors import ClusterError, UsageError
 from storage.records import Answer, FrameRef
 from workers.llm.engine import ModelOptions
 from workers.llm.prompt import Turns
@@ -65,7 +65,7 @@ class RemoteAsker:
         have = ray.cluster_resources()
         gpus = min(1, int(have.get("GPU", 0))) if options.device != "cpu" else 0
         if options.device == "cuda" and not gpus:
-            raise UsageError("--device cuda: Ray finds no GPU on this cluster; use --device cpu")
+            raise UsageError(NO_GPU.format("this cluster"))
         cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
         place: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
         settings = (cores, archive.uri, model, tower, options, cache_bytes)
@@ -134,10 +134,9 @@ class RemoteAsker:
 
     def _get(self, reference: Any) -> Any:
         try:
-            return ray.get(self._first_of(reference)[0])
-        except RayTaskError as error:
-            if isinstance(error.cause, VidxError):
-                raise error.cause from None
+            with our_errors():
+                return ray.get(self._first_of(reference)[0])
+        except RayTaskError:
             raise
         except (RayError, ConnectionError) as error:
             raise self._lost(error) from error

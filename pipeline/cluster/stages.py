@@ -9,9 +9,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from pipeline.cluster.connect import first_line
+from pipeline.cluster.connect import first_line, our_errors
 from pipeline.cluster.nodes import anywhere_but, within
-from storage.errors import VidxError
 from storage.records import Content, FrameBatch, Problem, Reason, SegmentTask
 from workers import actors
 from workers.actors import Examined, WorkerSettings
@@ -69,10 +68,10 @@ class Decoding:
         references = remote.remote(self.settings, task)
         try:
             for reference in references:
-                yield ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, VidxError):
-                raise error.cause from None
+                with our_errors():
+                    piece = ray.get(reference)
+                yield piece
+        except RayTaskError:
             raise
         except RayError as error:
             detail = f"the process that decoded it, or its node, died: {first_line(error)}"
