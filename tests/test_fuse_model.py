@@ -28,7 +28,7 @@ from workers.llm.prompt import (
 )
 from workers.models.bundle import find_bundle
 from workers.vision.encode import exact_inputs
-from workers.vision.llava_mini import FusionInputs, patches_inputs, tokens_inputs
+from workers.vision.prefusion import FusionInputs, patches_inputs, tokens_inputs
 
 
 @pytest.fixture(scope="module", params=MODELS)

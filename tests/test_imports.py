@@ -15,14 +15,14 @@ MODULES = {
     for path in FILES
     if path.parent != ROOT / "pipeline" / "vidx"
 }
-SAME_STEP = {"search", "chat"}  # a step and its command
+SAME_STEP = {"search", "chat", "clip", "sql"}  # a step and its command
 MAY_IMPORT = {
     "ray": ("pipeline/cluster/",),
     "av": ("workers/decode/"),
     "decord": ("workers/decode/"),
     "scenedetect": ("workers/decode/scenes.py",),
     "click": ("pipeline/cli",),
-    "torch": ("workers/", "pipeline/ask/answer.py", "pipeline/ask/fuse.py"),
+    "torch": ("workers/", "pipeline/ask/answer.py", "pipeline/ask/showing.py"),
     "transformers": ("workers/",),
     "duckdb": ("storage/",),
     "deltalake": ("storage/",),

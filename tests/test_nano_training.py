@@ -26,7 +26,7 @@ from workers.llm.engine import ModelOptions
 from workers.llm.model import answer_embeds, fuse_question, load_model
 from workers.llm.prompt import prompt_ids
 from workers.models.bundle import find_bundle
-from workers.vision.llava_mini import FusionInputs
+from workers.vision.prefusion import FusionInputs
 from workers.vision.visionzip import keep_patches
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def test_packed_questions_give_the_logits_of_the_product(shards, learner, source
 
 
 def vision_tokens_of(model, features, part):
-    from workers.vision.llava_mini import prefuse_vision
+    from workers.vision.prefusion import prefuse_vision
 
     vision = model.vision
     patches, compressed = vision.projector(features.patches[part]), vision.projector(features.compressed[part])

@@ -14,12 +14,13 @@ from safetensors.numpy import load_file, save_file
 from ops.published import encode_pixels
 from storage.errors import UsageError
 from workers.llm.engine import ModelOptions, SamplingParams, TransformersEngine
-from workers.llm.frame_cache import ShownFrames
 from workers.llm.model import LlavaMini, load_model
 from workers.llm.prompt import decode_ids, prompt_ids
+from workers.llm.shown_frames import ShownFrames
 from workers.models.bundle import Bundle, find_bundle, read_bundle
 from workers.vision.encode import encode_frames, exact_inputs
-from workers.vision.llava_mini import VisionPart, load_vision, tokens_inputs
+from workers.vision.llava_mini import VisionPart, load_vision
+from workers.vision.prefusion import tokens_inputs
 
 HALF_MAX = 65504.0
 HALF = 2.0**-11  # relative rounding of float16

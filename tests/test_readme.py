@@ -125,5 +125,5 @@ def run(command, settings):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **settings, "PATH": path}
     return subprocess.run(
-        shlex.split(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        shlex.split(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

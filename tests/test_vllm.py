@@ -16,11 +16,11 @@ from pipeline.ask.filter import Filter
 from storage.archive.archive import open_archive
 from storage.errors import ClusterError, UsageError
 from workers.llm.engine import EngineName, ModelOptions, SamplingParams
-from workers.llm.frame_cache import ShownFrames
 from workers.llm.model import load_model
 from workers.llm.prompt import load_tokenizer, prompt_ids
+from workers.llm.shown_frames import ShownFrames
 from workers.models.bundle import find_bundle
-from workers.vision.llava_mini import tokens_inputs
+from workers.vision.prefusion import tokens_inputs
 
 QUESTIONS = ("What is there?", "What comes after the cow?", "What is there?", "Is there ever a tent in it?")
 # Attention on a CPU wants heads of at least 32, and nano's are of 40; grouped keys and scaled positions, as published.

@@ -32,8 +32,8 @@ from small_bundle import change_json, write_bundle
 from ops.published import encode_pixels, greedy_logits
 from pipeline.ask.answer import Asked, Asker
 from pipeline.ask.filter import Filter
-from pipeline.ask.fuse import stored_inputs
 from pipeline.ask.search import bundle_of
+from pipeline.ask.showing import stored_inputs
 from storage.archive.archive import Archive, create_archive, open_archive
 from storage.files import local_path
 from storage.parts.read import read_tokens

@@ -36,7 +36,7 @@ from workers.llm.model import LlavaMini, answer_embeds, fuse_question, load_mode
 from workers.llm.prompt import decode_ids, prompt_ids
 from workers.models.bundle import find_bundle
 from workers.vision.encode import FrameFeatures, all_patches, frame_features, frame_pixels, to_int8, vision_tokens
-from workers.vision.llava_mini import FusionInputs
+from workers.vision.prefusion import FusionInputs
 from workers.vision.visionzip import keep_rows
 
 VIDEOS, MINUTES = 12, 3.0

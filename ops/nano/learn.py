@@ -24,7 +24,8 @@ from workers.models.bundle import find_bundle
 from workers.models.checkpoint import read_json
 from workers.vision.clip_vision import pixel_values
 from workers.vision.encode import FrameFeatures, frame_features
-from workers.vision.llava_mini import block_rows, fold, prefuse_vision
+from workers.vision.llava_mini import fold
+from workers.vision.prefusion import block_rows, prefuse_vision
 from workers.vision.visionzip import keep_patches
 
 EXACT, PATCHES, TOKENS = SOURCES

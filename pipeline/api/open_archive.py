@@ -184,7 +184,7 @@ class OpenArchive:
             video, start_seconds, end_seconds, after, before, tags, where: the part of the archive, see the class.
         """
         from pipeline.ask.answer import Asked, Asker, Over, silent  # with torch
-        from pipeline.ask.fuse import SOURCES
+        from pipeline.ask.showing import SOURCES
         from workers.llm.engine import ModelOptions, SamplingParams
 
         check_count("frames", frames, or_none="all")

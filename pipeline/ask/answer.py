@@ -11,10 +11,10 @@ from enum import StrEnum
 from functools import cached_property
 
 from pipeline.ask.filter import Filter
-from pipeline.ask.fuse import Showing
 from pipeline.ask.moments import adjoin
 from pipeline.ask.query import Query, Term, check_text
 from pipeline.ask.search import FRAMES_SHOWN, Searcher, SearchLimits
+from pipeline.ask.showing import Showing
 from pipeline.times import clock
 from storage.archive.archive import Archive
 from storage.errors import UsageError

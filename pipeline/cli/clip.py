@@ -31,7 +31,7 @@ def clip(moment: str, file: str | None, archive_dir: str, force: bool, as_json: 
     vidx clip cars.mp4@0:12:31-0:12:40
     vidx clip 1f0c22@83-95.5 van.mkv
     """
-    from pipeline.results.cut import clip as cut
+    from pipeline.results.clip import clip as cut
     from storage.archive.archive import open_archive
 
     name, start, end = parse_moment(moment)

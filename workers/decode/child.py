@@ -20,10 +20,10 @@ import numpy as np
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
 from workers.decode import frames_at, pyav
+from workers.decode.cut import CutFile, cut
 from workers.decode.open_video import DecodeTask, VideoInput, out_of_memory
 from workers.decode.picture import store_form, thumbnail
 from workers.decode.probe import probe
-from workers.decode.remux import CutFile, cut
 from workers.decode.sample import KeptFrame, Tally
 from workers.protocol import Closed, probe_from_json, probe_to_json, receive, send
 from workers.sandbox import confine, die_with_owner

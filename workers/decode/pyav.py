@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import av
@@ -12,17 +12,15 @@ from av.video.reformatter import VideoReformatter
 
 from storage.errors import VideoProblem
 from storage.records import Choice, Reason
-from workers.decode.clock import RESTART_SECONDS, BestEffortClock, OneClock, TimedFrame
+from workers.decode.clock import BestEffortClock, OneClock, TimedFrame
 from workers.decode.damage import Damage, DamageWatch, damage_message
 from workers.decode.encryption import ENCRYPTED_DETAIL, is_encrypted
 from workers.decode.open_video import DecodeTask, OpenVideo, check_pixels, check_refused_size, out_of_memory
 from workers.decode.packets import PacketTable, can_cut, is_header, scan_packets
 from workers.decode.picture import Orientation, StoredPicture, store_form
 from workers.decode.sample import Grid, KeptFrame, Spaced, Tally, sample
-from workers.decode.structure import cut_short
-from workers.decode.transport import find_losses
+from workers.decode.verdict import look_for_losses, problem_of_segment
 
-_PROBED_BYTES = 8 << 20  # more than the 5 MB that FFmpeg reads to find the streams
 _MATRIX_BYTES = 9 * 4
 
 
@@ -181,8 +179,8 @@ def decode(task: DecodeTask) -> Iterator[KeptFrame]:
         frames = clock.place(_until_problem(read_frames(video, damage, start), damage))
         yield from kept_frames(task, frames, FrameStorer(), tally)
         if video.format_name == "mpegts" and not damage.marks:
-            _look_for_losses(video, damage)
-    problem = _judge(task, damage, tally, clock.restarts)
+            look_for_losses(video, damage)
+    problem = problem_of_segment(task, damage, tally, clock.restarts)
     if problem is not None:
         raise problem
 
@@ -223,7 +221,7 @@ def _decode_keyframes(task: DecodeTask, table: PacketTable) -> Iterator[KeptFram
                 break
     if damage.end is None and ends:
         damage.note(None, f"{len(ends)} of {len(wanted)} keyframes cannot be decoded")
-    problem = _judge(task, damage, None)
+    problem = problem_of_segment(task, damage, None)
     if problem is not None:
         raise problem
 
@@ -234,49 +232,3 @@ def _until_problem(frames: Iterator[TimedFrame], damage: Damage) -> Iterator[Tim
         yield from frames
     except VideoProblem as problem:
         damage.end = problem
-
-
-def _judge(task: DecodeTask, damage: Damage, tally: Tally | None, restarts: Sequence[int] = ()) -> VideoProblem | None:
-    """The problem of a segment that was read; tally is None if not every frame was decoded."""
-    problem = _damage_of(task, damage, tally)
-    if not restarts:
-        return problem
-    shown = ", ".join(f"{float(task.probe.time_seconds(ticks)):.1f} s" for ticks in restarts[:3])
-    more = f" and {len(restarts) - 3} more times" if len(restarts) > 3 else ""
-    restarted = f"its clock restarts at {shown}{more}; the frames after a restart follow those before it without a gap"
-    if problem is None:
-        return VideoProblem(Reason.CLOCK_RESTARTED, restarted)
-    return VideoProblem(problem.reason, f"{problem.detail}; {restarted}")
-
-
-def _look_for_losses(video: OpenVideo, damage: Damage) -> None:
-    """Notes missing packets of a transport stream; FFmpeg also calls packets incomplete that are whole."""
-    # Where FFmpeg looks for the streams, at the file's start, it does not report every incomplete packet.
-    losses = find_losses(video.file, video.stream.id, video.file.size if damage.suspect_count else _PROBED_BYTES)
-    if losses.count:
-        damage.note(None, f"packets are missing at byte {losses.first_byte}")
-    elif damage.suspect_count > losses.joins:
-        damage.note(None, "a packet is incomplete")
-
-
-def _damage_of(task: DecodeTask, damage: Damage, tally: Tally | None) -> VideoProblem | None:
-    probe, segment = task.probe, task.segment
-    if damage.end is not None:
-        return damage.end
-    missing = cut_short(task.source.file) if segment.end_ticks is None else None
-    if missing is not None:
-        return VideoProblem(Reason.TRUNCATED, f"the file is cut short: {missing}")
-    details = damage.before(segment.end_ticks)
-    if details:
-        return VideoProblem(Reason.CORRUPT, f"damaged in {len(details)} places, first: {details[0]}")
-    if tally is None:
-        return None
-    if tally.jump_ticks * probe.time_base > RESTART_SECONDS:
-        back, at = float(tally.jump_ticks * probe.time_base), float(probe.time_seconds(tally.jump_at_ticks))
-        detail = f"frame times go back by {back:.1f} s at {at:.1f} s; frames with such times are left out"
-        return VideoProblem(Reason.CORRUPT, detail)
-    expected = None if segment.end_ticks is None else dict(probe.cuts).get(segment.end_ticks)
-    if expected is not None and tally.frame_count != expected - segment.first_index:
-        wanted = expected - segment.first_index
-        return VideoProblem(Reason.CORRUPT, f"only {tally.frame_count} of {wanted} frames can be decoded")
-    return None

@@ -22,16 +22,8 @@ from workers.llm.quantize import quantize_matrices
 from workers.models.bundle import Bundle
 from workers.models.checkpoint import list_tensors
 from workers.models.load import fill
-from workers.vision.llava_mini import (
-    FusionInputs,
-    VisionPart,
-    frames_and_text,
-    in_pieces,
-    load_parts,
-    precise_attention,
-    prefuse,
-    to_device,
-)
+from workers.vision.llava_mini import VisionPart, load_parts, precise_attention, to_device
+from workers.vision.prefusion import FusionInputs, frames_and_text, in_pieces, prefuse
 
 
 @dataclass(frozen=True, repr=False)

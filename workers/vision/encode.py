@@ -14,14 +14,8 @@ from torch import Tensor
 from storage.records import PatchRows, TokenBatch, join_tokens
 from workers.models.preprocess import frame_parts
 from workers.vision.clip_vision import TowerFeatures, pixel_values, tower_features
-from workers.vision.llava_mini import (
-    FusionInputs,
-    VisionPart,
-    arrange_patches,
-    compress,
-    frames_at_once,
-    prefuse_vision,
-)
+from workers.vision.llava_mini import VisionPart, arrange_patches, compress, frames_at_once
+from workers.vision.prefusion import FusionInputs, prefuse_vision
 from workers.vision.visionzip import keep_patches
 
 _FLOAT16_MAX = 65504.0

@@ -3,7 +3,7 @@
 Pre-fusion and the LLM are causal. So keys and values of everything before the first different id of two prompts are
 the same for both: the frames' rows and the shared text in pre-fusion, the shared text and the frames' tokens in the
 LLM. They are kept. A further question computes only its own text; a further turn of a conversation also computes the
-last answer. Results are those of the whole prompt, up to the order of sums (tests/test_frame_cache.py).
+last answer. Results are those of the whole prompt, up to the order of sums (tests/test_shown_frames.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,8 @@ from storage.errors import UsageError
 from workers.llm.engine import Context, SamplingParams, no_numbers
 from workers.llm.model import LlavaMini, answer_embeds, embed_text, fuse_question, unmasked
 from workers.llm.prompt import PLACEHOLDER_ID
-from workers.vision.llava_mini import FusionInputs, Past, frames_and_text, in_pieces, precise_attention, prefuse
+from workers.vision.llava_mini import precise_attention
+from workers.vision.prefusion import FusionInputs, Past, frames_and_text, in_pieces, prefuse
 
 
 class ShownFrames:

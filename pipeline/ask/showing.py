@@ -11,11 +11,11 @@ from storage.parts.read import cell_shape, has_column, read_compressor_out, read
 from storage.records import FrameRef, VideoRow
 from workers.decode.client import Decoder, allowed_pixels
 from workers.llm.engine import SamplingParams
-from workers.llm.frame_cache import ShownFrames
 from workers.llm.model import LlavaMini
+from workers.llm.shown_frames import ShownFrames
 from workers.sources.identity import check_still_there, in_video
 from workers.vision.encode import exact_inputs
-from workers.vision.llava_mini import FusionInputs, patches_inputs, tokens_inputs
+from workers.vision.prefusion import FusionInputs, patches_inputs, tokens_inputs
 
 SOURCES = ("exact", "patches", "tokens")  # what pre-fusion can read
 STORED_AT_ONCE = 256  # frames whose stored rows are in memory together

@@ -10,9 +10,9 @@ from ops.published import encode_pixels, greedy_logits
 from storage.errors import VideoProblem
 from storage.records import Reason
 from workers.llm.engine import ModelOptions, SamplingParams
-from workers.llm.frame_cache import ShownFrames, prefusion_row_bytes
 from workers.llm.model import answer_embeds, fuse_question, load_model
 from workers.llm.prompt import PLACEHOLDER_ID
+from workers.llm.shown_frames import ShownFrames, prefusion_row_bytes
 from workers.models.bundle import find_bundle
 from workers.vision.encode import exact_inputs
 
