@@ -23,6 +23,7 @@ from storage.files import file_path, is_text, join
 MOST_TEXT = 1 << 16
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,199}")
+_IN_SHARD = re.compile(r"_[0-9]{6}/")
 _ID = r"[0-9a-f]{32}"
 JOB_ID = re.compile(_ID)
 INDEX_NAME = re.compile(_ID + r"\.(keys|codes|runs|rows|centroids)")
@@ -38,9 +39,10 @@ def file_uri(folder_uri: str, name: str) -> str:
     """The URI of a file of an archive, by the name that the archive gives; no other function joins such a name.
 
     Raises:
-        InvalidValue: the name is no plain file name, or there is something else than a regular file.
+        InvalidValue: the name is no plain file name, with or without the folder of a shard, or there is something else
+            than a regular file.
     """
-    check_names([name])
+    check_names([name], in_shards=True)
     uri = join(folder_uri, name)
     check_kind(uri)
     return uri
@@ -133,10 +135,14 @@ def check_integers(name: str, values: list, least: int = 0, most: int = INT64) -
     return np.array([check_integer(name, value, least, most) for value in values], np.int64)
 
 
-def check_names(values: list) -> tuple[str, ...]:
-    """The values, which must be plain file names, all different."""
+def check_names(values: list, *, in_shards: bool = False) -> tuple[str, ...]:
+    """The values, which must be plain file names, all different; with in_shards, they may begin with a shard's folder.
+
+    A shard is a folder of frames (storage/archive/part_table.py).
+    """
     for value in values:
-        if not isinstance(value, str) or not _NAME.fullmatch(value):
+        name = _IN_SHARD.sub("", value, 1) if in_shards and isinstance(value, str) else value
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InvalidValue(f"it names a file {short_repr(value)}; no file of an archive has such a name")
     if len(set(values)) < len(values):
         raise InvalidValue("it names a file twice")

@@ -83,7 +83,11 @@ def normalize_uri(uri: str) -> str:
 
 
 def join(uri: str, *names: str) -> str:
-    """The URI of a file or folder below a folder; the names are plain text and are percent-encoded for file:// URIs."""
+    """The URI of a file or folder below a folder; empty names are left out.
+
+    The names are plain text and are percent-encoded for file:// URIs.
+    """
+    names = tuple(filter(None, names))
     if local_path(uri) is not None:
         names = tuple(urllib.parse.quote(os.fsencode(name)) for name in names)
     return "/".join((uri.rstrip("/"), *names))

@@ -270,7 +270,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SegmentTask:
-    """All that a worker needs to index one segment."""
+    """All that a worker needs to index one segment; folder is that of the video's shard in the folder of frames."""
 
     uri: str
     content: Content
@@ -278,6 +278,7 @@ class SegmentTask:
     segment: Segment
     video_number: int
     sampling: Sampling
+    folder: str = ""
 
 
 def check_array(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:

@@ -20,8 +20,9 @@ from pyarrow import fs
 
 from storage.archive.archive import Archive
 from storage.archive.delta import check_no_links
+from storage.archive.part_table import shard_folders
 from storage.errors import ArchiveError, DamagedError, UsageError
-from storage.files import file_path, is_text, source_text
+from storage.files import file_path, is_text, join, source_text
 from storage.parts.layout import BINARY, COLUMNS
 from storage.processes import anonymous_bytes, usable_memory
 from storage.records import Status
@@ -298,7 +299,8 @@ def _create_views(connection: duckdb.DuckDBPyConnection, archive: Archive, state
 
 def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
     """The parts of published videos, each read when the statement needs it."""
-    check_no_links(archive.frames_uri)
+    for folder in ("", *shard_folders(archive.frames_uri)):
+        check_no_links(join(archive.frames_uri, folder))
     schema = pa.schema([field.with_nullable(True) for field in schema])
     place = file_path(archive.frames_uri).decode()
     checked = ds.ParquetFileFormat(

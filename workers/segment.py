@@ -68,6 +68,7 @@ def _attempt(
         model_id=model.bundle.model_id,
         sampling=str(task.sampling),
         dtype=str(model.dtype).removeprefix("torch."),
+        folder=task.folder,
     )
     clock = _Clock()
     ended, frame_count, end_seconds = Decoded(None, task.probe.decoder), 0, None

@@ -9,7 +9,7 @@ import numpy as np
 
 from storage.archive.archive import Archive
 from storage.archive.frames import Rows
-from storage.archive.part_table import PartBounds
+from storage.archive.shard import PartBounds
 from storage.errors import UsageError
 from storage.files import normalize_text
 from storage.records import FrameRef, VideoRow

@@ -192,7 +192,7 @@ class MomentFinder:
     def _parts_of(self, video_number: int) -> list[str]:
         """The paths of a video's parts, in order of time."""
         if video_number not in self._paths:
-            bounds = self._archive.parts.bounds()
+            bounds = self._archive.parts.bounds([video_number])
             places = bounds.of(video_number)
             places = places[np.argsort(bounds.first_seconds[places], kind="stable")]
             self._paths[video_number] = bounds.path[places].tolist()

@@ -513,7 +513,7 @@ class _Run:
                 self._job.release(number)
                 self._skip(asset)
                 continue
-            segments = split(content.video_id, probe)
+            segments, folder = split(content.video_id, probe), self._archive.parts.folder_of(number)
             keys = [segment.key for segment in segments]
             again = self._wanted.retry_failed
             done = self._archive.parts.committed(number, keys, whole_only=again)
@@ -527,7 +527,7 @@ class _Run:
             self._videos[content.video_id] = video
             for segment in waiting:
                 own = replace(probe, cuts=tuple(cut for cut in probe.cuts if cut[0] == segment.end_ticks))
-                self._ready.append(SegmentTask(asset.uri, content, own, segment, number, self._sampling))
+                self._ready.append(SegmentTask(asset.uri, content, own, segment, number, self._sampling, folder))
             if not waiting:
                 self._finish(video)
 

@@ -122,7 +122,7 @@ def _edl(title: str, archive: Archive, moments: Sequence[Moment]) -> str:
 
 def _frame_rate(archive: Archive, video_number: int) -> float:
     """Frames per second, from the indexes and times of stored frames; a usual rate if it is almost equal."""
-    bounds = archive.parts.bounds()
+    bounds = archive.parts.bounds([video_number])
     places = bounds.of(video_number)
     seconds = bounds.last_seconds[places].max() - bounds.first_seconds[places].min()
     frames = bounds.last_index[places].max() - bounds.first_index[places].min()

@@ -1,7 +1,7 @@
 """The archive: what is committed, and the commits that change it.
 
     archive.json    format version, model; written last, so a folder that has it is a whole archive
-    frames/         Delta table of parts (storage/parts/layout.py), one row per frame
+    frames/         Delta tables of parts (storage/archive/part_table.py), one row per frame
     videos/         Delta table, one row per video; its rows make frames visible
     numbers/        Delta table: the number of each (video, model, sampling), given once
     index/          search keys (storage/vectors/vector_index.py); may be deleted at any time
@@ -17,12 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from storage.archive import delta, video_rows
 from storage.archive.claims import claimed_numbers
 from storage.archive.frames import FrameTable
-from storage.archive.part_table import PartTable
+from storage.archive.part_table import VIDEOS_PER_SHARD, PartTable, create_shard
 from storage.archive.settings import (
     FORMAT_VERSION,
     TABLES,
@@ -37,7 +35,6 @@ from storage.archive.video_numbers import NUMBERS, NumberTable
 from storage.archive.video_table import VideoTable
 from storage.errors import NoArchiveError, UsageError
 from storage.files import join, make_folder, remove, source_text, tree_size, write_bytes, write_errors
-from storage.parts.layout import COLUMNS
 from storage.parts.read import part_identity
 from storage.records import Sampling, Status
 
@@ -84,15 +81,14 @@ def create_archive(uri: str, *, model_id: str, model_name: str, model_tower: str
         ArchiveError: the place cannot be written.
     """
     uri = archive_uri(uri)
-    settings = Settings(FORMAT_VERSION, model_id, model_name, model_tower)
+    settings = Settings(FORMAT_VERSION, model_id, model_name, model_tower, VIDEOS_PER_SHARD)
     if not archive_exists(uri):
         refuse_foreign_folder(uri)
         with write_errors(uri):
             for name in (*TABLES, "index"):
                 make_folder(join(uri, name))
-        optional = ("search_key", "patches")  # parts may lack them
-        frames = pa.schema([field.with_nullable(field.nullable or field.name in optional) for field in COLUMNS])
-        for name, schema in (("frames", frames), ("videos", video_rows.SCHEMA), ("numbers", NUMBERS)):
+        create_shard(join(uri, "frames"))
+        for name, schema in (("videos", video_rows.SCHEMA), ("numbers", NUMBERS)):
             delta.create_table(join(uri, name), schema)
         if not archive_exists(uri):
             write_settings(uri, settings)
@@ -146,7 +142,7 @@ class Archive:
         self.model_tower = settings.model_tower
         self.frames_uri = join(uri, "frames")
         self.index_uri = join(uri, "index")
-        self.parts = PartTable(self.frames_uri)
+        self.parts = PartTable(self.frames_uri, settings.videos_per_shard)
         self.videos = VideoTable(uri, self.parts)
         self.frames = FrameTable(self.parts, self.videos)
         self.numbers = NumberTable(join(uri, "numbers"), self.model_id)
@@ -195,8 +191,11 @@ class Archive:
             ArchiveError: the archive cannot be written.
         """
         # The table may have lost numbers that no repair has restored yet; they are not given to other videos.
-        in_use = {*self.parts.bounds().video_number.tolist(), *self.videos.numbers()}
-        return self.numbers.reserve([(video_id, str(sampling)) for video_id, sampling in keys], in_use)
+        newest = self.parts.newest_numbers(max(self.numbers.all_given(), default=0))
+        in_use = {*newest, *self.videos.numbers()}
+        given = self.numbers.reserve([(video_id, str(sampling)) for video_id, sampling in keys], in_use)
+        self.parts.make_shards(given.values())
+        return given
 
     def restore_numbers(self) -> None:
         """Gives their numbers back to videos that have frames or rows, after the table of numbers was damaged.
@@ -231,9 +230,10 @@ class Archive:
         growing = [row.frame_count for row in rows if row.status is Status.INDEXING]
         unconfined = [row.sandbox_missing for row in rows if row.sandbox_missing and row.status is not Status.DELETED]
         # Videos that a job has begun and no row shows yet; the claim tells them from replaced ones.
-        begun = self.unpublished_numbers() & claimed_numbers(self.uri)
+        begun = claimed_numbers(self.uri) - self.videos.numbers()
         begun -= self.deleted_numbers() if begun else set()
-        counts = self.parts.bounds().frame_counts()
+        counts = self.parts.bounds(begun).frame_counts()
+        begun &= counts.keys()
         return ArchiveStatus(
             videos_indexed=states[Status.INDEXED],
             videos_partial=states[Status.PARTIAL],

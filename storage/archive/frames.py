@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.archive.part_table import PartTable
+from storage.archive.shard import PartBounds
 from storage.archive.video_table import VideoTable
 from storage.errors import DamagedError
 from storage.files import join, source_text
@@ -69,8 +70,8 @@ class FrameTable:
         Raises:
             ArchiveError: a part is missing or damaged.
         """
-        matching = self._matching(video_numbers, start_seconds, end_seconds, frame_indexes)
-        found = [ref for place, rows in matching for ref in self._refs(place, rows)]
+        bounds, matching = self._matching(video_numbers, start_seconds, end_seconds, frame_indexes)
+        found = [ref for place, rows in matching for ref in self._refs(bounds, place, rows)]
         return sorted(found, key=lambda ref: (ref.video_number, ref.ticks))
 
     def rows(
@@ -81,9 +82,8 @@ class FrameTable:
         frame_indexes: np.ndarray | None = None,
     ) -> Rows:
         """The rows of the same frames, by part; arguments and errors as in `find`."""
-        path = self._parts.bounds().path
-        matching = self._matching(video_numbers, start_seconds, end_seconds, frame_indexes)
-        return {path[place]: rows for place, rows in matching}
+        bounds, matching = self._matching(video_numbers, start_seconds, end_seconds, frame_indexes)
+        return {bounds.path[place]: rows for place, rows in matching}
 
     def refs_of(self, rows: Rows) -> Iterator[list[FrameRef]]:
         """The frames in rows of published parts, one list per part, ordered by video and time.
@@ -94,7 +94,7 @@ class FrameTable:
         bounds = self._parts.bounds()
         for place in np.lexsort((bounds.first_seconds, bounds.video_number)).tolist():
             if bounds.path[place] in rows:
-                yield self._refs(place, rows[bounds.path[place]])
+                yield self._refs(bounds, place, rows[bounds.path[place]])
 
     def at(self, video_number: int, seconds: float) -> FrameRef | None:
         """The frame that is shown at a position, or None if no published frame is.
@@ -129,17 +129,27 @@ class FrameTable:
         start_seconds: float | None,
         end_seconds: float | None,
         frame_indexes: np.ndarray | None,
-    ) -> Iterator[tuple[int, np.ndarray | None]]:
-        """Places of parts in the bounds, each with the rows that match, ascending, or None for all of its rows.
-
-        Only parts that reach beyond an end of the range are opened.
-        """
-        published, bounds = self._videos.published(), self._parts.bounds()
+    ) -> tuple[PartBounds, Iterator[tuple[int, np.ndarray | None]]]:
+        """Bounds of parts, and the places of those that match, each with its rows, ascending, or None for all rows."""
+        published = self._videos.published()
         if video_numbers is None:
             chosen = set(published)
         else:
             chosen = {video_numbers} if isinstance(video_numbers, int) else set(video_numbers)
-        wanted = np.isin(bounds.video_number, np.fromiter(chosen & published.keys(), np.int64))
+            chosen &= published.keys()
+        bounds = self._parts.bounds(None if video_numbers is None else chosen)
+        return bounds, self._matching_in(bounds, chosen, start_seconds, end_seconds, frame_indexes)
+
+    def _matching_in(
+        self,
+        bounds: PartBounds,
+        chosen: set[int],
+        start_seconds: float | None,
+        end_seconds: float | None,
+        frame_indexes: np.ndarray | None,
+    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        """As _matching, for chosen videos; only parts that reach beyond an end of the range are opened."""
+        wanted = np.isin(bounds.video_number, np.fromiter(chosen, np.int64))
         whole = wanted.copy()
         if start_seconds is not None:
             wanted &= bounds.last_seconds + bounds.longest_seconds >= start_seconds
@@ -155,7 +165,7 @@ class FrameTable:
             if whole[place]:
                 yield place, None
                 continue
-            times = self._times(place)
+            times = self._times(bounds, place)
             rows = np.ones(len(times.ticks), bool)
             if start_seconds is not None:
                 ends = times.time_seconds + times.duration_seconds
@@ -167,9 +177,9 @@ class FrameTable:
             if rows.any():
                 yield place, np.flatnonzero(rows)
 
-    def _refs(self, place: int, rows: np.ndarray | None) -> list[FrameRef]:
+    def _refs(self, bounds: PartBounds, place: int, rows: np.ndarray | None) -> list[FrameRef]:
         """The frames in some rows of one part, or in all of them, in file order."""
-        bounds, times = self._parts.bounds(), self._times(place)
+        times = self._times(bounds, place)
         path, number = bounds.path[place], int(bounds.video_number[place])
         video_id = self._videos.published()[number]
         rows = np.arange(len(times.ticks)) if rows is None else rows
@@ -181,9 +191,9 @@ class FrameTable:
             )
         ]
 
-    def _times(self, place: int) -> Times:
+    def _times(self, bounds: PartBounds, place: int) -> Times:
         """The times of a part's rows; the part must have as many rows as the log says."""
-        uri, bounds = self._parts.uri, self._parts.bounds()
+        uri = self._parts.uri
         times, count = read_times(uri, bounds.path[place]), int(bounds.row_count[place])
         if len(times.ticks) != count:
             part = source_text(join(uri, bounds.path[place]))

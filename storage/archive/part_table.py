@@ -1,98 +1,102 @@
-"""The table of parts: what is committed, by Delta's log; commits of segments, each of them once; removal of parts."""
+"""The table of parts: which files of frames are committed, in shards of so many videos each.
 
-import contextlib
-from collections import Counter
+    frames/          Delta table of the parts of the first videos, by number
+    frames/_000001/  of the next ones, and so on
+
+A commit costs time that grows with the files of its table, so a table holds the parts of VIDEOS_PER_SHARD videos. A
+shard is opened when something of its videos is needed. Foreign tools that clean a Delta table leave folders alone whose
+name begins with "_".
+"""
+
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-from deltalake import DeltaTable
 
 from storage.archive import delta
-from storage.checks import INT32, InvalidValue, check_column_text
-from storage.errors import ArchiveError
-from storage.files import exists, join, source_text
-from storage.parts.layout import MOST_SECONDS, read_errors
+from storage.archive.settings import TABLES
+from storage.archive.shard import PartBounds, Shard
+from storage.files import join, list_names
+from storage.parts.layout import COLUMNS
 from storage.parts.read import part_problem
-from storage.parts.write import PartWriter
-from storage.records import SEGMENT_KEY, Part, Problem, Receipt, is_damaged, is_whole, lies_within
+from storage.records import Part, Problem, Receipt, is_damaged, lies_within
 
-_BOUNDS = (
-    "min.video_number",
-    "max.video_number",
-    "num_records",
-    "min.frame_index",
-    "max.frame_index",
-    "min.time_seconds",
-    "max.time_seconds",
-    "max.duration_seconds",
-)
-
-
-@dataclass(frozen=True, repr=False)
-class PartBounds:
-    """What Delta's log says of each of P committed parts: all arrays (P,), in no particular order."""
-
-    path: np.ndarray
-    segment: np.ndarray
-    size_bytes: np.ndarray
-    video_number: np.ndarray
-    row_count: np.ndarray
-    first_index: np.ndarray
-    last_index: np.ndarray
-    first_seconds: np.ndarray
-    last_seconds: np.ndarray
-    longest_seconds: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.path)
-
-    def __repr__(self) -> str:
-        return f"PartBounds({len(self)} parts)"
-
-    def frame_counts(self) -> Counter[int]:
-        """The number of frames of each video, by its number."""
-        counts: Counter[int] = Counter()
-        for number, count in zip(self.video_number.tolist(), self.row_count.tolist(), strict=True):
-            counts[number] += count
-        return counts
-
-    def of(self, video_number: int) -> np.ndarray:
-        """The places of one video's parts in these arrays."""
-        return np.flatnonzero(self.video_number == video_number)
+VIDEOS_PER_SHARD = 4096  # so that opening or committing takes tens of milliseconds (ops/bench/million.py)
+_FOLDER = re.compile(r"_[0-9]{6}")
 
 
 class PartTable:
-    """All committed parts at one version, whether their videos are published or not."""
+    """All committed parts, whether their videos are published or not.
 
-    def __init__(self, uri: str):
+    A shard is seen at the version that was the newest when it was opened or refreshed.
+    """
+
+    def __init__(self, uri: str, videos_per_shard: int | None):
+        """The table of an archive; `open` reads it.
+
+        Args:
+            uri: the archive's folder of frames.
+            videos_per_shard: None for an archive of an older vidx, which has one shard.
+        """
         self.uri = uri
-        self._bounds: tuple[int, PartBounds] | None = None
-
-    @cached_property
-    def _table(self) -> DeltaTable:
-        return delta.open_table(self.uri)
+        self._per_shard = videos_per_shard
+        self._folders: set[str] = set()
+        self._shards: dict[str, Shard] = {}
 
     def open(self) -> None:
-        """Reads the newest version, unless a version is open already."""
-        _ = self._table
+        """Reads which shards there are, unless that is known already.
+
+        Raises:
+            ArchiveError: the first one is missing or damaged.
+        """
+        if not self._shards:
+            self._folders = set(shard_folders(self.uri))
+            self._shard("")
 
     @property
     def version(self) -> int:
-        """The table's version; each commit of parts increases it."""
-        return self._table.version()
+        """Grows with each commit of parts that is seen, and with each shard that is opened."""
+        return sum(shard.version + 1 for shard in self._shards.values())
 
     def refresh(self) -> None:
         """Moves to the newest version."""
-        delta.refresh(self._table)
+        self.open()
+        self._folders = set(shard_folders(self.uri))
+        for shard in self._shards.values():
+            shard.refresh()
 
-    def bounds(self) -> PartBounds:
-        """The bounds of all parts."""
-        if self._bounds is None or self._bounds[0] != self.version:
-            self._bounds = (self.version, _log_bounds(self.uri, delta.live_files(self._table)))
-        return self._bounds[1]
+    def folder_of(self, video_number: int) -> str:
+        """The folder of a video's parts in the folder of frames; empty for that folder itself."""
+        place = 0 if self._per_shard is None else video_number // self._per_shard
+        return f"_{place:06}" if place else ""
+
+    def make_shards(self, video_numbers: Iterable[int]) -> None:
+        """Makes the shards of these videos where they are missing, before parts are written to them.
+
+        Raises:
+            ArchiveError: the archive cannot be written.
+        """
+        for folder in {self.folder_of(number) for number in video_numbers} - self._folders - {""}:
+            create_shard(join(self.uri, folder))
+            self._folders.add(folder)
+
+    def bounds(self, video_numbers: Iterable[int] | None = None) -> PartBounds:
+        """The bounds of all parts; with video_numbers, of those in the shards of these videos.
+
+        Raises:
+            ArchiveError: a shard is damaged.
+        """
+        folders = {"", *self._folders}
+        if video_numbers is not None:
+            folders &= {self.folder_of(number) for number in video_numbers}
+        return PartBounds.join([self._shard(folder).bounds() for folder in sorted(folders)])
+
+    def newest_numbers(self, from_number: int) -> set[int]:
+        """The numbers of videos with parts, in the shard of a number and in all later ones."""
+        first = self.folder_of(from_number)
+        folders = [folder for folder in {"", *self._folders} if folder >= first]
+        return {number for folder in folders for number in self._shard(folder).bounds().video_number.tolist()}
 
     def problems_by_segment(self, video_number: int) -> dict[str, Problem | None]:
         """The problem that the part of each committed segment of a video states; opens the footer of each part.
@@ -100,7 +104,7 @@ class PartTable:
         Raises:
             ArchiveError: a part is missing or damaged.
         """
-        bounds = self.bounds()
+        bounds = self.bounds([video_number])
         places = bounds.of(video_number).tolist()
         return {bounds.segment[place]: part_problem(self.uri, bounds.path[place]) for place in places}
 
@@ -127,13 +131,13 @@ class PartTable:
 
     def holds(self, video_number: int, segment_keys: Collection[str]) -> bool:
         """Whether all these segments of a video are committed, damaged or not."""
-        bounds = self.bounds()
+        bounds = self.bounds([video_number])
         committed = bounds.segment[bounds.of(video_number)].tolist()
         return len(_covered(segment_keys, committed)) == len(segment_keys)
 
     def frame_count(self, video_number: int, segment_keys: Iterable[str] | None = None) -> int:
         """The number of frames committed for a video, published or not; with segment_keys, in these segments only."""
-        bounds = self.bounds()
+        bounds = self.bounds([video_number])
         places = bounds.of(video_number)
         if segment_keys is not None:
             keys = set(segment_keys)
@@ -142,7 +146,7 @@ class PartTable:
         return int(bounds.row_count[places].sum())
 
     def commit(self, receipts: Sequence[Receipt]) -> list[bool]:
-        """Commits the parts of a group of segments in one commit; tells for each receipt whether its part is committed.
+        """Commits the parts of a group of segments, each shard's in one commit; tells for each whether it is committed.
 
         Each (video, segment, model, sampling) is committed at most once. If its rows are committed already, also by
         another process at the same moment, the new part is not committed and its file is removed. There are two
@@ -151,16 +155,11 @@ class PartTable:
         again changes nothing and gives the same result. A receipt without a part gives False.
 
         Raises:
-            ArchiveError: the archive cannot be written, or a part to be replaced cannot be read. Either the whole group
-                is committed or nothing is, and no file is removed; commit again to learn which.
+            ArchiveError: the archive cannot be written, or a part to be replaced cannot be read. No file is removed;
+                commit the group again to learn which parts are committed.
         """
-
-        def plan() -> tuple[list[Part], list[int], set[str]]:
-            waiting, replaced = self._not_committed(receipts)
-            ids = {_segment_id(receipt.video_number, receipt.segment.key) for receipt in waiting}
-            return [receipt.part for receipt in waiting if receipt.part is not None], replaced, ids
-
-        return self._replace([receipt.part for receipt in receipts], plan)
+        self.make_shards(receipt.video_number for receipt in receipts)
+        return self._in_shards([self.folder_of(receipt.video_number) for receipt in receipts], receipts, Shard.commit)
 
     def drop(self, paths: Iterable[str]) -> None:
         """Takes parts out of the table.
@@ -168,169 +167,69 @@ class PartTable:
         Raises:
             ArchiveError: the archive cannot be written.
         """
-        wanted = set(paths)
-        self._replace([], lambda: ([], [*np.flatnonzero([path in wanted for path in self.bounds().path])], set()))
+        by_folder: dict[str, list[str]] = {}
+        for path in paths:
+            by_folder.setdefault(_folder_in(path), []).append(path)
+        for folder, own in by_folder.items():
+            self._shard(folder).drop(own)
 
     def join(self, joined: Sequence[tuple[Part, Sequence[str]]]) -> list[bool]:
-        """Replaces parts by joined ones that hold the same rows, in one commit; tells which joined parts are committed.
+        """Replaces parts by joined ones with the same rows, each shard's in one commit; tells which are committed.
 
         If another process has removed or replaced one of the old parts meanwhile, the joined part is not committed, and
         its file is removed.
 
         Args:
-            joined: new parts, each with the paths of the old ones.
+            joined: new parts, each with the paths of the old ones; all are of one video.
         Raises:
-            ArchiveError: the archive cannot be written. Either everything is committed or nothing is, and no file is
-                removed.
+            ArchiveError: the archive cannot be written; no file is removed.
         """
+        return self._in_shards([_folder_in(part.path) for part, _ in joined], joined, Shard.join)
 
-        def plan() -> tuple[list[Part], list[int], set[str]]:
-            places = {path: place for place, path in enumerate(self.bounds().path.tolist())}
-            waiting = [(part, paths) for part, paths in joined if places.keys() >= set(paths)]
-            return [part for part, _ in waiting], [places[path] for _, paths in waiting for path in paths], set()
+    def _in_shards(self, folders: Sequence[str], items: Sequence, change: Callable) -> list[bool]:
+        """What a change of several shards gives for each item."""
+        done = [False] * len(items)
+        for folder in sorted(set(folders)):
+            places = [place for place, other in enumerate(folders) if other == folder]
+            landed = change(self._shard(folder), [items[place] for place in places])
+            for place, has_landed in zip(places, landed, strict=True):
+                done[place] = has_landed
+        return done
 
-        return self._replace([part for part, _ in joined], plan)
-
-    def _replace(
-        self, parts: Sequence[Part | None], plan: Callable[[], tuple[list[Part], list[int], set[str]]]
-    ) -> list[bool]:
-        """Commits a change, planned again after each lost race; tells which of the parts are committed afterwards.
-
-        Files of parts that are not are removed.
-
-        Args:
-            parts: all that might be committed.
-            plan: gives the parts to add, the places in `bounds()` of the parts to remove, and the ids of the segments
-                that are added.
-        """
-        committed: set[str] = set()
-        for _ in delta.attempts():
-            self.refresh()
-            added, places, ids = plan()
-            if not added and not places:
-                break
-            self._check_exist(added)
-            bounds = self.bounds()
-            removed = [(bounds.path[place], int(bounds.size_bytes[place])) for place in places]
-            guards = dict.fromkeys(ids, 1)
-            for place in places:
-                guard = _segment_id(int(bounds.video_number[place]), bounds.segment[place])
-                guards[guard] = (self._table.transaction_version(guard) or 0) + 1
-            try:
-                delta.commit(self._table, added, removed, guards)
-            except delta.Conflict:
-                continue
-            committed = {part.path for part in added}
-            break
-        committed |= set(self.bounds().path)  # also parts of an earlier try that was committed though it raised
-        for part in parts:
-            if part is not None and part.path not in committed:
-                with contextlib.suppress(OSError):
-                    PartWriter.discard(self.uri, part)
-        return [part is not None and part.path in committed for part in parts]
-
-    def _check_exist(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            uri = join(self.uri, part.path)
-            if not exists(uri):
-                raise ArchiveError(
-                    f"{source_text(uri)}: was removed before it was committed, probably by `vidx clean` while the job "
-                    "was suspended; run the same command again"
-                )
-
-    def _not_committed(self, receipts: Sequence[Receipt]) -> tuple[list[Receipt], list[int]]:
-        """The receipts to commit, and the places of the parts that they replace."""
-        bounds = self.bounds()
-        places = {
-            (number, bounds.segment[place]): place
-            for number in {receipt.video_number for receipt in receipts}
-            for place in bounds.of(number).tolist()
-        }
-        waiting, replaced, seen = [], [], set()
-        for receipt in receipts:
-            part, key = receipt.part, (receipt.video_number, receipt.segment.key)
-            if part is None or key in seen:
-                continue
-            place = places.get(key)
-            if place is None and self._is_joined(receipt):
-                continue
-            if place is not None:
-                path, row_count = bounds.path[place], int(bounds.row_count[place])
-                if path == part.path or not self._is_better(part.row_count, receipt.problem, path, row_count):
-                    continue
-                replaced.append(place)
-            seen.add(key)
-            waiting.append(receipt)
-        return waiting, replaced
-
-    def _is_joined(self, receipt: Receipt) -> bool:
-        """Whether a joined part holds the segment's rows; only whole parts are joined."""
-        bounds = self.bounds()
-        places = bounds.of(receipt.video_number).tolist()
-        around = (place for place in places if lies_within(receipt.segment.key, bounds.segment[place]))
-        return any(is_whole(part_problem(self.uri, bounds.path[place])) for place in around)
-
-    def _is_better(self, new_count: int, problem: Problem | None, path: str, row_count: int) -> bool:
-        """Whether a segment's new rows replace the committed ones."""
-        committed = part_problem(self.uri, path)
-        if not is_damaged(committed):
-            return False
-        if not is_damaged(problem) or new_count > row_count:
-            return True
-        return committed.reason.is_temporary and not problem.reason.is_temporary
+    def _shard(self, folder: str) -> Shard:
+        if folder not in self._shards:
+            self._shards[folder] = Shard(self.uri, folder)
+        return self._shards[folder]
 
 
-def _segment_id(video_number: int, segment_key: str) -> str:
-    """The application id that guards a segment; a number stands for (video, model, sampling)."""
-    return f"segment:{video_number}:{segment_key}"
+def shard_folders(frames_uri: str) -> list[str]:
+    """The folders of the shards after the first one, in a folder of frames."""
+    return [name for name in list_names(frames_uri) if _FOLDER.fullmatch(name)]
+
+
+def table_folders(archive_uri: str) -> list[tuple[str, str]]:
+    """The Delta tables of an archive: the name of each, and the folder of a shard in it, empty for the table itself."""
+    shards = [("frames", folder) for folder in shard_folders(join(archive_uri, "frames"))]
+    return [*((name, "") for name in TABLES), *shards]
+
+
+def create_shard(uri: str) -> None:
+    """Makes an empty shard; an existing one stays as it is.
+
+    Raises:
+        ArchiveError: the place cannot be written.
+    """
+    optional = ("search_key", "patches")  # parts may lack them
+    schema = pa.schema([field.with_nullable(field.nullable or field.name in optional) for field in COLUMNS])
+    delta.create_table(uri, schema)
+
+
+def _folder_in(path: str) -> str:
+    """The folder of a part, by its path."""
+    return path.rpartition("/")[0]
 
 
 def _covered(keys: Iterable[str], others: Collection[str]) -> set[str]:
     """The keys of segments that are one of the others, or lie within one."""
     known = set(others)
     return {key for key in keys if key in known or any(lies_within(key, other) for other in others)}
-
-
-def _log_bounds(frames_uri: str, files: pa.Table) -> PartBounds:
-    """The bounds of all parts from the columns of Delta's log.
-
-    Raises:
-        ArchiveError: a part has no bounds or impossible ones, so another program wrote it.
-    """
-    if files.num_rows == 0:
-        empty = np.empty(0, np.int64)
-        return PartBounds(empty.astype(object), empty.astype(object), *[empty] * 8)
-    damaged = f"{source_text(frames_uri)}: damaged archive"
-    missing = [name for name in (*_BOUNDS, "min.segment") if name not in files.column_names]
-    if missing or any(files.column(name).null_count for name in (*_BOUNDS, "min.segment")):
-        raise ArchiveError(f"{damaged}: a part was committed without bounds; vidx did not write it")
-    number, last_number, *others = (files.column(name).to_numpy() for name in _BOUNDS)
-    if not np.array_equal(number, last_number):
-        raise ArchiveError(f"{damaged}: a part holds several videos; vidx did not write it")
-    bounds = PartBounds(
-        np.array(files.column("path").to_pylist(), object),
-        np.array(files.column("min.segment").to_pylist(), object),
-        files.column("size_bytes").to_numpy(),
-        number.astype(np.int64),
-        *others,
-    )
-    possible = (
-        (bounds.size_bytes > 0)
-        & (bounds.video_number >= 1)
-        & (bounds.video_number <= INT32)
-        & (bounds.row_count >= 1)
-        & (bounds.row_count <= bounds.size_bytes)
-        & (bounds.first_index >= 0)
-        & (bounds.row_count - 1 <= bounds.last_index - bounds.first_index)
-        & (bounds.last_index < 1 << 32)
-        & (bounds.first_seconds >= -MOST_SECONDS)
-        & (bounds.first_seconds <= bounds.last_seconds)
-        & (bounds.last_seconds <= MOST_SECONDS)
-        & (bounds.longest_seconds >= 0)
-        & (bounds.longest_seconds <= MOST_SECONDS)
-    )  # NaN is in no range
-    with read_errors(frames_uri):
-        check_column_text("segment", files.column("min.segment"), SEGMENT_KEY)
-        if not possible.all():
-            raise InvalidValue(f"the log's bounds of {bounds.path[~possible][0]} cannot be those of a part")
-    return bounds

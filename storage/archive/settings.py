@@ -19,7 +19,8 @@ from storage.files import (
     write_errors,
 )
 
-FORMAT_VERSION = 2  # since 2: attempts of videos
+FORMAT_VERSION = 3  # since 2: attempts of videos; since 3: frames in several shards
+OLDEST_FORMAT = 2
 SETTINGS_NAME = "archive.json"
 TABLES = ("frames", "videos", "numbers")
 MOST_BYTES = 1 << 20  # of archive.json
@@ -34,12 +35,14 @@ class Settings:
         model_id: the model's identity.
         model_name: the hub id or directory from which the model was loaded.
         model_tower: the vision tower that was given instead of the model's own, or empty.
+        videos_per_shard: how many video numbers the parts of a shard belong to; None: all, as before format 3.
     """
 
     format_version: int
     model_id: str
     model_name: str
     model_tower: str = ""
+    videos_per_shard: int | None = None
 
 
 def is_archive(uri: str) -> bool:
@@ -77,15 +80,17 @@ def read_settings(uri: str) -> Settings:
     try:
         values = parse_json(read_small(place, MOST_BYTES))
         version = check_integer("format_version", get_value(values, "format_version"))
-        if version != FORMAT_VERSION:
+        if not OLDEST_FORMAT <= version <= FORMAT_VERSION:
             older = "made by an older vidx; index the videos again into a new --archive"
             newer = "made by a newer vidx; update vidx"
             raise ArchiveError(
-                f"{source_text(uri)}: archive of format version {version}, and this vidx reads version "
-                f"{FORMAT_VERSION}: {older if version < FORMAT_VERSION else newer}"
+                f"{source_text(uri)}: archive of format version {version}, and this vidx reads versions "
+                f"{OLDEST_FORMAT} to {FORMAT_VERSION}: {older if version < FORMAT_VERSION else newer}"
             )
         model_id, model_name = (check_text(name, get_value(values, name)) for name in ("model_id", "model_name"))
-        return Settings(version, model_id, model_name, check_text("model_tower", values.get("model_tower", "")))
+        tower = check_text("model_tower", values.get("model_tower", ""))
+        per_shard = None if version < 3 else check_integer("videos_per_shard", get_value(values, "videos_per_shard"), 1)
+        return Settings(version, model_id, model_name, tower, per_shard)
     except InvalidValue as error:
         raise ArchiveError(
             f"{source_text(place)}: damaged archive: {error}; restore this file from a copy: every archive of the same "

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from storage.archive import video_rows
 from storage.archive.delta import RowTable
-from storage.archive.part_table import PartBounds, PartTable
+from storage.archive.part_table import PartTable
 from storage.archive.video_rows import to_arrow, to_rows
 from storage.errors import UsageError
 from storage.files import join, normalize_uri, source_text, to_uri
@@ -57,7 +57,7 @@ class VideoTable:
         """All rows (video_rows.SCHEMA); those of unfinished videos count the frames committed so far."""
         versions = self._table.version, self._parts.version
         if self._current is None or self._current[0] != versions:
-            self._current = versions, _with_stored_frames(self._table.rows(), self._parts.bounds())
+            self._current = versions, _with_stored_frames(self._table.rows(), self._parts)
         return self._current[1]
 
     def all(self) -> list[VideoRow]:
@@ -173,7 +173,7 @@ class VideoTable:
                 for id_, uri, status in zip(*columns, strict=True)
             ]
             found = table.filter(pa.array(is_wanted, pa.bool_()))
-            deleted[:] = to_rows(_with_stored_frames(found, self._parts.bounds()))
+            deleted[:] = to_rows(_with_stored_frames(found, self._parts))
             # A row of known content leaves one that says that it was deleted; of an unreadable file nothing is left.
             nothing: dict[str, Any] = {"video_number": None, "problem": None, "frame_count": 0, "attempts": 0}
             left = [replace(row, status=Status.DELETED, **nothing) for row in to_rows(found) if row.video_id]
@@ -295,18 +295,18 @@ def _without_growth(*values: object) -> tuple:
     return *others, status, attempts, None if status == Status.INDEXING else frame_count
 
 
-def _with_stored_frames(table: pa.Table, bounds: PartBounds) -> pa.Table:
+def _with_stored_frames(table: pa.Table, parts: PartTable) -> pa.Table:
     """The rows; those of unfinished videos have the number of frames committed so far, and say how much that is."""
     is_growing = pc.equal(table.column("status"), str(Status.INDEXING))
     growing = table.filter(is_growing)
     if growing.num_rows == 0:
         return table
     rows = to_rows(growing)
-    stored = [int(bounds.row_count[bounds.of(row.known_number)].sum()) for row in rows]
+    stored = [parts.frame_count(row.known_number) for row in rows]
     values = {
         "frame_count": [max(row.frame_count, count) for row, count in zip(rows, stored)],  # fewer if some are lost
         "reason": [str(Reason.UNFINISHED)] * len(rows),
-        "detail": [f"{_progress(row, bounds)}; if no job is indexing it, `vidx index` continues" for row in rows],
+        "detail": [f"{_progress(row, parts)}; if no job is indexing it, `vidx index` continues" for row in rows],
     }
     for name, column in values.items():
         field = table.schema.field(name)
@@ -314,10 +314,11 @@ def _with_stored_frames(table: pa.Table, bounds: PartBounds) -> pa.Table:
     return pa.concat_tables([table.filter(pc.invert(is_growing)), growing])
 
 
-def _progress(row: VideoRow, bounds: PartBounds) -> str:
+def _progress(row: VideoRow, parts: PartTable) -> str:
     """How much of a video is committed, for people."""
     if row.probe is None:
         return "a part of it is indexed"
+    bounds = parts.bounds([row.known_number])
     places = bounds.of(row.known_number)
     end_seconds = float((bounds.last_seconds + bounds.longest_seconds)[places].max(initial=0.0))
     ranges = [row.probe.range_seconds(key) for key in set(bounds.segment[places])]

@@ -11,7 +11,7 @@ import numpy as np
 from storage.archive.archive import Archive
 from storage.archive.claims import Job, oldest_job_start
 from storage.archive.delta import unnamed_files
-from storage.archive.settings import TABLES
+from storage.archive.part_table import table_folders
 from storage.files import file_path, join, list_names, remove
 from storage.vectors.index_manifest import TRAINING, locked
 from storage.vectors.vector_index import improve_index, named_files, update_index
@@ -55,8 +55,8 @@ def remove_unnamed_files(archive: Archive, older_than_seconds: int = UNNAMED_KEP
     """
     now, newest = time.time(), _newest_removable(archive)  # before the listing: a job may end during it
     found = []
-    for name in TABLES:
-        table_uri = join(archive.uri, name)
+    for name, folder in table_folders(archive.uri):
+        table_uri = join(archive.uri, name, folder)
         unnamed = unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))
         found += [uri for uri in (join(table_uri, path) for path in unnamed) if _modified(uri) < newest]
     newest = min(newest, now - older_than_seconds)

@@ -136,6 +136,7 @@ def _join(archive: Archive, paths: Sequence[str]) -> Part:
         **{name: first[name] for name in (*_VIDEO, "dtype")},
         segment_key=joined_key([each["segment"] for each in constants]),
         time_base=Fraction(first["time_base_num"], first["time_base_den"]),
+        folder=archive.parts.folder_of(first["video_number"]),
     )
     try:
         for path in paths:

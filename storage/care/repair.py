@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from storage.archive.archive import Archive, archive_exists, open_archive
 from storage.archive.delta import LOG, cut_short_commit, damaged_checkpoints, drop_file
 from storage.archive.frames import read_times
-from storage.archive.settings import TABLES, archive_uri
+from storage.archive.part_table import table_folders
+from storage.archive.settings import archive_uri
 from storage.care.verify import BEYOND_REPAIR, Fault, Verification, verify
 from storage.errors import ArchiveError
 from storage.files import file_path, join, source_text
@@ -123,8 +124,8 @@ def _can_be_read(archive: Archive, path: str, row: VideoRow) -> bool:
 
 def _roll_back(uri: str) -> Iterator[str]:
     """Sets aside files of a log that a power cut left empty or cut short: the newest commit, and summaries."""
-    for name in TABLES:
-        table_uri = join(uri, name)
+    for name, folder in table_folders(uri):
+        table_uri = join(uri, name, folder)
         for summary in damaged_checkpoints(table_uri):
             yield _set_aside(join(table_uri, LOG, summary), "this summary of the log is damaged")
         commit = cut_short_commit(table_uri)

@@ -10,8 +10,9 @@ import numpy as np
 from storage.archive.archive import Archive, archive_exists, open_archive
 from storage.archive.delta import cut_short_commit, damaged_checkpoints, file_sizes, open_table
 from storage.archive.frames import read_times
-from storage.archive.part_table import PartBounds
-from storage.archive.settings import TABLES, archive_uri
+from storage.archive.part_table import table_folders
+from storage.archive.settings import archive_uri
+from storage.archive.shard import PartBounds
 from storage.checks import InvalidValue, check_kind
 from storage.errors import DamagedError
 from storage.files import checksum_in_name, checksum_of, file_size, join, source_text
@@ -73,12 +74,14 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
         open_archive(uri)  # raises the error
     uri = archive_uri(uri)
     files, faults = [], []
-    for name in TABLES:
+    for name, folder in table_folders(uri):
+        table_uri = join(uri, name, folder)
         try:
-            files += [(name, path, size) for path, size in file_sizes(open_table(join(uri, name))).items()]
+            sizes = file_sizes(open_table(table_uri))
+            files += [(name, f"{folder}/{path}" if folder else path, size) for path, size in sizes.items()]
         except DamagedError as error:
             path, _, detail = str(error).partition(": ")
-            mendable = bool(cut_short_commit(join(uri, name)) or damaged_checkpoints(join(uri, name)))
+            mendable = bool(cut_short_commit(table_uri) or damaged_checkpoints(table_uri))
             faults.append(Fault(path, detail, None, is_mendable=mendable))
     if faults:
         return Verification(0, 0, 0, tuple(faults))  # without the logs it is unknown which files it has

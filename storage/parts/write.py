@@ -59,9 +59,17 @@ class PartWriter:
         model_id: str,
         sampling: str,
         dtype: str,
+        folder: str = "",
     ):
+        """Begins a part; nothing is written yet.
+
+        Args:
+            frames_uri: the archive's folder of frames.
+            video_id, video_number, segment_key, time_base, model_id, sampling, dtype: the same in all rows.
+            folder: of the video's shard, in the folder of frames.
+        """
         self._frames_uri = frames_uri
-        self._stem = uuid.uuid4().hex
+        self._stem = f"{folder}/{uuid.uuid4().hex}" if folder else uuid.uuid4().hex
         self._uri = join(frames_uri, f"{self._stem}.parquet")  # until its checksum is known
         self._constants = {
             "video_id": video_id,

@@ -361,7 +361,7 @@ def _written(values: Any, suffix: str) -> Written:
 
 def _key_file(values: Any, suffixes: Sequence[str]) -> KeyFile:
     covered, files = get_value(values, "covered"), get_list(values, "files")
-    paths = check_names(get_list(covered, "paths"))
+    paths = check_names(get_list(covered, "paths"), in_shards=True)
     numbers = check_integers("video_number", get_list(covered, "video_numbers"), 1, INT32)
     counts = check_integers("key_count", get_list(covered, "key_counts"), 0, MOST_KEYS)
     if not len(paths) == len(numbers) == len(counts) or len(files) not in (0, len(suffixes)):
