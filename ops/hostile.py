@@ -15,7 +15,7 @@ from ops.damage import DEEP, NUMBERS, ODD_VALUES, damage_bytes, damage_number, d
 from ops.sealed import TABLES, SealedArchive
 
 Draw = np.random.Generator
-_BINARY = ("keys", "codes", "runs", "rows", "centroids")
+_BINARY = ("keys", "codes", "runs", "rows", "parts", "centroids")
 
 
 class World:

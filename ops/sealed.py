@@ -38,9 +38,9 @@ class SealedArchive:
     def write_index_file(self, name: str, data: bytes) -> None:
         """A file of the index, and what its manifest says of it."""
         manifest = self.checked_json("index.json")
-        entries = [file for kind in ("exact", "coded") for file in manifest[kind]["files"]]
-        for entry in [*entries, *([manifest["centroids"]] if manifest["centroids"] else [])]:
-            if entry["name"] == name:
+        entries = [file for kind in ("exact", "coded") for file in (*manifest[kind]["files"], manifest[kind]["parts"])]
+        for entry in (*entries, manifest["centroids"]):
+            if entry and entry["name"] == name:
                 entry |= {"size_bytes": len(data), "checksum": google_crc32c.value(data)}
         (self.folder / "index" / name).write_bytes(data)
         self.write_checked_json("index.json", manifest)
@@ -91,10 +91,13 @@ class SealedArchive:
                     if action[kind]["path"] == path.name:
                         action[kind] |= {"path": new.name, "size": len(data)}
             self.write_actions(log, actions)
-        if (self.folder / "index" / "index.json").exists():
-            text = json.dumps(self.checked_json("index.json")).replace(path.name, new.name)
-            self.write_checked_json("index.json", json.loads(text))
+        self.rename_in_index(path.name, new.name)
         return new
+
+    def rename_in_index(self, name: str, new_name: str) -> None:
+        """Another name of a part in the lists of the index."""
+        for path in (self.folder / "index").glob("*.parts"):
+            self.write_index_file(path.name, path.read_bytes().replace(name.encode(), new_name.encode()))
 
     def rewrite(self, table: str, path: Path, change: Callable[[pa.Table], pa.Table], **options: Any) -> Path:
         """A file of a table with other rows or metadata."""

@@ -26,7 +26,7 @@ _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,199}")
 _IN_SHARD = re.compile(r"_[0-9]{6}/")
 _ID = r"[0-9a-f]{32}"
 JOB_ID = re.compile(_ID)
-INDEX_NAME = re.compile(_ID + r"\.(keys|codes|runs|rows|centroids)")
+INDEX_NAME = re.compile(_ID + r"\.(keys|codes|runs|rows|parts|centroids)")
 VIDEO_ID = "[0-9a-f]{64}"  # this and the next are used by Python and by Arrow
 LINE = r"[^\x00-\x1f\x7f]*"
 

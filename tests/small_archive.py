@@ -90,16 +90,18 @@ def random_rows(
     return Rows(columns, tokens, [random.bytes(int(size)) for size in random.integers(8, 40, count)])
 
 
-def write_part(frames_uri: str, rows: Rows, *, video_id: str, number: int, key: str = "..", batch: int = 7) -> Part:
+def write_part(
+    frames_uri: str, rows: Rows, *, video_id: str, number: int, key: str = "..", batch: int = 7, folder: str = ""
+) -> Part:
     """The rows as one part, appended a few at a time."""
-    writer = new_writer(frames_uri, video_id=video_id, number=number, key=key)
+    writer = new_writer(frames_uri, video_id=video_id, number=number, key=key, folder=folder)
     for start in range(0, len(rows.columns), batch):
         piece = rows.cut(start, start + batch)
         writer.append(piece.columns, piece.tokens, piece.thumbnails)
     return writer.close()
 
 
-def new_writer(frames_uri: str, *, video_id: str, number: int, key: str = "..") -> PartWriter:
+def new_writer(frames_uri: str, *, video_id: str, number: int, key: str = "..", folder: str = "") -> PartWriter:
     """A writer for one segment."""
     return PartWriter(
         frames_uri,
@@ -110,6 +112,7 @@ def new_writer(frames_uri: str, *, video_id: str, number: int, key: str = "..") 
         model_id=MODEL_ID,
         sampling=str(SAMPLING),
         dtype="float32",
+        folder=folder,
     )
 
 
@@ -129,14 +132,16 @@ def receipt_for(archive: Archive, name: int, rows: Rows | None, segment: tuple =
     cut = Segment(video_id_of(name), *segment, 0)
     part = None
     if rows is not None:
-        part = write_part(archive.frames_uri, rows, video_id=cut.video_id, number=number, key=cut.key)
+        folder = archive.parts.folder_of(number)
+        part = write_part(archive.frames_uri, rows, video_id=cut.video_id, number=number, key=cut.key, folder=folder)
     return Receipt(cut, number, part, None, "pyav", 0 if rows is None else len(rows.columns), 0.0, 0.0, 0.0)
 
 
 def partial_receipt(archive: Archive, name: int, rows: Rows, reason: Reason = Reason.TIMEOUT) -> Receipt:
     """A written segment that is not whole, not yet committed."""
     problem, number = Problem(reason, "gave up"), reserve(archive, name)
-    writer = new_writer(archive.frames_uri, video_id=video_id_of(name), number=number)
+    folder = archive.parts.folder_of(number)
+    writer = new_writer(archive.frames_uri, video_id=video_id_of(name), number=number, folder=folder)
     writer.append(rows.columns, rows.tokens, rows.thumbnails)
     return replace(receipt_for(archive, name, None), part=writer.close(problem), problem=problem)
 

@@ -60,9 +60,9 @@ def recall(archive, index, k=10, rows=None, frames=None):
 
 def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     fill(archive, range(1, 9))
-    assert suffixes(archive) == ["json", "keys"]
+    assert suffixes(archive) == ["json", "keys", "parts"]
     fill(archive, [9])
-    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert suffixes(archive) == ["centroids", "codes", "json", "parts", "rows", "runs"]
     index = open_index(archive)
     assert (index.frame_count, index.pending_count, index.rebuilt) == (540, 0, False)
     assert recall(archive, index) > 0.98
@@ -81,7 +81,7 @@ def test_additions_are_exact_until_they_are_many_and_are_coded_by_the_same_lists
         assert len(names(archive, "keys")) == 1
         assert recall(archive, open_index(archive)) > 0.97
     fill(archive, range(19, 21), count=50)
-    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert suffixes(archive) == ["centroids", "codes", "json", "parts", "rows", "runs"]
     assert names(archive, "centroids") == [name for name in main if name.endswith("centroids")]
     assert recall(archive, open_index(archive)) > 0.97
     assert list(index_faults(archive)) == []
@@ -94,7 +94,7 @@ def test_an_index_that_is_built_a_few_videos_at_a_time_holds_what_one_built_at_o
     vectors.drop_index(archive)
     monkeypatch.setattr(vectors, "BUILD_KEYS", 130)
     assert open_index(archive).rebuilt
-    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert suffixes(archive) == ["centroids", "codes", "json", "parts", "rows", "runs"]
     assert list(index_faults(archive)) == []
     assert [open_index(archive).search(unit(seed), 10) for seed in range(5)] == wanted
 
@@ -105,7 +105,7 @@ def test_more_keys_than_are_written_at_once_go_into_the_codes(archive, monkeypat
     for name in range(10, 14):
         add_video(archive, name, 60)
     update_index(archive)
-    assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+    assert suffixes(archive) == ["centroids", "codes", "json", "parts", "rows", "runs"]
     assert open_index(archive).frame_count == 780
     assert recall(archive, open_index(archive)) > 0.97
 
@@ -170,7 +170,7 @@ def test_an_archive_that_shrinks_is_searched_exactly_again(archive):
     archive.videos.delete([archive.videos.find(f"{name}.mp4") for name in range(1, 9)])
     update_index(archive, max_retired=0)
     improve_index(archive)
-    assert suffixes(archive) == ["json", "keys"]
+    assert suffixes(archive) == ["json", "keys", "parts"]
     assert_same(open_index(archive).search(unit(1), 120), brute_force(archive, unit(1), 120))
 
 
@@ -271,7 +271,7 @@ def test_a_lost_file_is_written_again_from_the_parts(archive):
         os.remove(os.path.join(index_folder(archive), name))
         assert open_index(archive).rebuilt
         assert recall(archive, open_index(archive)) > 0.98
-        assert suffixes(archive) == ["centroids", "codes", "json", "rows", "runs"]
+        assert suffixes(archive) == ["centroids", "codes", "json", "parts", "rows", "runs"]
 
 
 def test_a_search_that_meets_a_damaged_key_says_so(archive):

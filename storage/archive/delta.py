@@ -82,6 +82,12 @@ def open_table(uri: str) -> DeltaTable:
     return table
 
 
+def newest_version(uri: str) -> int:
+    """The newest version of a table, by the names of its log alone; -1 if there is no log."""
+    versions = (_VERSION.match(name) for name in list_names(join(uri, LOG)))
+    return max((int(match[1]) for match in versions if match), default=-1)
+
+
 def refresh(table: DeltaTable) -> None:
     """Moves to the newest version."""
     with _delta_errors(table.table_uri):

@@ -48,7 +48,10 @@ class FrameTable:
 
     def parts(self) -> list[LivePart]:
         """The parts of published videos."""
-        bounds = self._parts.bounds()
+        return self.parts_in(self._parts.bounds())
+
+    def parts_in(self, bounds: PartBounds) -> list[LivePart]:
+        """Those of some parts that are of published videos."""
         is_live = np.isin(bounds.video_number, np.fromiter(self._videos.published(), np.int64))
         columns = (bounds.path, bounds.video_number, bounds.row_count)
         return [*map(LivePart._make, zip(*(column[is_live].tolist() for column in columns), strict=True))]

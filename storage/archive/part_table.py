@@ -41,7 +41,8 @@ class PartTable:
         """
         self.uri = uri
         self._per_shard = videos_per_shard
-        self._folders: set[str] = set()
+        self._folders: set[str] = set()  # of the shards after the first one
+        self._unopened: dict[str, int] = {}  # versions
         self._shards: dict[str, Shard] = {}
 
     def open(self) -> None:
@@ -63,6 +64,7 @@ class PartTable:
         """Moves to the newest version."""
         self.open()
         self._folders = set(shard_folders(self.uri))
+        self._unopened.clear()
         for shard in self._shards.values():
             shard.refresh()
 
@@ -70,6 +72,20 @@ class PartTable:
         """The folder of a video's parts in the folder of frames; empty for that folder itself."""
         place = 0 if self._per_shard is None else video_number // self._per_shard
         return f"_{place:06}" if place else ""
+
+    def folders_of(self, video_numbers: np.ndarray) -> set[str]:
+        """The folders of the parts of some videos, (N,) int64."""
+        if self._per_shard is None:
+            return {""} if len(video_numbers) else set()
+        firsts = np.unique(video_numbers // self._per_shard) * self._per_shard
+        return {self.folder_of(number) for number in firsts.tolist()}
+
+    def are_in(self, video_numbers: np.ndarray, folders: Collection[str]) -> np.ndarray:
+        """(N,) bool: which of some videos, (N,) int64, have their parts in one of these shards."""
+        if self._per_shard is None:
+            return np.full(len(video_numbers), "" in folders)
+        places = [int(folder[1:] or 0) for folder in folders]
+        return np.isin(video_numbers // self._per_shard, places)
 
     def make_shards(self, video_numbers: Iterable[int]) -> None:
         """Makes the shards of these videos where they are missing, before parts are written to them.
@@ -81,16 +97,29 @@ class PartTable:
             create_shard(join(self.uri, folder))
             self._folders.add(folder)
 
+    def versions(self) -> dict[str, int]:
+        """The version of each shard, by folder; no shard is opened for it."""
+        for folder in {"", *self._folders} - self._unopened.keys() - self._shards.keys():
+            self._unopened[folder] = delta.newest_version(join(self.uri, folder))
+        return self._unopened | {folder: shard.version for folder, shard in self._shards.items()}
+
     def bounds(self, video_numbers: Iterable[int] | None = None) -> PartBounds:
         """The bounds of all parts; with video_numbers, of those in the shards of these videos.
 
         Raises:
             ArchiveError: a shard is damaged.
         """
-        folders = {"", *self._folders}
-        if video_numbers is not None:
-            folders &= {self.folder_of(number) for number in video_numbers}
-        return PartBounds.join([self._shard(folder).bounds() for folder in sorted(folders)])
+        return self.bounds_in(
+            {"", *self._folders} if video_numbers is None else {self.folder_of(number) for number in video_numbers}
+        )
+
+    def bounds_in(self, folders: Iterable[str]) -> PartBounds:
+        """The bounds of the parts of some shards, by folder; of shards that do not exist there are none.
+
+        Raises:
+            ArchiveError: a shard is damaged.
+        """
+        return PartBounds.join([self._shard(folder).bounds() for folder in sorted({"", *self._folders} & set(folders))])
 
     def newest_numbers(self, from_number: int) -> set[int]:
         """The numbers of videos with parts, in the shard of a number and in all later ones."""

@@ -9,7 +9,7 @@ codes, and then ranks the frames of the best runs by the keys that the parts sto
 old codes are copied, and the keys behind them are not read again.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,7 @@ from storage.vectors.index_manifest import (
     map_sized,
     map_whole,
     path_of,
+    write_covered,
     write_file,
 )
 from storage.vectors.near_duplicates import LONGEST, run_means, run_starts
@@ -106,6 +107,11 @@ class CodedKeys:
                 runs[self._part_runs[part] + np.searchsorted(own, start + rows, "right") - 1] = True
                 count += len(rows)
         return Passing(keys, runs, count)
+
+    def passing_parts(self, kept: np.ndarray) -> Passing:
+        """All keys of the parts that are chosen by kept, (P,) bool."""
+        keys = self.covered.keys_of(kept)
+        return Passing(keys, np.repeat(kept, np.diff(self._part_runs)), int(keys.sum()))
 
     @cached_property
     def _part_runs(self) -> np.ndarray:
@@ -207,7 +213,7 @@ def _rank(archive: Archive, file: CodedKeys, places: np.ndarray, query: np.ndarr
     ends = np.flatnonzero(np.diff(parts, append=-1)) + 1
     keys, start = [], 0
     for end in ends.tolist():
-        path = file.covered.paths[parts[start]]
+        path = file.covered.path(parts[start])
         piece, in_part = rows[start:end], places[start:end] - file.covered.starts[parts[start]]
         keys.append(read_keys_at(archive.frames_uri, path, in_part, piece["key"], piece["checksum"], file.width))
         start = end
@@ -270,16 +276,17 @@ def _crc(rows: np.ndarray) -> np.ndarray:
     return np.array([google_crc32c.value(data[at : at + end]) for at in range(0, len(data), width)], np.uint32)
 
 
-def write_codes(archive: Archive, groups: Sequence[CodedKeys], live: Container[str]) -> KeyFile:
-    """Several groups of codes with the same centroids as files of the index, without the parts that are not in `live`.
+def write_codes(archive: Archive, pieces: Sequence[tuple[CodedKeys, np.ndarray]]) -> KeyFile:
+    """Several groups of codes with the same centroids as files of the index, each with (P,) bool: the parts that stay.
 
     Raises:
         ArchiveError: the index cannot be written.
     """
-    covered = Covered.of([part for group in groups for part in group.covered.parts() if part[0] in live])
+    groups = [group for group, _ in pieces]
+    covered = Covered.join([(group.covered, kept) for group, kept in pieces])
     if not covered.key_count:
-        return KeyFile()
-    kept_keys = [group.covered.keep(live) for group in groups]
+        return KeyFile((), write_covered(archive, covered), covered)
+    kept_keys = [group.covered.keys_of(kept) for group, kept in pieces]
     kept_runs = [keys[group.runs[:-1]] for group, keys in zip(groups, kept_keys, strict=True)]  # a run is of one part
     lengths = np.concatenate([np.diff(group.runs)[runs] for group, runs in zip(groups, kept_runs, strict=True)])
     runs = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
@@ -290,6 +297,7 @@ def write_codes(archive: Archive, groups: Sequence[CodedKeys], live: Container[s
             write_file(archive, "runs", [runs.tobytes()]),
             write_file(archive, "rows", rows),
         ),
+        write_covered(archive, covered),
         covered,
     )
 

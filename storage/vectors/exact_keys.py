@@ -3,7 +3,7 @@
 ID.keys     frame indexes (N,) uint32, then keys (N, E) float16, both in the order of the parts
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from storage.vectors.index_manifest import (
     KeyFile,
     PartKeys,
     map_whole,
+    write_covered,
     write_file,
 )
 
@@ -151,19 +152,18 @@ def build_exact(archive: Archive, parts: Sequence[PartKeys]) -> ExactKeys:
     return ExactKeys(np.concatenate(indexes), _joined(keys), Covered.of(covered))
 
 
-def join_exact(files: Sequence[ExactKeys], live: Container[str]) -> ExactKeys:
-    """Several groups of keys as one, without the parts that are not in `live`.
+def join_exact(pieces: Sequence[tuple[ExactKeys, np.ndarray]]) -> ExactKeys:
+    """Several groups of keys as one, each with (P,) bool that chooses the parts that stay.
 
     Raises:
         Damaged: their keys are not of one width.
     """
-    kept = [file.covered.keep(live) for file in files]
-    keys = [file.keys[keep] for file, keep in zip(files, kept, strict=True) if keep.any()]
+    kept = [(file, file.covered.keys_of(parts)) for file, parts in pieces]
+    keys = [file.keys[keep] for file, keep in kept if keep.any()]
     if len({piece.shape[1] for piece in keys}) > 1:
         raise Damaged("keys of several widths")
-    indexes = np.concatenate([file.frame_indexes[keep] for file, keep in zip(files, kept, strict=True)])
-    covered = [part for file in files for part in file.covered.parts() if part[0] in live]
-    return ExactKeys(indexes, _joined(keys), Covered.of(covered))
+    indexes = np.concatenate([file.frame_indexes[keep] for file, keep in kept])
+    return ExactKeys(indexes, _joined(keys), Covered.join([(file.covered, parts) for file, parts in pieces]))
 
 
 def _joined(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -177,7 +177,8 @@ def write_exact(archive: Archive, exact: ExactKeys) -> KeyFile:
         ArchiveError: the index cannot be written.
     """
     pieces = exact.frame_indexes.astype("<u4").tobytes(), exact.keys.astype("<f2").tobytes()
-    return KeyFile((write_file(archive, "keys", pieces),) if len(exact.keys) else (), exact.covered)
+    files = (write_file(archive, "keys", pieces),) if len(exact.keys) else ()
+    return KeyFile(files, write_covered(archive, exact.covered), exact.covered)
 
 
 def open_exact(archive: Archive, file: KeyFile) -> ExactKeys:

@@ -1,7 +1,12 @@
 """The list of the vector index's files: index/index.json, which is replaced atomically.
 
-Its first line is the CRC32C of the rest. The rest is JSON: the name, size and checksums of each file, and the parts
-whose keys it holds, in the order of the keys. Writers take a lock before they replace it; the system frees the lock of
+Its first line is the CRC32C of the rest. The rest is JSON: the name, size and checksum of each file, and the versions
+of the shards of frames whose parts are in it. Lists of parts, in the order of their keys, are files of their own, for
+an archive may have a million of them:
+
+    ID.parts    for each part its path (64 bytes), video number and key count (int32 each)
+
+Writers take a lock before they replace it; the system frees the lock of
 a dead process. Files are never changed, so a reader can go on using what it has opened.
 """
 
@@ -12,7 +17,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,11 +28,9 @@ import numpy as np
 from storage.archive.archive import Archive
 from storage.checks import (
     INDEX_NAME,
-    INT32,
     InvalidValue,
     check_integer,
     check_integers,
-    check_names,
     file_uri,
     get_list,
     get_value,
@@ -48,15 +51,16 @@ from storage.files import (
     write_errors,
 )
 
-INDEX_FORMAT = 5
+INDEX_FORMAT = 6
 MANIFEST = "index.json"
 LOCK = "index.lock"
 TRAINING = "training.lock"
 THRESHOLDS = "floors.json"  # pipeline/ask/thresholds.py
-MOST_JSON_BYTES = 1 << 30  # ten million parts
+MOST_JSON_BYTES = 1 << 28
 MOST_KEYS = 1 << 40
 MOST_WIDTH = 1 << 16  # of a key
 PartKeys = tuple[str, int, int]  # path, video number, key count
+_ENTRY = np.dtype([("path", "S64"), ("video_number", "<i4"), ("key_count", "<i4")])
 
 
 class Damaged(Exception):
@@ -68,19 +72,28 @@ class Covered:
     """The P parts whose keys a file holds, in the order of the keys. A part without keys has the count 0.
 
     Attributes:
-        paths: P of them.
-        video_numbers, key_counts: (P,) int64.
+        entries: (P,) of dtype _ENTRY, in memory or mapped.
     """
 
-    paths: tuple[str, ...] = ()
-    video_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    key_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    entries: np.ndarray = field(default_factory=lambda: np.empty(0, _ENTRY))
 
     @classmethod
     def of(cls, parts: Sequence[PartKeys]) -> "Covered":
         """The same from (path, video number, key count) of each part."""
-        columns = list(zip(*parts, strict=True)) or [(), (), ()]
-        return cls(tuple(columns[0]), np.array(columns[1], np.int64), np.array(columns[2], np.int64))
+        return cls(np.array([(path.encode(), number, count) for path, number, count in parts], _ENTRY))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def video_numbers(self) -> np.ndarray:
+        """(P,) int64."""
+        return self.entries["video_number"].astype(np.int64)
+
+    @cached_property
+    def key_counts(self) -> np.ndarray:
+        """(P,) int64."""
+        return self.entries["key_count"].astype(np.int64)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -94,16 +107,30 @@ class Covered:
 
     @cached_property
     def order(self) -> dict[str, int]:
-        """Position of each path in `paths`."""
-        return {path: place for place, path in enumerate(self.paths)}
+        """The place of each part, by its path."""
+        return {path: place for place, path in enumerate(self.paths())}
+
+    def path(self, place: int) -> str:
+        """The path of one part."""
+        return self.entries["path"][place].decode("ascii", "replace")
+
+    def paths(self, places: np.ndarray | None = None) -> list[str]:
+        """The paths of some parts; None: of all."""
+        chosen = self.entries["path"] if places is None else self.entries["path"][places]
+        return [path.decode("ascii", "replace") for path in chosen.tolist()]
 
     def parts(self) -> list[PartKeys]:
         """(path, video number, key count) of each part."""
-        return list(zip(self.paths, self.video_numbers.tolist(), self.key_counts.tolist(), strict=True))
+        return list(zip(self.paths(), self.video_numbers.tolist(), self.key_counts.tolist(), strict=True))
 
-    def keep(self, live: Container[str]) -> np.ndarray:
-        """(keys,) bool: the keys of the parts that are in `live`."""
-        return np.repeat(np.array([path in live for path in self.paths], bool), self.key_counts)
+    def keys_of(self, kept: np.ndarray) -> np.ndarray:
+        """(keys,) bool: the keys of the parts that are chosen by kept, (P,) bool."""
+        return np.repeat(kept, self.key_counts)
+
+    @staticmethod
+    def join(pieces: Sequence[tuple["Covered", np.ndarray]]) -> "Covered":
+        """Some parts of several files, each with (P,) bool."""
+        return Covered(np.concatenate([np.empty(0, _ENTRY), *(piece.entries[kept] for piece, kept in pieces)]))
 
 
 @dataclass(frozen=True)
@@ -121,11 +148,15 @@ class KeyFile:
 
     Attributes:
         files: one of exact keys; or one each of codes, runs and rows; or none, where no part has keys.
-        covered: the parts.
+        parts: the list of the parts as a file; None where there are none.
+        covered: the same list.
+        gone: (G,) int64, the places in it of parts that are not in the archive any more.
     """
 
     files: tuple[Written, ...] = ()
+    parts: Written | None = None
     covered: Covered = field(default_factory=Covered)
+    gone: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -138,6 +169,7 @@ class IndexManifest:
         centroids: rotation and centroids of the codes; None while nothing is coded.
         trained_count: how many keys there were when the centroids were trained.
         checked_count: how many keys there were when recall was last measured.
+        versions: of each shard of frames, by folder, when the index was last brought up to date.
     """
 
     exact: KeyFile = KeyFile()
@@ -145,6 +177,7 @@ class IndexManifest:
     centroids: Written | None = None
     trained_count: int = 0
     checked_count: int = 0
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key_count(self) -> int:
@@ -154,8 +187,8 @@ class IndexManifest:
     @property
     def files(self) -> tuple[Written, ...]:
         """All files."""
-        centroids = () if self.centroids is None else (self.centroids,)
-        return (*centroids, *self.exact.files, *self.coded.files)
+        others = (self.centroids, self.exact.parts, self.coded.parts)
+        return (*filter(None, others), *self.exact.files, *self.coded.files)
 
     def names(self) -> set[str]:
         """Names of all files."""
@@ -173,15 +206,16 @@ def read_manifest(archive: Archive) -> IndexManifest:
         if (get_value(content, "format"), get_value(content, "model_id")) != (INDEX_FORMAT, archive.model_id):
             raise Damaged("another format or model")
         centroids = get_value(content, "centroids")
-        coded = _key_file(get_value(content, "coded"), ("codes", "runs", "rows"))
-        if centroids is None and coded.covered.paths:
+        coded = _key_file(archive, get_value(content, "coded"), ("codes", "runs", "rows"))
+        if centroids is None and len(coded.covered):
             raise Damaged("codes without their centroids")
         return IndexManifest(
-            _key_file(get_value(content, "exact"), ("keys",)),
+            _key_file(archive, get_value(content, "exact"), ("keys",)),
             coded,
             None if centroids is None else _written(centroids, "centroids"),
             check_integer("trained_count", get_value(content, "trained_count"), most=MOST_KEYS),
             check_integer("checked_count", get_value(content, "checked_count"), most=MOST_KEYS),
+            _versions(get_value(content, "versions")),
         )
     except InvalidValue as error:
         raise Damaged(str(error)) from error
@@ -204,6 +238,7 @@ def write_manifest(archive: Archive, after: IndexManifest) -> None:
         "trained_count": after.trained_count,
         "checked_count": after.checked_count,
         "centroids": None if after.centroids is None else asdict(after.centroids),
+        "versions": dict(after.versions),
         "exact": _values(after.exact),
         "coded": _values(after.coded),
     }
@@ -359,22 +394,52 @@ def _written(values: Any, suffix: str) -> Written:
     return Written(name, size_bytes, checksum)
 
 
-def _key_file(values: Any, suffixes: Sequence[str]) -> KeyFile:
-    covered, files = get_value(values, "covered"), get_list(values, "files")
-    paths = check_names(get_list(covered, "paths"), in_shards=True)
-    numbers = check_integers("video_number", get_list(covered, "video_numbers"), 1, INT32)
-    counts = check_integers("key_count", get_list(covered, "key_counts"), 0, MOST_KEYS)
-    if not len(paths) == len(numbers) == len(counts) or len(files) not in (0, len(suffixes)):
-        raise InvalidValue("the parts or files of its keys are not described alike")
-    if (counts.sum(dtype=float) > 0) != bool(files) or counts.sum(dtype=float) > MOST_KEYS:
+def _key_file(archive: Archive, values: Any, suffixes: Sequence[str]) -> KeyFile:
+    files, parts = get_list(values, "files"), get_value(values, "parts")
+    if len(files) not in (0, len(suffixes)):
+        raise InvalidValue("the files of its keys are not those of its format")
+    written = None if parts is None else _written(parts, "parts")
+    covered = Covered() if written is None else _open_covered(archive, written)
+    if (covered.key_count > 0) != bool(files) or covered.key_count > MOST_KEYS:
         raise InvalidValue("its keys are not those of its parts")
-    return KeyFile(tuple(map(_written, files, suffixes)), Covered(paths, numbers, counts))
+    gone = check_integers("gone", get_list(values, "gone"), 0, max(0, len(covered) - 1))
+    return KeyFile(tuple(map(_written, files, suffixes)), written, covered, gone)
+
+
+def _open_covered(archive: Archive, file: Written) -> Covered:
+    """The list of parts in a file, mapped, every byte checked.
+
+    Raises:
+        Damaged: it differs from what was written.
+        InvalidValue: it lists what no archive can have.
+    """
+    data = map_whole(archive, file)
+    if len(data) % _ENTRY.itemsize:
+        raise Damaged(f"{file.name}: {len(data)} bytes")
+    covered = Covered(data.view(_ENTRY))
+    if len(covered) and (covered.video_numbers.min() < 1 or covered.key_counts.min() < 0):
+        raise InvalidValue("a part has no video or a negative number of keys")
+    return covered
+
+
+def write_covered(archive: Archive, covered: Covered) -> Written | None:
+    """The list of parts as a file of the index; None where there are none.
+
+    Raises:
+        ArchiveError: the index cannot be written.
+    """
+    return write_file(archive, "parts", [covered.entries.tobytes()]) if len(covered) else None
+
+
+def _versions(values: Any) -> dict[str, int]:
+    if not isinstance(values, dict):
+        raise InvalidValue(f"its versions are {short_repr(values)}, not an object")
+    return {folder: check_integer("version", version) for folder, version in values.items()}
 
 
 def _values(file: KeyFile) -> dict:
-    covered = {
-        "paths": file.covered.paths,
-        "video_numbers": file.covered.video_numbers.tolist(),
-        "key_counts": file.covered.key_counts.tolist(),
+    return {
+        "files": [asdict(written) for written in file.files],
+        "parts": None if file.parts is None else asdict(file.parts),
+        "gone": file.gone.tolist(),
     }
-    return {"files": [asdict(written) for written in file.files], "covered": covered}

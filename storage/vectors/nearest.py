@@ -4,13 +4,13 @@ Keys that no file of the index holds yet are searched exactly beside it. Keys of
 and of parts that others have replaced, are never found, whatever the files hold.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.archive.frames import LivePart, Rows
+from storage.archive.frames import Rows
 from storage.errors import ArchiveError, DamagedError
 from storage.files import source_text
 from storage.parts.read import part_keys
@@ -18,7 +18,8 @@ from storage.records import Hit
 from storage.vectors.centroids import multiply
 from storage.vectors.codes import CANDIDATES, CodedKeys, Passing, best_keys
 from storage.vectors.exact_keys import ExactKeys, build_exact, part_row_ids
-from storage.vectors.index_manifest import Covered, Damaged
+from storage.vectors.index_manifest import Damaged
+from storage.vectors.live_parts import LiveParts
 
 NARROW_ROWS = 4096  # a filter that leaves no more frames: each of them is compared
 RECALL_QUERIES = 24
@@ -32,61 +33,69 @@ class Index:
     """
 
     def __init__(
-        self, archive: Archive, exact: ExactKeys | None = None, coded: CodedKeys | None = None, rebuilt: bool = False
+        self,
+        archive: Archive,
+        live: LiveParts,
+        exact: ExactKeys | None = None,
+        coded: CodedKeys | None = None,
+        rebuilt: bool = False,
     ):
+        """An index of what is published.
+
+        Args:
+            archive: whose frames.
+            live: its published parts, beside those of the files.
+            exact, coded: the keys of the files; None where there are none.
+            rebuilt: whether it was missing or damaged, and was built again just now.
+        Raises:
+            ArchiveError: a part is missing or damaged.
+        """
         self._archive = archive
         self._coded = coded
-        self._live = live_parts(archive)
-        held = self._held([keys.covered for keys in (exact, coded) if keys is not None])
-        new = build_exact(archive, [part for path, part in self._live.items() if path not in held])
-        self._exact = [keys for keys in (exact, new) if keys is not None and len(keys.keys)]
+        new = build_exact(archive, live.new)
+        every = [(exact, live.kept_exact), (new, np.ones(len(live.new), bool))]
+        self._exact = [(keys, kept) for keys, kept in every if keys is not None and len(keys.keys)]
+        self._kept_coded = live.kept_coded
         self.rebuilt = rebuilt
 
-    def _held(self, files: Iterable[Covered]) -> set[str]:
-        """Parts whose keys are in some files.
-
-        Raises:
-            Damaged: a part is in two files, or its count of keys differs from the table's log.
-        """
-        held: set[str] = set()
-        for covered in files:
-            for path, _, count in covered.parts():
-                if path in self._live and (path in held or count not in (0, self._live[path][2])):
-                    raise Damaged(f"{count} keys of {path}")
-                held.add(path)
-        return held
+    @cached_property
+    def _files(self) -> list[tuple[ExactKeys | CodedKeys, np.ndarray]]:
+        """The keys of each file, with (P,) bool, which of its parts are published."""
+        return [*self._exact, *([] if self._coded is None else [(self._coded, self._kept_coded)])]
 
     @cached_property
-    def _files(self) -> list[ExactKeys | CodedKeys]:
-        return [*self._exact, *([] if self._coded is None else [self._coded])]
-
-    @cached_property
-    def _counts(self) -> dict[str, int]:
-        """Count of keys of each published part that has keys."""
-        every = (part for keys in self._files for part in keys.covered.parts())
-        return {path: count for path, _, count in every if count and path in self._live}
-
-    def covers(self, part: str) -> bool:
-        """Whether the frames of a part can be found."""
-        return part in self._counts
+    def _places(self) -> Mapping[str, tuple[ExactKeys | CodedKeys, int]]:
+        """The file of each published part that has keys, and its place in it."""
+        found: dict[str, tuple[ExactKeys | CodedKeys, int]] = {}
+        for keys, kept in self._files:
+            places = np.flatnonzero(kept & (keys.covered.key_counts > 0))
+            found |= {path: (keys, place) for path, place in zip(keys.covered.paths(places), places.tolist())}
+        return found
 
     @cached_property
     def frame_count(self) -> int:
         """How many published frames a search compares."""
-        return sum(self._counts.values())
+        return sum(int(keys.covered.key_counts[kept].sum()) for keys, kept in self._files)
 
     @cached_property
     def pending_count(self) -> int:
         """How many published frames no search finds, since their model gives no search keys."""
-        return sum(count for path, (_, _, count) in self._live.items() if not self.covers(path))
+        return max(0, self._archive.videos.frame_count() - self.frame_count)
+
+    def covers(self, part: str) -> bool:
+        """Whether the frames of a part can be found."""
+        return part in self._places
 
     def count(self, rows: Rows) -> int:
         """How many of these frames a search compares."""
-        return sum(
-            self._counts[path] if chosen is None else len(chosen)
-            for path, chosen in rows.items()
-            if path in self._counts
-        )
+        return sum(self._count(path) if chosen is None else len(chosen) for path, chosen in self._searched(rows))
+
+    def _searched(self, rows: Rows) -> Iterator[tuple[str, np.ndarray | None]]:
+        return ((path, chosen) for path, chosen in rows.items() if path in self._places)
+
+    def _count(self, path: str) -> int:
+        keys, place = self._places[path]
+        return int(keys.covered.key_counts[place])
 
     def search(self, query: np.ndarray, k: int, rows: Rows | None = None) -> list[Hit]:
         """The k frames whose keys have the greatest inner product with the query, best first.
@@ -101,7 +110,7 @@ class Index:
             ArchiveError: a part is missing or damaged, or the width of the keys differs from the query's.
         """
         query = np.ascontiguousarray(query, np.float32)
-        for keys in self._files:
+        for keys, _ in self._files:
             self._check_width(query, keys.width)
         try:
             found = self._find(query, k, rows)
@@ -118,39 +127,28 @@ class Index:
 
     def _find(self, query: np.ndarray, k: int, rows: Rows | None) -> list[tuple[float, int]]:
         """(score, row id) of the best keys of each file."""
-        if self._coded is None:
-            return self._find_exact(query, k, rows)
-        if rows is not None and self._is_narrow(rows):
+        if self._coded is not None and rows is not None and self._is_narrow(rows):
             return self._compare(query, rows)
-        return self._find_exact(query, k, rows) + best_keys(
-            self._archive, self._coded, query, k, self._passing_codes(self._coded, rows)
-        )
-
-    def _find_exact(self, query: np.ndarray, k: int, rows: Rows | None) -> list[tuple[float, int]]:
         found = []
-        for keys in self._exact:
-            passing = None if rows is None and self._is_live(keys.covered) else keys.passing(self._chosen(keys, rows))
-            found += keys.search(query, k, passing)
-        return found
-
-    def _passing_codes(self, coded: CodedKeys, rows: Rows | None) -> Passing | None:
-        return self._live_codes if rows is None else coded.passing(self._chosen(coded, rows))
+        for keys, kept in self._exact:
+            passing = None if kept.all() else keys.covered.keys_of(kept)
+            found += keys.search(query, k, passing if rows is None else keys.passing(self._chosen(keys, rows)))
+        if self._coded is None:
+            return found
+        passing_codes = self._live_codes if rows is None else self._coded.passing(self._chosen(self._coded, rows))
+        return found + best_keys(self._archive, self._coded, query, k, passing_codes)
 
     @cached_property
     def _live_codes(self) -> Passing | None:
         """The coded keys that are published; None for all."""
-        coded = self._coded
-        return None if coded is None or self._is_live(coded.covered) else coded.passing(self._chosen(coded, None))
+        return None if self._coded is None or self._kept_coded.all() else self._coded.passing_parts(self._kept_coded)
 
-    def _is_live(self, covered: Covered) -> bool:
-        return all(path in self._live for path in covered.paths)
-
-    def _chosen(self, keys: ExactKeys | CodedKeys, rows: Rows | None) -> Iterator[tuple[int, np.ndarray | None]]:
-        """Position of each published part in a file, and the rows that may be found in it, None for all."""
-        order = keys.covered.order
-        for path, chosen in (dict.fromkeys(keys.covered.paths) if rows is None else rows).items():
-            if path in order and path in self._counts:
-                yield order[path], chosen
+    def _chosen(self, keys: ExactKeys | CodedKeys, rows: Rows) -> Iterator[tuple[int, np.ndarray | None]]:
+        """The place of each published part in a file, and the rows that may be found in it, None for all."""
+        for path, chosen in self._searched(rows):
+            file, place = self._places[path]
+            if file is keys:
+                yield place, chosen
 
     def method(self, rows: Rows | None = None) -> str:
         """How `search` compares frames, for people."""
@@ -171,12 +169,13 @@ class Index:
         coded = self._coded
         assert coded is not None
         passing, random = self._live_codes, np.random.default_rng(0)
-        paths, first = sorted(path for path in coded.covered.paths if path in self._counts), np.zeros(1, np.int64)
-        if not paths:
+        places, first = np.flatnonzero(self._kept_coded & (coded.covered.key_counts > 0)), np.zeros(1, np.int64)
+        if not len(places):
             return 1.0
         shares = []
         for _ in range(RECALL_QUERIES):
-            one, other = (self._keys_of(paths[place], first)[0] for place in random.integers(len(paths), size=2))
+            chosen = (coded.covered.path(place) for place in random.choice(places, 2))
+            one, other = (self._keys_of(path, first)[0] for path in chosen)
             query = one.astype(np.float32) + other.astype(np.float32)
             found = best_keys(self._archive, coded, query, 10, passing)
             lists = coded.centroids.list_count
@@ -187,14 +186,14 @@ class Index:
     def _compare(self, query: np.ndarray, rows: Rows) -> list[tuple[float, int]]:
         """(score, row id) of some frames, by the keys that the parts store."""
         found: list[tuple[float, int]] = []
-        for path, chosen in rows.items():
-            if path in self._counts:
-                keys = self._keys_of(path, chosen)
-                self._check_width(query, keys.shape[1])
-                scores = multiply(keys.astype(np.float32), query)
-                row_ids = part_row_ids(self._archive, path, self._live[path][1])
-                row_ids = row_ids if chosen is None else row_ids[chosen]
-                found += zip(scores.tolist(), row_ids.tolist(), strict=True)
+        for path, chosen in self._searched(rows):
+            keys = self._keys_of(path, chosen)
+            self._check_width(query, keys.shape[1])
+            scores = multiply(keys.astype(np.float32), query)
+            file, place = self._places[path]
+            row_ids = part_row_ids(self._archive, path, int(file.covered.video_numbers[place]))
+            row_ids = row_ids if chosen is None else row_ids[chosen]
+            found += zip(scores.tolist(), row_ids.tolist(), strict=True)
         return found
 
     def _keys_of(self, path: str, rows: np.ndarray | None) -> np.ndarray:
@@ -203,8 +202,3 @@ class Index:
         if keys is None:
             raise Damaged(f"{path}: keeps no search keys")
         return keys
-
-
-def live_parts(archive: Archive) -> dict[str, LivePart]:
-    """The parts of published videos, by path."""
-    return {part.path: part for part in archive.frames.parts()}

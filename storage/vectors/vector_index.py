@@ -10,11 +10,12 @@ the parts: a missing or damaged one is built again from them.
 """
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from storage.archive.archive import Archive
-from storage.archive.frames import LivePart
 from storage.checks import InvalidValue, check_kind, file_uri, read_small
 from storage.errors import ArchiveError
 from storage.files import exists, join, remove, source_text, write_errors
@@ -33,6 +34,7 @@ from storage.vectors.index_manifest import (
     MOST_JSON_BYTES,
     THRESHOLDS,
     TRAINING,
+    Covered,
     Damaged,
     IndexManifest,
     KeyFile,
@@ -44,8 +46,9 @@ from storage.vectors.index_manifest import (
     read_manifest,
     write_manifest,
 )
+from storage.vectors.live_parts import LiveParts
 from storage.vectors.near_duplicates import sample_runs
-from storage.vectors.nearest import Index, live_parts
+from storage.vectors.nearest import Index
 
 EXACT_KEYS = 1 << 15  # with more keys, codes are faster (ops/bench/index.py)
 MOST_EXACT_KEYS = 1 << 17  # that are written at once: 200 MB of width 768
@@ -68,8 +71,8 @@ def open_index(archive: Archive) -> Index:
         ArchiveError: a part is missing or damaged.
     """
     manifest_uri = join(archive.index_uri, MANIFEST)
-    if not exists(manifest_uri) and not archive.frames.parts():
-        return Index(archive)
+    if not exists(manifest_uri) and not archive.videos.frame_count():
+        return Index(archive, LiveParts(archive, IndexManifest()))
     seen = None
     for _ in range(OPEN_ROUNDS):  # a job that replaces the index meanwhile removes the old files
         seen = _bytes_of(manifest_uri)
@@ -83,17 +86,17 @@ def open_index(archive: Archive) -> Index:
         improve_index(archive)
         return _open(archive, read_manifest(archive), True)
     except (ArchiveError, OSError, Damaged) as error:  # read-only: in memory, for this process alone
-        if sum(part.row_count for part in archive.frames.parts()) > MOST_EXACT_KEYS:
+        if archive.videos.frame_count() > MOST_EXACT_KEYS:
             raise ArchiveError(
                 f"{source_text(archive.index_uri)}: missing or damaged, and too large to do without; make the archive "
                 f"writable and run `vidx repair` ({' '.join(str(error).split())})"
             ) from error
-        return Index(archive, rebuilt=True)
+        return Index(archive, LiveParts(archive, IndexManifest()), rebuilt=True)
 
 
 def _open(archive: Archive, manifest: IndexManifest, rebuilt: bool) -> Index:
     exact, coded = _open_keys(archive, manifest)
-    return Index(archive, exact, coded, rebuilt)
+    return Index(archive, LiveParts(archive, manifest), exact, coded, rebuilt)
 
 
 def _open_keys(archive: Archive, manifest: IndexManifest) -> tuple[ExactKeys, CodedKeys | None]:
@@ -123,30 +126,46 @@ def update_index(archive: Archive, max_retired: float = MAX_RETIRED) -> int:
 def _update_once(archive: Archive, max_retired: float) -> int | None:
     """The count of keys added, None where nothing was to do."""
     before = _whole_manifest(archive)
-    total = sum(part.row_count for part in archive.frames.parts())
+    total = archive.videos.frame_count()
     if (before is None or before.centroids is None) and total > (EXACT_KEYS if before is None else MOST_EXACT_KEYS):
         added = _train(archive, is_lost=before is None)
         if added:
             return added
     with locked(archive):
         archive.refresh()
-        live = live_parts(archive)
         found = _whole_manifest(archive)
-        before = found or IndexManifest()
-        held = {*before.exact.covered.paths, *before.coded.covered.paths}
-        new = [part for path, part in live.items() if path not in held]
-        is_stale = [_retired_share(file, live) > max_retired for file in (before.exact, before.coded)]
-        if found and not new and not any(is_stale):
+        before, live = _live(archive, found or IndexManifest())
+        stale = [
+            _retired_share(file, kept) > max_retired
+            for file, kept in ((before.exact, live.kept_exact), (before.coded, live.kept_coded))
+        ]
+        if found and not live.new and not any(stale):
+            if live.versions != before.versions:
+                write_manifest(archive, _seen(before, live))
             return None
-        exact_count = before.exact.covered.key_count + sum(count for _, _, count in new)
-        if before.centroids is None or not (is_stale[1] or exact_count > MOST_EXACT_KEYS):
-            after = replace(before, exact=_add_exact(archive, before.exact, new, live))
+        exact_count = before.exact.covered.key_count + sum(count for _, _, count in live.new)
+        if before.centroids is None or not (stale[1] or exact_count > MOST_EXACT_KEYS):
+            after = replace(before, exact=_add_exact(archive, before.exact, live))
         else:
-            after = _merge(archive, before, new, live)
-        write_manifest(archive, after)
-    added_paths = {path for path, _, _ in new}
+            after = _merge(archive, before, live)
+        write_manifest(archive, _seen(after, live))
+    added_paths = {path for path, _, _ in live.new}
     files = (after.exact, after.coded)
     return sum(count for file in files for path, _, count in file.covered.parts() if path in added_paths)
+
+
+def _live(archive: Archive, manifest: IndexManifest) -> tuple[IndexManifest, LiveParts]:
+    """The manifest, and what is published beside it; an empty manifest instead of one that cannot be the archive's."""
+    try:
+        return manifest, LiveParts(archive, manifest)
+    except Damaged:
+        return IndexManifest(), LiveParts(archive, IndexManifest())
+
+
+def _seen(manifest: IndexManifest, live: LiveParts) -> IndexManifest:
+    """The manifest, up to date with the present versions of the shards."""
+    exact, coded = (replace(file, gone=live.gone(file)) for file in (manifest.exact, manifest.coded))
+    return replace(manifest, exact=exact, coded=coded, versions=live.versions)
 
 
 def _whole_manifest(archive: Archive) -> IndexManifest | None:
@@ -159,27 +178,28 @@ def _whole_manifest(archive: Archive) -> IndexManifest | None:
         return None
 
 
-def _retired_share(file: KeyFile, live: Container[str]) -> float:
-    """The share of a file's keys that are of parts which are gone."""
+def _retired_share(file: KeyFile, kept: np.ndarray) -> float:
+    """The share of a file's keys that are of parts which are not published any more."""
     count = file.covered.key_count
-    return 1 - int(file.covered.keep(live).sum()) / count if count else 0.0
+    return 1 - int(file.covered.key_counts[kept].sum()) / count if count else 0.0
 
 
-def _add_exact(archive: Archive, file: KeyFile, new: Sequence[PartKeys], live: dict[str, LivePart]) -> KeyFile:
+def _add_exact(archive: Archive, file: KeyFile, live: LiveParts) -> KeyFile:
     """The exact keys that are live, and those of new parts, as a new file."""
     try:
-        return write_exact(archive, join_exact([open_exact(archive, file), build_exact(archive, new)], live))
+        new = build_exact(archive, live.new)
+        kept = [(open_exact(archive, file), live.kept_exact), (new, np.ones(len(live.new), bool))]
+        return write_exact(archive, join_exact(kept))
     except Damaged:
-        return write_exact(archive, build_exact(archive, [*_live_of(file, live), *new]))
+        return write_exact(archive, build_exact(archive, [*_parts_of(file, live.kept_exact), *live.new]))
 
 
-def _live_of(file: KeyFile, live: dict[str, LivePart]) -> list[LivePart]:
-    return [live[path] for path in file.covered.paths if path in live]
+def _parts_of(file: KeyFile, kept: np.ndarray) -> list[PartKeys]:
+    """The parts of a file that are chosen by kept, (P,) bool."""
+    return Covered.join([(file.covered, kept)]).parts()
 
 
-def _merge(
-    archive: Archive, before: IndexManifest, new: Sequence[PartKeys], live: dict[str, LivePart]
-) -> IndexManifest:
+def _merge(archive: Archive, before: IndexManifest, live: LiveParts) -> IndexManifest:
     """The main structure with the exact keys and those of new parts in it, and without parts that are gone."""
     try:
         assert before.centroids is not None
@@ -190,21 +210,36 @@ def _merge(
                 map_whole(archive, file)  # so that no damage is copied as if it were right
             check_codes(coded)
     except Damaged:
-        return _build(archive, [*live.values()]) or IndexManifest()
-    parts = [*_live_of(before.exact, live), *new]
-    return replace(before, exact=KeyFile(), coded=_add_codes(archive, centroids, coded, parts, live))
+        return _build(archive, archive.frames.parts()) or IndexManifest()
+    parts = [*_parts_of(before.exact, live.kept_exact), *live.new]
+    held = [] if coded is None else [(coded, live.kept_coded)]
+    return replace(before, exact=KeyFile(), coded=_add_codes(archive, centroids, held, parts))
 
 
 def _add_codes(
-    archive: Archive, centroids: Centroids, coded: CodedKeys | None, parts: Sequence[PartKeys], live: Container[str]
+    archive: Archive,
+    centroids: Centroids,
+    held: Sequence[tuple[CodedKeys, np.ndarray]],
+    parts: Sequence[PartKeys],
 ) -> KeyFile:
-    """The codes that are live, and those of other parts, as new files; so many in memory at once."""
+    """Codes that are held, and those of other parts, as new files; so many in memory at once.
+
+    Args:
+        archive: whose keys.
+        centroids: of the codes.
+        held: codes, each with (P,) bool: the parts that stay.
+        parts: the others.
+    """
     written: KeyFile | None = None
     for group in _groups(parts, BUILD_KEYS):
-        held = coded if written is None else open_codes(archive, centroids, written)
-        more = write_codes(archive, [*([] if held is None else [held]), build_codes(archive, centroids, group)], live)
-        for file in () if written is None else written.files:
-            remove(join(archive.index_uri, file.name))
+        if written is not None:
+            codes = open_codes(archive, centroids, written)
+            held = [] if codes is None else [(codes, np.ones(len(codes.covered), bool))]
+        new = build_codes(archive, centroids, group)
+        more = write_codes(archive, [*held, (new, np.ones(len(new.covered), bool))])
+        for file in () if written is None else (*written.files, written.parts):
+            if file is not None:
+                remove(join(archive.index_uri, file.name))
         written = more
     assert written is not None
     return written
@@ -241,7 +276,8 @@ def improve_index(archive: Archive) -> None:
         elif is_coded and manifest.exact.covered.key_count > EXACT_KEYS:
             with locked(archive):
                 archive.refresh()
-                write_manifest(archive, _merge(archive, read_manifest(archive), [], live_parts(archive)))
+                before, live = _live(archive, read_manifest(archive))
+                write_manifest(archive, _seen(_merge(archive, before, live), live))
             improve_index(archive)
         elif not is_coded or count < 1.25 * manifest.checked_count:
             return
@@ -267,9 +303,11 @@ def _train(archive: Archive, is_lost: bool = False) -> int:
         if not is_alone or (is_lost and _whole_manifest(archive) is not None):
             return 0
         archive.refresh()
+        versions = archive.parts.versions()
         made = _build(archive, archive.frames.parts())
         if made is None:
             return 0
+        made = replace(made, versions=versions)
         with locked(archive):
             try:
                 check_sizes(archive, made)
@@ -288,7 +326,7 @@ def _build(archive: Archive, parts: Sequence[PartKeys]) -> IndexManifest | None:
     list_count = list_count_for(max(1.0, key_count * runs_per_key))
     sample, _ = sample_runs(archive, parts, round(list_count * SAMPLE_PER_LIST / runs_per_key))
     centroids = Centroids.train(sample, min(list_count, len(sample)))
-    coded = _add_codes(archive, centroids, None, parts, {path for path, _, _ in parts})
+    coded = _add_codes(archive, centroids, [], parts)
     count = coded.covered.key_count
     return IndexManifest(KeyFile(), coded, write_centroids(archive, centroids), count, count)
 
@@ -297,7 +335,9 @@ def _uncode(archive: Archive) -> None:
     """Makes an index of exact keys, for an archive that has become small."""
     with locked(archive):
         archive.refresh()
-        write_manifest(archive, IndexManifest(write_exact(archive, build_exact(archive, archive.frames.parts()))))
+        versions = archive.parts.versions()
+        exact = write_exact(archive, build_exact(archive, archive.frames.parts()))
+        write_manifest(archive, IndexManifest(exact, versions=versions))
 
 
 def named_files(archive: Archive) -> set[str]:
@@ -367,7 +407,7 @@ def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]
         yield uri, f"damaged: {error}"
         return
     files: list[ExactKeys | CodedKeys] = [exact] if coded is None else [exact, coded]
-    for path in live_parts(archive):
+    for path, _, _ in archive.frames.parts():
         for keys in files:
             if path in keys.covered.order and not keys.holds(archive, path):
                 yield uri, f"the keys of {path} differ from the stored ones"
