@@ -32,7 +32,7 @@ from pipeline.index.plan import Decision
 from pipeline.index.scan import scan
 from storage.archive import delta
 from storage.archive.archive import Archive, create_archive, open_archive
-from storage.files import to_uri
+from storage.files import join, to_uri
 from storage.parts.write import FrameColumns, PartWriter
 from storage.records import Part, Probe, Receipt, Segment, Status, TokenBatch, VideoRow
 from workers.models.bundle import Bundle, find_bundle
@@ -103,9 +103,13 @@ def make(folder: Path, count: int, bundle: Bundle) -> None:
         videos = range(start, min(start + MADE, count))
         numbers = archive.reserve([(id_of(video), sampling) for video in videos])
         given = {video: numbers[id_of(video), str(sampling)] for video in videos}
-        frames = delta.open_table(archive.frames_uri)
-        parts = [named_part(video, number) for video, number in given.items()]
-        delta.commit(frames, parts, [], {f"segment:{number}:..": 1 for number in given.values()})
+        shards: dict[str, list[tuple[int, int]]] = {}
+        for video, number in given.items():
+            shards.setdefault(archive.parts.folder_of(number), []).append((video, number))
+        for shard, own in shards.items():
+            frames = delta.open_table(join(archive.frames_uri, shard))
+            guards = {f"segment:{number}:..": 1 for _, number in own}
+            delta.commit(frames, [named_part(video, number) for video, number in own], [], guards)
         archive.refresh()
         archive.videos.publish(
             [row_of(archive, folder, video, number, str(sampling)) for video, number in given.items()]
@@ -133,6 +137,7 @@ def written_receipt(archive: Archive, video: int, number: int, sampling: str) ->
         model_id=archive.model_id,
         sampling=sampling,
         dtype="float32",
+        folder=archive.parts.folder_of(number),
     )
     seconds_of, ticks = np.arange(2.0), np.arange(2, dtype=np.int64)
     tokens = TokenBatch(np.zeros((2, 1, 8), np.float16), np.zeros((2, 1, 8), np.float16), None, None)
