@@ -64,7 +64,15 @@ _ENTRY = np.dtype([("path", "S64"), ("video_number", "<i4"), ("key_count", "<i4"
 
 
 class Damaged(Exception):
-    """The index or one of its files differs from what was written."""
+    """The index or one of its files differs from what was written.
+
+    Attributes:
+        file: the name of the damaged file, if it is known.
+    """
+
+    def __init__(self, what: str, file: str = ""):
+        super().__init__(what)
+        self.file = file
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,7 +356,7 @@ def map_whole(archive: Archive, file: Written) -> np.ndarray:
     for start in range(0, len(data), 1 << 24):
         checksum = google_crc32c.extend(checksum, data[start : start + (1 << 24)].tobytes())
     if checksum != file.checksum:
-        raise Damaged(f"{file.name}: checksum")
+        raise Damaged(f"{file.name}: checksum", file.name)
     return data
 
 
@@ -370,20 +378,20 @@ def path_of(archive: Archive, file: Written) -> str:
 
 def _place(archive: Archive, file: Written) -> str:
     """The URI of a file that exists and has the size that was written."""
-    with _reading(file.name):
+    with _reading(file.name, file.name):
         uri = file_uri(archive.index_uri, file.name)
         size = file_size(uri)
     if size != file.size_bytes:
-        raise Damaged(f"{source_text(uri)}: {size} bytes")
+        raise Damaged(f"{source_text(uri)}: {size} bytes", file.name)
     return uri
 
 
 @contextlib.contextmanager
-def _reading(uri: str) -> Iterator[None]:
+def _reading(uri: str, file: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise Damaged(f"{source_text(uri)}: {error}") from error
+        raise Damaged(f"{source_text(uri)}: {error}", file) from error
 
 
 def _written(values: Any, suffix: str) -> Written:

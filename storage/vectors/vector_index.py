@@ -382,7 +382,7 @@ def _faults_by_manifest(archive: Archive, uri: str) -> Iterator[tuple[str, str]]
     try:
         manifest = read_manifest(archive)
     except Damaged as error:
-        yield uri, f"damaged: {error}"
+        yield join(archive.index_uri, error.file) if error.file else uri, f"damaged: {error}"
         return
     thresholds = join(archive.index_uri, THRESHOLDS)
     if exists(thresholds):
