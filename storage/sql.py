@@ -5,7 +5,7 @@ import decimal
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from pyarrow import fs
 
 from storage.archive.archive import Archive
 from storage.archive.delta import check_no_links
+from storage.archive.frames import LivePart
 from storage.archive.part_table import shard_folders
 from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import file_path, is_text, join, source_text
@@ -293,12 +294,13 @@ def _create_views(connection: duckdb.DuckDBPyConnection, archive: Archive, state
     connection.execute(_VIDEOS_VIEW)
     words = set(re.findall(r"\w+", statement.lower()))
     named = [field for field in COLUMNS if field.name not in BINARY or field.name in words]
-    connection.register("stored_frames", _frames_dataset(archive, pa.schema(named)))
+    parts = archive.frames.parts() if any("frames" in word for word in words) else ()  # a million take a while
+    connection.register("stored_frames", _frames_dataset(archive, pa.schema(named), parts))
     connection.execute(_FRAMES_VIEW.format(columns=", ".join(field.name for field in named)))
 
 
-def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
-    """The parts of published videos, each read when the statement needs it."""
+def _frames_dataset(archive: Archive, schema: pa.Schema, parts: Iterable[LivePart]) -> ds.Dataset:
+    """Parts of published videos, each read when the statement needs it."""
     for folder in ("", *shard_folders(archive.frames_uri)):
         check_no_links(join(archive.frames_uri, folder))
     schema = pa.schema([field.with_nullable(True) for field in schema])
@@ -315,7 +317,7 @@ def _frames_dataset(archive: Archive, schema: pa.Schema) -> ds.Dataset:
             # true for all rows of the part, so a statement about one video opens only its parts
             (number == pa.scalar(part.video_number, pa.int32())) & (video_id == ids[part.video_number]),
         )
-        for part in archive.frames.parts()
+        for part in parts
     ]
     return ds.FileSystemDataset(fragments, schema, checked, fs.LocalFileSystem())
 

@@ -85,7 +85,7 @@ class Filter:
             from storage.sql import select_videos  # with DuckDB
 
             chosen = select_videos(archive, self.where)
-        extents = _extents(archive.parts.bounds())
+        extents = self._extents(archive)
         recorded = replace(self, start_seconds=None, end_seconds=None)
         found = []
         for row in archive.videos.all() if self.video is None else [self.video]:
@@ -112,7 +112,7 @@ class Filter:
             from storage.sql import select_frames  # with DuckDB, which few filters need
 
             selected = select_frames(archive, self.where)
-        extents = _extents(archive.parts.bounds())
+        extents = self._extents(archive)
         by_span: dict[Span, list[int]] = {}
         for row in archive.videos.all() if self.video is None else [self.video]:
             number = row.video_number
@@ -126,6 +126,9 @@ class Filter:
                     yield [number], *span, selected[number]
         for span, numbers in by_span.items():
             yield numbers, *span, None
+
+    def _extents(self, archive: Archive) -> dict[int, tuple[float, float]]:
+        return _extents(archive.parts.bounds(None if self.video is None else [self.video.video_number or 0]))
 
     def _passes(self, row: VideoRow) -> bool:
         """Whether frames of a video can pass if positions and times are ignored."""

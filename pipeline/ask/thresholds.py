@@ -97,12 +97,13 @@ def text_threshold(bundle: Bundle, index: Index) -> Threshold:
 
 def picture_threshold(archive: Archive) -> Threshold:
     """The threshold for pictures, measured with frames of different videos."""
-    first: dict[int, str] = {}
-    for part in archive.frames.parts():
-        first.setdefault(part.video_number, part.path)
-    random = np.random.default_rng(len(first))
-    chosen = sorted(random.choice(sorted(first), min(PICTURES, len(first)), replace=False).tolist()) if first else []
-    found = [part_keys(archive.frames_uri, first[number], np.zeros(1, np.int64)) for number in chosen]
+    numbers = sorted(archive.videos.published())
+    random = np.random.default_rng(len(numbers))
+    chosen = random.choice(numbers, min(PICTURES, len(numbers)), replace=False).tolist() if numbers else []
+    bounds = archive.parts.bounds(chosen)
+    places = [bounds.of(number) for number in sorted(chosen)]
+    paths = [bounds.path[own[bounds.first_seconds[own].argmin()]] for own in places if len(own)]
+    found = [part_keys(archive.frames_uri, path, np.zeros(1, np.int64)) for path in paths]
     keys = [stored[0].astype(np.float32) for stored in found if stored is not None]
     if len(keys) < LEAST_VIDEOS:
         return Threshold(PICTURE_THRESHOLD, f"typical for CLIP: the archive has fewer than {LEAST_VIDEOS} videos")

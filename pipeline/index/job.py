@@ -245,7 +245,7 @@ def run_index(
         if not result.interrupted:
             improve_index(archive)
             update_thresholds(archive, bundle)
-        remove_unnamed_files(archive)
+        remove_unnamed_files(archive, in_opened=True)
     result.seconds = time.monotonic() - start
     return result
 

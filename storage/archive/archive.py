@@ -14,7 +14,7 @@ visible with its own commit, until a final row replaces the first one.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from storage.archive import delta, video_rows
@@ -214,9 +214,14 @@ class Archive:
         ]
         self.numbers.restore(lost)
 
-    def unpublished_numbers(self) -> set[int]:
-        """The numbers of videos whose frames are committed and that have no row: not published yet, or replaced."""
-        return set(self.parts.bounds().video_number.tolist()) - self.videos.numbers()
+    def unpublished_numbers(self, among: Collection[int] | None = None) -> set[int]:
+        """The numbers of videos whose frames are committed and that have no row: not published yet, or replaced.
+
+        Args:
+            among: only these numbers; None: all.
+        """
+        found = set(self.parts.bounds(among).video_number.tolist()) - self.videos.numbers()
+        return found if among is None else found & set(among)
 
     def deleted_numbers(self) -> set[int]:
         """The numbers of deleted videos; their frames may still be stored."""

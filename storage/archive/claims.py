@@ -175,14 +175,16 @@ def claimed_numbers(archive_uri: str) -> set[int]:
     return {int(number) for number in claims if _NUMBER.fullmatch(number)}
 
 
-def oldest_job_start(archive_uri: str, unpublished: Callable[[], Collection[int]] = tuple) -> float | None:
+def oldest_job_start(
+    archive_uri: str, unpublished: Callable[[Collection[int]], Collection[int]] = lambda numbers: ()
+) -> float | None:
     """When the oldest existing job began, by the file system's clock; None if there is no job.
 
     The files of jobs that have ended are removed.
 
     Args:
         archive_uri: the archive's.
-        unpublished: gives the numbers of videos with frames that no row shows at present; their claims stay.
+        unpublished: gives those of some video numbers whose frames no row shows at present; their claims stay.
     """
     folder = _folder(archive_uri)
     if not folder.is_dir():
@@ -205,7 +207,8 @@ def oldest_job_start(archive_uri: str, unpublished: Callable[[], Collection[int]
         with contextlib.suppress(OSError):
             holders[claim] = _holder(claim)
     stale = {claim: holder for claim, holder in holders.items() if holder not in living}
-    kept = {str(number) for number in unpublished()} if stale else set()
+    numbers = {int(claim.stem) for claim in stale if _NUMBER.fullmatch(claim.stem)}
+    kept = {str(number) for number in unpublished(numbers)} if stale else set()
     for claim, holder in stale.items():
         with contextlib.suppress(OSError):
             if claim.stem not in kept and _holder(claim) == holder:  # no other job has taken it meanwhile

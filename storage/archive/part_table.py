@@ -97,6 +97,11 @@ class PartTable:
             create_shard(join(self.uri, folder))
             self._folders.add(folder)
 
+    @property
+    def opened(self) -> set[str]:
+        """The folders of the shards that were opened."""
+        return set(self._shards)
+
     def versions(self) -> dict[str, int]:
         """The version of each shard, by folder; no shard is opened for it."""
         for folder in {"", *self._folders} - self._unopened.keys() - self._shards.keys():

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,18 +45,27 @@ def clean(archive: Archive, older_than_seconds: int) -> Cleaned:
     return Cleaned(frames, remove_unnamed_files(archive, older_than_seconds))
 
 
-def remove_unnamed_files(archive: Archive, older_than_seconds: int = UNNAMED_KEPT_SECONDS) -> int:
+def remove_unnamed_files(
+    archive: Archive, older_than_seconds: int = UNNAMED_KEPT_SECONDS, *, in_opened: bool = False
+) -> int:
     """Removes files that were written, or have been unnamed, for so long; returns their number.
 
     Each version of a table stays readable for so long after the next version was made. What was written since the
     oldest running job began stays: it may be about to be committed.
 
+    Args:
+        archive: whose files.
+        older_than_seconds: how long they are kept.
+        in_opened: only in the shards that the archive has opened; a job does so for what it has changed.
     Raises:
         ArchiveError: a table cannot be read.
     """
     now, newest = time.time(), _newest_removable(archive)  # before the listing: a job may end during it
     found = []
+    opened = archive.parts.opened
     for name, folder in table_folders(archive.uri):
+        if in_opened and name == "frames" and folder not in opened:
+            continue
         table_uri = join(archive.uri, name, folder)
         unnamed = unnamed_files(table_uri, math.ceil(older_than_seconds / 3600))
         found += [uri for uri in (join(table_uri, path) for path in unnamed) if _modified(uri) < newest]
@@ -89,9 +99,9 @@ def remove_stale_claims(archive: Archive) -> float | None:
         When the oldest running job began, or None.
     """
 
-    def unpublished() -> set[int]:
+    def unpublished(numbers: Collection[int]) -> set[int]:
         archive.refresh()  # a job that has ended committed everything before its end was noticed
-        return archive.unpublished_numbers()
+        return archive.unpublished_numbers(numbers)
 
     return oldest_job_start(archive.uri, unpublished)
 
