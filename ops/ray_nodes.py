@@ -43,15 +43,17 @@ class Nodes:
         self.address = f"{HEAD}:{self._port}"
         self.processes: dict[int, subprocess.Popen] = {}
 
-    def add(self, cores: int = 1, mounts: str = "") -> int:
+    def add(self, cores: int = 1, mounts: str = "", gpus: int = 0) -> int:
         """Starts a node and gives its number.
 
         Args:
             cores: that Ray may use there.
+            gpus: that Ray believes to be there.
             mounts: commands that change the node's view of the file system, and of no other process.
         """
         number = len(self.processes)
         command = [RAY, "start", "--block", "--node-ip-address", f"127.0.0.{number + 2}", "--num-cpus", str(cores)]
+        command += ["--num-gpus", str(gpus)]
         command += ["--object-store-memory", str(100 << 20), "--min-worker-port", "0", "--max-worker-port", "0"]
         if number == 0:
             command += ["--head", "--port", str(self._port), "--ray-client-server-port", str(free_port())]
@@ -95,12 +97,12 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def ray_nodes(*cores: int) -> Iterator[Nodes]:
-    """A cluster of nodes with so many cores each."""
+def ray_nodes(*cores: int, gpus: int = 0) -> Iterator[Nodes]:
+    """A cluster of nodes with so many cores, and so many GPUs in name, each."""
     nodes = Nodes()
     try:
         for count in cores:
-            nodes.add(count)
+            nodes.add(count, gpus=gpus)
         yield nodes
     finally:
         nodes.close()

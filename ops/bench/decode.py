@@ -18,9 +18,9 @@ from workers.decode.client import Decoder
 SECONDS = 60
 
 
-def make_video(path: Path) -> None:
-    """A minute of noisy 720p30 H.264 with a keyframe every 250 frames, as DESIGN's measurements used."""
-    source = f"testsrc2=size=1280x720:rate=30:duration={SECONDS}"
+def make_video(path: Path, length: int = SECONDS) -> None:
+    """`length` seconds of noisy 720p30 H.264 with a keyframe every 250 frames, as DESIGN's measurements used."""
+    source = f"testsrc2=size=1280x720:rate=30:duration={length}"
     command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-vf", "noise=alls=12:allf=t"]
     command += ["-c:v", "libx264", "-g", "250", "-crf", "26", "-pix_fmt", "yuv420p", str(path)]
     subprocess.run(command, check=True)
