@@ -215,8 +215,10 @@ def test_a_kill_is_told(start):
 def test_a_signal_that_ends_it_from_c_is_told_as_an_interruption(start):
     outer, _ = start("""
 signal.signal(signal.SIGTERM, lambda *_: os.abort())  # as Ray's own handler does while Ray starts
+print("handled", flush=True)
 time.sleep(60)
 """)
+    assert outer.stdout.readline() == "handled\n"
     os.kill(outer.pid, signal.SIGTERM)
     _, err = outer.communicate(timeout=60)
     assert (outer.returncode, "interrupted; " in err) == (130, True), err
