@@ -72,6 +72,21 @@ def test_an_archive_that_grows_is_coded_and_found_as_before(archive):
     assert np.allclose(keys @ unit(3), [hit.score for hit in hits], atol=1e-6)
 
 
+def test_a_job_leaves_the_training_of_a_large_index_to_another(archive):
+    fill(archive, range(1, 10))
+    assert improve_index(archive, most_keys=100)
+    for name in range(10, 40):
+        add_video(archive, name, 60)
+    update_index(archive)
+    trained = names(archive, "centroids")
+    assert not improve_index(archive, most_keys=1000)
+    assert names(archive, "centroids") == trained
+    assert open_index(archive).frame_count == 39 * 60
+    assert improve_index(archive)
+    assert names(archive, "centroids") != trained
+    assert improve_index(archive, most_keys=1000)
+
+
 def test_additions_are_exact_until_they_are_many_and_are_coded_by_the_same_lists_then(archive):
     fill(archive, range(1, 10))
     main = names(archive, "centroids", "codes", "runs", "rows")

@@ -3,6 +3,7 @@
 import json
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from small_archive import (
     random_rows,
     receipt_for,
     row_for,
+    video_id_of,
 )
 
 from pipeline.cli.main import vidx
@@ -246,3 +248,21 @@ def test_the_command_says_what_it_joined(archive):
     assert json.loads(result.stdout) == {"videos": 1, "files_joined": 4, "files_written": 1, "problems": []}
     result = CliRunner().invoke(vidx, ["compact", "--archive", str(folder_of(archive))])
     assert result.stdout == "nothing to join\n"
+
+
+def test_regular_care_in_one_command(archive):
+    add_in_pieces(archive, 1)
+    add_video(archive, 2, captured_at=datetime.now(UTC))
+    command = ["maintain", "--archive", str(folder_of(archive)), "--clean-older-than", "0"]
+    result = CliRunner().invoke(vidx, [*command, "--expire", "soon"])
+    assert (result.exception.exit_code, str(result.exception)[:22]) == (2, "--expire soon: not an ")
+    make_old(archive)
+    result = CliRunner().invoke(vidx, [*command, "--expire", "90d", "--json"])  # the first is of 2024
+    assert result.exit_code == 0
+    done = json.loads(result.stdout)
+    assert (done["videos_expired"], done["frames_removed"], done["index_frames"], done["problems"]) == (1, 20, 5, [])
+    assert [row.video_id for row in open_archive(archive.uri).videos.all() if row.frame_count] == [video_id_of(2)]
+    add_in_pieces(open_archive(archive.uri), 3)
+    result = CliRunner().invoke(vidx, command)
+    assert result.stdout.splitlines()[:2] == ["4 files joined into 1", "the search index finds 25 frames"]
+    assert verify(archive.uri).faults == ()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.care.age import AGE_SOURCES, age_of, instant_before, key_of
 from pipeline.cli.empty_filter import why_no_video
 from pipeline.cli.options import archive_option, archive_uri, complete_files, json_option, parse_tags, tag_option
 from pipeline.cli.print import note, print_json, print_table
@@ -20,10 +19,9 @@ from storage.errors import UsageError
 from storage.files import source_text
 
 if TYPE_CHECKING:
+    from pipeline.care.age import Age
     from storage.archive.archive import Archive
     from storage.records import VideoRow
-
-_DAYS = {"h": 1 / 24, "d": 1, "w": 7, "y": 365}
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="List what would be deleted, and change nothing.")
 
@@ -131,98 +129,36 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     from storage.records import Status
 
     now = datetime.now(UTC)
-    oldest = _instant_before(older_than, now)
+    oldest = instant_before("--older-than", older_than, now)
     archive = open_archive(archive_uri(archive_dir))
     rows = [row for row in archive.videos.all() if row.status is not Status.DELETED]
-    ages = {_key(row): age for row in rows if (age := _age_of(row, now)) is not None}
-    expired = [row for row in rows if _key(row) in ages and ages[_key(row)].since < oldest]
-    kept = [row for row in rows if _key(row) in ages and ages[_key(row)].since >= oldest]
+    ages = {key_of(row): age for row in rows if (age := age_of(row, now)) is not None}
+    expired = [row for row in rows if key_of(row) in ages and ages[key_of(row)].since < oldest]
+    kept = [row for row in rows if key_of(row) in ages and ages[key_of(row)].since >= oldest]
     done = expired if dry_run else archive.videos.delete(expired)
     if as_json:
-        told, told_kept = ([_json(row) | ages[_key(row)].json() for row in group] for group in (done, kept))
+        told, told_kept = ([_json(row) | ages[key_of(row)].json() for row in group] for group in (done, kept))
         print_json(_summary(done, dry_run, told) | ({"videos_kept": told_kept} if dry_run else {}))
     else:
         _print_ages({"deleted": done, "kept": kept if dry_run else []}, ages, dry_run)
         _tell(done, dry_run)
     for row in rows:
-        if _key(row) not in ages:
+        if key_of(row) not in ages:
             note(f"{source_text(row.uri)} stays: its age is unknown")
 
 
-def _print_ages(rows: Mapping[str, Sequence[VideoRow]], ages: Mapping[str, _Age], dry_run: bool) -> None:
+def _print_ages(rows: Mapping[str, Sequence[VideoRow]], ages: Mapping[str, Age], dry_run: bool) -> None:
     """Prints videos with their ages, grouped by what happens to them, the oldest first."""
     cells = []
     for fate, group in rows.items():
-        for row in sorted(group, key=lambda row: ages[_key(row)].since):
-            age, (video, frames, source) = ages[_key(row)], _cells([row])[0]
-            by = _AGE_SOURCES[age.source] + (" given by the file" if age.is_by_file else "")
+        for row in sorted(group, key=lambda row: ages[key_of(row)].since):
+            age, (video, frames, source) = ages[key_of(row)], _cells([row])[0]
+            by = AGE_SOURCES[age.source] + (" given by the file" if age.is_by_file else "")
             told = (video, frames, str(age), minute(age.since), by, source)
             cells.append((fate, *told) if dry_run else told)
     columns = ("video", "frames", "age", "since (UTC)", "age counts from", "source")
     if cells:
         print_table(("would be", *columns) if dry_run else columns, cells, right=("frames", "age"))
-
-
-@dataclass(frozen=True)
-class _Age:
-    """The age of a video.
-
-    Attributes:
-        since: the time from which it counts.
-        source: where this time is from: captured_at, file_changed_at or indexed_at.
-        seconds: the age.
-        is_by_file: whether captured_at was read from the file.
-    """
-
-    since: datetime
-    source: str
-    seconds: float
-    is_by_file: bool
-
-    def json(self) -> dict[str, Any]:
-        """The keys of --json."""
-        told = {"age_seconds": round(self.seconds), "age_from": self.source, "since": self.since}
-        is_captured = self.source == "captured_at"
-        return told | ({"captured_from": "file" if self.is_by_file else "manifest"} if is_captured else {})
-
-    def __str__(self) -> str:
-        hours = self.seconds / 3600
-        return f"{hours:.1f}h" if abs(hours) < 48 else f"{hours / 24:.1f}d"
-
-
-_AGE_SOURCES = {
-    "captured_at": "capture time",
-    "file_changed_at": "last change of the file",
-    "indexed_at": "time of indexing",
-}
-
-
-def _key(row: VideoRow) -> str:
-    """What identifies a video, even if its file moves."""
-    return row.video_id or row.uri
-
-
-def _age_of(row: VideoRow, now: datetime) -> _Age | None:
-    from storage.records import CapturedFrom
-
-    changed = None if row.mtime_ns is None else datetime.fromtimestamp(row.mtime_ns / 1e9, UTC)
-    known = {"captured_at": row.captured_at, "file_changed_at": changed, "indexed_at": row.indexed_at}
-    for source, since in known.items():
-        if since is not None:
-            is_by_file = source == "captured_at" and row.captured_from is CapturedFrom.FILE
-            return _Age(since, source, (now - since).total_seconds(), is_by_file)
-    return None
-
-
-def _instant_before(text: str, now: datetime) -> datetime:
-    """The time at which a video would have this age now."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdwy])", text.strip())
-    try:
-        if match:
-            return now - timedelta(days=float(match[1]) * _DAYS[match[2]])
-    except OverflowError:
-        pass
-    raise UsageError(f"--older-than {text}: not an age; give a number with h, d, w or y, e.g. 90d")
 
 
 def _summary(rows: Sequence[VideoRow], dry_run: bool, videos: list[dict[str, Any]]) -> dict[str, Any]:

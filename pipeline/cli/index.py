@@ -173,6 +173,8 @@ def index(
             f"the decoders were not kept from {told(result.sandbox_missing)}: the kernel or the container does not "
             "allow it; --strict-sandbox refuses to index on such a machine"
         )
+    if result.index_is_behind:
+        note("the search index has outgrown its training; searches find less until `vidx maintain` trains it again")
     if result.interrupted:
         note("vidx: interrupted; finished work is committed, run the same command again to continue")
         sys.exit(130)

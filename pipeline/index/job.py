@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # importing Ray takes a second, and a run with nothing to do 
 
 ADMIT_SECONDS = 0.5  # between two commits of video numbers, while other videos are examined
 COMMIT_SECONDS = 2.0  # between two commits; one costs tens of milliseconds, for any number of receipts
+TRAINED_KEYS = 1 << 20  # up to so many, a job trains the search index at its end; beyond that `vidx maintain` does
 INDEX_FRAMES = 1 << 14  # published frames that may be missing in the search index; a search compares them one by one
 LATE_SECONDS = 1.0  # the duration in a header is replaced if frames end later than this after it
 SHOW_PART_SECONDS = 10.0  # a video can be searched in part so long after its first committed segment
@@ -76,6 +77,7 @@ class IndexResult:
         interrupted: whether Ctrl-C or SIGTERM stopped the job.
         cache_problem: why hashes cannot be kept for the next run; empty if they can.
         sandbox_missing: what a decoding process was not kept from (workers/sandbox.py).
+        index_is_behind: whether the search index should be trained, which is left to `vidx maintain`.
     """
 
     indexed: int = 0
@@ -98,6 +100,7 @@ class IndexResult:
     interrupted: bool = False
     cache_problem: str = ""
     sandbox_missing: set[str] = field(default_factory=set)
+    index_is_behind: bool = False
 
     def count(self, row: VideoRow) -> None:
         """Adds a video that this run tried."""
@@ -243,7 +246,7 @@ def run_index(
     update_index(archive)
     if plan.todo:
         if not result.interrupted:
-            improve_index(archive)
+            result.index_is_behind = not improve_index(archive, TRAINED_KEYS)
             update_thresholds(archive, bundle)
         remove_unnamed_files(archive, in_opened=True)
     result.seconds = time.monotonic() - start
@@ -394,7 +397,6 @@ class _Run:
         self._publish(is_last)
         if self._unindexed >= INDEX_FRAMES:
             update_index(self._archive)
-            improve_index(self._archive)
             self._unindexed = 0
         self._last_commit = time.monotonic()
 

@@ -10,6 +10,7 @@ the parts: a missing or damaged one is built again from them.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -256,13 +257,18 @@ def _groups(parts: Sequence[PartKeys], most: int) -> Iterator[Sequence[PartKeys]
     yield parts[start:]
 
 
-def improve_index(archive: Archive) -> None:
+def improve_index(archive: Archive, most_keys: float = math.inf) -> bool:
     """Chooses between exact search and codes by the count of keys, and trains the centroids again when it helps.
 
     It helps when there are GROWTH times as many keys as they were trained for, or when a search finds less than
     LEAST_RECALL of the best keys. Recall is measured each time that the keys have grown by a quarter. The old index
     serves until the new one is in place.
 
+    Args:
+        archive: whose index.
+        most_keys: of an index that is trained; training takes about a minute for a million keys.
+    Returns:
+        Whether the index is as good as it can be; False if it has too many keys and should be trained.
     Raises:
         ArchiveError: a part is missing or damaged, or the index cannot be written.
     """
@@ -272,24 +278,29 @@ def improve_index(archive: Archive) -> None:
         if is_coded and count <= EXACT_KEYS // 2:
             _uncode(archive)
         elif count > max(EXACT_KEYS, GROWTH * manifest.trained_count):
+            if count > most_keys:
+                return False
             _train(archive)
         elif is_coded and manifest.exact.covered.key_count > EXACT_KEYS:
             with locked(archive):
                 archive.refresh()
                 before, live = _live(archive, read_manifest(archive))
                 write_manifest(archive, _seen(_merge(archive, before, live), live))
-            improve_index(archive)
+            return improve_index(archive, most_keys)
         elif not is_coded or count < 1.25 * manifest.checked_count:
-            return
+            return True
         elif _open(archive, manifest, False).recall() < LEAST_RECALL:
+            if count > most_keys:
+                return False
             _train(archive)
         else:
             with locked(archive):
                 write_manifest(archive, replace(read_manifest(archive), checked_count=count))
-            return
+            return True
     except Damaged:
-        return  # another job has replaced or dropped it just now; the next job looks again
+        return True  # another job has replaced or dropped it just now; the next job looks again
     update_index(archive)
+    return True
 
 
 def _train(archive: Archive, is_lost: bool = False) -> int:
