@@ -26,7 +26,7 @@ from ops.sealed import SealedArchive
 from pipeline.cli.main import vidx
 from pipeline.results.contact_sheet import write_contact_sheet
 from storage.archive.archive import create_archive, open_archive
-from storage.archive.claims import Job, oldest_job_start
+from storage.archive.claims import Job, remove_ended_jobs
 from storage.errors import ArchiveError, VidxError
 from storage.records import Moment
 from storage.vectors import vector_index as vectors
@@ -477,7 +477,7 @@ def test_jobs_and_claims_of_a_stranger_hold_nothing_up_and_lead_nowhere(copy, ou
             (jobs / "folder.job").mkdir()
             (jobs / "link.claim").symlink_to(outside / "7.claim")
             os.mkfifo(jobs / "pipe.job")
-            started = oldest_job_start(f"file://{sealed.folder}")
+            started = remove_ended_jobs(f"file://{sealed.folder}")
             assert started is None or 0 <= started < float("inf")
             with Job(f"file://{sealed.folder}") as job:
                 assert all(job.take(number) for number in range(len(holders_of)))

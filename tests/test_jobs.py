@@ -12,7 +12,7 @@ import pytest
 from conftest import SAMPLES, VIDX
 
 from storage.archive import claims as jobs
-from storage.archive.claims import Job, oldest_job_start
+from storage.archive.claims import Job, remove_ended_jobs
 from storage.files import to_uri
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def test_a_stopped_job_loses_what_it_took_and_not_what_it_wrote(place, tmp_path,
     os.utime(file, (old, old))
     with Job(place) as job:
         assert job.take(7)
-        assert oldest_job_start(place) < time.time()
+        assert remove_ended_jobs(place) < time.time()
         assert file.exists()
 
 
@@ -101,16 +101,16 @@ def test_a_job_on_another_machine_is_dead_when_it_has_not_been_touched(place, tm
 
 
 def test_the_oldest_living_job_counts(place, tmp_path, other):
-    before = oldest_job_start(place)
+    before = remove_ended_jobs(place)
     assert time.time() - 60 < before <= time.time() + 1
     with Job(place):
-        assert oldest_job_start(place) == before
+        assert remove_ended_jobs(place) == before
         other.kill()
         other.wait()
-        assert oldest_job_start(place) > before
-    assert oldest_job_start(place) is None
+        assert remove_ended_jobs(place) > before
+    assert remove_ended_jobs(place) is None
     assert list((tmp_path / "jobs").iterdir()) == []
-    assert oldest_job_start(to_uri(tmp_path / "none")) is None
+    assert remove_ended_jobs(to_uri(tmp_path / "none")) is None
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.long)])

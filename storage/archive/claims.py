@@ -175,16 +175,16 @@ def claimed_numbers(archive_uri: str) -> set[int]:
     return {int(number) for number in claims if _NUMBER.fullmatch(number)}
 
 
-def oldest_job_start(
+def remove_ended_jobs(
     archive_uri: str, unpublished: Callable[[Collection[int]], Collection[int]] = lambda numbers: ()
 ) -> float | None:
-    """When the oldest existing job began, by the file system's clock; None if there is no job.
-
-    The files of jobs that have ended are removed.
+    """Removes the files of jobs that have ended, and gives when the oldest of the others began; None if there is none.
 
     Args:
         archive_uri: the archive's.
         unpublished: gives those of some video numbers whose frames no row shows at present; their claims stay.
+    Returns:
+        Seconds by the clock of the file system.
     """
     folder = _folder(archive_uri)
     if not folder.is_dir():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.archive.archive import Archive
-from storage.archive.claims import Job, oldest_job_start
+from storage.archive.claims import Job, remove_ended_jobs
 from storage.archive.delta import unnamed_files
 from storage.archive.part_table import table_folders
 from storage.files import file_path, join, list_names, remove
@@ -103,7 +103,7 @@ def remove_stale_claims(archive: Archive) -> float | None:
         archive.refresh()  # a job that has ended committed everything before its end was noticed
         return archive.unpublished_numbers(numbers)
 
-    return oldest_job_start(archive.uri, unpublished)
+    return remove_ended_jobs(archive.uri, unpublished)
 
 
 def _drop_unpublished(archive: Archive, written_before: float) -> int:
