@@ -136,8 +136,8 @@ def test_work_without_end_is_stopped_and_what_came_is_kept(monkeypatch):
     path = SAMPLES / "bottles_on_table.mp4"
     with Decoder(timeout_seconds=60) as decoder:
         probe = decoder.probe(path)
-        monkeypatch.setattr(Decoder, "_busy_per_second", lambda *_: 0)
-        decoder._grace_seconds = 0.2
+        monkeypatch.setattr(Decoder, "busy_per_second", lambda *_: 0)
+        decoder.grace_seconds = 0.2
         ticks = []
         batches = (ticks.extend(frames.ticks.tolist()) for frames in decoder.decode(path, probe, WHOLE, ALL, 1))
         with pytest.raises(VideoProblem, match="processor time") as caught:

@@ -211,7 +211,7 @@ def test_a_search_that_meets_a_damaged_place_says_so_and_blames_no_part(archive)
         best = open_index(archive).search(unit(0), 1)[0]
         (name,) = [name for name in os.listdir(index_folder(archive)) if name.endswith(".rows")]
         path = os.path.join(index_folder(archive), name)
-        rows = np.memmap(path, codes._ROW, "r+")
+        rows = np.memmap(path, np.dtype([("row_id", "<i8"), ("key", "<i8"), ("checksum", "<i8"), ("crc", "<u4")]), "r+")
         (place,) = np.flatnonzero(rows["row_id"] == (best.video_number << 32) | best.frame_index)
         rows[field][place] ^= 1
         rows.flush()

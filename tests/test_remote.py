@@ -80,7 +80,7 @@ class Talker:
 
 
 def test_what_a_worker_says_is_fetched_piece_by_piece_and_can_be_stopped():
-    worker, talker = remote._Answerer(1), Talker()
+    worker, talker = remote.Answerer(1), Talker()
     worker._asker = talker
     with ThreadPoolExecutor() as pool:
         first = pool.submit(worker.call, 0, "ask", ("who?",), {})

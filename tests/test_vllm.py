@@ -219,7 +219,7 @@ def test_rows_that_are_no_numbers_have_no_answer(models, name):
 def test_too_little_memory_is_said(bundle, monkeypatch):
     from workers.llm import vllm_engine
 
-    monkeypatch.setattr(vllm_engine, "_memory", lambda device: (1 << 30, 24 << 30))
+    monkeypatch.setattr(vllm_engine, "free_memory", lambda device: (1 << 30, 24 << 30))
     with pytest.raises(UsageError, match=r"--engine vllm: the weights of .* leave no memory on cpu for keys"):
         load_model(bundle, ModelOptions("cpu", "float32", engine="vllm"))
 

@@ -70,7 +70,7 @@ class RemoteAsker:
         place: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
         settings = (cores, archive.uri, model, tower, options, cache_bytes)
         remote: Any = ray.remote(**place)
-        self._worker = remote(_Answerer).remote(*settings)
+        self._worker = remote(Answerer).remote(*settings)
         found = self._worker.bundle.remote()
         if not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
             needs = "a GPU" if gpus else f"{cores} free cores"
@@ -150,7 +150,7 @@ class RemoteAsker:
         )
 
 
-class _Answerer:
+class Answerer:
     """The worker: an Asker, and for each call the pieces that nobody has fetched yet."""
 
     def __init__(self, cores: int, *settings: Any):

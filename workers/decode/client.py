@@ -55,6 +55,7 @@ class Decoder:
         library: what decoded last, "pyav" or "decord"; PyAV takes over where decord finds damage.
         bytes_read: of video files, by all calls of frames_at and batches_at.
         sandbox_missing: the steps of the sandbox (sandbox.STEPS) that the machine did not allow.
+        grace_seconds: of processor time that every call may take, however short what it decodes is.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Decoder:
         is_strict: bool = False,
     ):
         self._max_pixels = max_pixels
-        self._timeout_seconds = self._grace_seconds = timeout_seconds
+        self._timeout_seconds = self.grace_seconds = timeout_seconds
         self._threads = threads
         self._choice = choice
         self._library = library
@@ -124,7 +125,7 @@ class Decoder:
             "fps": [fps.numerator, fps.denominator],
             "choice": choice,
         }
-        request["busy_seconds_per_tick"] = self._busy_per_second(probe) * float(probe.time_base)
+        request["busy_seconds_per_tick"] = self.busy_per_second(probe) * float(probe.time_base)
         has_decord = self._library == "decord" and choice is Choice.RATE
         self.library = request["library"] = probe.decoder if has_decord else "pyav"
         waiting: list[tuple[dict, bytearray]] = []
@@ -262,9 +263,9 @@ class Decoder:
             length = size_bytes / LEAST_BYTES_PER_SECOND
             if probe.duration_seconds is not None:
                 length = min(length, max(0.0, probe.duration_seconds - probe.time_seconds(start)))
-        return length * self._busy_per_second(probe)
+        return length * self.busy_per_second(probe)
 
-    def _busy_per_second(self, probe: Probe) -> float:
+    def busy_per_second(self, probe: Probe) -> float:
         return BUSY_SECONDS_PER_SECOND * max(1.0, probe.width * probe.height / HD_PIXELS) * self._threads
 
     def _ask(self, path: str | bytes, request: dict, busy_seconds: Callable[[int], float]) -> "_Call":
@@ -278,7 +279,7 @@ class Decoder:
                 strictness = "strict" if self._is_strict else "lenient"
                 arguments = (self._max_pixels, self._threads, self._choice, self._library, strictness)
                 self._child = ChildProcess("workers.decode.child", arguments, (), _ENVIRONMENT)
-            request["grace_seconds"] = self._grace_seconds
+            request["grace_seconds"] = self.grace_seconds
             request["busy_seconds"] = busy_seconds(os.fstat(descriptor).st_size)
             self._call = _Call(self._child, request, descriptor, self._timeout_seconds, self._begin)
         finally:

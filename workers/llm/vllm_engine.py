@@ -85,7 +85,7 @@ class VllmEngine:
         row_bytes = 2 * settings.num_hidden_layers * key_heads * head_dim * dtype.itemsize
         wanted = row_bytes * (bundle.context_length + _SPARE_ROWS) + kept_bytes
         with _starting(bundle.name, device):
-            free, total = _memory(device)
+            free, total = free_memory(device)
             page_bytes = min(wanted, free - weight_bytes - _WORKING_BYTES[device.type])
             self.most_rows = min(bundle.context_length, page_bytes // row_bytes - _SPARE_ROWS)
             if self.most_rows < min(bundle.context_length, _SPARE_ROWS):
@@ -282,7 +282,7 @@ def _in_a_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
+def free_memory(device: torch.device) -> tuple[int, int]:
     """Free and total bytes of a device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
