@@ -25,8 +25,8 @@ from storage.errors import VideoProblem
 from storage.records import Choice, Reason, Segment
 from workers.decode.client import FRAMES_AHEAD, Decoder
 from workers.decode.clock import TimedFrame
+from workers.decode.picture import nearest_index
 from workers.decode.sample import Grid, Tally, sample
-from workers.models.preprocess import nearest_index
 
 VIDEOS = Path(__file__).parent / "videos"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "videos"

@@ -16,7 +16,7 @@ import pytest
 from storage.errors import VideoProblem
 from storage.records import Segment, Status, VideoRow
 from workers.decode.client import Decoder
-from workers.models.preprocess import nearest_index
+from workers.decode.picture import nearest_index
 from workers.sources.identity import check_still_there, identify
 
 FFMPEG = shutil.which("ffmpeg")

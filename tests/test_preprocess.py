@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from ops.published import picture_parts, published_sample, resize_nearest
 from storage.errors import UsageError
+from workers.decode.picture import nearest_index
 from workers.models.preprocess import (
     frame_parts,
-    nearest_index,
     read_settings,
     split_blocks,
 )

@@ -19,10 +19,10 @@ from pipeline.api.parameters import (
     seconds_of,
 )
 from pipeline.api.sequences import Moments, Videos
+from pipeline.api.stored_frames import CELLS, Frames, stored_frames
 from pipeline.ask.filter import Filter
 from pipeline.ask.query import Kind, Query, Term
 from pipeline.ask.search import FRAMES_SHOWN, Searcher, SearchLimits, bundle_of
-from pipeline.results.stored_frames import CELLS, Frames, stored_frames
 from pipeline.sizes import parse_size
 from pipeline.times import parse_moment
 from storage.archive.archive import ArchiveStatus, open_archive

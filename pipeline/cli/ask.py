@@ -27,7 +27,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.print import note, print_json, print_moments
 from pipeline.results.json_values import moment_json
-from pipeline.results.text import counted
+from pipeline.text import counted
 from storage.errors import UsageError
 from storage.files import source_text
 

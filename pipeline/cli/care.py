@@ -10,7 +10,7 @@ import click
 
 from pipeline.cli.options import archive_option, archive_uri, json_option
 from pipeline.cli.print import note, print_json, print_table, show_count
-from pipeline.results.text import counted, size
+from pipeline.text import counted, size
 from pipeline.times import clock
 from storage.files import source_text
 

@@ -27,7 +27,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.print import json_text, note, print_moments
 from pipeline.results.json_values import moment_json
-from pipeline.results.text import counted, printable
+from pipeline.text import counted, printable
 from pipeline.times import clock
 from storage.errors import DamagedError, UsageError
 from storage.files import source_text

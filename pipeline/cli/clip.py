@@ -6,7 +6,7 @@ import click
 
 from pipeline.cli.options import archive_option, archive_uri, complete_files, json_option
 from pipeline.cli.print import note, print_json
-from pipeline.results.text import printable
+from pipeline.text import printable
 from pipeline.times import clock, parse_moment
 from storage.errors import UsageError
 from storage.files import source_text

@@ -14,7 +14,7 @@ from pipeline.cli.empty_filter import why_no_video
 from pipeline.cli.options import archive_option, archive_uri, complete_files, json_option, parse_tags, tag_option
 from pipeline.cli.print import note, print_json, print_table
 from pipeline.results.json_values import source_json
-from pipeline.results.text import counted, minute
+from pipeline.text import counted, minute
 from storage.errors import UsageError
 from storage.files import source_text
 

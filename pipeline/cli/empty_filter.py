@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.results.text import counted, printable
+from pipeline.text import counted, printable
 from pipeline.times import clock
 from storage.files import normalize_text, source_text
 

@@ -15,7 +15,7 @@ from pipeline.cli.options import (
     model_option,
 )
 from pipeline.cli.print import note, print_json, print_table, show_count
-from pipeline.results.text import counted
+from pipeline.text import counted
 
 if TYPE_CHECKING:
     from pipeline.evaluate.retrieval import Judged, Scores

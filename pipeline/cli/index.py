@@ -21,7 +21,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.print import note, print_json, print_table
 from pipeline.results.json_values import source_json
-from pipeline.results.text import counted, printable
+from pipeline.text import counted, printable
 from storage.files import source_text
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import click
 from pipeline.cli.empty_filter import why_no_video
 from pipeline.cli.options import archive_option, archive_uri, filter_of, json_option, video_filter_options
 from pipeline.cli.print import note, print_csv, print_json, print_table
-from pipeline.results.text import minute
+from pipeline.text import minute
 from pipeline.times import clock
 from storage.errors import UsageError
 from storage.files import source_text

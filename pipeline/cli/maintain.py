@@ -8,7 +8,7 @@ import click
 
 from pipeline.cli.options import archive_option, archive_uri, json_option
 from pipeline.cli.print import note, print_json, show_count
-from pipeline.results.text import counted
+from pipeline.text import counted
 
 
 @click.command()

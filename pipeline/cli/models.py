@@ -13,7 +13,7 @@ import click
 
 from pipeline.cli.options import archive_option, archive_uri, json_option, tower_choice
 from pipeline.cli.print import note, print_json, print_table
-from pipeline.results.text import first_sentence, size
+from pipeline.text import first_sentence, size
 from storage.errors import ArchiveError
 
 if TYPE_CHECKING:

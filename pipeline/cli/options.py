@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from pipeline.cli.print import note
 from pipeline.results.json_values import source_json
 from pipeline.results.output import check_output
-from pipeline.results.text import counted, printable
+from pipeline.text import counted, printable
 from pipeline.times import parse_instant, parse_moment, parse_time
 from storage.errors import UsageError
 from storage.files import source_text, to_uri

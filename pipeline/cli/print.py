@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import click
 
 from pipeline.results.json_values import json_value
-from pipeline.results.text import printable
+from pipeline.text import printable
 from pipeline.times import clock
 from storage.files import source_text
 

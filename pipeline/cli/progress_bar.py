@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.print import note
 from pipeline.index.progress import FileAtWork, Progress, Report
-from pipeline.results.text import printable
+from pipeline.text import printable
 from pipeline.times import clock_seconds
 from storage.files import source_text
 

@@ -29,7 +29,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.print import note, print_json, print_moments
 from pipeline.results.json_values import moment_json
-from pipeline.results.text import counted, printable
+from pipeline.text import counted, printable
 
 if TYPE_CHECKING:
     from pipeline.ask.filter import Filter

@@ -10,7 +10,7 @@ import click
 from pipeline.cli.options import archive_option, archive_uri, json_option
 from pipeline.cli.print import print_json, print_table
 from pipeline.results.json_values import source_json
-from pipeline.results.text import counted, size
+from pipeline.text import counted, size
 from storage.files import source_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.results.output import write_output
-from pipeline.results.text import printable
+from pipeline.text import printable
 from pipeline.times import clock
 from storage.archive.archive import Archive
 from storage.errors import DamagedError, UsageError

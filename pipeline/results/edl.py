@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pipeline.results.text import encodable, printable
+from pipeline.text import encodable, printable
 from storage.errors import UsageError
 from storage.files import source_text
 from storage.records import Moment

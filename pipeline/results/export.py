@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.results.edl import SAME_RATE, TIMEBASES, edl
 from pipeline.results.json_values import moment_json
 from pipeline.results.output import check_output, write_output
-from pipeline.results.text import encodable
+from pipeline.text import encodable
 from storage.archive.archive import Archive
 from storage.errors import UsageError
 from storage.files import source_text

@@ -6,7 +6,7 @@ from datetime import date
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from pipeline.results.text import encodable
+from pipeline.text import encodable
 from storage.files import source_text
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ The code is in pipeline.api.
 from pipeline.api.index_videos import index
 from pipeline.api.open_archive import OpenArchive
 from pipeline.api.sequences import Moments, Videos
+from pipeline.api.stored_frames import Frames
 from pipeline.ask.query import Term
-from pipeline.results.stored_frames import Frames
 from storage.errors import ArchiveError, ClusterError, UsageError, VidxError
 
 Archive = OpenArchive

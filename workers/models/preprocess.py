@@ -4,13 +4,10 @@ Source: LLaVA-Mini (arXiv 2501.03895), released code. `load_video` and its calle
 nearest neighbour, without keeping the aspect ratio, before the CLIP image processor. With `resolution_ratio` r the
 model sees the r x r blocks of that picture, then the picture. Pillow does the CLIP processor's bicubic resize, as in
 the published run; with a tower of 336 pixels and ratio 1 nothing is resized.
-
-Imports no torch, because the decoder process uses `nearest_index`.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,6 @@ from PIL import Image
 
 from storage.errors import UsageError
 from storage.processes import usable_cores
-from storage.records import FRAME_SIDE
 
 RESIZE_THREADS = min(4, usable_cores())
 
@@ -41,23 +37,6 @@ class PictureSettings:
     rescale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-@lru_cache(maxsize=32)
-def nearest_index(source_size: int, side: int = FRAME_SIDE) -> np.ndarray:
-    """The source pixel of each of `side` output pixels along one axis.
-
-    Computed in float32 as in the published code: floor(i * scale). Integer division gives another pixel at some sizes
-    (2 of 336 rows at 1080).
-
-    Returns:
-        (side,) int64, ascending, each in [0, source_size).
-    """
-    scale = np.float32(source_size) / np.float32(side)
-    index = np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64)
-    index = np.minimum(index, source_size - 1)
-    index.flags.writeable = False  # shared by all callers
-    return index
 
 
 def split_blocks(pixels: np.ndarray, ratio: int) -> np.ndarray:
