@@ -149,3 +149,38 @@ def test_no_two_classes_have_one_name():
 
 def test_there_are_no_drawers_for_odds_and_ends():
     assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "common", "manager", "misc")]
+
+
+def scripts():
+    """The scripts and benchmarks, which neither the type checker nor every test run reads."""
+    paths = [path for path in (ROOT / "ops").rglob("*") if path.is_file() and path.suffix in ("", ".py")]
+    return [path for path in paths if path.suffix or path.read_bytes()[:22] == b"#!/usr/bin/env python3"]
+
+
+def names_in(path):
+    """What a module defines or imports at its top level, also under a condition."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_scripts_import_what_there_is():
+    assert len(scripts()) > 30
+    for script in scripts():
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
+                "pipeline",
+                "workers",
+                "storage",
+            ):
+                own = MODULES.get(node.module)
+                assert own is not None, f"{script}: {node.module}"
+                for alias in node.names:
+                    is_module = f"{node.module}.{alias.name}" in MODULES
+                    assert is_module or alias.name in names_in(own), f"{script}: {node.module}.{alias.name}"
