@@ -1,5 +1,6 @@
 """A conversation: what is shown and said before stays until the topic moves, and an answer can be stopped."""
 
+import contextlib
 import json
 import os
 import pty
@@ -206,7 +207,8 @@ def test_a_terminal_gets_words_as_they_come_and_control_c_stops_an_answer_alone(
     chosen = ["--archive", str(samples_archive[0]), "--video", CLIP, "--from", "1", "--to", "5"]
     command = [sys.executable, "-c", WAITS_AFTER_A_WORD, "chat", *chosen]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    with subprocess.Popen(command, **streams, start_new_session=True) as process:
+    with subprocess.Popen(command, **streams, start_new_session=True) as process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)  # else a failed test would wait for its end
         os.close(theirs)
         seen = b""
 
@@ -218,7 +220,7 @@ def test_a_terminal_gets_words_as_they_come_and_control_c_stops_an_answer_alone(
             before, _, seen = seen.partition(text)
             return before
 
-        until(b"does not see those before")
+        until(b"does not see earlier ones")
         until(b"> ")
         os.write(ours, b"What is there?\n")
         until(b"\r\n")
