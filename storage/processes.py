@@ -95,11 +95,8 @@ def limited_memory(more_bytes: int) -> Iterator[None]:
 
     wanted = _status_bytes("VmData") + more_bytes
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if before != resource.RLIM_INFINITY:
-        wanted = min(wanted, before)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    limits = [limit for limit in (before, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *limits]), hard))
     try:
         yield
     finally:

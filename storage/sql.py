@@ -2,10 +2,11 @@
 
 import contextlib
 import decimal
+import posixpath
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,6 @@ from pyarrow import fs
 from storage.archive.archive import Archive
 from storage.archive.delta import check_no_links
 from storage.archive.frames import LivePart
-from storage.archive.part_table import shard_folders
 from storage.errors import ArchiveError, DamagedError, UsageError
 from storage.files import file_path, is_text, join, source_text
 from storage.parts.layout import BINARY, COLUMNS
@@ -299,9 +299,9 @@ def _create_views(connection: duckdb.DuckDBPyConnection, archive: Archive, state
     connection.execute(_FRAMES_VIEW.format(columns=", ".join(field.name for field in named)))
 
 
-def _frames_dataset(archive: Archive, schema: pa.Schema, parts: Iterable[LivePart]) -> ds.Dataset:
+def _frames_dataset(archive: Archive, schema: pa.Schema, parts: Sequence[LivePart]) -> ds.Dataset:
     """Parts of published videos, each read when the statement needs it."""
-    for folder in ("", *shard_folders(archive.frames_uri)):
+    for folder in {"", *(posixpath.dirname(part.path) for part in parts)}:
         check_no_links(join(archive.frames_uri, folder))
     schema = pa.schema([field.with_nullable(True) for field in schema])
     place = file_path(archive.frames_uri).decode()

@@ -15,7 +15,7 @@ MODULES = {
     for path in FILES
     if path.parent != ROOT / "pipeline" / "vidx"
 }
-SAME_STEP = {"search", "chat", "clip", "sql", "maintain"}  # a step and its command
+SAME_STEP = {"search", "chat", "clip", "sql"}  # a step and its command
 MAY_IMPORT = {
     "ray": ("pipeline/cluster/",),
     "av": ("workers/decode/"),

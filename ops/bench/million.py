@@ -141,7 +141,7 @@ def make_index(archive: Archive, folder: Path, count: int, sampling: Sampling) -
     keyed = build_exact(archive, [part for part in archive.frames.parts() if part.video_number in named])
     others = (part for part in archive.frames.parts() if part.video_number not in named)
     bare = Covered.of([(part.path, part.video_number, 0) for part in others])
-    covered = Covered.join([(each, np.ones(len(each), bool)) for each in (keyed.covered, bare)])
+    covered = Covered.join([(each, each.every) for each in (keyed.covered, bare)])
     exact = write_exact(archive, replace(keyed, covered=covered))
     write_manifest(archive, IndexManifest(exact, versions=archive.parts.versions()))
 

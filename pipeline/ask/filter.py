@@ -9,7 +9,6 @@ import numpy as np
 
 from storage.archive.archive import Archive
 from storage.archive.frames import Rows
-from storage.archive.shard import PartBounds
 from storage.errors import UsageError
 from storage.files import normalize_text
 from storage.records import FrameRef, VideoRow
@@ -85,7 +84,7 @@ class Filter:
             from storage.sql import select_videos  # with DuckDB
 
             chosen = select_videos(archive, self.where)
-        extents = self._extents(archive)
+        extents = _extents(archive, self.video)
         recorded = replace(self, start_seconds=None, end_seconds=None)
         found = []
         for row in archive.videos.all() if self.video is None else [self.video]:
@@ -112,7 +111,7 @@ class Filter:
             from storage.sql import select_frames  # with DuckDB, which few filters need
 
             selected = select_frames(archive, self.where)
-        extents = self._extents(archive)
+        extents = _extents(archive, self.video)
         by_span: dict[Span, list[int]] = {}
         for row in archive.videos.all() if self.video is None else [self.video]:
             number = row.video_number
@@ -126,9 +125,6 @@ class Filter:
                     yield [number], *span, selected[number]
         for span, numbers in by_span.items():
             yield numbers, *span, None
-
-    def _extents(self, archive: Archive) -> dict[int, tuple[float, float]]:
-        return _extents(archive.parts.bounds(None if self.video is None else [self.video.video_number or 0]))
 
     def _passes(self, row: VideoRow) -> bool:
         """Whether frames of a video can pass if positions and times are ignored."""
@@ -165,8 +161,14 @@ def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
     return all(any(value == normalize_text(wanted) for wanted in values) for value, values in pairs)
 
 
-def _extents(bounds: PartBounds) -> dict[int, tuple[float, float]]:
-    """By video number, the start of the first frame and an upper bound of the end of the last one, in seconds."""
+def _extents(archive: Archive, video: VideoRow | None) -> dict[int, tuple[float, float]]:
+    """By video number, the start of the first frame and an upper bound of the end of the last one, in seconds.
+
+    Args:
+        archive: whose videos.
+        video: that must be among them; None for all.
+    """
+    bounds = archive.parts.bounds(None if video is None else [video.video_number or 0])
     numbers, places = np.unique(bounds.video_number, return_inverse=True)
     first, end = np.full(len(numbers), np.inf), np.full(len(numbers), -np.inf)
     np.minimum.at(first, places, bounds.first_seconds)

@@ -1,11 +1,11 @@
 """The age of a video, by which it expires."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from storage.archive.archive import Archive
 from storage.errors import UsageError
 from storage.records import CapturedFrom, Status, VideoRow
 
@@ -77,7 +77,7 @@ def instant_before(option: str, text: str, now: datetime) -> datetime:
     raise UsageError(f"{option} {text}: not an age; give a number with h, d, w or y, e.g. 90d")
 
 
-def older_than(archive: Archive, oldest: datetime, now: datetime) -> list[VideoRow]:
-    """The videos whose age counts from a time before `oldest`."""
-    rows = [row for row in archive.videos.all() if row.status is not Status.DELETED]
-    return [row for row in rows if (age := age_of(row, now)) is not None and age.since < oldest]
+def expired_videos(rows: Iterable[VideoRow], oldest: datetime, now: datetime) -> list[VideoRow]:
+    """The videos, deleted ones left out, whose age counts from a time before `oldest`."""
+    present = (row for row in rows if row.status is not Status.DELETED)
+    return [row for row in present if (age := age_of(row, now)) is not None and age.since < oldest]

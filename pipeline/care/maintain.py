@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.care.age import instant_before, older_than
+from pipeline.care.age import expired_videos, instant_before
 from storage.archive.archive import Archive
 from storage.care.clean import Cleaned, clean
 from storage.care.compact import Compacted, compact
 from storage.records import VideoRow
-from storage.vectors.vector_index import improve_index, open_index, update_index
+from storage.vectors.vector_index import open_index
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def maintain(
     expire_age: str | None = None,
     target_bytes: int,
     unused_seconds: int,
-    report: Callable[[str, int, int], None] = lambda step, done, total: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Maintained:
     """Takes care of an archive, step by step; jobs may index into it and queries may read it meanwhile.
 
@@ -37,7 +37,7 @@ def maintain(
         expire_age: delete the videos that are older, as `vidx expire` does; None: no video.
         target_bytes: the maximum size of a joined file.
         unused_seconds: how long files that nothing needs any more are kept.
-        report: is told the step and how far it is.
+        report: is told how many files are joined, and of how many.
     Raises:
         UsageError: expire_age is no age.
         ArchiveError: the archive cannot be written, or is damaged.
@@ -45,9 +45,7 @@ def maintain(
     now, expired = datetime.now(UTC), list[VideoRow]()
     if expire_age is not None:
         oldest = instant_before("--expire", expire_age, now)
-        expired = archive.videos.delete(older_than(archive, oldest, now))
-    compacted = compact(archive, target_bytes, lambda done, total: report("joined", done, total))
-    update_index(archive)
-    improve_index(archive)
-    cleaned = clean(archive, unused_seconds)
+        expired = archive.videos.delete(expired_videos(archive.videos.all(), oldest, now))
+    compacted = compact(archive, target_bytes, report)
+    cleaned = clean(archive, unused_seconds)  # it also trains the index
     return Maintained(tuple(expired), compacted, open_index(archive).frame_count, cleaned)

@@ -1,10 +1,10 @@
-"""`vidx verify`, `vidx repair`, `vidx clean` and `vidx compact`."""
+"""`vidx verify`, `vidx repair`, `vidx clean`, `vidx compact` and `vidx maintain`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -16,10 +16,34 @@ from storage.files import source_text
 
 if TYPE_CHECKING:
     from pipeline.care.check_pictures import PictureCheck
+    from storage.care.clean import Cleaned
+    from storage.care.compact import Compacted
     from storage.care.verify import Fault
     from storage.records import VideoRow
 
+F = TypeVar("F", bound=Callable[..., Any])
 PICTURES = "For videos that decord decoded, also compare the stored pictures with those that PyAV decodes."
+
+_target_option = click.option(
+    "--target-mib",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="MIB",
+    help="Maximum size of a joined file. Larger files stay as they are.",
+)
+
+
+def _unused_option(name: str) -> Callable[[F], F]:
+    """The option of what is cleaned, under a command's own name for it."""
+    return click.option(
+        name,
+        type=click.FloatRange(min=0),
+        default=168.0,
+        show_default=True,
+        metavar="HOURS",
+        help="Keep younger files; a killed job continues from them.",
+    )
 
 
 @click.command()
@@ -167,14 +191,7 @@ def repair(archive_dir: str, no_index: bool, pictures: bool, as_json: bool) -> N
 
 @click.command()
 @archive_option
-@click.option(
-    "--older-than",
-    type=click.FloatRange(min=0),
-    default=168.0,
-    show_default=True,
-    metavar="HOURS",
-    help="Keep younger files; a killed job continues from them.",
-)
+@_unused_option("--older-than")
 @json_option
 def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
     """Remove files that an archive does not need any more: those of killed jobs, and frames that were replaced.
@@ -191,22 +208,14 @@ def clean(archive_dir: str, older_than: float, as_json: bool) -> None:
 
     cleaned = clean_archive(open_archive(archive_uri(archive_dir)), round(older_than * 3600))
     if as_json:
-        print_json({"files_removed": cleaned.files, "frames_removed": cleaned.frames})
+        print_json(_cleaned_json(cleaned))
     else:
-        files, frames = counted(cleaned.files, "file"), counted(cleaned.frames, "frame")
-        click.echo(f"{files} and {frames} removed")
+        click.echo(_cleaned_text(cleaned))
 
 
 @click.command()
 @archive_option
-@click.option(
-    "--target-mib",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    metavar="MIB",
-    help="Maximum size of a joined file. Larger files stay as they are.",
-)
+@_target_option
 @json_option
 def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
     """Join the small files of each video into larger ones.
@@ -226,15 +235,74 @@ def compact(archive_dir: str, target_mib: int, as_json: bool) -> None:
 
     done = compact_archive(open_archive(archive_uri(archive_dir), write=True), target_mib << 20, show_count)
     if as_json:
-        counts = {"videos": done.videos, "files_joined": done.parts_joined, "files_written": done.parts_written}
-        print_json({**counts, "problems": list(done.problems)})
+        print_json({"videos": done.videos, **_compacted_json(done)})
     elif done.parts_joined:
         click.echo(f"{done.parts_joined} files of {counted(done.videos, 'video')} joined into {done.parts_written}")
     else:
         click.echo("nothing to join")
-    for problem in done.problems:
+    _end_with(done.problems)
+
+
+@click.command()
+@archive_option
+@click.option("--expire", "expire_age", metavar="AGE", help="Delete videos that are older than this, such as 90d.")
+@_target_option
+@_unused_option("--clean-older-than")
+@json_option
+def maintain(archive_dir: str, expire_age: str | None, target_mib: int, clean_older_than: float, as_json: bool) -> None:
+    """Do all that an archive needs from time to time: expire, compact, train the search index, clean.
+
+    Run it as a scheduled job of its own, for instance once a week. Jobs may add videos meanwhile, and queries see the
+    archive as it was or as it is. `vidx index` adds to the search index; above a million frames it leaves it to this
+    command to train the index again as the archive grows. The command may be stopped at any time; the next run
+    continues.
+
+    \b
+    vidx maintain
+    vidx maintain --expire 90d --json
+
+    Exit code 5: some files are damaged. Their videos stay as they are; `vidx repair` repairs them.
+    """
+    from pipeline.care.maintain import maintain as maintain_archive
+    from storage.archive.archive import open_archive
+
+    done = maintain_archive(
+        open_archive(archive_uri(archive_dir), write=True),
+        expire_age=expire_age,
+        target_bytes=target_mib << 20,
+        unused_seconds=round(clean_older_than * 3600),
+        report=show_count,
+    )
+    expired, compacted, cleaned = done.expired, done.compacted, done.cleaned
+    if as_json:
+        counts = {"videos_expired": len(expired), "index_frames": done.index_frames}
+        print_json({**counts, **_cleaned_json(cleaned), **_compacted_json(compacted)})
+    else:
+        if expire_age is not None:
+            click.echo(f"{counted(len(expired), 'video')} expired")
+        click.echo(f"{counted(compacted.parts_joined, 'file')} joined into {compacted.parts_written}")
+        click.echo(f"the search index finds {counted(done.index_frames, 'frame')}")
+        click.echo(_cleaned_text(cleaned))
+    _end_with(compacted.problems)
+
+
+def _end_with(problems: Sequence[str]) -> NoReturn:
+    for problem in problems:
         note(problem)
-    sys.exit(5 if done.problems else 0)
+    sys.exit(5 if problems else 0)
+
+
+def _compacted_json(done: Compacted) -> dict:
+    counts = {"files_joined": done.parts_joined, "files_written": done.parts_written}
+    return {**counts, "problems": list(done.problems)}
+
+
+def _cleaned_json(done: Cleaned) -> dict:
+    return {"files_removed": done.files, "frames_removed": done.frames}
+
+
+def _cleaned_text(done: Cleaned) -> str:
+    return f"{counted(done.files, 'file')} and {counted(done.frames, 'frame')} removed"
 
 
 def _problem_json(row: VideoRow) -> dict:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.care.age import AGE_SOURCES, age_of, instant_before, key_of
+from pipeline.care.age import AGE_SOURCES, age_of, expired_videos, instant_before, key_of
 from pipeline.cli.empty_filter import why_no_video
 from pipeline.cli.options import archive_option, archive_uri, complete_files, json_option, parse_tags, tag_option
 from pipeline.cli.print import note, print_json, print_table
@@ -133,7 +133,7 @@ def expire(older_than: str, archive_dir: str, dry_run: bool, as_json: bool) -> N
     archive = open_archive(archive_uri(archive_dir))
     rows = [row for row in archive.videos.all() if row.status is not Status.DELETED]
     ages = {key_of(row): age for row in rows if (age := age_of(row, now)) is not None}
-    expired = [row for row in rows if key_of(row) in ages and ages[key_of(row)].since < oldest]
+    expired = expired_videos(rows, oldest, now)
     kept = [row for row in rows if key_of(row) in ages and ages[key_of(row)].since >= oldest]
     done = expired if dry_run else archive.videos.delete(expired)
     if as_json:

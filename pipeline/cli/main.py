@@ -23,7 +23,7 @@ COMMANDS = {
     "repair": ("pipeline.cli.care", "Take out damaged frames and index their videos again."),
     "clean": ("pipeline.cli.care", "Remove files that an archive does not need any more."),
     "compact": ("pipeline.cli.care", "Join small files into larger ones."),
-    "maintain": ("pipeline.cli.maintain", "Expire, compact, train the index and clean, in one."),
+    "maintain": ("pipeline.cli.care", "Expire, compact, train the index and clean, in one."),
     "delete": ("pipeline.cli.delete", "Take videos out of an archive."),
     "expire": ("pipeline.cli.delete", "Take out old videos."),
     "evaluate": ("pipeline.cli.evaluate", "Measure how well search finds known moments."),

@@ -235,10 +235,9 @@ class Archive:
         growing = [row.frame_count for row in rows if row.status is Status.INDEXING]
         unconfined = [row.sandbox_missing for row in rows if row.sandbox_missing and row.status is not Status.DELETED]
         # Videos that a job has begun and no row shows yet; the claim tells them from replaced ones.
-        begun = claimed_numbers(self.uri) - self.videos.numbers()
+        begun = self.unpublished_numbers(claimed_numbers(self.uri))
         begun -= self.deleted_numbers() if begun else set()
         counts = self.parts.bounds(begun).frame_counts()
-        begun &= counts.keys()
         return ArchiveStatus(
             videos_indexed=states[Status.INDEXED],
             videos_partial=states[Status.PARTIAL],

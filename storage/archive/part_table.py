@@ -8,6 +8,7 @@ shard is opened when something of its videos is needed. Foreign tools that clean
 name begins with "_".
 """
 
+import posixpath
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -203,7 +204,7 @@ class PartTable:
         """
         by_folder: dict[str, list[str]] = {}
         for path in paths:
-            by_folder.setdefault(_folder_in(path), []).append(path)
+            by_folder.setdefault(posixpath.dirname(path), []).append(path)
         for folder, own in by_folder.items():
             self._shard(folder).drop(own)
 
@@ -218,7 +219,7 @@ class PartTable:
         Raises:
             ArchiveError: the archive cannot be written; no file is removed.
         """
-        return self._in_shards([_folder_in(part.path) for part, _ in joined], joined, Shard.join)
+        return self._in_shards([posixpath.dirname(part.path) for part, _ in joined], joined, Shard.join)
 
     def _in_shards(self, folders: Sequence[str], items: Sequence, change: Callable) -> list[bool]:
         """What a change of several shards gives for each item."""
@@ -256,11 +257,6 @@ def create_shard(uri: str) -> None:
     optional = ("search_key", "patches")  # parts may lack them
     schema = pa.schema([field.with_nullable(field.nullable or field.name in optional) for field in COLUMNS])
     delta.create_table(uri, schema)
-
-
-def _folder_in(path: str) -> str:
-    """The folder of a part, by its path."""
-    return path.rpartition("/")[0]
 
 
 def _covered(keys: Iterable[str], others: Collection[str]) -> set[str]:

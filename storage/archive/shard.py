@@ -5,6 +5,7 @@ Each commit costs time that grows with the files of its table. So the parts of m
 """
 
 import contextlib
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -247,7 +248,7 @@ def _log_bounds(frames_uri: str, folder: str, files: pa.Table) -> PartBounds:
     if not np.array_equal(number, last_number):
         raise ArchiveError(f"{damaged}: a part holds several videos; vidx did not write it")
     bounds = PartBounds(
-        np.array([f"{folder}/{name}" if folder else name for name in files.column("path").to_pylist()], object),
+        np.array([posixpath.join(folder, name) for name in files.column("path").to_pylist()], object),
         np.array(files.column("min.segment").to_pylist(), object),
         files.column("size_bytes").to_numpy(),
         number.astype(np.int64),

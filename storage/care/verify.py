@@ -1,5 +1,6 @@
 """verify: checks that every byte of an archive is as it was written, and that its tables agree with one another."""
 
+import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,7 @@ def verify(uri: str, report: Callable[[int, int], None] = lambda done, total: No
         table_uri = join(uri, name, folder)
         try:
             sizes = file_sizes(open_table(table_uri))
-            files += [(name, f"{folder}/{path}" if folder else path, size) for path, size in sizes.items()]
+            files += [(name, posixpath.join(folder, path), size) for path, size in sizes.items()]
         except DamagedError as error:
             path, _, detail = str(error).partition(": ")
             mendable = bool(cut_short_commit(table_uri) or damaged_checkpoints(table_uri))

@@ -1,6 +1,7 @@
 """store: writes the rows of one segment as one Parquet file (layout: storage/parts/layout.py)."""
 
 import json
+import posixpath
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -69,7 +70,7 @@ class PartWriter:
             folder: of the video's shard, in the folder of frames.
         """
         self._frames_uri = frames_uri
-        self._stem = f"{folder}/{uuid.uuid4().hex}" if folder else uuid.uuid4().hex
+        self._stem = posixpath.join(folder, uuid.uuid4().hex)
         self._uri = join(frames_uri, f"{self._stem}.parquet")  # until its checksum is known
         self._constants = {
             "video_id": video_id,

@@ -127,9 +127,21 @@ class Covered:
         chosen = self.entries["path"] if places is None else self.entries["path"][places]
         return [path.decode("ascii", "replace") for path in chosen.tolist()]
 
+    @property
+    def every(self) -> np.ndarray:
+        """(P,) bool, all true: chooses all parts."""
+        return np.ones(len(self), bool)
+
     def parts(self) -> list[PartKeys]:
         """(path, video number, key count) of each part."""
         return list(zip(self.paths(), self.video_numbers.tolist(), self.key_counts.tolist(), strict=True))
+
+    def count_of(self, parts: Sequence[PartKeys]) -> int:
+        """How many keys some parts have here; the lists of a million parts are not read for it."""
+        paths = {path for path, _, _ in parts}
+        near = np.flatnonzero(np.isin(self.video_numbers, [number for _, number, _ in parts]))
+        counts = zip(self.paths(near), self.key_counts[near].tolist(), strict=True)
+        return sum(count for path, count in counts if path in paths)
 
     def keys_of(self, kept: np.ndarray) -> np.ndarray:
         """(keys,) bool: the keys of the parts that are chosen by kept, (P,) bool."""

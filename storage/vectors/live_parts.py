@@ -4,13 +4,14 @@ Of a shard of frames whose version is the one that the index has seen, the lists
 shards are opened. In an archive of one shard the lists are always compared with it, since that takes little time.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from storage.archive.archive import Archive
 from storage.archive.frames import LivePart
-from storage.vectors.index_manifest import Damaged, IndexManifest, KeyFile
+from storage.vectors.index_manifest import Covered, Damaged, IndexManifest, KeyFile
 
 
 class LiveParts:
@@ -22,52 +23,52 @@ class LiveParts:
     """
 
     def __init__(self, archive: Archive, manifest: IndexManifest):
-        self._published = np.sort(np.fromiter(archive.videos.published(), np.int64))
+        self._published = np.fromiter(archive.videos.published(), np.int64)
         self._parts = archive.parts
-        self.versions = archive.parts.versions()
+        versions, seen = archive.parts.versions(), manifest.versions
         covered = [manifest.exact.covered.video_numbers, manifest.coded.covered.video_numbers]
         lacking = self._published[~np.isin(self._published, np.concatenate(covered))]
-        is_one, seen = len(self.versions) == 1, manifest.versions
-        self._folders = {folder for folder, version in self.versions.items() if is_one or seen.get(folder) != version}
+        is_one = len(versions) == 1
+        self._folders = {folder for folder, version in versions.items() if is_one or seen.get(folder) != version}
         self._folders |= self._parts.folders_of(lacking)
         bounds = self._parts.bounds_in(self._folders)
         self._stored = set(bounds.path.tolist())
         self._live = {part.path: part for part in archive.frames.parts_in(bounds)}
-        self.versions |= {folder: self._parts.versions()[folder] for folder in self._folders & self.versions.keys()}
-        self._files = (manifest.exact, manifest.coded)
-        self._check()
-        self.kept_exact, self.kept_coded = (self._kept(file) for file in self._files)
+        self.versions = archive.parts.versions()  # an opened shard may have a newer one
+        self._held: set[str] = set()  # paths of the files' parts in opened shards
+        self.kept_exact, self.kept_coded = self._kept(manifest.exact), self._kept(manifest.coded)
 
-    def _check(self) -> None:
-        """Raises Damaged where a part is in two files, or its count of keys differs from the log of the frames."""
-        held: set[str] = set()
-        for file in self._files:
-            for place in self._places(file).tolist():
-                path = file.covered.path(place)
-                part, count = self._live.get(path), int(file.covered.key_counts[place])
-                if part is not None and (path in held or count not in (0, part.row_count)):
-                    raise Damaged(f"{count} keys of {path}")
-                held.add(path)
-
-    def _places(self, file: KeyFile) -> np.ndarray:
-        """The places of the parts of a file that are in an opened shard."""
-        return np.flatnonzero(self._parts.are_in(file.covered.video_numbers, self._folders))
+    def _opened(self, covered: Covered) -> tuple[np.ndarray, list[str]]:
+        """The places and paths of those parts that are in opened shards."""
+        places = np.flatnonzero(self._parts.are_in(covered.video_numbers, self._folders))
+        return places, covered.paths(places)
 
     def _kept(self, file: KeyFile) -> np.ndarray:
-        """(P,) bool: the parts of a file that are published."""
+        """(P,) bool: the parts of a file that are published.
+
+        Raises:
+            Damaged: a part is in two files, or its count of keys differs from the log of the frames.
+        """
+        places, paths = self._opened(file.covered)
+        for path, count in zip(paths, file.covered.key_counts[places].tolist(), strict=True):
+            part = self._live.get(path)
+            if part is not None and (path in self._held or count not in (0, part.row_count)):
+                raise Damaged(f"{count} keys of {path}")
+            self._held.add(path)
         kept = np.isin(file.covered.video_numbers, self._published)
-        kept[self.gone(file)] = False
+        kept[self._gone(file, places, paths)] = False
         return kept
 
     def gone(self, file: KeyFile) -> np.ndarray:
         """(G,) int64: the places of the parts of a file that are not in the archive any more, published or not."""
-        opened = self._places(file)
-        missing = [place for place, path in zip(opened, file.covered.paths(opened)) if path not in self._stored]
-        before = file.gone[~np.isin(file.gone, opened)]
-        return np.sort(np.concatenate([before, np.array(missing, np.int64)]))
+        return self._gone(file, *self._opened(file.covered))
+
+    def _gone(self, file: KeyFile, places: np.ndarray, paths: Sequence[str]) -> np.ndarray:
+        is_missing = np.array([path not in self._stored for path in paths], bool)
+        before = file.gone[~np.isin(file.gone, places)]
+        return np.sort(np.concatenate([before, places[is_missing]]))
 
     @cached_property
     def new(self) -> list[LivePart]:
         """The published parts that no file covers."""
-        held = {path for file in self._files for path in file.covered.paths(self._places(file))}
-        return [part for path, part in self._live.items() if path not in held]
+        return [part for path, part in self._live.items() if path not in self._held]

@@ -53,7 +53,7 @@ class Index:
         self._archive = archive
         self._coded = coded
         new = build_exact(archive, live.new)
-        every = [(exact, live.kept_exact), (new, np.ones(len(live.new), bool))]
+        every = [(exact, live.kept_exact), (new, new.covered.every)]
         self._exact = [(keys, kept) for keys, kept in every if keys is not None and len(keys.keys)]
         self._kept_coded = live.kept_coded
         self.rebuilt = rebuilt

@@ -150,9 +150,7 @@ def _update_once(archive: Archive, max_retired: float) -> int | None:
         else:
             after = _merge(archive, before, live)
         write_manifest(archive, _seen(after, live))
-    added_paths = {path for path, _, _ in live.new}
-    files = (after.exact, after.coded)
-    return sum(count for file in files for path, _, count in file.covered.parts() if path in added_paths)
+    return sum(file.covered.count_of(live.new) for file in (after.exact, after.coded))
 
 
 def _live(archive: Archive, manifest: IndexManifest) -> tuple[IndexManifest, LiveParts]:
@@ -189,8 +187,9 @@ def _add_exact(archive: Archive, file: KeyFile, live: LiveParts) -> KeyFile:
     """The exact keys that are live, and those of new parts, as a new file."""
     try:
         new = build_exact(archive, live.new)
-        kept = [(open_exact(archive, file), live.kept_exact), (new, np.ones(len(live.new), bool))]
-        return write_exact(archive, join_exact(kept))
+        return write_exact(
+            archive, join_exact([(open_exact(archive, file), live.kept_exact), (new, new.covered.every)])
+        )
     except Damaged:
         return write_exact(archive, build_exact(archive, [*_parts_of(file, live.kept_exact), *live.new]))
 
@@ -235,9 +234,9 @@ def _add_codes(
     for group in _groups(parts, BUILD_KEYS):
         if written is not None:
             codes = open_codes(archive, centroids, written)
-            held = [] if codes is None else [(codes, np.ones(len(codes.covered), bool))]
+            held = [] if codes is None else [(codes, codes.covered.every)]
         new = build_codes(archive, centroids, group)
-        more = write_codes(archive, [*held, (new, np.ones(len(new.covered), bool))])
+        more = write_codes(archive, [*held, (new, new.covered.every)])
         for file in () if written is None else (*written.files, written.parts):
             if file is not None:
                 remove(join(archive.index_uri, file.name))
