@@ -49,6 +49,17 @@ def _limits_stay():
     assert limits_of_this_process() == before
 
 
+@contextlib.contextmanager
+def process_of(command, **options):
+    """A process, which a test that fails kills instead of waiting for its end."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 @cache
 def ray_address():
     """Of a cluster that most jobs of these tests share: it takes Ray five seconds to start and to end one."""

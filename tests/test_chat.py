@@ -1,6 +1,5 @@
 """A conversation: what is shown and said before stays until the topic moves, and an answer can be stopped."""
 
-import contextlib
 import json
 import os
 import pty
@@ -12,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import VIDX
+from conftest import VIDX, process_of
 
 from pipeline.ask.answer import Asked, Asker
 from pipeline.ask.chat import Conversation
@@ -207,8 +206,7 @@ def test_a_terminal_gets_words_as_they_come_and_control_c_stops_an_answer_alone(
     chosen = ["--archive", str(samples_archive[0]), "--video", CLIP, "--from", "1", "--to", "5"]
     command = [sys.executable, "-c", WAITS_AFTER_A_WORD, "chat", *chosen]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    with subprocess.Popen(command, **streams, start_new_session=True) as process, contextlib.ExitStack() as stack:
-        stack.callback(process.kill)  # else a failed test would wait for its end
+    with process_of(command, **streams, start_new_session=True) as process:
         os.close(theirs)
         seen = b""
 

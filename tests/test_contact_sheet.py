@@ -7,11 +7,10 @@ import io
 import os
 import pty
 import re
-import subprocess
 import termios
 
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import SAMPLES, VIDX, process_of
 from PIL import Image
 from small_archive import MODEL_ID, add_video
 
@@ -118,7 +117,7 @@ def in_terminal(command, columns):
     termios.tcsetwinsize(theirs, (40, columns))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     colours = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    with subprocess.Popen([VIDX, *command], **streams, env={**os.environ, **colours}) as process:
+    with process_of([VIDX, *command], **streams, env={**os.environ, **colours}) as process:
         os.close(theirs)
         seen = b""
         with contextlib.suppress(OSError):  # the other end is closed

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import SAMPLES, VIDX, process_of
 from small_archive import (
     MODEL_ID,
     add_video,
@@ -160,7 +160,7 @@ def test_on_a_terminal_a_choice_is_confirmed_first(archive, typed, code, says, l
     ours, terminal = pty.openpty()
     where = ("--where", "source LIKE '%2.mp4'", "--archive", str(folder_of(archive)))
     pipes = {"stdin": terminal, "stderr": terminal, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen([VIDX, "delete", *where], **pipes, start_new_session=True) as process:
+    with process_of([VIDX, "delete", *where], **pipes, start_new_session=True) as process:
         os.close(terminal)
         said = read_until(ours, b"?")
         if typed == b"\x03":  # the terminal is not the one that controls the process

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import SAMPLES, VIDX, process_of
 
 from storage.archive import claims as jobs
 from storage.archive.claims import Job, remove_ended_jobs
@@ -34,7 +34,7 @@ def place(tmp_path):
 def other(place):
     """Another process that has taken number 7."""
     command = [sys.executable, "-c", HOLD, place]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+    with process_of(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout.readline() == b"True\n"
         yield process
         process.kill()

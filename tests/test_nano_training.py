@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import process_of
 from safetensors.torch import load_file
 
 from ops.nano import layout
@@ -259,7 +260,7 @@ def test_an_interrupted_phase_ends_like_one_that_was_not_and_the_last_one_leaves
 
     subprocess.run(command("whole"), check=True, timeout=300, stdout=subprocess.DEVNULL)
     state = tmp_path / "cut-work" / "see.state"
-    with subprocess.Popen(command("cut"), start_new_session=True, stdout=subprocess.DEVNULL) as process:
+    with process_of(command("cut"), start_new_session=True, stdout=subprocess.DEVNULL) as process:
         while not state.is_file() and process.poll() is None:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)

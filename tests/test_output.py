@@ -11,7 +11,7 @@ import sys
 import termios
 
 import pytest
-from conftest import SAMPLES, VIDX
+from conftest import SAMPLES, VIDX, process_of
 
 READING = [
     ("status",),
@@ -138,7 +138,7 @@ def on_terminal(columns, command):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    with subprocess.Popen([VIDX, *command], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=env) as process:
+    with process_of([VIDX, *command], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=env) as process:
         os.close(theirs)
         seen = b""
         try:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from pty import openpty
 
 import pytest
-from conftest import SAMPLES
+from conftest import SAMPLES, process_of
 from small_archive import PROBE
 
 from pipeline.index.progress import Meter
@@ -115,7 +114,7 @@ def on_terminal(command, columns=100):
     """What a command writes on a terminal so wide, without control sequences, and its exit code."""
     here, there = openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    with subprocess.Popen(command, stdin=there, stdout=there, stderr=there, env={**os.environ, "TERM": "xterm"}) as job:
+    with process_of(command, stdin=there, stdout=there, stderr=there, env={**os.environ, "TERM": "xterm"}) as job:
         os.close(there)
         said = b""
         while True:

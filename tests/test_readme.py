@@ -19,8 +19,8 @@ BLOCKS = [block for text in TEXTS for block in re.findall(r"```(bash|console)\n(
 SESSION = [each for kind, block in BLOCKS if kind == "console" for each in re.split(r"^\$ ", block, flags=re.M)[1:]]
 OTHERS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 OTHERS = list(dict.fromkeys(OTHERS))  # a line that stands on two pages runs once
-# The gate calls the first ones and installs the font, the next test calls ops/readme.py, and test_nano_training trains,
-# as hours of it would not do here.
+# The gate calls the first ones and installs the font, the next test calls ops/readme.py, test_nano_answers evaluates,
+# and test_nano_training trains, as hours of it would not do here.
 ELSEWHERE = (
     "bash ops/",
     "source ",
@@ -28,6 +28,7 @@ ELSEWHERE = (
     "mypy",
     "apt install",
     "python ops/readme.py",
+    "ops/nano/evaluate",
     "ops/nano/train",
     "pip install",
 )

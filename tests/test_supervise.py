@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLES, VIDX
+from conftest import ROOT, SAMPLES, VIDX, process_of
 from ray.exceptions import RpcError
 
 from pipeline.cluster import connect, supervise
@@ -111,7 +111,7 @@ def test_what_lives_is_not_taken_for_dead_and_silence_has_to_last(monkeypatch):
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 def test_a_job_whose_ray_dies_while_it_starts_says_so(victim, tmp_path):
     command = [VIDX, "index", SAMPLES / "tractor.webm", "--archive", tmp_path / "archive"]
-    with subprocess.Popen(command, stdout=-1, stderr=-1) as job:
+    with process_of(command, stdout=-1, stderr=-1) as job:
         try:
             pid = None
             while pid is None and job.poll() is None:
