@@ -21,7 +21,7 @@ def run(*command, timeout):
 
 @pytest.mark.skipif(not FONT.is_file(), reason="the pictograms' font is not installed")
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a job's processes in /proc")
-@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_jobs_lose_double_and_leave_nothing(kills):
     size = ("--videos", "2", "--minutes", "0.2") if kills < 100 else ()
     code, found = run(ROOT / "ops/chaos", "--kills", str(kills), "--json", *size, timeout=7200)

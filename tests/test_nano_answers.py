@@ -15,7 +15,7 @@ REAL_SAMPLES = 5
 
 @pytest.fixture(scope="module")
 def table():
-    size = ("--seed", "2000003", "--videos", "3", "--minutes", "1", "--check", "2", "--real", SAMPLES)
+    size = ("--seed", "2000003", "--videos", "2", "--minutes", "1", "--check", "2", "--real", SAMPLES)
     command = [sys.executable, ROOT / "ops/nano/evaluate", *size, "--json"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stderr
