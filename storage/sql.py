@@ -308,7 +308,7 @@ def _frames_dataset(archive: Archive, schema: pa.Schema, parts: Sequence[LivePar
     checked = ds.ParquetFileFormat(
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     )
-    ids = archive.videos.published()
+    ids = dict(archive.videos.published().items())
     number, video_id = ds.field("video_number"), ds.field("video_id")
     fragments = [
         checked.make_fragment(

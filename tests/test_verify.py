@@ -10,7 +10,8 @@ from conftest import SAMPLES
 from small_archive import MODEL_ID, SAMPLING, add_video, random_rows, receipt_for, row_for, video_id_of
 
 from storage.archive.archive import create_archive, open_archive
-from storage.archive.delta import drop_file, live_files, open_table
+from storage.archive.delta import live_files, open_table
+from storage.archive.row_table import drop_file
 from storage.archive.settings import TABLES
 from storage.care.repair import repair
 from storage.care.verify import verify

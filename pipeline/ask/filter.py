@@ -87,7 +87,7 @@ class Filter:
         extents = _extents(archive, self.video)
         recorded = replace(self, start_seconds=None, end_seconds=None)
         found = []
-        for row in archive.videos.all() if self.video is None else [self.video]:
+        for row in self._candidates(archive):
             length = row.probe.duration_seconds if row.probe else None
             extent = extents.get(row.video_number or 0, (0.0, max(length or 0.0, 1e-6)))
             is_chosen = chosen is None or row.uri in chosen
@@ -113,7 +113,7 @@ class Filter:
             selected = select_frames(archive, self.where)
         extents = _extents(archive, self.video)
         by_span: dict[Span, list[int]] = {}
-        for row in archive.videos.all() if self.video is None else [self.video]:
+        for row in self._candidates(archive):
             number = row.video_number
             if number in extents and self._passes(row) and (selected is None or number in selected):
                 span = self._span(row, *extents[number])
@@ -126,10 +126,23 @@ class Filter:
         for span, numbers in by_span.items():
             yield numbers, *span, None
 
+    def _candidates(self, archive: Archive) -> list[VideoRow]:
+        """The videos that may pass; those that lack a capture time or a tag that is asked for are left out."""
+        if self.video is not None:
+            return [self.video]
+        rows = archive.videos.stored()
+        may_pass = np.ones(len(rows), bool)
+        if self.after is not None or self.before is not None:
+            may_pass &= rows.column("captured_at").is_valid().to_numpy()
+        if self.tags:
+            each = (dict(pairs or ()) for pairs in rows.column("tags").to_pylist())
+            may_pass &= np.fromiter((has_tags(own, self.tags) for own in each), bool, len(rows))
+        return archive.videos.at(np.flatnonzero(may_pass))
+
     def _passes(self, row: VideoRow) -> bool:
         """Whether frames of a video can pass if positions and times are ignored."""
         is_dated = row.captured_at is not None or (self.after is None and self.before is None)
-        return is_dated and has_tags(row, self.tags)
+        return is_dated and has_tags(row.tags, self.tags)
 
     def _span(self, row: VideoRow, first_seconds: float, end_seconds: float) -> Span | None:
         """The span of a video that passes, if its frames lie between these positions; None if nothing passes.
@@ -152,11 +165,11 @@ class Filter:
         return None if start is not None and end is not None and end <= start else (start, end)
 
 
-def has_tags(row: VideoRow, tags: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a video has one of the values of each key; different Unicode forms of a text are equal."""
+def has_tags(own: Mapping[str, str], tags: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a video's own tags have one of the values of each key; different Unicode forms of a text are equal."""
     if not tags:
         return True
-    own = {normalize_text(key): normalize_text(value) for key, value in row.tags.items()}
+    own = {normalize_text(key): normalize_text(value) for key, value in own.items()}
     pairs = ((own.get(normalize_text(key)), values) for key, values in tags.items())
     return all(any(value == normalize_text(wanted) for wanted in values) for value, values in pairs)
 

@@ -80,7 +80,7 @@ class Showing:
 
     def _decoded(self) -> Iterator[FusionInputs]:
         numbers = {frame.video_number for frame in self.frames}
-        rows = {row.video_number: row for row in self._archive.videos.all() if row.video_number in numbers}
+        rows = self._archive.videos.of_numbers(numbers)
         most_pixels = max(allowed_pixels(row.known_probe) for row in rows.values())  # they were all accepted before
         with Decoder(max_pixels=most_pixels) as decoder:
             try:

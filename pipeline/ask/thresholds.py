@@ -97,7 +97,7 @@ def text_threshold(bundle: Bundle, index: Index) -> Threshold:
 
 def picture_threshold(archive: Archive) -> Threshold:
     """The threshold for pictures, measured with frames of different videos."""
-    numbers = sorted(archive.videos.published())
+    numbers = archive.videos.published().numbers.tolist()
     random = np.random.default_rng(len(numbers))
     chosen = random.choice(numbers, min(PICTURES, len(numbers)), replace=False).tolist() if numbers else []
     bounds = archive.parts.bounds(chosen)

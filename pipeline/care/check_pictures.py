@@ -53,7 +53,7 @@ def check_pictures(archive: Archive, report: Callable[[int, int], None]) -> list
     Raises:
         ArchiveError: a part is missing or damaged.
     """
-    rows = [row for row in archive.videos.all() if row.frame_count and row.probe and row.probe.decoder == "decord"]
+    rows = [row for row in archive.videos.having("decoder", "decord") if row.frame_count]
     checks = []
     for row in rows:
         checks.append(_check(archive, row))
@@ -67,13 +67,13 @@ def drop_wrong_videos(archive: Archive, checks: Sequence[PictureCheck]) -> list[
     Raises:
         ArchiveError: the archive cannot be written.
     """
-    numbers = {check.row.video_number for check in checks if check.wrong}
+    numbers = {check.row.known_number for check in checks if check.wrong}
     if not numbers:
         return []
     drop_index(archive)
     archive.parts.drop([part.path for part in archive.frames.parts() if part.video_number in numbers])
     archive.videos.recount()
-    return [row for row in archive.videos.all() if row.video_number in numbers]
+    return [*archive.videos.of_numbers(numbers).values()]
 
 
 def _check(archive: Archive, row: VideoRow) -> PictureCheck:

@@ -64,7 +64,7 @@ def _why_no_tag(within: Filter, rows: Sequence[VideoRow]) -> str:
     if not keys:
         return f"{_none_of(rows)} tag; a manifest can give tags"
     for key, values in within.tags.items():
-        if any(has_tags(row, {key: values}) for row in rows):
+        if any(has_tags(row.tags, {key: values}) for row in rows):
             continue
         same = normalize_text(key)
         there = {value for row in rows for own, value in row.tags.items() if normalize_text(own) == same}

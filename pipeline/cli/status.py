@@ -36,10 +36,10 @@ def status(archive_dir: str, failed: bool, deleted: bool, as_json: bool) -> None
 
     archive = open_archive(archive_uri(archive_dir))
     if failed:
-        _print_failed([row for row in archive.videos.all() if row.status in (Status.PARTIAL, Status.FAILED)], as_json)
+        _print_failed(archive.videos.having("status", Status.PARTIAL, Status.FAILED), as_json)
         return
     if deleted:
-        _print_deleted([row for row in archive.videos.all() if row.status is Status.DELETED], as_json)
+        _print_deleted(archive.videos.having("status", Status.DELETED), as_json)
         return
     found = archive.status()
     pending = open_index(archive).pending_count

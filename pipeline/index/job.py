@@ -274,7 +274,8 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Report) -> l
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
         if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
             raise KeyboardInterrupt
-    problems = {row.video_id: row.problem for row in (*rows, *archive.videos.all())} | away
+    present = archive.videos.of_ids(row.known_id for row in rows)
+    problems = {row.video_id: row.problem for row in (*rows, *present)} | away
     return [replace(row, problem=problem) for row in rows if (problem := problems[row.video_id]) is not None]
 
 

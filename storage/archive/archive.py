@@ -13,9 +13,11 @@ visible with its own commit, until a final row replaces the first one.
 `deltalake` does not survive a fork: processes that use an archive must be spawned.
 """
 
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
 
 from storage.archive import delta, video_rows
 from storage.archive.claims import claimed_numbers
@@ -155,7 +157,7 @@ class Archive:
     @property
     def is_empty(self) -> bool:
         """Whether no job has committed anything or reserved a number."""
-        return not (self.videos.arrow().num_rows or self.numbers.all_given() or len(self.parts.bounds()))
+        return not (len(self.videos) or len(self.numbers.all_given()) or len(self.parts.bounds()))
 
     @property
     def version(self) -> int:
@@ -191,9 +193,10 @@ class Archive:
             ArchiveError: the archive cannot be written.
         """
         # The table may have lost numbers that no repair has restored yet; they are not given to other videos.
-        newest = self.parts.newest_numbers(max(self.numbers.all_given(), default=0))
-        in_use = {*newest, *self.videos.numbers()}
-        given = self.numbers.reserve([(video_id, str(sampling)) for video_id, sampling in keys], in_use)
+        in_use = (self.numbers.all_given(), self.videos.numbers())
+        above = max(int(numbers.max(initial=0)) for numbers in in_use)
+        above = max(above, *self.parts.newest_numbers(above), 0)
+        given = self.numbers.reserve([(video_id, str(sampling)) for video_id, sampling in keys], above)
         self.parts.make_shards(given.values())
         return given
 
@@ -204,14 +207,13 @@ class Archive:
             ArchiveError: a part is missing or damaged, or the archive cannot be written.
         """
         bounds, known = self.parts.bounds(), self.numbers.all_given()
-        paths = dict(zip(bounds.video_number.tolist(), bounds.path.tolist()))
-        has_number = {None, *known, *paths}
-        lost = [part_identity(self.frames_uri, path) for number, path in paths.items() if number not in known]
-        lost += [
-            {name: getattr(row, name) for name in NUMBERS.names}
-            for row in self.videos.all()
-            if row.video_number not in has_number
+        numbers, places = np.unique(bounds.video_number, return_index=True)
+        lost: list[Mapping[str, str | int]] = [
+            part_identity(self.frames_uri, path) for path in bounds.path[places[~np.isin(numbers, known)]].tolist()
         ]
+        missing = np.setdiff1d(self.videos.numbers(), np.concatenate([known, numbers]))
+        rows = self.videos.of_numbers(missing.tolist()).values()
+        lost += [{name: getattr(row, name) for name in NUMBERS.names} for row in rows]
         self.numbers.restore(lost)
 
     def unpublished_numbers(self, among: Collection[int] | None = None) -> set[int]:
@@ -220,31 +222,36 @@ class Archive:
         Args:
             among: only these numbers; None: all.
         """
-        found = set(self.parts.bounds(among).video_number.tolist()) - self.videos.numbers()
+        found = set(np.setdiff1d(self.parts.bounds(among).video_number, self.videos.numbers()).tolist())
         return found if among is None else found & set(among)
 
     def deleted_numbers(self) -> set[int]:
         """The numbers of deleted videos; their frames may still be stored."""
-        ids = {row.video_id for row in self.videos.all() if row.status is Status.DELETED}
-        return {number for (video_id, _), number in self.numbers.known().items() if video_id in ids}
+        return self.numbers.of_ids(self.videos.ids_of(Status.DELETED))
 
     def status(self) -> ArchiveStatus:
         """The number of videos and frames, from the rows of videos and the log of the frames."""
-        rows = self.videos.all()
-        states = Counter(row.status for row in rows)
-        growing = [row.frame_count for row in rows if row.status is Status.INDEXING]
-        unconfined = [row.sandbox_missing for row in rows if row.sandbox_missing and row.status is not Status.DELETED]
+        rows = self.videos.arrow(("status", "frame_count", "model_id", "sandbox_missing"))
+        states: dict[str, int] = {
+            each["values"]: each["counts"] for each in rows.column("status").value_counts().to_pylist()
+        }
+        is_growing = pc.equal(rows.column("status"), str(Status.INDEXING))
+        growing = rows.column("frame_count").filter(is_growing).to_pylist()
+        is_unconfined = pc.and_(
+            pc.not_equal(rows.column("status"), str(Status.DELETED)), pc.not_equal(rows.column("sandbox_missing"), "")
+        )
+        unconfined = rows.column("sandbox_missing").filter(is_unconfined)  # leaves out nulls
         # Videos that a job has begun and no row shows yet; the claim tells them from replaced ones.
         begun = self.unpublished_numbers(claimed_numbers(self.uri))
         begun -= self.deleted_numbers() if begun else set()
         counts = self.parts.bounds(begun).frame_counts()
         return ArchiveStatus(
-            videos_indexed=states[Status.INDEXED],
-            videos_partial=states[Status.PARTIAL],
-            videos_failed=states[Status.FAILED],
-            videos_deleted=states[Status.DELETED],
+            videos_indexed=states.get(Status.INDEXED, 0),
+            videos_partial=states.get(Status.PARTIAL, 0),
+            videos_failed=states.get(Status.FAILED, 0),
+            videos_deleted=states.get(Status.DELETED, 0),
             frames=self.videos.frame_count(),
-            model_ids=tuple(sorted({row.model_id for row in rows})) or (self.model_id,),
+            model_ids=tuple(sorted(rows.column("model_id").unique().to_pylist())) or (self.model_id,),
             size_bytes=tree_size(self.uri),
             version=self.version,
             format_version=self.settings.format_version,
@@ -252,5 +259,7 @@ class Archive:
             frames_in_progress=sum(growing) + sum(counts[number] for number in begun),
             frames_in_progress_shown=sum(growing),
             videos_unconfined=len(unconfined),
-            sandbox_missing=tuple(sorted(set().union(*unconfined))),
+            sandbox_missing=tuple(
+                sorted({step for steps in unconfined.unique().to_pylist() for step in steps.split(",")})
+            ),
         )

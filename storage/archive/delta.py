@@ -1,39 +1,31 @@
-"""Delta tables: opening, guarded commits, and small tables that are read whole and changed by copy on write."""
+"""Delta tables: opening, live files, guarded commits, and damage of their logs."""
 
 import contextlib
 import io
-import json
 import os
 import random
 import re
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-import google_crc32c
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
-from storage.checks import InvalidValue, check_kind, check_names, file_uri, parse_json, read_small
+from storage.checks import check_kind, check_names, parse_json, read_small
 from storage.errors import ArchiveError, DamagedError
 from storage.files import (
     exists,
     file_path,
     join,
     list_names,
-    name_with_checksum,
-    remove,
     source_text,
     sync_file,
-    write_bytes,
-    write_errors,
 )
-from storage.parts.layout import read_columns, read_errors, with_columns
+from storage.parts.layout import read_errors
 from storage.records import Part
 
 LOG = "_delta_log"
@@ -42,7 +34,6 @@ _COMMIT = re.compile(r"([0-9]{20})\.json")
 _VERSION = re.compile(r"([0-9]{20})\.")
 _LAST_CHECKPOINT = "_last_checkpoint"
 ATTEMPTS = 50  # of a commit that loses races; each waits a little longer
-_GUARD = "rows"  # the application id of every change of a RowTable
 
 
 class Conflict(Exception):
@@ -57,7 +48,7 @@ def create_table(uri: str, schema: pa.Schema) -> None:
     """
     if any(name.endswith((".json", ".parquet")) for name in list_names(join(uri, LOG))):
         return
-    with _delta_errors(uri), contextlib.suppress(CommitFailedError):  # another process has created it
+    with delta_errors(uri), contextlib.suppress(CommitFailedError):  # another process has created it
         DeltaTable.create(uri, schema, mode="ignore")
 
 
@@ -73,7 +64,7 @@ def open_table(uri: str) -> DeltaTable:
     check_no_links(join(uri, LOG))  # reading a pipe would wait for ever
     if not exists(join(uri, LOG)):
         raise DamagedError(f"{source_text(uri)}: damaged archive: the table is missing")
-    with _delta_errors(uri):
+    with delta_errors(uri):
         table = DeltaTable(uri)
     for name in _commits_since_checkpoint(uri):
         place = join(uri, LOG, name)
@@ -90,7 +81,7 @@ def newest_version(uri: str) -> int:
 
 def refresh(table: DeltaTable) -> None:
     """Moves to the newest version."""
-    with _delta_errors(table.table_uri):
+    with delta_errors(table.table_uri):
         table.update_incremental()
 
 
@@ -100,7 +91,7 @@ def live_files(table: DeltaTable) -> pa.Table:
     Raises:
         ArchiveError: the log has a name that no file of an archive can have, or names a file twice.
     """
-    with _delta_errors(table.table_uri):
+    with delta_errors(table.table_uri):
         files = pa.table(table.get_add_actions(flatten=True))
     if files.num_rows:
         with read_errors(join(table.table_uri, LOG)):
@@ -127,7 +118,7 @@ def unnamed_files(uri: str, hours: int) -> list[str]:
     """
     table = open_table(uri)
     check_no_links(uri)
-    with _delta_errors(uri):
+    with delta_errors(uri):
         found = table.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
     names = set(list_names(uri))
     return [path for path in found if path in names]
@@ -158,7 +149,7 @@ def commit(
     if schema is None:
         actions += [RemoveAction(path, True, now, size=size) for path, size in removed]
     properties = CommitProperties(app_transactions=[Transaction(*guard, now) for guard in guards.items()])
-    with _delta_errors(table.table_uri):
+    with delta_errors(table.table_uri):
         try:
             mode: Literal["append", "overwrite"] = "append" if schema is None else "overwrite"
             table.create_write_transaction(actions, mode, schema or table.schema(), commit_properties=properties)
@@ -193,159 +184,13 @@ def attempts() -> Iterator[int]:
     raise ArchiveError("the archive is too busy: other jobs committed first 50 times; run again when they are done")
 
 
-class RowTable:
-    """A small Delta table that is read whole and changed by copy on write.
-
-    A change rewrites the files with changed rows, together with all files smaller than the new one. So the number of
-    files grows with the logarithm of the rows. Changes never run in parallel.
-    """
-
-    def __init__(
-        self, uri: str, columns: Iterable[pa.Field] = (), check: Callable[[pa.Table], None] = lambda rows: None
-    ):
-        """Opens the table at its newest version.
-
-        Args:
-            uri: the table's.
-            columns: the columns of its rows. Columns that a table of an older vidx lacks are null, and the first change
-                adds them to the table; columns of a newer vidx stay.
-            check: raises InvalidValue if vidx cannot have written the rows of a file.
-        Raises:
-            ArchiveError: the table is missing or damaged.
-        """
-        self.uri = uri
-        self._columns = tuple(columns)
-        self._table = open_table(uri)
-        self._check = check
-        self._files: dict[str, pa.Table] = {}  # files never change, so each is read once
-        self._rows: tuple[int, pa.Table] | None = None
-
-    @property
-    def version(self) -> int:
-        """The version of the rows that were read last."""
-        return self._table.version()
-
-    def refresh(self) -> None:
-        """Moves to the newest version."""
-        refresh(self._table)
-
-    def rows(self) -> pa.Table:
-        """All rows of the current version."""
-        if self._rows is None or self._rows[0] != self.version:
-            self._rows = (self.version, pa.concat_tables([self._schema().empty_table(), *self._load().values()]))
-        return self._rows[1]
-
-    def change(self, plan: Callable[[pa.Table], tuple[np.ndarray, pa.Table]]) -> None:
-        """Commits a change; it is planned again whenever another process was faster.
-
-        Args:
-            plan: all rows -> (a bool for each row: whether to keep it; rows to add).
-        Raises:
-            ArchiveError: the table cannot be written.
-        """
-        for _ in attempts():
-            self.refresh()
-            keep, added = plan(self.rows())
-            if keep.all() and not added.num_rows:
-                return
-            is_wider = len(self._schema()) > len(self._table_schema())
-            part, removed = self._rewrite(keep, with_columns(added, self._schema()), of_all=is_wider)
-            parts, guard = [part] if part else [], {_GUARD: self.version + 1}
-            try:
-                commit(self._table, parts, removed, guard, self._schema() if is_wider else None)
-                return
-            except Exception as error:  # after an interrupt nothing is removed: the change may be committed
-                if part is not None and may_be_committed(self._table, part.path):
-                    if isinstance(error, Conflict):
-                        return
-                elif part is not None:
-                    with contextlib.suppress(OSError):
-                        remove(join(self.uri, part.path))
-                if not isinstance(error, Conflict):
-                    raise
-
-    def _table_schema(self) -> pa.Schema:
-        with _delta_errors(self.uri), read_errors(self.uri):
-            stored = pa.schema(self._table.schema().to_arrow())
-            for field in self._columns:
-                if field.name in stored.names and stored.field(field.name).type != field.type:
-                    raise InvalidValue(f"its column {field.name} is {stored.field(field.name).type}, not {field.type}")
-                if field.name not in stored.names and not field.nullable:
-                    raise InvalidValue(f"it has no column {field.name}")
-        return stored
-
-    def _schema(self) -> pa.Schema:
-        """The columns of the table, followed by those that it lacks."""
-        stored = self._table_schema()
-        known = {field.name: field for field in self._columns}
-        missing = (field for field in self._columns if field.name not in stored.names)
-        return pa.schema([*(known.get(field.name, field) for field in stored), *missing])
-
-    def _load(self) -> dict[str, pa.Table]:
-        paths = sorted(live_files(self._table).column("path").to_pylist())
-        schema = self._schema()
-        self._files = {path: self._files.get(path) or self._read(path, schema) for path in paths}
-        return self._files
-
-    def _read(self, path: str, schema: pa.Schema) -> pa.Table:
-        with read_errors(join(self.uri, path)):
-            rows = read_columns(file_uri(self.uri, path), schema)
-            rows.validate(full=True)  # finds invalid UTF-8, among others
-            self._check(rows)
-        return rows
-
-    def _rewrite(self, keep: np.ndarray, added: pa.Table, *, of_all: bool) -> tuple[Part | None, list[tuple[str, int]]]:
-        """Writes the new file; returns it, and (path, bytes) of the files that it replaces."""
-        replaced, pieces, others, start = [], [added], [], 0
-        for path, rows in self._load().items():
-            kept = keep[start : start + rows.num_rows]
-            start += rows.num_rows
-            if kept.all() and not of_all:
-                others.append((path, rows))
-            else:
-                replaced.append(path)
-                pieces.append(rows.filter(pa.array(kept)))
-        count = sum(piece.num_rows for piece in pieces)
-        for path, rows in sorted(others, key=lambda item: item[1].num_rows):
-            if rows.num_rows > count:
-                break
-            replaced.append(path)
-            pieces.append(rows)
-            count += rows.num_rows
-        sizes = file_sizes(self._table)
-        part = _write_rows(self.uri, pa.concat_tables(pieces)) if count else None
-        return part, [(path, sizes[path]) for path in replaced]
-
-
-def drop_file(uri: str, path: str) -> None:
-    """Takes a damaged file, and with it its rows, out of a RowTable.
+@contextlib.contextmanager
+def delta_errors(uri: str) -> Iterator[None]:
+    """Turns errors of deltalake into one line for the user.
 
     Raises:
-        ArchiveError: the table cannot be written.
+        ArchiveError: the table is damaged, or cannot be read or written.
     """
-    table = open_table(uri)
-    for _ in attempts():
-        refresh(table)
-        sizes = file_sizes(table)
-        if path not in sizes:
-            return
-        with contextlib.suppress(Conflict):
-            commit(table, [], [(path, sizes[path])], {_GUARD: table.version() + 1})
-
-
-def _write_rows(folder_uri: str, rows: pa.Table) -> Part:
-    buffer = io.BytesIO()
-    pq.write_table(rows, buffer, compression="snappy", write_page_checksum=True)
-    path = name_with_checksum(uuid.uuid4().hex, google_crc32c.value(buffer.getvalue()), ".parquet")
-    uri = join(folder_uri, path)
-    with write_errors(uri):
-        write_bytes(uri, buffer.getbuffer())
-    return Part(path, rows.num_rows, buffer.tell(), json.dumps({"numRecords": rows.num_rows}))
-
-
-@contextlib.contextmanager
-def _delta_errors(uri: str) -> Iterator[None]:
-    """Turns errors of deltalake into one line for the user."""
     try:
         yield
     except CommitFailedError:

@@ -52,7 +52,7 @@ class FrameTable:
 
     def parts_in(self, bounds: PartBounds) -> list[LivePart]:
         """Those of some parts that are of published videos."""
-        is_live = np.isin(bounds.video_number, np.fromiter(self._videos.published(), np.int64))
+        is_live = np.isin(bounds.video_number, self._videos.published().numbers)
         columns = (bounds.path, bounds.video_number, bounds.row_count)
         return [*map(LivePart._make, zip(*(column[is_live].tolist() for column in columns), strict=True))]
 
@@ -136,23 +136,23 @@ class FrameTable:
         """Bounds of parts, and the places of those that match, each with its rows, ascending, or None for all rows."""
         published = self._videos.published()
         if video_numbers is None:
-            chosen = set(published)
+            bounds, chosen = self._parts.bounds(), published.numbers
         else:
-            chosen = {video_numbers} if isinstance(video_numbers, int) else set(video_numbers)
-            chosen &= published.keys()
-        bounds = self._parts.bounds(None if video_numbers is None else chosen)
+            wanted = [video_numbers] if isinstance(video_numbers, int) else video_numbers
+            found = published.ids_of(wanted)
+            bounds, chosen = self._parts.bounds(found), np.fromiter(found, np.int64)
         return bounds, self._matching_in(bounds, chosen, start_seconds, end_seconds, frame_indexes)
 
     def _matching_in(
         self,
         bounds: PartBounds,
-        chosen: set[int],
+        chosen: np.ndarray,
         start_seconds: float | None,
         end_seconds: float | None,
         frame_indexes: np.ndarray | None,
     ) -> Iterator[tuple[int, np.ndarray | None]]:
         """As _matching, for chosen videos; only parts that reach beyond an end of the range are opened."""
-        wanted = np.isin(bounds.video_number, np.fromiter(chosen, np.int64))
+        wanted = np.isin(bounds.video_number, chosen)
         whole = wanted.copy()
         if start_seconds is not None:
             wanted &= bounds.last_seconds + bounds.longest_seconds >= start_seconds

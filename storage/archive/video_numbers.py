@@ -1,12 +1,12 @@
 """The table of numbers: each combination of video, model and sampling gets a number once, and keeps it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from storage.archive.delta import RowTable
+from storage.archive.row_table import NONE, Check, Rows, RowTable
 from storage.checks import INT32, VIDEO_ID, check_column_range, check_column_text
 from storage.errors import ArchiveError
 from storage.records import Sampling
@@ -21,12 +21,16 @@ NUMBERS = pa.schema(
 )
 
 
-def check(rows: pa.Table) -> None:
-    """Raises InvalidValue if vidx cannot have written the rows."""
-    check_column_text("video_id", rows.column("video_id"), VIDEO_ID)
-    check_column_range("video_number", rows.column("video_number"), 1, INT32)
+def _check_sampling(rows: pa.Table) -> None:
     for sampling in rows.column("sampling").unique().to_pylist():
         Sampling.from_text(sampling)
+
+
+CHECKS = (
+    Check(("video_id",), lambda rows: check_column_text("video_id", rows.column("video_id"), VIDEO_ID)),
+    Check(("video_number",), lambda rows: check_column_range("video_number", rows.column("video_number"), 1, INT32)),
+    Check(("sampling",), _check_sampling),
+)
 
 
 class NumberTable:
@@ -39,25 +43,30 @@ class NumberTable:
     @cached_property
     def _table(self) -> RowTable:
         """Opened at the first use: a search does not need it."""
-        return RowTable(self._uri, NUMBERS, check)
+        return RowTable(self._uri, NUMBERS, CHECKS)
 
     def known(self) -> dict[tuple[str, str], int]:
         """The numbers of this model's videos."""
-        return self._known(self._table.rows())
+        return self._of_model(self._table.rows().table())
 
-    def all_given(self) -> set[int]:
-        """The numbers of every model's videos."""
-        return set(self._table.rows().column("video_number").to_pylist())
+    def all_given(self) -> np.ndarray:
+        """(n,) int32: the numbers of every model's videos."""
+        return self._table.rows().column("video_number").to_numpy()
 
-    def reserve(self, keys: Sequence[tuple[str, str]], in_use: set[int]) -> dict[tuple[str, str], int]:
-        """The number of each key; a key without one gets the next number that is neither given nor in use."""
+    def of_ids(self, video_ids: Iterable[str]) -> set[int]:
+        """The numbers of this model's videos with these ids, with any sampling."""
+        rows = self._table.rows()
+        return set(self._of_model(rows.take(rows.find("video_id", video_ids))).values())
+
+    def reserve(self, keys: Sequence[tuple[str, str]], above: int) -> dict[tuple[str, str], int]:
+        """The number of each key; a key without one gets the next number that is not given, above a limit."""
         wanted = list(dict.fromkeys(keys))
         given: dict[tuple[str, str], int] = {}
 
-        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
+        def plan(rows: Rows) -> tuple[np.ndarray, pa.Table]:
             given.clear()
-            given.update(self._known(rows))
-            first = max([0, *rows.column("video_number").to_pylist(), *in_use]) + 1
+            given.update(self._of_model(rows.take(rows.find("video_id", [video_id for video_id, _ in wanted]))))
+            first = max(rows.column("video_number").to_numpy().max(initial=0).item(), above) + 1
             new = [key for key in wanted if key not in given]
             if first + len(new) > INT32:
                 raise ArchiveError("the archive has given all its numbers; index into a new --archive")
@@ -66,7 +75,7 @@ class NumberTable:
                 {"video_id": key[0], "model_id": self._model_id, "sampling": key[1], "video_number": given[key]}
                 for key in new
             ]
-            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(added, NUMBERS)
+            return NONE, pa.Table.from_pylist(added, NUMBERS)
 
         self._table.change(plan)
         return {key: given[key] for key in wanted}
@@ -74,14 +83,15 @@ class NumberTable:
     def restore(self, lost: Sequence[Mapping[str, str | int]]) -> None:
         """Adds rows, with the columns of NUMBERS; rows whose number the table already has are left out."""
 
-        def plan(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
-            known = set(rows.column("video_number").to_pylist())
-            missing = [row for row in lost if row["video_number"] not in known]
-            return np.ones(rows.num_rows, bool), pa.Table.from_pylist(missing, NUMBERS)
+        def plan(rows: Rows) -> tuple[np.ndarray, pa.Table]:
+            known = rows.take(rows.find("video_number", [row["video_number"] for row in lost]), ["video_number"])
+            has_number = set(known.column(0).to_pylist())
+            missing = [row for row in lost if row["video_number"] not in has_number]
+            return NONE, pa.Table.from_pylist(missing, NUMBERS)
 
         self._table.change(plan)
 
-    def _known(self, rows: pa.Table) -> dict[tuple[str, str], int]:
+    def _of_model(self, rows: pa.Table) -> dict[tuple[str, str], int]:
         columns = (rows.column(name).to_pylist() for name in NUMBERS.names)
         return {
             (video_id, sampling): number

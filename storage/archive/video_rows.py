@@ -1,6 +1,6 @@
 """The rows of the videos table: their columns, how they are checked, and their conversion to VideoRow and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import UTC
 from fractions import Fraction
@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.archive.row_table import Check
 from storage.checks import (
     INT32,
     INT64,
@@ -89,36 +90,70 @@ _PROBED = (
 )
 
 
-def check(rows: pa.Table) -> None:
-    """Raises InvalidValue if vidx cannot have written the rows."""
-    column = rows.column
-    check_column_text("video_id", column("video_id"), VIDEO_ID)
-    check_column_text("uri", column("uri"), r"file:///[!-~]*")
-    check_column_text("model_id", column("model_id"), LINE)
-    check_column_values("status", column("status"), Status)
-    check_column_values("reason", column("reason"), Reason)
-    check_column_values("captured_from", column("captured_from"), CapturedFrom)
-    check_column_text("sandbox_missing", column("sandbox_missing"), "(?:[a-z]+(?:,[a-z]+)*)?")
-    for sampling in column("sampling").unique().to_pylist():
+def _check_sampling(rows: pa.Table) -> None:
+    for sampling in rows.column("sampling").unique().to_pylist():
         Sampling.from_text(sampling)
-    for name, (least, most) in _RANGES.items():
-        check_column_range(name, column(name), least, most)
-    for name in ("captured_at", "indexed_at"):
-        check_column_range(name, column(name).cast(pa.int64()), *_YEARS)
-    check_column_values("decoder", column("decoder"), ("decord", "pyav"))
-    check_column_values("rotation_degrees", column("rotation_degrees"), (0, 90, 180, 270))
-    probed = rows.filter(pc.is_valid(column("decoder")))
-    for name in (*_PROBED, "time_base_num", "time_base_den"):
-        if name != "duration_seconds" and probed.column(name).null_count:
-            raise InvalidValue(f"a video that was read has no {name}")
-    for name, statuses in _REQUIRED.items():
-        if rows.filter(pc.is_in(column("status"), pa.array(statuses))).column(name).null_count:
-            raise InvalidValue(f"a video that is {' or '.join(statuses)} has no {name}")
-    numbered = rows.filter(pc.or_(pc.greater(column("frame_count"), 0), pc.is_valid(column("video_number"))))
-    if any(numbered.column(name).null_count for name in ("video_number", "video_id", "decoder")):
+
+
+def _check_probed(rows: pa.Table, name: str) -> None:
+    if rows.filter(pc.is_valid(rows.column("decoder"))).column(name).null_count:
+        raise InvalidValue(f"a video that was read has no {name}")
+
+
+def _check_required(rows: pa.Table, name: str, statuses: list[str]) -> None:
+    if rows.filter(pc.is_in(rows.column("status"), pa.array(statuses))).column(name).null_count:
+        raise InvalidValue(f"a video that is {' or '.join(statuses)} has no {name}")
+
+
+def _check_numbered(rows: pa.Table, name: str) -> None:
+    has_frames = pc.greater(rows.column("frame_count"), 0)
+    if rows.filter(pc.or_(has_frames, pc.is_valid(rows.column("video_number")))).column(name).null_count:
         raise InvalidValue("a video with frames or a number has no number, no id or no stream")
-    if rows.filter(pc.is_valid(column("reason"))).column("detail").null_count:
+
+
+def _check_detail(rows: pa.Table) -> None:
+    if rows.filter(pc.is_valid(rows.column("reason"))).column("detail").null_count:
         raise InvalidValue("a reason has no detail")
+
+
+def _one(name: str, check: Callable[..., None], *limits: Any) -> Check:
+    return Check((name,), lambda rows: check(name, rows.column(name), *limits))
+
+
+def _instant(name: str) -> Check:
+    return Check((name,), lambda rows: check_column_range(name, rows.column(name).cast(pa.int64()), *_YEARS))
+
+
+def _probed(name: str) -> Check:
+    return Check(("decoder", name), lambda rows: _check_probed(rows, name))
+
+
+def _required(name: str, statuses: list[str]) -> Check:
+    return Check(("status", name), lambda rows: _check_required(rows, name, statuses))
+
+
+def _numbered(name: str) -> Check:
+    return Check(("frame_count", "video_number", name), lambda rows: _check_numbered(rows, name))
+
+
+CHECKS = (
+    _one("video_id", check_column_text, VIDEO_ID),
+    _one("uri", check_column_text, r"file:///[!-~]*"),
+    _one("model_id", check_column_text, LINE),
+    _one("status", check_column_values, Status),
+    _one("reason", check_column_values, Reason),
+    _one("captured_from", check_column_values, CapturedFrom),
+    _one("sandbox_missing", check_column_text, "(?:[a-z]+(?:,[a-z]+)*)?"),
+    _one("decoder", check_column_values, ("decord", "pyav")),
+    _one("rotation_degrees", check_column_values, (0, 90, 180, 270)),
+    Check(("sampling",), _check_sampling),
+    *(_one(name, check_column_range, least, most) for name, (least, most) in _RANGES.items()),
+    *(_instant(name) for name in ("captured_at", "indexed_at")),
+    *(_probed(name) for name in (*_PROBED, "time_base_num", "time_base_den") if name != "duration_seconds"),
+    *(_required(name, statuses) for name, statuses in _REQUIRED.items()),
+    *(_numbered(name) for name in ("video_number", "video_id", "decoder")),
+    Check(("reason", "detail"), _check_detail),
+)
 
 
 def to_arrow(rows: Sequence[VideoRow]) -> pa.Table:

@@ -4,9 +4,10 @@ A row of status `indexing` is written once, when the first frames of a long vide
 number of frames committed since then is added from the log of the frames.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,35 +15,71 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.archive import video_rows
-from storage.archive.delta import RowTable
 from storage.archive.part_table import PartTable
+from storage.archive.row_table import NONE, Rows, RowTable
 from storage.archive.video_rows import to_arrow, to_rows
 from storage.errors import UsageError
 from storage.files import join, normalize_uri, source_text, to_uri
 from storage.records import Problem, Reason, Status, VideoRow
 
 MIN_ID_DIGITS = 6
+_PUBLISHED = ("video_number", "video_id", "frame_count")
+
+
+class PublishedVideos(Mapping[int, str]):
+    """The ids of all videos that have visible frames, by number, looked up when they are asked for."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """(n,) int64: their numbers, ascending."""
+        rows = self._rows.table(("video_number", "frame_count"))
+        has_frames = pc.and_(pc.greater(rows.column("frame_count"), 0), pc.is_valid(rows.column("video_number")))
+        return np.unique(rows.column("video_number").filter(has_frames).to_numpy().astype(np.int64))
+
+    def ids_of(self, numbers: Iterable[int]) -> dict[int, str]:
+        """The ids of those of these videos that have visible frames."""
+        rows = self._rows.take(self._rows.find("video_number", numbers), _PUBLISHED).to_pylist()
+        return {row["video_number"]: row["video_id"] for row in rows if row["frame_count"]}
+
+    def __getitem__(self, number: int) -> str:
+        return self.ids_of([number])[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers.tolist())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def items(self) -> ItemsView[int, str]:
+        """All of them, read at once."""
+        columns = (self._rows.column(name).to_pylist() for name in _PUBLISHED)
+        ids = {number: video_id for number, video_id, count in zip(*columns, strict=True) if count and number}
+        return ids.items()
 
 
 class VideoTable:
     """One row per video, at one version."""
 
     def __init__(self, archive_uri: str, parts: PartTable):
-        """The table of an archive; `open` reads it.
+        """The table of an archive; `open` opens it.
 
         Args:
             archive_uri: the archive's folder.
             parts: the archive's parts; they tell how many frames of an unfinished video are committed.
         """
         self._archive_uri = archive_uri
-        self._table = RowTable(join(archive_uri, "videos"), video_rows.SCHEMA, video_rows.check)
+        self._table = RowTable(join(archive_uri, "videos"), video_rows.SCHEMA, video_rows.CHECKS)
         self._parts = parts
-        self._published: tuple[int, dict[int, str]] | None = None
-        self._current: tuple[tuple[int, int], pa.Table] | None = None
 
     def open(self) -> None:
-        """Reads the newest version, unless a version is open already."""
+        """Opens the files of the newest version, unless a version is open already."""
         self._table.rows()
+
+    def __len__(self) -> int:
+        return len(self._table.rows())
 
     @property
     def version(self) -> int:
@@ -53,27 +90,61 @@ class VideoTable:
         """Moves to the newest version."""
         self._table.refresh()
 
-    def arrow(self) -> pa.Table:
-        """All rows (video_rows.SCHEMA); those of unfinished videos count the frames committed so far."""
-        versions = self._table.version, self._parts.version
-        if self._current is None or self._current[0] != versions:
-            self._current = versions, _with_stored_frames(self._table.rows(), self._parts)
-        return self._current[1]
+    def stored(self) -> Rows:
+        """The rows of this version as they are stored; those of unfinished videos do not count new frames."""
+        return self._table.rows()
+
+    def arrow(self, names: Sequence[str] | None = None) -> pa.Table:
+        """All rows (video_rows.SCHEMA); those of unfinished videos count the frames committed so far.
+
+        Args:
+            names: the columns; None for all.
+        """
+        rows = self._table.rows()
+        table = rows.table(names)
+        growing = _places(pc.equal(rows.column("status"), str(Status.INDEXING)))
+        if not len(growing):
+            return table
+        is_settled = np.ones(len(rows), bool)
+        is_settled[growing] = False
+        counted = _with_stored_frames(rows.take(growing), self._parts)
+        return pa.concat_tables([table.filter(pa.array(is_settled)), counted.select(table.column_names)])
 
     def all(self) -> list[VideoRow]:
-        """All rows, by uri, including those of deleted videos."""
+        """All rows, by uri, including those of deleted videos; an archive may have a million of them."""
         return sorted(to_rows(self.arrow()), key=lambda row: row.uri)
+
+    def at(self, places: np.ndarray) -> list[VideoRow]:
+        """The rows at these places in `stored`, by uri; those of unfinished videos count new frames too."""
+        rows = to_rows(_with_stored_frames(self._table.rows().take(places), self._parts))
+        return sorted(rows, key=lambda row: row.uri)
+
+    def having(self, column: str, *values: str) -> list[VideoRow]:
+        """The rows with one of these values in a column of texts, by uri."""
+        wanted = pa.array([str(value) for value in values], pa.string())
+        return self.at(_places(pc.is_in(self._table.rows().column(column), wanted)))
 
     def unfinished(self) -> list[VideoRow]:
         """The rows of videos that can be searched in part: a job is indexing the rest, or was interrupted."""
-        rows = self.arrow()
-        growing = rows.filter(pc.equal(rows.column("status"), str(Status.INDEXING)))
-        return sorted(to_rows(growing), key=lambda row: row.uri)
+        return self.having("status", Status.INDEXING)
 
     def row_of(self, video_id: str) -> VideoRow | None:
         """The row of the video with this id, or None."""
-        rows = to_rows(self.arrow().filter(pc.equal(self.arrow().column("video_id"), video_id)))
+        rows = self.at(self._table.rows().find("video_id", [video_id]))
         return rows[0] if rows else None
+
+    def of_ids(self, video_ids: Iterable[str]) -> list[VideoRow]:
+        """The rows of the videos with these ids, by uri."""
+        return self.at(self._table.rows().find("video_id", video_ids))
+
+    def of_numbers(self, video_numbers: Iterable[int]) -> dict[int, VideoRow]:
+        """The rows of the videos with these numbers that have one, by number, ordered by uri."""
+        return {row.known_number: row for row in self.at(self._table.rows().find("video_number", video_numbers))}
+
+    def ids_of(self, status: Status) -> list[str]:
+        """The ids of the videos with this status whose file could be read."""
+        rows = self._table.rows().table(("status", "video_id"))
+        return rows.filter(pc.equal(rows.column("status"), str(status))).column("video_id").drop_null().to_pylist()
 
     def find(self, name: str) -> VideoRow:
         """The video that a person means by a path, a URI, a file name, or the first digits (six or more) of its id.
@@ -83,18 +154,17 @@ class VideoTable:
         Raises:
             UsageError: there is no such video, or more than one, or it was deleted.
         """
-        rows = self.arrow()
-        is_deleted = pc.equal(rows.column("status"), str(Status.DELETED))
-        present = rows.filter(pc.invert(is_deleted))
-        places = _places_of(present, name)
+        rows = self._table.rows()
+        is_deleted = pc.equal(rows.column("status"), str(Status.DELETED)).to_numpy()
+        places = _places_of(rows, name, ~is_deleted)
         if len(places) == 1:
-            return _row_at(present, places[0])
-        if places:
-            uris, ids = (present.column(column).to_pylist() for column in ("uri", "video_id"))
-            candidates = ", ".join(sorted(f"{ids[place]} ({source_text(uris[place])})" for place in places)[:5])
+            return self.at(places)[0]
+        if len(places):
+            found = rows.take(places, ("uri", "video_id")).to_pylist()
+            candidates = ", ".join(sorted(f"{row['video_id']} ({source_text(row['uri'])})" for row in found)[:5])
             raise UsageError(f"{name}: matches more than one video; name one by its path or id: {candidates}")
         archive = source_text(self._archive_uri)
-        if _places_of(rows.filter(is_deleted), name):
+        if is_deleted.any() and len(_places_of(rows, name, is_deleted)):
             raise UsageError(
                 f"{name}: this video was deleted from {archive}; `vidx index` with --restore-deleted restores it"
             )
@@ -103,30 +173,27 @@ class VideoTable:
             "its id (`vidx list` shows them)"
         )
 
-    def published(self) -> dict[int, str]:
+    def published(self) -> PublishedVideos:
         """The ids of all videos that have visible frames, by number."""
-        version = self._table.version
-        if self._published is None or self._published[0] != version:
-            columns = (
-                self._table.rows().column(name).to_pylist() for name in ("video_number", "video_id", "frame_count")
-            )
-            ids = {number: video_id for number, video_id, count in zip(*columns, strict=True) if count and number}
-            self._published = (version, ids)
-        return self._published[1]
+        return PublishedVideos(self._table.rows())
 
-    def numbers(self) -> set[int]:
-        """The numbers of all rows that have one."""
-        return set(self._table.rows().column("video_number").drop_null().to_pylist())
+    def numbers(self) -> np.ndarray:
+        """(n,) int32: the numbers of all rows that have one."""
+        return self._table.rows().column("video_number").drop_null().to_numpy()
 
     def uris(self, video_numbers: Iterable[int] | None = None) -> dict[int, str]:
         """The uri of each of these numbers that a row has; None: of each number."""
-        wanted = self.numbers() if video_numbers is None else set(video_numbers)
-        columns = (self.arrow().column(name).to_pylist() for name in ("video_number", "uri"))
-        return {number: uri for number, uri in zip(*columns, strict=True) if number in wanted}
+        rows, names = self._table.rows(), ("video_number", "uri")
+        if video_numbers is None:
+            table = rows.table(names)
+            table = table.filter(pc.is_valid(table.column("video_number")))
+        else:
+            table = rows.take(rows.find("video_number", video_numbers), names)
+        return dict(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def frame_count(self) -> int:
         """The number of published frames."""
-        return sum(self.arrow().column("frame_count").to_pylist())
+        return pc.sum(self.arrow(("frame_count",)).column(0)).as_py() or 0
 
     def publish(self, rows: Sequence[VideoRow], restored: Collection[str] = ()) -> set[str]:
         """Makes videos and their frames visible, all in one commit; each row replaces older ones (see _plan_publish).
@@ -138,11 +205,11 @@ class VideoTable:
         """
         added: set[str] = set()
 
-        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
-            keep, new = _plan_publish(table, rows, restored)
+        def plan(known: Rows) -> tuple[np.ndarray, pa.Table]:
+            dropped, new = _plan_publish(known, rows, restored)
             added.clear()
             added.update(new.column("video_id").drop_null().to_pylist())
-            return keep, new
+            return dropped, new
 
         self._table.change(plan)
         self._parts.refresh()
@@ -154,7 +221,7 @@ class VideoTable:
         Raises:
             ArchiveError: the archive cannot be written; nothing is published.
         """
-        self._table.change(lambda table: _plan_publish(table, _still_current(table, rows)))
+        self._table.change(lambda known: _plan_publish(known, _still_current(known, rows)))
 
     def delete(self, rows: Sequence[VideoRow]) -> list[VideoRow]:
         """Hides videos from every answer at once; `clean` removes their frames later. Returns the deleted rows.
@@ -166,7 +233,9 @@ class VideoTable:
         unread = {row.uri for row in rows if row.video_id is None}
         deleted: list[VideoRow] = []
 
-        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+        def plan(known: Rows) -> tuple[np.ndarray, pa.Table]:
+            places = np.union1d(known.find("video_id", ids), known.find("uri", unread))
+            table = known.take(places)
             columns = (table.column(name).to_pylist() for name in ("video_id", "uri", "status"))
             is_wanted = [
                 status != Status.DELETED and (uri in unread if id_ is None else id_ in ids)
@@ -177,7 +246,7 @@ class VideoTable:
             # A row of known content leaves one that says that it was deleted; of an unreadable file nothing is left.
             nothing: dict[str, Any] = {"video_number": None, "problem": None, "frame_count": 0, "attempts": 0}
             left = [replace(row, status=Status.DELETED, **nothing) for row in to_rows(found) if row.video_id]
-            return ~np.array(is_wanted, bool), to_arrow(left)
+            return places[np.array(is_wanted, bool)], to_arrow(left)
 
         self._table.change(plan)
         return sorted(deleted, key=lambda row: row.uri)
@@ -192,13 +261,17 @@ class VideoTable:
         """
         changed: list[VideoRow] = []
 
-        def plan(table: pa.Table) -> tuple[np.ndarray, pa.Table]:
+        def plan(known: Rows) -> tuple[np.ndarray, pa.Table]:
             self._parts.refresh()  # after the rows: the frames that they show were committed before them
-            columns = (table.column(name).to_pylist() for name in ("video_number", "frame_count"))
-            stored = self._parts.bounds().frame_counts()
-            right = np.array([not number or count <= stored[number] for number, count in zip(*columns)], bool)
-            changed[:] = [self._without_damage(row) for row in to_rows(table.filter(pa.array(~right)))]
-            return right, to_arrow(changed)
+            bounds, table = self._parts.bounds(), known.table(("video_number", "frame_count"))
+            numbers, places = np.unique(bounds.video_number, return_inverse=True)
+            stored = np.bincount(places, bounds.row_count, len(numbers)).astype(np.int64)
+            wanted = table.column("video_number").fill_null(0).to_numpy()
+            at = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+            found = np.where(numbers[at] == wanted, stored[at], 0) if len(numbers) else np.zeros(len(wanted), np.int64)
+            wrong = np.flatnonzero((wanted > 0) & (table.column("frame_count").to_numpy() > found))
+            changed[:] = [self._without_damage(row) for row in to_rows(known.take(wrong))]
+            return wrong, to_arrow(changed)
 
         self._table.change(plan)
         return changed
@@ -212,30 +285,55 @@ class VideoTable:
         return replace(row, status=status, problem=problem, frame_count=count, attempts=0)
 
 
-def _places_of(rows: pa.Table, name: str) -> list[int]:
-    """The places of the rows that a name may mean; one if it is clear, see VideoTable.find."""
-    uris, ids = (rows.column(column).to_pylist() for column in ("uri", "video_id"))
+def _places(is_chosen: pa.ChunkedArray) -> np.ndarray:
+    """The places of the rows for which this is true, ascending."""
+    return np.flatnonzero(is_chosen.fill_null(False).to_numpy())
+
+
+def _places_of(rows: Rows, name: str, is_present: np.ndarray) -> np.ndarray:
+    """The places of the rows, among those present, that a name may mean; one if it is clear, see VideoTable.find."""
+
+    def present(places: np.ndarray) -> np.ndarray:
+        return places[is_present[places]]
+
     uri = to_uri(name)
-    if uri in uris:
-        return [uris.index(uri)]
-    for spelled in (str, normalize_uri):
-        wanted = spelled(uri)
-        same_place = [place for place, other in enumerate(map(spelled, uris)) if other == wanted]
-        file = wanted.rsplit("/", 1)[-1]
-        same_name = [place for place, other in enumerate(map(spelled, uris)) if other.rsplit("/", 1)[-1] == file]
-        for same in (same_place, [] if "/" in name else same_name):
-            if len(same) == 1:
-                return same
-    digits = name.lower()
-    is_prefix = len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef")
-    found = [place for place, video_id in enumerate(ids) if is_prefix and video_id and video_id.startswith(digits)]
-    return found or same_place or ([] if "/" in name else same_name)
+    same_place = present(rows.find("uri", [uri]))
+    if len(same_place):
+        return same_place[:1]
+    file = uri.rsplit("/", 1)[-1]
+    same_name = NONE if "/" in name else present(_places(pc.ends_with(rows.column("uri"), f"/{file}")))
+    if len(same_name) == 1:
+        return same_name
+    same_place, same_name = map(present, _places_spelled_like(rows, normalize_uri(uri)))
+    for same in (same_place, NONE if "/" in name else same_name):
+        if len(same) == 1:
+            return same
+    digits, found = name.lower(), NONE
+    if len(digits) >= MIN_ID_DIGITS and set(digits) <= set("0123456789abcdef"):
+        found = present(_places(pc.starts_with(rows.column("video_id"), digits)))
+    for each in (found, same_place):
+        if len(each):
+            return each
+    return NONE if "/" in name else same_name
 
 
-def _plan_publish(
-    table: pa.Table, rows: Sequence[VideoRow], restored: Collection[str] = ()
-) -> tuple[np.ndarray, pa.Table]:
-    """Which rows of the table to keep, and which to add.
+def _places_spelled_like(rows: Rows, wanted: str) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the rows with this uri, and of those with its file name, each spelled as normalize_uri does."""
+    uris, file = rows.column("uri"), wanted.rsplit("/", 1)[-1]
+    has_escapes = pc.match_substring(uris, "%")  # the others are spelled so already
+    escaped = _places(has_escapes)
+    spelled = [normalize_uri(other) for other in uris.filter(has_escapes).to_pylist()]
+    same_place = [place for place, other in zip(escaped.tolist(), spelled, strict=True) if other == wanted]
+    same_name = [place for place, other in zip(escaped.tolist(), spelled, strict=True) if other.rsplit("/")[-1] == file]
+    plain = pc.invert(has_escapes)
+    return (
+        np.union1d(same_place, _places(pc.and_(plain, pc.equal(uris, wanted)))).astype(np.int64),
+        np.union1d(same_name, _places(pc.and_(plain, pc.ends_with(uris, f"/{file}")))).astype(np.int64),
+    )
+
+
+def _plan_publish(known: Rows, rows: Sequence[VideoRow], restored: Collection[str] = ()) -> tuple[np.ndarray, pa.Table]:
+    """The places of the known rows to drop, and the rows to add.
 
     A new row replaces, within the rows of its model, the row with the same content (whatever its sampling or uri) and
     the row with the same uri (whatever its content). In these cases the old row stays and the new one is not added:
@@ -248,17 +346,21 @@ def _plan_publish(
       `indexing`.
     """
     names = ("model_id", "video_id", "uri", "frame_count", "status", "video_number")
-    known = list(zip(*(table.column(name).to_pylist() for name in names)))
-    known += [tuple(getattr(row, name) for name in names) for row in rows]
-    alive = np.arange(len(known)) < table.num_rows
+    places = np.union1d(
+        known.find("video_id", [row.video_id for row in rows]), known.find("uri", [row.uri for row in rows])
+    )
+    both = list(zip(*(known.take(places, names).column(name).to_pylist() for name in names)))
+    old_count = len(both)
+    both += [tuple(getattr(row, name) for name in names) for row in rows]
+    alive = np.arange(len(both)) < old_count
     by_content: dict[tuple, int] = {}
     by_uri: dict[tuple, int] = {}
-    for place, (model_id, video_id, uri, _, status, _) in enumerate(known):
+    for place, (model_id, video_id, uri, _, status, _) in enumerate(both):
         same_content = None if video_id is None else by_content.get((model_id, video_id))
         same_uri = by_uri.get((model_id, uri))
-        if place >= table.num_rows:
+        if place >= old_count:
             rivals = [rival for rival in (same_content, same_uri) if rival is not None and alive[rival]]
-            if any(_stays(known[rival], known[place], restored) for rival in rivals):
+            if any(_stays(both[rival], both[place], restored) for rival in rivals):
                 continue
             alive[rivals] = False
             alive[place] = True
@@ -266,8 +368,8 @@ def _plan_publish(
             by_uri[model_id, uri] = place
         if video_id is not None:
             by_content[model_id, video_id] = place
-    added = [row for row, is_alive in zip(rows, alive[table.num_rows :], strict=True) if is_alive]
-    return alive[: table.num_rows], to_arrow(added)
+    added = [row for row, is_alive in zip(rows, alive[old_count:], strict=True) if is_alive]
+    return places[~alive[:old_count]], to_arrow(added)
 
 
 def _stays(old: tuple, new: tuple, restored: Collection[str]) -> bool:
@@ -283,9 +385,10 @@ def _stays(old: tuple, new: tuple, restored: Collection[str]) -> bool:
     return old_id == video_id and frame_count == 0 and old_frames > 0
 
 
-def _still_current(table: pa.Table, rows: Sequence[VideoRow]) -> list[VideoRow]:
+def _still_current(known: Rows, rows: Sequence[VideoRow]) -> list[VideoRow]:
     """The rows whose video still has a row with the same number of frames; of an unfinished video, with any number."""
     names = ("model_id", "video_id", "video_number", "status", "attempts", "frame_count")
+    table = known.take(known.find("video_id", [row.video_id for row in rows]), names)
     current = {_without_growth(*values) for values in zip(*(table.column(name).to_pylist() for name in names))}
     return [row for row in rows if _without_growth(*(getattr(row, name) for name in names)) in current]
 
@@ -329,7 +432,3 @@ def _progress(row: VideoRow, parts: PartTable) -> str:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(max(seconds, 0.0)))) if abs(seconds) < 1e9 else "?"
-
-
-def _row_at(rows: pa.Table, place: int) -> VideoRow:
-    return to_rows(rows.slice(place, 1))[0]

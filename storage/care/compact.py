@@ -82,10 +82,11 @@ def _runs(archive: Archive, target_bytes: int) -> Iterator[tuple[int, list[str]]
     """The parts to join: the number of a video and the paths, in order."""
     bounds = archive.parts.bounds()
     counts = bounds.frame_counts()
+    rows = archive.videos.arrow(("video_number", "status", "frame_count")).to_pydict()
     whole = {
-        row.video_number
-        for row in archive.videos.all()
-        if row.status is Status.INDEXED and row.frame_count == counts[row.known_number]
+        number
+        for number, status, count in zip(*rows.values(), strict=True)
+        if status == Status.INDEXED and count == counts[number]
     }
     places: dict[int, list[int]] = {}
     for place, number in enumerate(bounds.video_number.tolist()):

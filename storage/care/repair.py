@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from storage.archive.archive import Archive, archive_exists, open_archive
-from storage.archive.delta import LOG, cut_short_commit, damaged_checkpoints, drop_file
+from storage.archive.delta import LOG, cut_short_commit, damaged_checkpoints
 from storage.archive.frames import read_times
 from storage.archive.part_table import table_folders
+from storage.archive.row_table import drop_file
 from storage.archive.settings import archive_uri
 from storage.care.verify import BEYOND_REPAIR, Fault, Verification, verify
 from storage.errors import ArchiveError
@@ -68,9 +69,8 @@ def repair(uri: str, why_not: WhyNot = lambda archive, rows: {}) -> Repair:
         spared = _drop_frames(archive, verify(uri), why_not)
     rows = archive.videos.recount()
     again = {row.video_id for row in rows}
-    for row in archive.videos.all():  # some lost frames in an earlier repair
-        if row.problem is not None and row.problem.reason is Reason.DAMAGED and row.video_id not in again:
-            rows.append(row)
+    damaged = archive.videos.having("reason", Reason.DAMAGED)  # some lost frames in an earlier repair
+    rows += [row for row in damaged if row.video_id not in again]
     lost = len(archive.unpublished_numbers() - archive.deleted_numbers()) if notes else 0
     if lost:
         notes.append(
@@ -100,13 +100,12 @@ def _drop_frames(archive: Archive, found: Verification, why_not: WhyNot) -> dict
     doubled = {fault.video_number for fault in found.faults if fault.video_number is not None}
     twice = {path for number in doubled for path in bounds.path[bounds.of(number)].tolist()}
     owners = dict(zip(bounds.path.tolist(), bounds.video_number.tolist(), strict=True))
-    numbers = {owners.get(path) for path in damaged - twice}
-    rows = {row.video_number: row for row in archive.videos.all() if row.video_number in numbers} if numbers else {}
+    rows = archive.videos.of_numbers({owners[path] for path in damaged - twice if path in owners})
     why = why_not(archive, [*rows.values()]) if rows else {}
     spared = {
         path: replace(row, problem=why[row.known_id])
         for path in damaged - twice
-        if (row := rows.get(owners.get(path))) and row.video_id in why and _can_be_read(archive, path, row)
+        if (row := rows.get(owners.get(path, 0))) and row.video_id in why and _can_be_read(archive, path, row)
     }
     archive.parts.drop((damaged | twice) - set(spared))
     return spared

@@ -170,13 +170,16 @@ def _row_faults(archive: Archive, bounds: PartBounds) -> Iterator[Fault]:
     """
     stored = bounds.frame_counts()
     given, place = archive.numbers.known(), source_text(join(archive.uri, "videos"))
-    for row in archive.videos.all():
-        source = source_text(row.uri)
-        if row.video_number is None:
+    rows = archive.videos.arrow()  # all columns, so that all are checked
+    columns = (rows.column(name).to_pylist() for name in ("uri", "video_id", "sampling", "video_number", "frame_count"))
+    for uri, video_id, sampling, number, frame_count in zip(*columns, strict=True):
+        if number is None:
             continue
-        if row.frame_count > stored[row.video_number]:
-            detail = f"the row of {source} says {row.frame_count} frames, and {stored[row.video_number]} are stored"
+        if frame_count > stored[number]:
+            source = source_text(uri)
+            detail = f"the row of {source} says {frame_count} frames, and {stored[number]} are stored"
             yield Fault(place, detail, "videos", None, (source,))
-        if given.get((row.known_id, row.sampling)) != row.video_number:
-            detail = f"the row of {source} has the number {row.video_number}, which is not its own"
+        if given.get((video_id, sampling)) != number:
+            source = source_text(uri)
+            detail = f"the row of {source} has the number {number}, which is not its own"
             yield Fault(place, detail, "videos", None, (source,))

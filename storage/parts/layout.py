@@ -140,9 +140,7 @@ def read_columns(uri: str, schema: pa.Schema) -> pa.Table:
     """
     with open_parquet(uri) as file:
         table = file.read(columns=schema.names)
-    texts = [column for column in table.columns if pa.types.is_dictionary(column.type)]
-    if sum(map(_text_bytes, texts)) > most_bytes(file_size(uri)):
-        raise InvalidValue("its texts are too long for its size")
+    check_text_bytes(text_bytes(table), file_size(uri))
     return with_columns(table, schema)
 
 
@@ -181,10 +179,20 @@ def read_part_columns(frames_uri: str, path: str, names: Sequence[str]) -> pa.Ta
         return table
 
 
-def _text_bytes(column: pa.ChunkedArray) -> int:
-    """The bytes that the texts of a dictionary column need when they are copied for each row."""
-    lengths = [pc.sum(pc.take(pc.binary_length(piece.dictionary), piece.indices)).as_py() for piece in column.chunks]
-    return sum(length or 0 for length in lengths)
+def text_bytes(table: pa.Table) -> int:
+    """The bytes that the texts of a table, as open_parquet reads it, need when they are copied for each row."""
+    pieces = [piece for column in table.columns if pa.types.is_dictionary(column.type) for piece in column.chunks]
+    return sum(pc.sum(pc.take(pc.binary_length(piece.dictionary), piece.indices)).as_py() or 0 for piece in pieces)
+
+
+def check_text_bytes(count: int, size: int) -> None:
+    """Refuses texts that need so many bytes, of a file of this size.
+
+    Raises:
+        InvalidValue: vidx cannot have written them.
+    """
+    if count > most_bytes(size):
+        raise InvalidValue("its texts are too long for its size")
 
 
 def cell_shapes(tokens: TokenBatch) -> dict[str, list[int]]:

@@ -23,7 +23,7 @@ class LiveParts:
     """
 
     def __init__(self, archive: Archive, manifest: IndexManifest):
-        self._published = np.fromiter(archive.videos.published(), np.int64)
+        self._published = archive.videos.published().numbers
         self._parts = archive.parts
         versions, seen = archive.parts.versions(), manifest.versions
         covered = [manifest.exact.covered.video_numbers, manifest.coded.covered.video_numbers]
