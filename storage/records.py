@@ -91,7 +91,7 @@ class CapturedFrom(StrEnum):
     FILE = "file"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a job may have a million
 class VideoAsset:
     """A source that scan has found and nobody has opened yet.
 
@@ -116,11 +116,17 @@ class VideoAsset:
 
 @dataclass(frozen=True)
 class Content:
-    """The identity of a video's content, and the size and time by which a change of the file is noticed."""
+    """The identity of a video's content, and the size and time by which a change of the file is noticed.
+
+    Attributes:
+        is_settled: whether the file had not changed for a while when it was read. One that had may change again without
+            a new time, since the times of a file system are coarse.
+    """
 
     video_id: str
     size_bytes: int
     mtime_ns: int
+    is_settled: bool = True
 
     def __post_init__(self):
         if not re.fullmatch(r"[0-9a-f]{64}", self.video_id):
@@ -472,6 +478,7 @@ class VideoRow:
     are not None. attempts is the number of runs that tried this content with these settings. indexed_at is the end of
     the last run, None if no run has ended, or in rows of an older vidx. captured_from is used only with captured_at.
     sandbox_missing lists the protections that the decoders ran without (workers/sandbox.py), None if that is unknown.
+    mtime_ns and is_settled are of the file as in Content; is_settled is False in rows of an older vidx.
     """
 
     video_id: str | None
@@ -491,6 +498,7 @@ class VideoRow:
     indexed_at: datetime | None = None
     captured_from: CapturedFrom = CapturedFrom.MANIFEST
     sandbox_missing: tuple[str, ...] | None = None
+    is_settled: bool = False
 
     @property
     def known_id(self) -> str:

@@ -298,6 +298,7 @@ VALUES = {
     "double": (float("nan"), 1e300, None),
     "timestamp": (2**62, -(2**62), None),
     "map": ([("a", "1"), ("a", "2")], None),
+    "bool": (True, None),
 }
 
 

@@ -1,5 +1,6 @@
 """What a job does with each source: known ones are recognised without being read, failures are not tried for ever."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,10 @@ import pytest
 from conftest import SAMPLES, VIDX
 from small_archive import PROBE
 
-from pipeline.index.plan import TRIES, Decision, WantedRows, plan_sources
+from pipeline.index.archived import ArchivedVideos, WantedRows
+from pipeline.index.plan import TRIES, Decision, plan_sources
+from storage.archive.row_table import Rows
+from storage.archive.video_rows import to_arrow
 from storage.files import to_uri
 from storage.records import Problem, Reason, Sampling, Status, VideoAsset, VideoRow
 from workers.sources.hash_cache import HashCache
@@ -137,9 +141,17 @@ def row(path, content=None, problem=None, **changes):
     return VideoRow(**values | changes)
 
 
+def planned(assets, rows, *others, **options):
+    return plan_sources(assets, ArchivedVideos(Rows.of(to_arrow(rows))), *others, **options)
+
+
+def decisions(known):
+    return [found for _, found in known.all()]
+
+
 def plan(path, rows, wanted=WANTED):
-    known = plan_sources([asset(path)], rows, wanted, HashCache(Path(path).parent / "hashes"))
-    ((_, found),) = known.decisions
+    known = planned([asset(path)], rows, wanted, HashCache(Path(path).parent / "hashes"))
+    (found,) = decisions(known)
     assert (known.todo == (asset(path),)) == found.is_work
     return found
 
@@ -151,8 +163,8 @@ def test_a_source_is_new_changed_known_or_moved(tmp_path):
     assert plan(path, [row(path, content)]) is Decision.KNOWN
     assert plan(path, [row(path, replace(content, video_id="a" * 64))]) is Decision.CHANGED
     gone = tmp_path / "gone.mp4"
-    known = plan_sources([asset(path)], [row(gone, content)], WANTED, HashCache(tmp_path / "hashes"))
-    assert [found for _, found in known.decisions] == [Decision.MOVED]
+    known = planned([asset(path)], [row(gone, content)], WANTED, HashCache(tmp_path / "hashes"))
+    assert decisions(known) == [Decision.MOVED]
     assert [renewed.uri for renewed in known.renewed] == [to_uri(path)]
 
 
@@ -190,12 +202,12 @@ def test_what_a_manifest_says_anew_of_a_known_video_is_taken_up(tmp_path, said, 
     before = row(path, identify(path), tags=NORTH, captured_at=MAY)
     if not is_there:  # what is known of its place is changed all the same
         path.unlink()
-    known = plan_sources([replace(asset(path), **said)], [before], WANTED, HashCache(tmp_path / "hashes"))
+    known = planned([replace(asset(path), **said)], [before], WANTED, HashCache(tmp_path / "hashes"))
     after = next(iter(known.renewed), before)
     assert (after.tags, after.captured_at) == (tags, captured_at)
     is_new = (tags, captured_at) != (NORTH, MAY)
     assert list(known.updates) == ([to_uri(path)] if is_new else [])
-    ((_, found),) = known.decisions
+    (found,) = decisions(known)
     assert found is (Decision.MISSING if not is_there else Decision.UPDATED if is_new else Decision.KNOWN)
 
 
@@ -204,8 +216,8 @@ def test_of_a_video_and_its_copy_the_place_that_the_archive_knows_has_the_say(tm
     assets = [replace(asset(path), tags=NORTH), replace(asset(copy), tags=SOUTH)]
     rows, hashes = [row(path, identify(path), tags=NORTH)], HashCache(tmp_path / "hashes")
     for order in (assets, assets[::-1]):  # else it would change at each run
-        assert plan_sources(order, rows, WANTED, hashes).renewed == ()
-    (alone,) = plan_sources(assets[1:], rows, WANTED, hashes).renewed
+        assert planned(order, rows, WANTED, hashes).renewed == ()
+    (alone,) = planned(assets[1:], rows, WANTED, hashes).renewed
     assert (alone.uri, alone.tags) == (to_uri(path), SOUTH)
 
 
@@ -253,12 +265,108 @@ def test_what_cannot_be_opened_is_tried_when_that_changes(tmp_path):
 def test_attempts_count_runs_with_the_same_content_and_settings(tmp_path):
     path = old_file(tmp_path / "a.mp4")
     content = identify(path)
-    known = plan_sources([asset(path)], [row(path, content, attempts=2)], WANTED, HashCache(tmp_path / "hashes"))
+    known = planned([asset(path)], [row(path, content, attempts=2)], WANTED, HashCache(tmp_path / "hashes"))
     assert known.attempts(asset(path), content) == 2
     assert known.attempts(asset(path), replace(content, video_id="a" * 64)) == 0
     other = replace(WANTED, sampling=Sampling(Fraction(2), 7))
-    known = plan_sources([asset(path)], [row(path, content, attempts=2)], other, HashCache(tmp_path / "hashes"))
+    known = planned([asset(path)], [row(path, content, attempts=2)], other, HashCache(tmp_path / "hashes"))
     assert known.attempts(asset(path), content) == 0
+
+
+# Files that are not read
+
+
+def seen_before(path, **changes):
+    """The row of a file that had not changed for a while when it was read."""
+    return row(path, identify(path), **{"is_settled": True} | changes)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Reading a file fails."""
+    monkeypatch.setattr("hashlib.file_digest", None)
+
+
+@pytest.mark.parametrize(
+    ("said", "changes", "wanted", "found"),
+    [
+        ({}, {}, {}, Decision.KNOWN),
+        ({"tags": NORTH, "captured_at": MAY}, {"tags": NORTH, "captured_at": MAY}, {}, Decision.KNOWN),
+        ({"tags": SOUTH}, {"tags": NORTH}, {}, Decision.UPDATED),
+        ({"captured_at": JUNE}, {"captured_at": MAY}, {}, Decision.UPDATED),
+        ({}, {}, {"model_id": "other"}, Decision.SETTINGS),
+        ({}, {"problem": Reason.CLOCK_RESTARTED, "status": Status.INDEXED}, {}, Decision.KNOWN),
+        ({}, {"problem": Reason.CORRUPT, "status": Status.PARTIAL}, {}, Decision.FAILED),
+        ({}, {"status": Status.DELETED}, {}, Decision.DELETED),
+    ],
+)
+def test_on_a_new_machine_place_size_and_time_are_enough(tmp_path, request, said, changes, wanted, found):
+    path = old_file(tmp_path / "a.mp4")
+    rows = [seen_before(path, **changes)]
+    request.getfixturevalue("unread")
+    known = planned([replace(asset(path), **said)], rows, replace(WANTED, **wanted), HashCache(tmp_path / "hashes"))
+    assert decisions(known) == [found]
+    assert known.source_count == known.count(found) == 1
+    assert known.unchanged_count == (found is Decision.KNOWN)
+
+
+@pytest.mark.parametrize("changed", [{"size_bytes": 11}, {"mtime_ns": 1}, {"is_settled": False}])
+def test_another_size_or_time_or_one_that_says_nothing_is_read(tmp_path, changed):
+    path, other = old_file(tmp_path / "a.mp4"), old_file(tmp_path / "b.mp4", b"other byte")
+    rows = [seen_before(path, **changed), seen_before(other)]
+    path.write_bytes(b"third data")
+    os.utime(path, (1.7e9, 1.7e9))
+    assert decisions(planned([asset(path)], rows, WANTED, HashCache(tmp_path / "hashes"))) == [Decision.CHANGED]
+
+
+def test_what_has_changed_behind_its_time_is_found_by_rehash_and_where_it_was_read_before(tmp_path, settled):
+    path, hashes = old_file(tmp_path / "a.mp4"), HashCache(tmp_path / "hashes")
+    rows = [seen_before(path)]
+    identify(path, hashes)
+    old_file(path, b"other byte")
+    for cache, options in ((hashes, {}), (HashCache(tmp_path / "empty"), {"rehash": True})):
+        assert decisions(planned([asset(path)], rows, WANTED, cache, **options)) == [Decision.CHANGED]
+    assert decisions(planned([asset(path)], rows, WANTED, HashCache(tmp_path / "new"))) == [Decision.KNOWN]
+
+
+def test_rehash_does_not_believe_the_cache_either(tmp_path, settled, monkeypatch):
+    path, hashes = old_file(tmp_path / "a.mp4"), HashCache(tmp_path / "hashes")
+    rows = [seen_before(path)]
+    identify(path, hashes)
+    read = []
+    monkeypatch.setattr(
+        "hashlib.file_digest", lambda file, name: read.append(file.name) or hashlib.sha256(b"some bytes")
+    )
+    assert decisions(planned([asset(path)], rows, WANTED, hashes)) == [Decision.KNOWN]
+    assert not read
+    assert decisions(planned([asset(path)], rows, WANTED, hashes, rehash=True)) == [Decision.KNOWN]
+    assert len(read) == 1
+
+
+def test_a_row_learns_that_its_file_has_settled(tmp_path, settled):
+    path = old_file(tmp_path / "a.mp4")
+    known = planned([asset(path)], [row(path, identify(path))], WANTED, HashCache(tmp_path / "hashes"))
+    (renewed,) = known.renewed
+    assert (decisions(known), renewed.is_settled) == ([Decision.KNOWN], True)
+    again = planned([asset(path)], [renewed], WANTED, HashCache(tmp_path / "new"))
+    assert (again.unchanged_count, again.renewed) == (1, ())
+
+
+def test_a_copy_of_an_unchanged_file_changes_nothing(tmp_path):
+    path, copy = old_file(tmp_path / "a.mp4"), old_file(tmp_path / "b.mp4")
+    assets = [replace(asset(copy), tags=SOUTH), asset(path)]
+    known = planned(assets, [seen_before(path, tags=NORTH)], WANTED, HashCache(tmp_path / "hashes"))
+    assert (known.renewed, known.unchanged_count, decisions(known)) == ((), 1, [Decision.KNOWN] * 2)
+
+
+def test_of_two_videos_one_moves_to_the_place_of_the_other(tmp_path):
+    path, other = old_file(tmp_path / "a.mp4"), old_file(tmp_path / "b.mp4", b"more than ten")
+    rows = [seen_before(path), seen_before(other, tags=NORTH)]
+    other.replace(path)
+    known = planned([asset(path)], rows, WANTED, HashCache(tmp_path / "hashes"))
+    assert [(moved.uri, moved.tags) for moved in known.renewed] == [(to_uri(path), NORTH)]
+    assert known.inherit(asset(path), None).tags == NORTH  # the row of the content that was there has lost its place
+    assert known.archived.of_uri(to_uri(other)) is None
 
 
 # The commands

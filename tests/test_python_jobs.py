@@ -132,6 +132,6 @@ def test_a_failing_report_stops_the_job_and_is_raised(tmp_path):
 def test_a_mistake_in_the_job_is_told_with_its_traceback(tmp_path):
     bundle = find_bundle("nano")
     archive = create_archive(str(tmp_path / "archive"), model_id=bundle.model_id, model_name=bundle.name)
-    with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*AttributeError"):
-        run_job(IndexJob(["no asset"], archive.uri, Sampling(Fraction(1), 0), IndexConfig()), lambda progress: None)
+    with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*TypeError"):
+        run_job(IndexJob([None], archive.uri, Sampling(Fraction(1), 0), IndexConfig()), lambda progress: None)
     assert open_archive(archive.uri).videos.all() == []

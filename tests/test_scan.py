@@ -6,12 +6,20 @@ import re
 import subprocess
 import unicodedata
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.index.scan import scan
+from pipeline.index.scan import Scan
 from storage.errors import UsageError
 from storage.files import local_path, source_text
+
+
+def scan(sources):
+    """All that is found."""
+    found = Scan(sources)
+    whole = {"assets": tuple(found.videos()), "left_out": found.left_out, "unscanned": found.unscanned}
+    return SimpleNamespace(**whole, without_video=found.without_video)
 
 
 def names(found):
@@ -51,6 +59,16 @@ def test_a_glob_names_files_and_folders(folder):
 
 
 # Folders
+
+
+def test_folders_are_walked_through_while_their_videos_are_taken(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.mp4").touch()
+    videos = Scan([str(tmp_path)]).videos()
+    next(videos)
+    (tmp_path / "b" / "2.mp4").touch()
+    assert [source_text(asset.uri) for asset in videos] == [str(tmp_path / "b" / name) for name in ("1.mp4", "2.mp4")]
 
 
 def test_a_folder_without_videos_is_nothing_to_do(folder):

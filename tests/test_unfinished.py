@@ -23,7 +23,8 @@ from small_archive import (
 )
 
 from pipeline.ask.filter import Filter
-from pipeline.index.plan import Decision, WantedRows, decide_known
+from pipeline.index.archived import WantedRows
+from pipeline.index.plan import Decision, decide_known
 from storage.archive.archive import create_archive, open_archive
 from storage.care.clean import clean
 from storage.care.compact import compact

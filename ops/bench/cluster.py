@@ -45,9 +45,9 @@ import vidx
 from pipeline.cluster import executor as executors
 from pipeline.cluster.executor import Executor
 from pipeline.index.config import IndexConfig
-from pipeline.index.job import IndexResult, run_index, sampling_of, worker_settings
+from pipeline.index.job import IndexResult, plan_index, run_index, sampling_of, worker_settings
 from pipeline.index.progress import Progress
-from pipeline.index.scan import scan
+from pipeline.index.scan import Scan
 from pipeline.index.split import split
 from storage.archive.archive import create_archive
 from storage.archive.claims import Job
@@ -204,9 +204,10 @@ def measure_driver(options: argparse.Namespace) -> list[dict[str, Any]]:
         copies(short, Path(folder) / "clips", count)
         config, bundle = IndexConfig(device="cpu"), find_bundle("nano")
         archive = create_archive(to_uri(str(Path(folder) / "archive")), model_id=bundle.model_id, model_name="nano")
-        assets = scan([str(Path(folder) / "clips")]).assets
+        videos = Scan([str(Path(folder) / "clips")]).videos()
+        plan = plan_index(videos, archive, bundle, sampling_of(config, bundle), config)
         with patch.object(ray, "get", counted):
-            result = run_index(assets, archive, bundle, sampling_of(config, bundle), config, note)
+            result = run_index(plan, archive, bundle, config, note)
     if result.indexed != count:
         raise RuntimeError(f"{result.indexed} of {count} clips are indexed")
     at = [next(sample for sample in samples if sample[1] >= share * count) for share in (0.25, 0.5, 0.75)]

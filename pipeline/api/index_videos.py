@@ -26,6 +26,7 @@ def index(
     patches: int | None = None,
     thumbnails: bool | None = None,
     config: str | None = None,
+    rehash: bool = False,
     retry_failed: bool = False,
     restore_deleted: bool = False,
     address: str | None = None,
@@ -48,7 +49,7 @@ def index(
     Args:
         sources: videos, folders (recursive), globs and manifests, one or several.
         archive: the folder; it is created if there is none and a video to index.
-        model, tower, sample, fps, patches, thumbnails, config, retry_failed, restore_deleted, address, workers,
+        model, tower, sample, fps, patches, thumbnails, config, rehash, retry_failed, restore_deleted, address, workers,
             gpus_per_worker, wait_for_resources, device, dtype, batch, max_pixels, decoder, strict_sandbox: as the
             options of `vidx index`; None for their defaults.
         progress: gets the state of the job a few times per second.
@@ -63,7 +64,7 @@ def index(
     from pipeline.api.job_process import IndexJob, run_job
     from pipeline.index.config import load_config
     from pipeline.index.job import IndexResult, check_machine, sampling_of
-    from pipeline.index.scan import scan
+    from pipeline.index.scan import Scan
     from storage.archive.archive import archive_exists, create_archive
     from workers.models.bundle import find_bundle
 
@@ -76,6 +77,7 @@ def index(
         "fps": fps,
         "patches": patches,
         "thumbnails": thumbnails,
+        "rehash": rehash or None,
         "retry_failed": retry_failed or None,
         "restore_deleted": restore_deleted or None,
         "address": address,
@@ -92,19 +94,20 @@ def index(
     settings = load_config(config, given)
     if settings.address is None:
         check_machine(settings)
-    found = scan([os.path.expanduser(fspath(path)) for path in paths])
+    places = [os.path.expanduser(fspath(path)) for path in paths]
+    is_empty = Scan(places).is_empty
     bundle = find_bundle(settings.model, settings.tower)
     sampling = sampling_of(settings, bundle)
-    if settings.address is not None and found.assets:
+    if settings.address is not None and not is_empty:
         from pipeline.cluster.address import check_address
 
         check_address(settings.address)
     place = place_of(archive)
-    if not found.assets and not archive_exists(place):
+    if is_empty and not archive_exists(place):
         return IndexResult()  # for nothing, no archive is made
     names = {"model_name": bundle.name, "model_tower": bundle.tower_name}
     stored = create_archive(place, model_id=bundle.model_id, **names)
-    job = IndexJob(found.assets, stored.uri, sampling, settings)
+    job = IndexJob(places, stored.uri, sampling, settings)
     result = run_job(job, progress or (lambda state: None))
     if result.interrupted:
         raise KeyboardInterrupt

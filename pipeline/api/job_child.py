@@ -6,7 +6,8 @@ from multiprocessing.connection import Connection
 
 from pipeline.api.job_process import Broken
 from pipeline.cluster.supervise import continue_in_own_process, ignore_interrupts, interrupt_on_sigterm
-from pipeline.index.job import IndexResult, run_index
+from pipeline.index.job import IndexResult, plan_index, run_index
+from pipeline.index.scan import Scan
 from storage.archive.archive import open_archive
 from storage.errors import VidxError
 from workers.models.bundle import find_bundle
@@ -29,7 +30,8 @@ def _outcome(connection: Connection) -> IndexResult | VidxError | Broken:
         job = connection.recv()
         bundle = find_bundle(job.config.model, job.config.tower)
         archive = open_archive(job.archive_uri, write=True)
-        return run_index(job.assets, archive, bundle, job.sampling, job.config, connection.send)
+        plan = plan_index(Scan(job.sources).videos(), archive, bundle, job.sampling, job.config)
+        return run_index(plan, archive, bundle, job.config, connection.send)
     except KeyboardInterrupt:  # there was nothing to commit yet
         return IndexResult(interrupted=True)
     except VidxError as error:

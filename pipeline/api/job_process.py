@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from storage.errors import ClusterError, VidxError
 from storage.processes import python_path
-from storage.records import Sampling, VideoAsset
+from storage.records import Sampling
 
 if TYPE_CHECKING:
     from pipeline.index.config import IndexConfig
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IndexJob:
-    """The arguments of `pipeline.index.job.run_index`."""
+    """What pipeline.api.job_child indexes, and how."""
 
-    assets: Sequence[VideoAsset]
+    sources: Sequence[str]
     archive_uri: str
     sampling: Sampling
     config: "IndexConfig"

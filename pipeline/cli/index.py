@@ -89,6 +89,12 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
     shell_complete=complete_files,
     help="A preset (embedded, one_gpu, cluster) or a TOML file. Other options override it.",
 )
+@click.option(
+    "--rehash",
+    is_flag=True,
+    default=None,
+    help="Read also the files that have the place, size and time of change that the archive knows.",
+)
 @click.option("--retry-failed", is_flag=True, default=None, help="Try failed and partial videos again.")
 @click.option("--restore-deleted", is_flag=True, default=None, help="Index videos again that `vidx delete` took out.")
 @click.option(
@@ -107,7 +113,8 @@ def index(
     SOURCE is a video, a folder (searched recursively), a glob, or a manifest. A manifest is a CSV file with a header
     or a JSONL file. It has the column `source`, optionally `captured_at` (ISO 8601); all other columns are tags.
 
-    Videos that the archive already holds are recognised by their content and skipped. Videos that failed in an earlier
+    Videos that the archive already holds are skipped. It knows them by their content; a file with the same place, size
+    and time of change as before is not read, unless --rehash is given. Videos that failed in an earlier
     run are skipped too (`vidx status --failed` lists them), unless the failure may be temporary.
 
     \b
@@ -120,44 +127,42 @@ def index(
     from pipeline.cli.progress_bar import show_progress
     from pipeline.index.config import load_config
     from pipeline.index.job import IndexResult, check_machine, plan_index, run_index, sampling_of
-    from pipeline.index.scan import scan
+    from pipeline.index.scan import Scan
     from storage.archive.archive import archive_exists, create_archive, open_archive
     from workers.models.bundle import find_bundle
 
     settings = load_config(config, options)
     if settings.address is None and not dry_run:
         check_machine(settings)
-    found = scan(sources)
-    if found.left_out:
-        note(f"left out: {_left_out(found.left_out)}")
-    for place, why in found.unscanned:
-        note(f"{printable(place)}: {why}")
-    for source in found.without_video if found.assets else ():
-        note(f"{printable(source)}: there is no video in this folder")
+    found = Scan(sources)
     bundle = find_bundle(settings.model, settings.tower)
     if bundle.card.states_limits:
         note(limits_of(bundle))
     sampling = sampling_of(settings, bundle)
     place = archive_uri(archive_dir)
-    if dry_run:
-        archive = open_archive(place) if archive_exists(place) else None
-        if archive is not None:
-            archive.check_model(bundle.model_id, bundle.name)
-        _print_plan(plan_index(found.assets, archive, bundle, sampling, settings), found, as_json)
-        return
-    if settings.address is not None and found.assets:
+    if settings.address is not None and not found.is_empty and not dry_run:
         from pipeline.cluster.address import check_address
 
         check_address(settings.address)
-    result = IndexResult()
-    if found.assets or archive_exists(place):  # for nothing, no archive is made
+    archive = None
+    if not dry_run and (archive_exists(place) or not found.is_empty):  # for nothing, no archive is made
         tower = bundle.tower_name
         archive = create_archive(place, model_id=bundle.model_id, model_name=bundle.name, model_tower=tower)
+    elif archive_exists(place):
+        archive = open_archive(place)
+        archive.check_model(bundle.model_id, bundle.name)
+    plan = plan_index(found.videos(), archive, bundle, sampling, settings)
+    _tell_left_out(found)
+    if dry_run:
+        _print_plan(plan, found, as_json)
+        return
+    result = IndexResult()
+    if archive is not None:
         with show_progress() as report:
-            result = run_index(found.assets, archive, bundle, sampling, settings, report, note)
+            result = run_index(plan, archive, bundle, settings, report, note)
     if as_json:
         print_json({**_result_json(result, bundle.model_id), "left_out": found.left_out})
-    elif not found.assets:
+    elif found.is_empty:
         click.echo(_nothing_in(found.without_video))
     else:
         _print_result(result, archive_dir)
@@ -179,6 +184,15 @@ def index(
         note("vidx: interrupted; finished work is committed, run the same command again to continue")
         sys.exit(130)
     sys.exit(3 if result.failures else 0)
+
+
+def _tell_left_out(found: Scan) -> None:
+    if found.left_out:
+        note(f"left out: {_left_out(found.left_out)}")
+    for place, why in found.unscanned:
+        note(f"{printable(place)}: {why}")
+    for source in () if found.is_empty else found.without_video:
+        note(f"{printable(source)}: there is no video in this folder")
 
 
 def _left_out(counts: Mapping[str, int]) -> str:
@@ -283,12 +297,10 @@ def _print_plan(plan: IndexPlan, found: Scan, as_json: bool) -> None:
 
     if as_json:
         counts = {str(decision).replace(" ", "_"): plan.count(decision) for decision in Decision}
-        listed = [
-            source_json(asset.uri) | {"plan": decision} | _why(plan, asset.uri) for asset, decision in plan.decisions
-        ]
+        listed = [source_json(uri) | {"plan": decision} | _why(plan, uri) for uri, decision in plan.all()]
         print_json({"dry_run": True, "counts": counts, "sources": listed, "left_out": found.left_out})
         return
-    if not plan.decisions:
+    if not plan.source_count:
         click.echo(f"{_nothing_in(found.without_video)[:-1]}; nothing was changed.")
         return
     rows = [
@@ -300,7 +312,7 @@ def _print_plan(plan: IndexPlan, found: Scan, as_json: bool) -> None:
         print_table(("would be", "source", "why"), rows)
     away = plan.count(Decision.MISSING, Decision.UNREADABLE)
     of_them = f", {away} of them missing or unreadable" if away else ""
-    total = counted(len(plan.decisions), "video")
+    total = counted(plan.source_count, "video")
     click.echo(f"{len(plan.todo)} of {total} would be tried{of_them}; nothing was changed")
 
 

@@ -26,7 +26,6 @@ from storage.processes import usable_cores, usable_memory
 
 MOST_BYTES = 43  # of the path of Ray's folder: a socket's path has at most 107 bytes, and Ray adds up to 64
 
-NO_GPU = "--device cuda: Ray finds no GPU on {}; use --device cpu"
 BYTES_PER_CORE = 44 << 20  # of frames on their way: stages.BATCHES_AHEAD batches of a decoder and the two at work
 LEAST_STORE, MOST_STORE = 128 << 20, 8 << 30  # bytes; Ray refuses less than 75 MiB, and 10 GB outside /dev/shm
 

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from pipeline.cluster.connect import NO_GPU, address_of_joined, first_line, our_errors, start_ray
+from pipeline.cluster.connect import address_of_joined, first_line, our_errors, start_ray
 from pipeline.cluster.nodes import (
     Node,
     anywhere_but,
@@ -184,7 +184,7 @@ class Executor:
         kind, have = ("GPU", "GPUs") if self._on_gpu else ("CPU", "CPUs")
         count = int(ray.cluster_resources().get(kind, 0) / (self._gpus_each if self._on_gpu else 1))
         if count == 0 and self._on_gpu:
-            raise UsageError(NO_GPU.format("this machine"))
+            raise UsageError("--device cuda: Ray finds no GPU on this machine; use --device cpu")
         if self._bound is not None and self._bound > count:
             raise UsageError(f"--workers {self._bound}: there are {count} {have}; give at most as many")
 

@@ -20,10 +20,10 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.ask.answer import Asked, Asker, Chosen, Say, silent
 from pipeline.ask.filter import Filter
 from pipeline.ask.search import bundle_of
-from pipeline.cluster.connect import NO_GPU, address_of_joined, first_line, our_errors, start_ray
+from pipeline.cluster.connect import address_of_joined, first_line, our_errors, start_ray
 from pipeline.cluster.supervise import LOOK_SECONDS, watch_joined_ray
 from storage.archive.archive import Archive, open_archive
-from storage.errors import ClusterError, UsageError
+from storage.errors import ClusterError
 from storage.records import Answer, FrameRef
 from workers.llm.engine import ModelOptions
 from workers.llm.prompt import Turns
@@ -63,18 +63,18 @@ class RemoteAsker:
         self._watch = watch_joined_ray(address, address_of_joined(address), "ask again when it runs")
         self._numbers = itertools.count()
         have = ray.cluster_resources()
-        gpus = min(1, int(have.get("GPU", 0))) if options.device != "cpu" else 0
-        if options.device == "cuda" and not gpus:
-            raise UsageError(NO_GPU.format("this cluster"))
+        gpus = 1 if options.device == "cuda" or (options.device == "auto" and have.get("GPU")) else 0
         cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
         place: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
         settings = (cores, archive.uri, model, tower, options, cache_bytes)
         remote: Any = ray.remote(**place)
         self._worker = remote(Answerer).remote(*settings)
         found = self._worker.bundle.remote()
-        if not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
+        is_there = have.get("GPU", 0) >= gpus  # an autoscaler may bring what is not
+        if not is_there or not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
             needs = "a GPU" if gpus else f"{cores} free cores"
-            announce(f"waiting for {needs} on the cluster at {address}; Ctrl-C gives up")
+            has = "" if is_there else ", which has none yet"
+            announce(f"waiting for {needs} on the cluster at {address}{has}; Ctrl-C gives up")
         self.bundle: Bundle = self._get(found)
 
     def ask(self, question: str, within: Filter, asked: Asked, **heard: Say) -> Answer | None:

@@ -47,6 +47,7 @@ class IndexConfig(BaseModel):
     decoder: Literal["pyav", "decord"] = "pyav"
     decode_threads: int = Field(default=1, ge=1, le=64)
     timeout_seconds: float = Field(default=60, gt=0)
+    rehash: bool = False
     retry_failed: bool = False
     restore_deleted: bool = False
     strict_sandbox: bool = False

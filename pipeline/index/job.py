@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pipeline.ask.thresholds import update_thresholds
+from pipeline.index.archived import ArchivedVideos, WantedRows
 from pipeline.index.config import IndexConfig
-from pipeline.index.plan import Decision, IndexPlan, Update, WantedRows, decide_known, plan_sources
+from pipeline.index.plan import Decision, IndexPlan, Update, decide_known, plan_sources
 from pipeline.index.progress import FileAtWork, Meter, Progress, Report, VideoMeter
 from pipeline.index.split import split
 from storage.archive.archive import Archive
@@ -160,7 +161,8 @@ def plan_index(
 ) -> IndexPlan:
     """What a job would do with each source; changes nothing. The archive is None if it does not exist yet."""
     wanted = WantedRows(bundle.model_id, sampling, config.max_pixels, config.retry_failed, config.restore_deleted)
-    return plan_sources(list(assets), archive.videos.all() if archive else [], wanted, HashCache())
+    archived = ArchivedVideos(archive.videos.stored(), archive.videos.read) if archive else ArchivedVideos()
+    return plan_sources(assets, archived, wanted, HashCache(), rehash=config.rehash)
 
 
 def check_machine(config: IndexConfig) -> None:
@@ -178,10 +180,9 @@ def check_machine(config: IndexConfig) -> None:
 
 
 def run_index(
-    assets: Iterable[VideoAsset],
+    plan: IndexPlan,
     archive: Archive,
     bundle: Bundle,
-    sampling: Sampling,
     config: IndexConfig,
     report: Report,
     announce: Callable[[str], None] = lambda line: None,
@@ -191,11 +192,10 @@ def run_index(
     A KeyboardInterrupt stops the job after a last commit of finished work; the result says so.
 
     Args:
-        assets: the sources.
+        plan: what to do with each source, as plan_index makes it.
         archive: where their rows go.
         bundle: the model.
-        sampling: which rows of each video.
-        config: the other settings.
+        config: the settings of the plan.
         report: is told how far the job is, about twice a second.
         announce: is told what the job waits for on a cluster, and which nodes it does without.
     Raises:
@@ -204,9 +204,7 @@ def run_index(
         ClusterError: Ray died.
         UnavailableError: the cluster was lost, or lacks what the job needs.
     """
-    start = time.monotonic()
     result = IndexResult()
-    plan = plan_index(assets, archive, bundle, sampling, config)
     if plan.renewed:
         archive.videos.update(plan.renewed)  # first: a new video may have the old name of one that was moved
     result.updates = list(plan.updates.values())
@@ -214,7 +212,7 @@ def run_index(
     result.failed_before = plan.count(Decision.FAILED)
     result.deleted_before = plan.count(Decision.DELETED)
     result.moved = plan.moved_count
-    result.skipped = len(plan.decisions) - len(plan.todo)
+    result.skipped = plan.source_count - len(plan.todo)
     if plan.todo:
         from pipeline.cluster.executor import Executor
 
@@ -222,7 +220,7 @@ def run_index(
         with Job(archive.uri) as job:
             run = _Run(plan, archive, job, result, report)
             try:
-                settings = worker_settings(archive, bundle, config, sampling.choice)
+                settings = worker_settings(archive, bundle, config, plan.wanted.sampling.choice)
                 sources = [asset.uri for asset in plan.todo]
                 with Executor(
                     settings,
@@ -249,7 +247,7 @@ def run_index(
             result.index_is_behind = not improve_index(archive, TRAINED_KEYS)
             update_thresholds(archive, bundle)
         remove_unnamed_files(archive, in_opened=True)
-    result.seconds = time.monotonic() - start
+    result.seconds = time.monotonic() - plan.began
     return result
 
 
@@ -272,7 +270,8 @@ def index_again(archive: Archive, rows: Sequence[VideoRow], report: Report) -> l
         largest = max(row.probe.width * row.probe.height for row in rows_alike if row.probe)
         config = IndexConfig(model=archive.model_name, tower=archive.model_tower or None)
         config = config.model_copy(update={"max_pixels": max(config.max_pixels, largest)})
-        if run_index(assets, archive, bundle, Sampling.from_text(text), config, report).interrupted:
+        plan = plan_index(assets, archive, bundle, Sampling.from_text(text), config)
+        if run_index(plan, archive, bundle, config, report).interrupted:
             raise KeyboardInterrupt
     present = archive.videos.of_ids(row.known_id for row in rows)
     problems = {row.video_id: row.problem for row in (*rows, *present)} | away
@@ -558,7 +557,7 @@ class _Run:
     def _is_done(self, content: Content) -> bool:
         """Whether another job has published this video since this job began."""
         row = self._archive.videos.row_of(content.video_id)
-        if row is None or row == self._plan.by_id.get(content.video_id):
+        if row is None or row == self._plan.archived.of_content(content):
             return False
         return decide_known(row, replace(self._wanted, retry_failed=False)) not in (
             Decision.SETTINGS,
@@ -624,6 +623,7 @@ class _Run:
             frame_count=frame_count,
             size_bytes=content.size_bytes if content else None,
             mtime_ns=content.mtime_ns if content else None,
+            is_settled=content is not None and content.is_settled,
             probe=probe,
             captured_at=asset.captured_at,
             captured_from=asset.captured_from,
@@ -638,7 +638,7 @@ class _Run:
         missing = self._sandbox_missing.get(content.video_id) if content else None
         if content is None or missing is None:
             return None
-        before = self._plan.by_id.get(content.video_id)
+        before = self._plan.archived.of_content(content)
         if before is not None and before.video_number == number:
             missing = {*missing, *(before.sandbox_missing or ())}
         return tuple(sorted(missing))

@@ -1,16 +1,17 @@
 """plan: what a job does with each source, and which rows of the archive change because files did."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from pipeline.index.archived import ArchivedVideos, WantedRows
+from pipeline.index.unchanged import recognise
 from storage.errors import VideoProblem
 from storage.files import file_path
-from storage.processes import usable_cores
 from storage.records import Content, Problem, Reason, Sampling, Status, VideoAsset, VideoRow, is_damaged
 from workers.sources.hash_cache import HashCache
 from workers.sources.identity import identify, open_source
@@ -42,26 +43,6 @@ class Decision(StrEnum):
 
 
 @dataclass(frozen=True)
-class WantedRows:
-    """The rows that a job wants for every source: of this model, with these settings.
-
-    Attributes:
-        retry_failed: try all failed and partial videos again.
-        restore_deleted: index deleted videos again.
-    """
-
-    model_id: str
-    sampling: Sampling
-    max_pixels: int
-    retry_failed: bool = False
-    restore_deleted: bool = False
-
-    def is_of(self, row: VideoRow) -> bool:
-        """Whether a row was made with this model and these settings."""
-        return (row.model_id, row.sampling) == (self.model_id, str(self.sampling))
-
-
-@dataclass(frozen=True)
 class Update:
     """A video whose tags or capture time are changed by a manifest."""
 
@@ -82,26 +63,34 @@ class IndexPlan:
 
     Attributes:
         wanted: the rows that the job wants.
-        decisions: the decision for each source, in order.
+        archived: the archive's videos, with the changes of this plan.
+        decisions: the decision for each source that is not unchanged, in order.
+        unchanged_count: sources that the archive holds as they are wanted.
         renewed: changed rows to publish first: of files that were moved or touched, or have new tags or capture times.
         updates: the changes of tags and capture times, by the video's present URI.
         problems: by URI, why a source is missing, unreadable, or failed before.
-        contents: by URI, the contents of sources that have been hashed.
+        contents: by URI, the contents of sources that are known.
         cache_problem: why hashes cannot be kept for the next run; empty if they can.
-        by_id, by_uri: the archive's rows, after these changes.
         moved_count: videos whose place is a new one.
+        began: when planning began, by the monotonic clock.
     """
 
     wanted: WantedRows
+    archived: ArchivedVideos
     decisions: tuple[tuple[VideoAsset, Decision], ...]
-    renewed: tuple[VideoRow, ...]
-    updates: Mapping[str, Update]
-    problems: Mapping[str, Problem]
-    contents: Mapping[str, Content]
-    by_id: Mapping[str, VideoRow]
-    by_uri: Mapping[str, VideoRow]
+    unchanged_count: int = 0
+    renewed: tuple[VideoRow, ...] = ()
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    problems: Mapping[str, Problem] = field(default_factory=dict)
+    contents: Mapping[str, Content] = field(default_factory=dict)
     cache_problem: str = ""
     moved_count: int = 0
+    began: float = 0.0
+
+    @property
+    def source_count(self) -> int:
+        """The number of sources."""
+        return len(self.decisions) + self.unchanged_count
 
     @property
     def todo(self) -> tuple[VideoAsset, ...]:
@@ -112,16 +101,22 @@ class IndexPlan:
     def restored(self) -> set[str]:
         """The ids of deleted videos that will be indexed again."""
         ids = {content.video_id for asset in self.todo if (content := self.contents.get(asset.uri))}
-        return {video_id for video_id in ids & self.by_id.keys() if self.by_id[video_id].status is Status.DELETED}
+        return {video_id for video_id, row in self.archived.of_ids(ids).items() if row.status is Status.DELETED}
+
+    def all(self) -> Iterator[tuple[str, Decision]]:
+        """The URI of each source and the decision for it; those that are unchanged come last."""
+        yield from ((asset.uri, decision) for asset, decision in self.decisions)
+        yield from ((uri, Decision.KNOWN) for uri in self.archived.unchanged_uris())
 
     def count(self, *wanted: Decision) -> int:
         """Number of sources with one of these decisions."""
-        return sum(decision in wanted for _, decision in self.decisions)
+        unchanged = self.unchanged_count if Decision.KNOWN in wanted else 0
+        return unchanged + sum(decision in wanted for _, decision in self.decisions)
 
     def inherit(self, asset: VideoAsset, content: Content | None) -> VideoAsset:
         """The asset; missing tags and times are taken from the same content, missing tags also from the same place."""
-        same_content = self.by_id.get(content.video_id) if content else None
-        same_place = same_content or self.by_uri.get(asset.uri)
+        same_content = self.archived.of_content(content)
+        same_place = same_content or self.archived.of_uri(asset.uri)
         tags = asset.tags if asset.tags is not None else (same_place.tags if same_place else {})
         asset = replace(asset, tags=tags)
         if asset.captured_at is not None or same_content is None:
@@ -133,8 +128,7 @@ class IndexPlan:
 
         Empty unless the decision for the source is SETTINGS.
         """
-        content = self.contents.get(uri)
-        row = self.by_id.get(content.video_id) if content else None
+        row = self.archived.of_content(self.contents.get(uri))
         if row is None or row.status is Status.DELETED:
             return {}
         old, new = Sampling.from_text(row.sampling), self.wanted.sampling
@@ -148,27 +142,34 @@ class IndexPlan:
 
     def attempts(self, asset: VideoAsset, content: Content | None) -> int:
         """How many runs with these settings tried this content, or this place if the content cannot be read."""
-        row = self.by_id.get(content.video_id) if content else self.by_uri.get(asset.uri)
+        row = self.archived.of_content(content) if content else self.archived.of_uri(asset.uri)
         if row is None or not self.wanted.is_of(row):
             return 0
         return row.attempts if content or row.video_id is None else 0
 
 
 def plan_sources(
-    assets: Sequence[VideoAsset], rows: Sequence[VideoRow], wanted: WantedRows, hashes: HashCache
+    assets: Iterable[VideoAsset],
+    archived: ArchivedVideos,
+    wanted: WantedRows,
+    hashes: HashCache,
+    *,
+    rehash: bool = False,
 ) -> IndexPlan:
     """The plan for some sources; it changes nothing.
 
-    A file is hashed here only if its hash is cached or the archive has a video of its size: then it is probably known,
-    and may need no cluster. Workers hash the other files.
+    A file is read here only if it is not known by its place, size and time or by the cache of hashes, and the archive
+    has a video of its size: then it is probably known, and may need no cluster. Workers read the other files.
+
+    Args:
+        rehash: read such a file also if it is known by its place, size and time, or by the cache.
     """
-    by_id = {row.video_id: row for row in rows if row.video_id is not None}
-    sizes = {row.size_bytes for row in by_id.values()}
-    with ThreadPoolExecutor(usable_cores()) as pool:  # hashing releases the interpreter lock
-        found = list(pool.map(lambda asset: _content_if(asset, sizes, hashes), assets))
+    began = time.monotonic()
+    assets, found, archived = recognise(assets, archived, wanted, hashes, rehash=rehash)
     contents = {asset.uri: content for asset, content in zip(assets, found, strict=True) if content}
-    by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
-    named = {asset.uri for asset in assets}
+    by_id = archived.of_ids(content.video_id for content in contents.values())
+    by_uri = archived.of_uris(asset.uri for asset in assets)
+    files = _Files({asset.uri for asset in assets}, contents, archived)
     renewed: dict[str, VideoRow] = {}
     problems: dict[str, Problem] = {}
     decisions: dict[str, Decision] = {}
@@ -184,41 +185,29 @@ def plan_sources(
             row = place  # the file cannot be read; probably it is still the video of this place
         if row is None or row.status is Status.DELETED:
             continue
-        changed = _renewed(renewed.get(row.known_id, row), asset, content, contents, named)
+        if row.video_id is not None:
+            by_id.setdefault(row.video_id, row)
+        changed = _renewed(renewed.get(row.known_id, row), asset, content, files)
         if changed is not None:
             renewed[row.known_id] = changed
             if decisions[asset.uri] is Decision.KNOWN and changed.uri != row.uri:
                 decisions[asset.uri] = Decision.MOVED
-    moved_count = sum(by_id[video_id].uri != row.uri for video_id, row in renewed.items())
     updates = {row.uri: Update(by_id[video_id], row) for video_id, row in renewed.items()}
     updates = {uri: update for uri, update in updates.items() if update.changes}
     decisions |= {uri: Decision.UPDATED for uri in updates if decisions.get(uri) is Decision.KNOWN}
-    rows = [row if row.video_id is None else renewed.get(row.video_id, row) for row in rows]
-    by_uri = {row.uri: row for row in rows if row.status is not Status.DELETED}
-    planned = tuple((asset, decisions[asset.uri]) for asset in assets)
-    rows_to_publish = tuple(renewed.values())
     return IndexPlan(
-        wanted,
-        planned,
-        rows_to_publish,
-        updates,
-        problems,
-        contents,
-        by_id | renewed,
-        by_uri,
-        hashes.problem,
-        moved_count,
+        wanted=wanted,
+        archived=archived.changed(renewed),
+        decisions=tuple((asset, decisions[asset.uri]) for asset in assets),
+        unchanged_count=len(archived.unchanged),
+        renewed=tuple(renewed.values()),
+        updates=updates,
+        problems=problems,
+        contents=contents,
+        cache_problem=hashes.problem,
+        moved_count=sum(by_id[video_id].uri != row.uri for video_id, row in renewed.items()),
+        began=began,
     )
-
-
-def _content_if(asset: VideoAsset, sizes: set[int | None], hashes: HashCache) -> Content | None:
-    path = file_path(asset.uri)
-    try:
-        stat = os.stat(path)
-        worth = os.path.isfile(path) and (stat.st_size in sizes or hashes.get(stat) is not None)
-        return identify(path, hashes) if worth else None
-    except (OSError, ValueError, VideoProblem):
-        return None  # the worker will find the reason
 
 
 def _decide_unknown(asset: VideoAsset, row: VideoRow | None, wanted: WantedRows) -> tuple[Decision, Problem | None]:
@@ -255,37 +244,53 @@ def decide_known(row: VideoRow, wanted: WantedRows) -> Decision:
     return Decision.RETRY if again else Decision.FAILED
 
 
-def _renewed(
-    row: VideoRow, asset: VideoAsset, content: Content | None, contents: Mapping[str, Content], named: Collection[str]
-) -> VideoRow | None:
+@dataclass(frozen=True)
+class _Files:
+    """The sources that are not unchanged, and the archive's videos.
+
+    Attributes:
+        uris: of the sources.
+        contents: by URI, the contents that are known.
+        archived: the archive's videos.
+    """
+
+    uris: set[str]
+    contents: Mapping[str, Content]
+    archived: ArchivedVideos
+
+    def are_named(self, row: VideoRow) -> bool:
+        """Whether the file of a row is a source of this job."""
+        return row.uri in self.uris or self.archived.is_unchanged(row)
+
+    def still_hold(self, row: VideoRow) -> bool:
+        """Whether the file of a row still has its content; another file may have taken its name."""
+        if row.uri in self.contents:
+            return self.contents[row.uri].video_id == row.video_id
+        path = file_path(row.uri)
+        try:
+            stat = os.stat(path)
+            if stat.st_size != row.size_bytes:
+                return False
+            return stat.st_mtime_ns == row.mtime_ns or identify(path).video_id == row.video_id
+        except (OSError, VideoProblem):
+            return False
+
+
+def _renewed(row: VideoRow, asset: VideoAsset, content: Content | None, files: _Files) -> VideoRow | None:
     """The row with a changed place, tags or capture time; None if nothing has changed.
 
     A copy of a video does not change tags and times if the row's own file is a source too.
     """
     changes: dict[str, Any] = {}
     if asset.uri == row.uri:
-        if content is not None and content.mtime_ns != row.mtime_ns:
-            changes["mtime_ns"] = content.mtime_ns
-    elif content is not None and not _still_there(row, contents):
-        changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns}
-    if asset.uri == changes.get("uri", row.uri) or row.uri not in named:
+        if content is not None and (content.mtime_ns != row.mtime_ns or (content.is_settled and not row.is_settled)):
+            changes |= {"mtime_ns": content.mtime_ns, "is_settled": content.is_settled}
+    elif content is not None and not files.still_hold(row):
+        changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns, "is_settled": content.is_settled}
+    if asset.uri == changes.get("uri", row.uri) or not files.are_named(row):
         captured = {"captured_at": asset.captured_at, "captured_from": asset.captured_from}
         if asset.captured_at is not None and captured != {name: getattr(row, name) for name in captured}:
             changes |= captured
         if asset.tags is not None and dict(asset.tags) != dict(row.tags):
             changes["tags"] = asset.tags
     return replace(row, **changes) if changes else None
-
-
-def _still_there(row: VideoRow, contents: Mapping[str, Content]) -> bool:
-    """Whether the file of a row still has its content; another file may have taken its name."""
-    if row.uri in contents:
-        return contents[row.uri].video_id == row.video_id
-    path = file_path(row.uri)
-    try:
-        stat = os.stat(path)
-        if stat.st_size != row.size_bytes:
-            return False
-        return stat.st_mtime_ns == row.mtime_ns or identify(path).video_id == row.video_id
-    except (OSError, VideoProblem):
-        return False

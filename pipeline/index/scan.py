@@ -1,15 +1,15 @@
-"""scan: sources -> the list of videos.
+"""scan: sources -> their videos, one after another: there may be a million.
 
 It opens only manifests, and files in folders whose suffix is also used for other things.
 """
 
 import glob
+import hashlib
 import itertools
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 from pipeline.index.folders import EntryKind, FolderWalk, Place
 from pipeline.index.manifest import SUFFIXES as MANIFEST_SUFFIXES
@@ -34,49 +34,54 @@ SHARED_SUFFIXES = frozenset(b".avc .avs .dav .dif .lrf .mod .mp .mts .nut .psp .
 APPLE_DOUBLE = "._*"  # macOS metadata on foreign disks; it has the suffix of the file that it describes
 
 
-@dataclass(frozen=True)
 class Scan:
-    """The result of a scan.
+    """The videos of sources, each file once, in order; targets of links in folders come last.
+
+    What is left out, unscanned and without video is complete when the videos have been looked at.
 
     Attributes:
-        assets: the videos, in order.
-        left_out: numbers of files in folders that are no videos, by suffix in lower case; "" is no suffix.
-        unscanned: places in folders that could not be scanned, with the reason.
-        without_video: named folders, and globs of folders, that contain no video.
+        is_empty: whether there is no video.
     """
 
-    assets: tuple[VideoAsset, ...]
-    left_out: Mapping[str, int]
-    unscanned: tuple[tuple[str, str], ...]
-    without_video: tuple[str, ...]
+    def __init__(self, sources: Iterable[str]):
+        """Looks at the sources themselves, and reads manifests.
 
-
-def scan(sources: Iterable[str]) -> Scan:
-    """The videos of the sources, each file once, in order; targets of links in folders come last.
-
-    Args:
-        sources: files, folders (recursive), globs, `.csv` or `.jsonl` manifests, `file://` URIs.
-    Raises:
-        UsageError: a source does not exist, a glob matches nothing, or a manifest or a named folder cannot be read.
-    """
-    found = _FoundFiles()
-    for source in sources:
-        _scan_source(source, found)
-    found.follow_links()
-    return found.as_scan()
-
-
-class _FoundFiles:
-    """What a scan has found so far."""
-
-    def __init__(self):
-        self.unscanned: list[tuple[bytes, str]] = []
-        self._assets: dict[bytes, VideoAsset] = {}  # by path without symbolic links
+        Args:
+            sources: files, folders (recursive), globs, `.csv` or `.jsonl` manifests, `file://` URIs.
+        Raises:
+            UsageError: a source does not exist, a glob matches nothing, or a manifest or a named folder cannot be read.
+        """
         self._left_out: Counter[str] = Counter()
-        self._seen: set[bytes] = set()
-        self._walks: list[tuple[str, FolderWalk]] = []  # with their sources
+        self._unscanned: list[tuple[bytes, str]] = []
         self._has_video: dict[str, bool] = {}  # by source, for folders
+        self._steps: list[VideoAsset | tuple[str, bytes]] = []  # a video, or a source with a folder to walk through
+        self._stated: dict[bytes, VideoAsset] = {}  # what manifests state, by path without symbolic links
         self._spelled: dict[str, dict[str, str]] = {}  # names in folders, by their one spelling
+        for source in sources:
+            _take_source(source, self)
+        videos = self._find()
+        first = next(videos, None)
+        self.is_empty = first is None
+        self._videos = itertools.chain(() if first is None else (first,), videos)
+
+    def videos(self) -> Iterator[VideoAsset]:
+        """The videos, once; folders are walked through meanwhile."""
+        return self._videos
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Numbers of files in folders that are no videos, by suffix in lower case; "" is no suffix."""
+        return dict(self._left_out.most_common())
+
+    @property
+    def unscanned(self) -> tuple[tuple[str, str], ...]:
+        """Places in folders that could not be scanned, with the reason."""
+        return tuple((os.fsdecode(path), why) for path, why in dict.fromkeys(self._unscanned))
+
+    @property
+    def without_video(self) -> tuple[str, ...]:
+        """Named folders, and globs of folders, that contain no video."""
+        return tuple(source for source, has_video in self._has_video.items() if not has_video)
 
     def on_disk(self, path: str) -> str:
         """The path, or an existing one that differs only in its Unicode form (NFC or NFD)."""
@@ -89,51 +94,63 @@ class _FoundFiles:
             self._spelled[folder] = {normalize_text(other): other for other in listed}
         return os.path.join(folder, self._spelled[folder].get(normalize_text(name), name))
 
-    def add(self, asset: VideoAsset, real: bytes | None = None) -> None:
+    def add(self, asset: VideoAsset) -> None:
         """Adds a video; a row of a manifest replaces a plain path."""
-        real = real or os.path.realpath(file_path(asset.uri))
-        if real not in self._assets or asset.tags is not None or asset.captured_at is not None:
-            self._assets[real] = asset
+        if asset.tags is not None or asset.captured_at is not None:
+            self._stated[_real(asset)] = asset
+        self._steps.append(asset)
 
     def add_folder(self, source: str, folder: bytes) -> None:
-        """Adds the videos of a folder; its links are followed later."""
+        """Adds the videos of a folder."""
         try:
             os.scandir(folder).close()
         except OSError as error:
             raise UsageError(f"{os.fsdecode(folder)}: {error.strerror}") from error
-        walk = FolderWalk(self._seen)
-        self._walks.append((source, walk))
-        self._has_video.setdefault(source, os.path.realpath(folder) in self._seen)
-        self._take(source, walk.below(folder))
+        self._steps.append((source, folder))
 
-    def follow_links(self) -> None:
-        """Adds the videos that only links in folders lead to."""
-        for source, walk in self._walks:
-            self._take(source, walk.linked())
-            self.unscanned += walk.unscanned
+    def add_unscanned(self, places: Iterable[tuple[bytes, str]]) -> None:
+        """Adds places that could not be scanned, with the reason."""
+        self._unscanned += places
 
-    def as_scan(self) -> Scan:
-        """The result."""
-        return Scan(
-            tuple(self._assets.values()),
-            dict(self._left_out.most_common()),
-            tuple((os.fsdecode(path), why) for path, why in dict.fromkeys(self.unscanned)),
-            tuple(source for source, has_video in self._has_video.items() if not has_video),
-        )
+    def _find(self) -> Iterator[VideoAsset]:
+        found: set[bytes] = set()  # digests of the paths of videos
+        folders: set[bytes] = set()
+        walks: list[tuple[str, FolderWalk]] = []  # with their sources
+        for step in self._steps:
+            if isinstance(step, VideoAsset):
+                yield from self._once(_real(step), step, found)
+                continue
+            source, folder = step
+            walk = FolderWalk(folders)
+            walks.append((source, walk))
+            self._has_video.setdefault(source, os.path.realpath(folder) in folders)
+            yield from self._take(source, walk.below(folder), found)
+        for source, walk in walks:
+            yield from self._take(source, walk.linked(), found)
+            self._unscanned += walk.unscanned
 
-    def _take(self, source: str, places: Iterable[Place]) -> None:
+    def _once(self, real: bytes, asset: VideoAsset, found: set[bytes]) -> Iterator[VideoAsset]:
+        digest = hashlib.blake2b(real, digest_size=16).digest()  # a path would take five times the memory
+        if digest not in found:
+            found.add(digest)
+            yield self._stated.get(real, asset)
+
+    def _take(self, source: str, places: Iterable[Place], found: set[bytes]) -> Iterator[VideoAsset]:
         for place in places:
             if place.kind is EntryKind.FOLDER:
                 continue
             kind = _left_out_as(place)
             if kind is None:
                 self._has_video[source] = True
-                if place.real not in self._assets:
-                    self.add(VideoAsset(to_uri(place.path)), place.real)
+                yield from self._once(place.real, VideoAsset(to_uri(place.path)), found)
             elif place.kind is EntryKind.NOTHING:
-                self.unscanned.append((place.path, "this link has no target"))
+                self._unscanned.append((place.path, "this link has no target"))
             else:
                 self._left_out[kind] += 1
+
+
+def _real(asset: VideoAsset) -> bytes:
+    return os.path.realpath(file_path(asset.uri))
 
 
 def _left_out_as(place: Place) -> str | None:
@@ -160,7 +177,7 @@ def _is_foreign(path: bytes) -> bool:
             return False
 
 
-def _scan_source(source: str, found: _FoundFiles) -> None:
+def _take_source(source: str, found: Scan) -> None:
     path = found.on_disk(_as_path(source))
     if os.path.isdir(path):
         found.add_folder(source, os.fsencode(path))
@@ -186,7 +203,7 @@ def _as_path(source: str) -> str:
     return os.fsdecode(path)
 
 
-def _scan_glob(source: str, pattern: str, found: _FoundFiles) -> None:
+def _scan_glob(source: str, pattern: str, found: Scan) -> None:
     spellings = {pattern, *(unicodedata.normalize(form, pattern) for form in ("NFC", "NFD"))}
     matches = sorted({match for each in spellings for match in _expand(os.fsencode(each), found)})
     recursive = "**" in pattern.split("/")  # ** itself matches everything below a folder
@@ -201,7 +218,7 @@ def _scan_glob(source: str, pattern: str, found: _FoundFiles) -> None:
             found.add(VideoAsset(to_uri(match)))
 
 
-def _expand(pattern: bytes, found: _FoundFiles) -> Iterator[bytes]:
+def _expand(pattern: bytes, found: Scan) -> Iterator[bytes]:
     """The paths that a glob matches; ** stands for folders at any depth, each visited once.
 
     The glob module follows links in ** without end if they lead to a folder that contains them.
@@ -217,4 +234,4 @@ def _expand(pattern: bytes, found: _FoundFiles) -> Iterator[bytes]:
     for folder in itertools.chain(*(walk.below(start) for start in starts), walk.linked()):
         if folder.kind is EntryKind.FOLDER:
             yield from _expand(os.path.join(glob.escape(folder.path), *rest), found)
-    found.unscanned += walk.unscanned
+    found.add_unscanned(walk.unscanned)

@@ -54,6 +54,7 @@ SCHEMA = pa.schema(
         pa.field("indexed_at", pa.timestamp("us", tz="UTC")),  # null in rows of an older vidx
         pa.field("sandbox_missing", pa.string()),  # steps, comma-separated; null in rows of an older vidx
         pa.field("captured_from", pa.string()),  # null if captured_at is null, and in rows of an older vidx
+        pa.field("is_settled", pa.bool_()),  # null in rows of an older vidx
     ]
 )
 MOST_FRAMES, MOST_SIDE, MOST_SECONDS = 1 << 40, 1 << 16, 1e12
@@ -186,6 +187,7 @@ def _to_dict(row: VideoRow) -> dict:
 def _to_row(values: dict) -> VideoRow:
     row: dict[str, Any] = {field.name: values.get(field.name) for field in fields(VideoRow)}
     row["status"] = Status(values["status"])
+    row["is_settled"] = bool(values["is_settled"])
     row["tags"] = dict(values["tags"] or ())
     row["captured_from"] = CapturedFrom(values["captured_from"] or CapturedFrom.MANIFEST)
     if values["sandbox_missing"] is not None:

@@ -114,10 +114,13 @@ class VideoTable:
         """All rows, by uri, including those of deleted videos; an archive may have a million of them."""
         return sorted(to_rows(self.arrow()), key=lambda row: row.uri)
 
+    def read(self, stored: pa.Table) -> list[VideoRow]:
+        """The rows of a table from `stored`, in its order; those of unfinished videos count new frames too."""
+        return to_rows(_with_stored_frames(stored, self._parts))
+
     def at(self, places: np.ndarray) -> list[VideoRow]:
         """The rows at these places in `stored`, by uri; those of unfinished videos count new frames too."""
-        rows = to_rows(_with_stored_frames(self._table.rows().take(places), self._parts))
-        return sorted(rows, key=lambda row: row.uri)
+        return sorted(self.read(self._table.rows().take(places)), key=lambda row: row.uri)
 
     def having(self, column: str, *values: str) -> list[VideoRow]:
         """The rows with one of these values in a column of texts, by uri."""

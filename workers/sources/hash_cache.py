@@ -53,6 +53,11 @@ class HashCache:
         known = rows[0][3] if rows and rows[0][:3] == _state(stat) else None
         return known if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known) else None
 
+    def contradicts(self, stat: os.stat_result) -> bool:
+        """Whether a file was read with this size and modification time, and has changed since all the same."""
+        rows = self._run("SELECT size_bytes, mtime_ns, ctime_ns FROM hashes WHERE device = ? AND inode = ?", _key(stat))
+        return bool(rows) and rows[0] != _state(stat) and rows[0][:2] == _state(stat)[:2]
+
     def put(self, stat: os.stat_result, video_id: str, read_ns: int) -> None:
         """Remembers the hash of a file.
 
@@ -61,7 +66,7 @@ class HashCache:
             video_id: the SHA-256.
             read_ns: when reading began.
         """
-        if read_ns - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9:
+        if is_settled(stat, read_ns):
             self._run("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)", (*_key(stat), *_state(stat), video_id))
 
     def _run(self, statement: str, values: tuple) -> list[tuple]:
@@ -86,6 +91,11 @@ class HashCache:
         self.problem = (
             str(getattr(error, "strerror", None) or error) if self._path is None else f"{self._path}: {error}"
         )
+
+
+def is_settled(stat: os.stat_result, read_ns: int) -> bool:
+    """Whether a file in this state had not changed for a while when it was read; see SETTLED_SECONDS."""
+    return read_ns - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9
 
 
 def _key(stat: os.stat_result) -> tuple[int, int]:

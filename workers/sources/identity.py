@@ -9,22 +9,23 @@ import time
 from storage.errors import VideoProblem
 from storage.files import file_path, source_text
 from storage.records import Content, Reason, VideoRow
-from workers.sources.hash_cache import HashCache
+from workers.sources.hash_cache import HashCache, is_settled
 
 
-def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
+def identify(path: str | bytes, cache: HashCache | None = None, *, read: bool = False) -> Content:
     """The SHA-256 of a file, with its size and modification time.
 
     Args:
         path: of the file.
         cache: a file whose hash is in it, in its present state, is not read.
+        read: read it all the same.
     Raises:
         VideoProblem: the file is missing, cannot be read, is no regular file, or changes while it is read.
     """
     descriptor = open_source(path)
     with open(descriptor, "rb", buffering=0) as file:
         read_ns, before = time.time_ns(), os.fstat(descriptor)
-        if cache is not None and (known := cache.get(before)):
+        if cache is not None and not read and (known := cache.get(before)):
             return Content(known, before.st_size, before.st_mtime_ns)
         try:
             video_id = hashlib.file_digest(file, "sha256").hexdigest()
@@ -35,7 +36,7 @@ def identify(path: str | bytes, cache: HashCache | None = None) -> Content:
         raise VideoProblem(Reason.CHANGED, "the file changed while it was read; index it again when it is complete")
     if cache is not None and before.st_ctime_ns == after.st_ctime_ns:
         cache.put(after, video_id, read_ns)
-    return Content(video_id, after.st_size, after.st_mtime_ns)
+    return Content(video_id, after.st_size, after.st_mtime_ns, is_settled(after, read_ns))
 
 
 def check_unchanged(path: str | bytes, content: Content) -> None:
