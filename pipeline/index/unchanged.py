@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -81,16 +81,10 @@ def recognise(
     contents: list[Content | None] = []
     unchanged = np.zeros(len(archived.stored), bool)
     with ThreadPoolExecutor(usable_cores()) as pool:  # stat and hashing release the interpreter lock
-
-        def looked_at(some: Sequence[VideoAsset]) -> Iterator[Content | None]:
-            pieces = [some[start : start + TOGETHER] for start in range(0, len(some), TOGETHER)]
-            contents_of = _Contents(files, sizes, hashes, rehash)
-            for found in pool.map(lambda piece: [contents_of.find(asset) for asset in piece], pieces):
-                yield from found
-
         for some in _batches(assets):
             files = _files_at(some, archived, wanted)
-            for asset, content in zip(some, looked_at(some), strict=True):
+            found = _Contents(files, sizes, hashes, rehash).find_all(some, pool)
+            for asset, content in zip(some, found, strict=True):
                 file = files.get(asset.uri)
                 if file is not None and content is not None and file.is_wanted and file.is_as(content, asset):
                     unchanged[file.place] = True
@@ -140,7 +134,13 @@ class _Contents:
     hashes: HashCache
     rehash: bool
 
-    def find(self, asset: VideoAsset) -> Content | None:
+    def find_all(self, assets: Sequence[VideoAsset], pool: Executor) -> Iterator[Content | None]:
+        """The content of each source, or None, in order; see `_find`."""
+        pieces = [assets[start : start + TOGETHER] for start in range(0, len(assets), TOGETHER)]
+        for found in pool.map(lambda piece: [self._find(asset) for asset in piece], pieces):
+            yield from found
+
+    def _find(self, asset: VideoAsset) -> Content | None:
         """The content of a source; None if its file must be read and a worker will do it, or if it cannot be read."""
         path = file_path(asset.uri)
         try:
