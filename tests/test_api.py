@@ -167,6 +167,7 @@ def test_every_setting_of_the_command_index_is_a_parameter_too():
     parameters = inspect.signature(package.index).parameters
     assert options == set(parameters) - {"sources", "archive", "progress"}
     assert {name: parameters[name].default for name in options} == dict.fromkeys(options) | {
+        "rehash": False,
         "retry_failed": False,
         "restore_deleted": False,
         "strict_sandbox": False,
