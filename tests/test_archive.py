@@ -550,6 +550,15 @@ def test_an_archive_of_an_older_vidx_is_read_and_goes_on(archive):
         assert "indexed_at" in pq.read_schema(path).names
 
 
+def test_a_change_of_a_row_leaves_what_others_have_changed_meanwhile(archive):
+    add_video(archive, 1, 5)
+    (seen,) = again(archive).videos.all()
+    again(archive).videos.update([(seen, replace(seen, tags={"camera": "north"}))])
+    again(archive).videos.update([(seen, replace(seen, is_settled=True, mtime_ns=7))])
+    (row,) = again(archive).videos.all()
+    assert (row.tags, row.is_settled, row.mtime_ns) == ({"camera": "north"}, True, 7)
+
+
 def test_of_two_jobs_that_add_a_column_to_an_older_table_none_loses_a_row(tmp_path):
     uri = to_uri(tmp_path / "table")
     os.makedirs(tmp_path / "table")

@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from dataclasses import replace
 
 import pytest
 from small_archive import (
@@ -171,7 +172,7 @@ def test_a_moved_file_does_not_bring_back_frames_that_were_replaced(archive):
     archive.parts.commit([receipt_for(archive, 2, rows)])
     other = row_for(archive, 1, 7, video_number=reserve(archive, 2))  # the same content with other settings
     archive.videos.publish([other])
-    archive.videos.update([row_for(archive, 1, 5, uri="file:///moved.mp4")])
+    archive.videos.update([(before, replace(before, uri="file:///moved.mp4"))])
     assert [row.uri for row in archive.videos.all()] == [before.uri]
-    archive.videos.update([row_for(archive, 1, 7, video_number=other.video_number, uri="file:///moved.mp4")])
+    archive.videos.update([(other, replace(other, uri="file:///moved.mp4"))])
     assert [(row.uri, row.frame_count) for row in archive.videos.all()] == [("file:///moved.mp4", 7)]

@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_deleted_content_stays_deleted_until_it_is_asked_for(archive):
 
 def test_a_video_that_a_job_has_moved_meanwhile_is_deleted_all_the_same(archive):
     row = archive.videos.find("2.mp4")
-    open_archive(archive.uri).videos.update([row_for(archive, 2, 5, uri="file:///moved.mp4")])
+    open_archive(archive.uri).videos.update([(row, replace(row, uri="file:///moved.mp4"))])
     assert [gone.uri for gone in archive.videos.delete([row])] == ["file:///moved.mp4"]
     assert shown(archive) == [1, 3]
     assert archive.videos.delete([row]) == []

@@ -165,7 +165,7 @@ def test_a_source_is_new_changed_known_or_moved(tmp_path):
     gone = tmp_path / "gone.mp4"
     known = planned([asset(path)], [row(gone, content)], WANTED, HashCache(tmp_path / "hashes"))
     assert decisions(known) == [Decision.MOVED]
-    assert [renewed.uri for renewed in known.renewed] == [to_uri(path)]
+    assert [renewed.after.uri for renewed in known.renewed] == [to_uri(path)]
 
 
 def test_a_missing_or_unreadable_source_is_told_from_a_new_one(tmp_path):
@@ -203,7 +203,7 @@ def test_what_a_manifest_says_anew_of_a_known_video_is_taken_up(tmp_path, said, 
     if not is_there:  # what is known of its place is changed all the same
         path.unlink()
     known = planned([replace(asset(path), **said)], [before], WANTED, HashCache(tmp_path / "hashes"))
-    after = next(iter(known.renewed), before)
+    after = known.renewed[0].after if known.renewed else before
     assert (after.tags, after.captured_at) == (tags, captured_at)
     is_new = (tags, captured_at) != (NORTH, MAY)
     assert list(known.updates) == ([to_uri(path)] if is_new else [])
@@ -218,7 +218,7 @@ def test_of_a_video_and_its_copy_the_place_that_the_archive_knows_has_the_say(tm
     for order in (assets, assets[::-1]):  # else it would change at each run
         assert planned(order, rows, WANTED, hashes).renewed == ()
     (alone,) = planned(assets[1:], rows, WANTED, hashes).renewed
-    assert (alone.uri, alone.tags) == (to_uri(path), SOUTH)
+    assert (alone.after.uri, alone.after.tags) == (to_uri(path), SOUTH)
 
 
 def test_other_settings_or_another_model_are_work(tmp_path):
@@ -347,8 +347,8 @@ def test_a_row_learns_that_its_file_has_settled(tmp_path, settled):
     path = old_file(tmp_path / "a.mp4")
     known = planned([asset(path)], [row(path, identify(path))], WANTED, HashCache(tmp_path / "hashes"))
     (renewed,) = known.renewed
-    assert (decisions(known), renewed.is_settled) == ([Decision.KNOWN], True)
-    again = planned([asset(path)], [renewed], WANTED, HashCache(tmp_path / "new"))
+    assert (decisions(known), renewed.after.is_settled) == ([Decision.KNOWN], True)
+    again = planned([asset(path)], [renewed.after], WANTED, HashCache(tmp_path / "new"))
     assert (again.unchanged_count, again.renewed) == (1, ())
 
 
@@ -364,12 +364,24 @@ def test_of_two_videos_one_moves_to_the_place_of_the_other(tmp_path):
     rows = [seen_before(path), seen_before(other, tags=NORTH)]
     other.replace(path)
     known = planned([asset(path)], rows, WANTED, HashCache(tmp_path / "hashes"))
-    assert [(moved.uri, moved.tags) for moved in known.renewed] == [(to_uri(path), NORTH)]
+    assert [(moved.after.uri, moved.after.tags) for moved in known.renewed] == [(to_uri(path), NORTH)]
     assert known.inherit(asset(path), None).tags == NORTH  # the row of the content that was there has lost its place
     assert known.archived.of_uri(to_uri(other)) is None
 
 
 # The commands
+
+
+def test_what_is_decoded_is_what_its_row_says_though_its_place_size_and_time_are_known(vidx, tmp_path):
+    path, archive = tmp_path / "a.mp4", str(tmp_path / "archive")
+    first, second = ((SAMPLES / f"nano_scenes_{number}.mp4").read_bytes() for number in (1, 2))
+    size = max(len(first), len(second))
+    for data, fps in ((first, "1"), (second, "0.5")):
+        old_file(path, data.ljust(size, b"\0"))
+        cache = {"VIDX_CACHE": str(tmp_path / fps)}
+        assert vidx("index", str(path), "--archive", archive, "--fps", fps, env=cache).code == 0
+        (video,) = vidx("list", "--archive", archive, "--json").json
+        assert video["video_id"] == identify(path).video_id
 
 
 def test_a_failure_is_listed_and_not_tried_until_asked(vidx, tmp_path):

@@ -1,6 +1,8 @@
 """Tables of rows: what is read of them, what a change writes again, and how rows are found."""
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from storage.archive import delta, row_table
 from storage.archive.column_index import ColumnIndex
 from storage.archive.row_table import NONE, Check, Rows, RowTable
 from storage.checks import InvalidValue
-from storage.errors import DamagedError
-from storage.files import to_uri
+from storage.errors import ArchiveError, DamagedError
+from storage.files import local_path, to_uri
 
 SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("size", pa.int64())])
 
@@ -33,6 +35,11 @@ def table(tmp_path):
 
 def add(table, *names):
     table.change(lambda rows: (NONE, rows_named(*names)))
+
+
+def files_in(table):
+    """The files of a table's folder."""
+    return {*os.listdir(local_path(table.uri))}
 
 
 def files_of(table):
@@ -57,6 +64,44 @@ def test_rows_are_found_by_their_numbers(numbers, other):
     wanted = {*numbers[::3], other}
     expected = [place for place, number in enumerate(numbers) if number is not None and number in wanted]
     assert rows.find("number", wanted).tolist() == expected
+
+
+@pytest.mark.parametrize("number", [2**31, 2**40, -(2**70)])
+def test_a_number_that_no_row_can_have_is_in_none(number):
+    rows = Rows.of(pa.table({"number": pa.array([1, 2], pa.int32())}))
+    assert rows.find("number", [number, 2]).tolist() == [1]
+
+
+def test_threads_read_the_columns_of_one_table(table):
+    add(table, *(f"row {number}" for number in range(20_000)))
+
+    def read(place):
+        if place % 2:
+            return shared.column("size").to_pylist()[-1]
+        return shared.find("name", [f"row {place}"]).tolist()
+
+    for _ in range(20):
+        shared = RowTable(table.uri, SCHEMA).rows()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(read, range(4), timeout=60)) == [[0], 9, [2], 9]
+
+
+def test_a_change_that_cannot_be_written_leaves_no_file(table, monkeypatch):
+    monkeypatch.setattr(row_table, "MOST_ROWS", 2)
+    add(table, "one")
+    before, write, written = files_in(table), row_table.write_bytes, []
+
+    def fail_at_third(uri, data):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(uri)
+        write(uri, data)
+
+    monkeypatch.setattr(row_table, "write_bytes", fail_at_third)
+    with pytest.raises(ArchiveError, match="No space"):
+        add(table, *(f"row {number}" for number in range(7)))
+    assert len(written) == 2
+    assert files_in(table) == before
 
 
 def test_texts_that_differ_in_one_place_alone_have_other_hashes():

@@ -220,7 +220,7 @@ def test_tags_of_a_growing_video_can_be_changed(archive):
     begin_video(archive, 1)
     (row,) = again(archive).videos.all()
     archive.parts.commit([half(archive, 1, 1)])
-    archive.videos.update([replace(row, uri="file:///new/1.mp4", tags={"camera": "south"})])
+    archive.videos.update([(row, replace(row, uri="file:///new/1.mp4", tags={"camera": "south"}))])
     (row,) = again(archive).videos.all()
     assert (row.uri, row.tags, row.status, row.frame_count) == (
         "file:///new/1.mp4",

@@ -93,7 +93,7 @@ KINDS_TOLD = 12  # suffixes of files that are no videos
     "--rehash",
     is_flag=True,
     default=None,
-    help="Read also the files that have the place, size and time of change that the archive knows.",
+    help="Read also files whose place, size and time of change the archive knows.",
 )
 @click.option("--retry-failed", is_flag=True, default=None, help="Try failed and partial videos again.")
 @click.option("--restore-deleted", is_flag=True, default=None, help="Index videos again that `vidx delete` took out.")

@@ -23,7 +23,7 @@ from pipeline.ask.search import bundle_of
 from pipeline.cluster.connect import address_of_joined, first_line, our_errors, start_ray
 from pipeline.cluster.supervise import LOOK_SECONDS, watch_joined_ray
 from storage.archive.archive import Archive, open_archive
-from storage.errors import ClusterError
+from storage.errors import ClusterError, UnavailableError
 from storage.records import Answer, FrameRef
 from workers.llm.engine import ModelOptions
 from workers.llm.prompt import Turns
@@ -32,6 +32,7 @@ from workers.models.load import use_cores
 
 CORES = 4  # maximum for a worker without a GPU
 PATIENCE_SECONDS = 20.0  # until a note says that the worker waits for free cores or a GPU
+GPU_SECONDS = 600.0  # that an autoscaler has to bring a GPU
 
 
 class RemoteAsker:
@@ -57,13 +58,14 @@ class RemoteAsker:
         Raises:
             UsageError: there is no such cluster, or it has no such archive or model.
             ClusterError: the worker died.
+            UnavailableError: the cluster got no GPU in time.
         """
         start_ray(address)
         self._address = address
         self._watch = watch_joined_ray(address, address_of_joined(address), "ask again when it runs")
         self._numbers = itertools.count()
         have = ray.cluster_resources()
-        gpus = 1 if options.device == "cuda" or (options.device == "auto" and have.get("GPU")) else 0
+        gpus = 1 if options.device == "cuda" or (options.device == "auto" and have.get("GPU", 0) >= 1) else 0
         cores = 1 if gpus else min(CORES, int(have.get("CPU", 1)))
         place: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_concurrency": 3, "max_restarts": 0}
         settings = (cores, archive.uri, model, tower, options, cache_bytes)
@@ -73,8 +75,10 @@ class RemoteAsker:
         is_there = have.get("GPU", 0) >= gpus  # an autoscaler may bring what is not
         if not is_there or not ray.wait([found], timeout=PATIENCE_SECONDS)[0]:
             needs = "a GPU" if gpus else f"{cores} free cores"
-            has = "" if is_there else ", which has none yet"
+            has = "" if is_there else f", which has none yet, for {GPU_SECONDS / 60:.0f} minutes at most"
             announce(f"waiting for {needs} on the cluster at {address}{has}; Ctrl-C gives up")
+        if not is_there and not ray.wait([found], timeout=GPU_SECONDS)[0]:
+            raise UnavailableError(f"--device cuda: no GPU has come to the cluster at {address}; or use --device cpu")
         self.bundle: Bundle = self._get(found)
 
     def ask(self, question: str, within: Filter, asked: Asked, **heard: Say) -> Answer | None:

@@ -38,7 +38,7 @@ class ArchivedVideos:
     Attributes:
         stored: the rows of that version.
         read: makes VideoRows of stored ones.
-        unchanged: (n,) places of the stored rows whose files are sources, and are known to be as they were.
+        unchanged: (n,) places, ascending, of the stored rows whose files are sources, and are known to be as they were.
         changes: the rows that the plan changes, by video id.
     """
 
@@ -82,7 +82,9 @@ class ArchivedVideos:
 
     def is_unchanged(self, row: VideoRow) -> bool:
         """Whether the file of a row is a source, and is known to be as it was."""
-        return bool(np.isin(self.stored.find("uri", [row.uri]), self.unchanged, assume_unique=True).any())
+        places = self.stored.find("uri", [row.uri])
+        first, last = (np.searchsorted(self.unchanged, places, side) for side in ("left", "right"))
+        return bool((first < last).any())
 
     def unchanged_uris(self) -> Iterator[str]:
         """The sources that are known to be as they were."""

@@ -125,7 +125,7 @@ class _Video:
         resumed: whether earlier jobs committed some of them.
         meter: how much of it is done.
         committed_since: when this job first knew of committed frames; None if there are none.
-        is_settled: whether the video need not be published in part (any more).
+        is_shown: whether the video need not be published in part (any more).
         problem: of the first segment that is not complete.
     """
 
@@ -138,7 +138,7 @@ class _Video:
     resumed: bool
     meter: VideoMeter
     committed_since: float | None
-    is_settled: bool = False
+    is_shown: bool = False
     problem: Problem | None = None
 
 
@@ -206,7 +206,9 @@ def run_index(
     """
     result = IndexResult()
     if plan.renewed:
-        archive.videos.update(plan.renewed)  # first: a new video may have the old name of one that was moved
+        archive.videos.update(
+            [(update.before, update.after) for update in plan.renewed]
+        )  # first: a new video may have the old name of one that was moved
     result.updates = list(plan.updates.values())
     result.cache_problem = plan.cache_problem
     result.failed_before = plan.count(Decision.FAILED)
@@ -416,7 +418,7 @@ class _Run:
         partly = [
             video
             for video in self._videos.values()
-            if video.committed_since is not None and not video.is_settled
+            if video.committed_since is not None and not video.is_shown
             if is_last or now - video.committed_since >= SHOW_PART_SECONDS
         ]
         rows = [*finished, *map(self._unfinished_row, partly)]
@@ -424,7 +426,7 @@ class _Run:
         self._restored -= published  # if a user deletes it again, it stays deleted
         del self._finished[: len(finished)]
         for video in partly:
-            video.is_settled = True
+            video.is_shown = True
         for row in finished:
             if row.video_id is not None and row.video_id not in published and self._is_deleted(row.video_id):
                 self._result.skipped += 1
@@ -456,7 +458,8 @@ class _Run:
             executor.encode(task, task)
         while self._unexamined and executor.free("examine") > 0 and self._has_room():
             asset = self._unexamined.popleft()
-            executor.examine(asset, asset.uri, self._plan.contents.get(asset.uri))
+            content = None if asset.uri in self._plan.assumed else self._plan.contents.get(asset.uri)
+            executor.examine(asset, asset.uri, content)
 
     def _take_in(self, outcome: "Outcome") -> None:
         if outcome.kind == "encode":
@@ -525,7 +528,7 @@ class _Run:
             left = {segment.key for segment in waiting}
             since = time.monotonic() if done else None
             video = _Video(asset, content, probe, number, left, set(done), bool(done), meter, since)
-            video.is_settled = number in self._archive.videos.published()
+            video.is_shown = number in self._archive.videos.published()
             self._videos[content.video_id] = video
             for segment in waiting:
                 own = replace(probe, cuts=tuple(cut for cut in probe.cuts if cut[0] == segment.end_ticks))

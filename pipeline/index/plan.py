@@ -44,7 +44,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Update:
-    """A video whose tags or capture time are changed by a manifest."""
+    """A row that changes without its video being indexed again."""
 
     before: VideoRow
     after: VideoRow
@@ -66,10 +66,11 @@ class IndexPlan:
         archived: the archive's videos, with the changes of this plan.
         decisions: the decision for each source that is not unchanged, in order.
         unchanged_count: sources that the archive holds as they are wanted.
-        renewed: changed rows to publish first: of files that were moved or touched, or have new tags or capture times.
+        renewed: rows to change first: of files that were moved or touched, or have new tags or capture times.
         updates: the changes of tags and capture times, by the video's present URI.
         problems: by URI, why a source is missing, unreadable, or failed before.
         contents: by URI, the contents of sources that are known.
+        assumed: URIs of those whose files were not read here; a worker that decodes one reads it first.
         cache_problem: why hashes cannot be kept for the next run; empty if they can.
         moved_count: videos whose place is a new one.
         began: when planning began, by the monotonic clock.
@@ -79,10 +80,11 @@ class IndexPlan:
     archived: ArchivedVideos
     decisions: tuple[tuple[VideoAsset, Decision], ...]
     unchanged_count: int = 0
-    renewed: tuple[VideoRow, ...] = ()
+    renewed: tuple[Update, ...] = ()
     updates: Mapping[str, Update] = field(default_factory=dict)
     problems: Mapping[str, Problem] = field(default_factory=dict)
     contents: Mapping[str, Content] = field(default_factory=dict)
+    assumed: frozenset[str] = frozenset()
     cache_problem: str = ""
     moved_count: int = 0
     began: float = 0.0
@@ -165,15 +167,16 @@ def plan_sources(
         rehash: read such a file also if it is known by its place, size and time, or by the cache.
     """
     began = time.monotonic()
-    assets, found, archived = recognise(assets, archived, wanted, hashes, rehash=rehash)
-    contents = {asset.uri: content for asset, content in zip(assets, found, strict=True) if content}
+    found, archived = recognise(assets, archived, wanted, hashes, rehash=rehash)
+    contents = {source.asset.uri: source.content for source in found if source.content}
     by_id = archived.of_ids(content.video_id for content in contents.values())
-    by_uri = archived.of_uris(asset.uri for asset in assets)
-    files = _Files({asset.uri for asset in assets}, contents, archived)
+    unknown = (source for source in found if source.content is None or source.content.video_id not in by_id)
+    by_uri = archived.of_uris(source.asset.uri for source in unknown)
+    files = _Files({source.asset.uri for source in found}, contents, archived)
     renewed: dict[str, VideoRow] = {}
     problems: dict[str, Problem] = {}
     decisions: dict[str, Decision] = {}
-    for asset, content in zip(assets, found, strict=True):
+    for asset, content in ((source.asset, source.content) for source in found):
         row, place = by_id.get(content.video_id) if content else None, by_uri.get(asset.uri)
         if row is None:
             decisions[asset.uri], problem = _decide_unknown(asset, place, wanted)
@@ -192,20 +195,21 @@ def plan_sources(
             renewed[row.known_id] = changed
             if decisions[asset.uri] is Decision.KNOWN and changed.uri != row.uri:
                 decisions[asset.uri] = Decision.MOVED
-    updates = {row.uri: Update(by_id[video_id], row) for video_id, row in renewed.items()}
-    updates = {uri: update for uri, update in updates.items() if update.changes}
+    pairs = tuple(Update(by_id[video_id], row) for video_id, row in renewed.items())
+    updates = {update.after.uri: update for update in pairs if update.changes}
     decisions |= {uri: Decision.UPDATED for uri in updates if decisions.get(uri) is Decision.KNOWN}
     return IndexPlan(
         wanted=wanted,
         archived=archived.changed(renewed),
-        decisions=tuple((asset, decisions[asset.uri]) for asset in assets),
+        decisions=tuple((source.asset, decisions[source.asset.uri]) for source in found),
         unchanged_count=len(archived.unchanged),
-        renewed=tuple(renewed.values()),
+        renewed=pairs,
         updates=updates,
         problems=problems,
         contents=contents,
+        assumed=frozenset(source.asset.uri for source in found if source.is_assumed),
         cache_problem=hashes.problem,
-        moved_count=sum(by_id[video_id].uri != row.uri for video_id, row in renewed.items()),
+        moved_count=sum(update.before.uri != update.after.uri for update in pairs),
         began=began,
     )
 
@@ -258,11 +262,11 @@ class _Files:
     contents: Mapping[str, Content]
     archived: ArchivedVideos
 
-    def are_named(self, row: VideoRow) -> bool:
+    def is_source(self, row: VideoRow) -> bool:
         """Whether the file of a row is a source of this job."""
         return row.uri in self.uris or self.archived.is_unchanged(row)
 
-    def still_hold(self, row: VideoRow) -> bool:
+    def still_holds(self, row: VideoRow) -> bool:
         """Whether the file of a row still has its content; another file may have taken its name."""
         if row.uri in self.contents:
             return self.contents[row.uri].video_id == row.video_id
@@ -285,9 +289,9 @@ def _renewed(row: VideoRow, asset: VideoAsset, content: Content | None, files: _
     if asset.uri == row.uri:
         if content is not None and (content.mtime_ns != row.mtime_ns or (content.is_settled and not row.is_settled)):
             changes |= {"mtime_ns": content.mtime_ns, "is_settled": content.is_settled}
-    elif content is not None and not files.still_hold(row):
+    elif content is not None and not files.still_holds(row):
         changes |= {"uri": asset.uri, "mtime_ns": content.mtime_ns, "is_settled": content.is_settled}
-    if asset.uri == changes.get("uri", row.uri) or not files.are_named(row):
+    if asset.uri == changes.get("uri", row.uri) or not files.is_source(row):
         captured = {"captured_at": asset.captured_at, "captured_from": asset.captured_from}
         if asset.captured_at is not None and captured != {name: getattr(row, name) for name in captured}:
             changes |= captured

@@ -1,6 +1,7 @@
 """unchanged: which sources the archive holds as they are wanted, by place, size and time; these files are not read."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,22 @@ _NOTES = {None, *(str(reason) for reason in Reason if reason.is_note)}
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A source that is not unchanged.
+
+    Attributes:
+        asset: the source.
+        content: None if it is not known.
+        is_assumed: whether the content is the one that the archive knows of a file with this place, size and time, and
+            nobody has read the file.
+    """
+
+    asset: VideoAsset
+    content: Content | None
+    is_assumed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Stored:
     """What the archive knows of the file at a place.
 
@@ -44,9 +61,12 @@ class _Stored:
     is_wanted: bool
     stated: Mapping[str, Any]
 
-    def is_as(self, content: Content, asset: VideoAsset) -> bool:
+    def is_as(self, source: Source) -> bool:
         """Whether the row is of this file, and has the tags and the capture time that its source states."""
-        if not self.is_settled or (self.video_id, self.mtime_ns) != (content.video_id, content.mtime_ns):
+        asset, content = source.asset, source.content
+        if content is None or not self.is_settled:
+            return False
+        if (self.video_id, self.mtime_ns) != (content.video_id, content.mtime_ns):
             return False
         if asset.tags is not None and dict(asset.tags) != dict(self.stated["tags"] or ()):
             return False
@@ -63,7 +83,7 @@ def recognise(
     hashes: HashCache,
     *,
     rehash: bool,
-) -> tuple[list[VideoAsset], list[Content | None], ArchivedVideos]:
+) -> tuple[list[Source], ArchivedVideos]:
     """Looks for what is known of sources, many at once.
 
     Args:
@@ -73,25 +93,22 @@ def recognise(
         hashes: hashes of files that were read before.
         rehash: read every file whose size a video of the archive has.
     Returns:
-        The sources that are not unchanged; the content of each, None if it is not known; the archive's videos, with
-        the unchanged ones marked.
+        The sources that are not unchanged, in order; the archive's videos, with the unchanged ones marked.
     """
     sizes = np.unique(archived.stored.column("size_bytes").drop_null().to_numpy())
-    rest: list[VideoAsset] = []
-    contents: list[Content | None] = []
+    rest: list[Source] = []
     unchanged = np.zeros(len(archived.stored), bool)
     with ThreadPoolExecutor(usable_cores()) as pool:  # stat and hashing release the interpreter lock
         for some in _batches(assets):
             files = _files_at(some, archived, wanted)
             found = _Contents(files, sizes, hashes, rehash).find_all(some, pool)
-            for asset, content in zip(some, found, strict=True):
-                file = files.get(asset.uri)
-                if file is not None and content is not None and file.is_wanted and file.is_as(content, asset):
+            for source in found:
+                file = files.get(source.asset.uri)
+                if file is not None and file.is_wanted and file.is_as(source):
                     unchanged[file.place] = True
                 else:
-                    rest.append(asset)
-                    contents.append(content)
-    return rest, contents, archived.marking(np.flatnonzero(unchanged))
+                    rest.append(source)
+    return rest, archived.marking(np.flatnonzero(unchanged))
 
 
 def _batches(assets: Iterable[VideoAsset]) -> Iterator[list[VideoAsset]]:
@@ -134,29 +151,34 @@ class _Contents:
     hashes: HashCache
     rehash: bool
 
-    def find_all(self, assets: Sequence[VideoAsset], pool: Executor) -> Iterator[Content | None]:
-        """The content of each source, or None, in order; see `_find`."""
+    def find_all(self, assets: Sequence[VideoAsset], pool: Executor) -> Iterator[Source]:
+        """The sources with their contents, in order."""
         pieces = [assets[start : start + TOGETHER] for start in range(0, len(assets), TOGETHER)]
         for found in pool.map(lambda piece: [self._find(asset) for asset in piece], pieces):
             yield from found
 
-    def _find(self, asset: VideoAsset) -> Content | None:
-        """The content of a source; None if its file must be read and a worker will do it, or if it cannot be read."""
+    def _find(self, asset: VideoAsset) -> Source:
+        """A source; its content is not known if a worker will read its file, or if it cannot be read."""
         path = file_path(asset.uri)
         try:
-            stat = os.stat(path)
-            if not os.path.isfile(path):
-                return None
-            if not self.rehash:
-                if video_id := self.hashes.get(stat):
-                    return Content(video_id, stat.st_size, stat.st_mtime_ns)
-                file, state = self.files.get(asset.uri), (stat.st_size, stat.st_mtime_ns)
-                is_known = file is not None and file.is_settled and (file.size_bytes, file.mtime_ns) == state
-                if file is not None and is_known and not self.hashes.contradicts(stat):
-                    return Content(file.video_id, *state)
-            return identify(path, self.hashes, read=self.rehash) if self._has_size(stat.st_size) else None
+            state = os.stat(path)
+            if not stat.S_ISREG(state.st_mode):
+                return Source(asset, None, is_assumed=False)
+            if not self.rehash and (video_id := self.hashes.get(state)):
+                return Source(asset, Content(video_id, state.st_size, state.st_mtime_ns), is_assumed=False)
+            if not self.rehash and (content := self._assumed(asset, state)):
+                return Source(asset, content, is_assumed=True)
+            content = identify(path, self.hashes, read=self.rehash) if self._has_size(state.st_size) else None
+            return Source(asset, content, is_assumed=False)
         except (OSError, ValueError, VideoProblem):
-            return None  # the worker will find the reason
+            return Source(asset, None, is_assumed=False)  # the worker will find the reason
+
+    def _assumed(self, asset: VideoAsset, state: os.stat_result) -> Content | None:
+        """The content that the archive knows of a file with this place, size and time."""
+        file, known = self.files.get(asset.uri), (state.st_size, state.st_mtime_ns)
+        if file is None or not file.is_settled or (file.size_bytes, file.mtime_ns) != known:
+            return None
+        return None if self.hashes.contradicts(state) else Content(file.video_id, *known)
 
     def _has_size(self, size_bytes: int) -> bool:
         place = np.searchsorted(self.sizes, size_bytes)

@@ -25,7 +25,10 @@ class ColumnIndex:
 
 
 def hashes_of(values: pa.Array) -> np.ndarray:
-    """(n,) uint64: a hash of each integer or text; that of a null is any."""
+    """(n,) uint64: a hash of each integer or text. Nulls may have any hash.
+
+    Texts are mixed 8 bytes at a time, all of them together, beginning with their lengths.
+    """
     if not pa.types.is_string(values.type):
         return values.fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64) * _PRIME
     _, offsets_buffer, data_buffer = values.buffers()

@@ -74,7 +74,9 @@ class FrameTable:
             ArchiveError: a part is missing or damaged.
         """
         bounds, matching = self._matching(video_numbers, start_seconds, end_seconds, frame_indexes)
-        found = [ref for place, rows in matching for ref in self._refs(bounds, place, rows)]
+        matches = list(matching)
+        ids = self._ids_of(bounds, [place for place, _ in matches])
+        found = [ref for place, rows in matches for ref in self._refs(ids, bounds, place, rows)]
         return sorted(found, key=lambda ref: (ref.video_number, ref.ticks))
 
     def rows(
@@ -95,9 +97,11 @@ class FrameTable:
             ArchiveError: a part is missing or damaged.
         """
         bounds = self._parts.bounds()
-        for place in np.lexsort((bounds.first_seconds, bounds.video_number)).tolist():
-            if bounds.path[place] in rows:
-                yield self._refs(bounds, place, rows[bounds.path[place]])
+        order = np.lexsort((bounds.first_seconds, bounds.video_number)).tolist()
+        places = [place for place in order if bounds.path[place] in rows]
+        ids = self._ids_of(bounds, places)
+        for place in places:
+            yield self._refs(ids, bounds, place, rows[bounds.path[place]])
 
     def at(self, video_number: int, seconds: float) -> FrameRef | None:
         """The frame that is shown at a position, or None if no published frame is.
@@ -180,11 +184,15 @@ class FrameTable:
             if rows.any():
                 yield place, np.flatnonzero(rows)
 
-    def _refs(self, bounds: PartBounds, place: int, rows: np.ndarray | None) -> list[FrameRef]:
+    def _ids_of(self, bounds: PartBounds, places: Sequence[int]) -> dict[int, str]:
+        """The ids of the videos of some parts, by number."""
+        return self._videos.published().ids_of(np.unique(bounds.video_number[places]).tolist())
+
+    def _refs(self, ids: Mapping[int, str], bounds: PartBounds, place: int, rows: np.ndarray | None) -> list[FrameRef]:
         """The frames in some rows of one part, or in all of them, in file order."""
         times = self._times(bounds, place)
         path, number = bounds.path[place], int(bounds.video_number[place])
-        video_id = self._videos.published()[number]
+        video_id = ids[number]
         rows = np.arange(len(times.ticks)) if rows is None else rows
         columns = (times.frame_index, times.ticks, times.time_seconds, times.duration_seconds)
         return [

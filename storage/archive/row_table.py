@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -76,9 +77,13 @@ class Rows:
     def find(self, name: str, values: Iterable[str | int | None]) -> np.ndarray:
         """The places, ascending, of the rows that have one of these values in a column; errors as in `table`.
 
-        It costs the same for a thousand rows and for a million, after the first time.
+        The first time makes an index of the column; after that it costs the same for a thousand rows and for a million.
         """
-        wanted = pa.array({*values} - {None}, self.schema.field(name).type)
+        kind = self.schema.field(name).type
+        if pa.types.is_integer(kind):  # others can be in no row
+            least, most = np.iinfo(kind.to_pandas_dtype()).min, np.iinfo(kind.to_pandas_dtype()).max
+            values = (value for value in values if value is not None and least <= int(value) <= most)
+        wanted = pa.array({*values} - {None}, kind)
         found = [NONE]
         if len(wanted):
             found += [file.find(name, wanted) + start for file, start in zip(self._files, self._starts)]
@@ -159,9 +164,10 @@ class RowTable:
             if not len(dropped) and not added.num_rows:
                 return
             is_wider = len(self._schema()) > len(self._table_schema())
-            parts, removed = self._rewrite(dropped, with_columns(added, self._schema()), of_all=is_wider)
+            parts: list[Part] = []
             guard = {_GUARD: self.version + 1}
             try:
+                removed = self._rewrite(dropped, with_columns(added, self._schema()), parts, of_all=is_wider)
                 delta.commit(self._table, parts, removed, guard, self._schema() if is_wider else None)
                 return
             except Exception as error:  # after an interrupt nothing is removed: the change may be committed
@@ -199,9 +205,9 @@ class RowTable:
         return self._files
 
     def _rewrite(
-        self, dropped: np.ndarray, added: pa.Table, *, of_all: bool
-    ) -> tuple[list[Part], list[tuple[str, int]]]:
-        """Writes the new files; returns them, and (path, bytes) of the files that they replace."""
+        self, dropped: np.ndarray, added: pa.Table, parts: list[Part], *, of_all: bool
+    ) -> list[tuple[str, int]]:
+        """Writes the new files and adds them to `parts`; returns (path, bytes) of the files that they replace."""
         rows, schema = self.rows(), self._schema()
         changed = {file.path: places for file, places in rows.by_file(dropped)}
         replaced, pieces, others = [], [added], []
@@ -221,12 +227,15 @@ class RowTable:
             pieces.append(file.columns(schema.names))
             count += file.row_count
         sizes, whole = delta.file_sizes(self._table), pa.concat_tables(pieces)
-        parts = [_write_rows(self.uri, whole.slice(start, MOST_ROWS)) for start in range(0, count, MOST_ROWS)]
-        return parts, [(path, sizes[path]) for path in replaced]
+        for start in range(0, count, MOST_ROWS):
+            parts.append(_write_rows(self.uri, whole.slice(start, MOST_ROWS)))
+        return [(path, sizes[path]) for path in replaced]
 
 
 class _RowFile:
-    """One file of a RowTable. It stays open, so it can be read also after another process has removed it.
+    """One file of a RowTable. It stays open as long as it is used, so it can be read after others have removed it.
+
+    Several threads may use it.
 
     Attributes:
         path: relative to the table.
@@ -241,6 +250,7 @@ class _RowFile:
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._indexes: dict[str, ColumnIndex] = {}
         self._text_bytes = 0
+        self._lock = threading.RLock()  # a file of Parquet cannot be read by two threads at once
         with read_errors(self._uri):
             uri = file_uri(folder_uri, path)
             self._size = file_size(uri)
@@ -254,21 +264,24 @@ class _RowFile:
         made = cls.__new__(cls)
         made.path, made.row_count, made._uri, made._schema, made._checks = "", table.num_rows, "", table.schema, ()
         made._columns, made._indexes = dict(zip(table.column_names, table.columns, strict=True)), {}
+        made._lock = threading.RLock()
         return made
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Columns, checked; see Rows.table."""
-        missing = [name for name in names if name not in self._columns]
-        if missing:
-            with read_errors(self._uri):
-                self._read(missing)
+        with self._lock:
+            missing = [name for name in names if name not in self._columns]
+            if missing:
+                with read_errors(self._uri):
+                    self._read(missing)
         fields = [self._schema.field(name) for name in names]
         return pa.table([self._columns[name] for name in names], pa.schema(fields))
 
     def find(self, name: str, values: pa.Array) -> np.ndarray:
         """The places of the rows with one of these values, ascending."""
-        if name not in self._indexes:
-            self._indexes[name] = ColumnIndex(self.columns([name]).column(0))
+        with self._lock:
+            if name not in self._indexes:
+                self._indexes[name] = ColumnIndex(self.columns([name]).column(0))
         places = self._indexes[name].candidates(values)
         if not len(places):
             return places

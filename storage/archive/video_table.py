@@ -24,6 +24,7 @@ from storage.records import Problem, Reason, Status, VideoRow
 
 MIN_ID_DIGITS = 6
 _PUBLISHED = ("video_number", "video_id", "frame_count")
+_CHANGING = ("uri", "mtime_ns", "is_settled", "captured_at", "captured_from", "tags")  # without indexing again
 
 
 class PublishedVideos(Mapping[int, str]):
@@ -37,12 +38,13 @@ class PublishedVideos(Mapping[int, str]):
         """(n,) int64: their numbers, ascending."""
         rows = self._rows.table(("video_number", "frame_count"))
         has_frames = pc.and_(pc.greater(rows.column("frame_count"), 0), pc.is_valid(rows.column("video_number")))
-        return np.unique(rows.column("video_number").filter(has_frames).to_numpy().astype(np.int64))
+        return np.sort(rows.column("video_number").filter(has_frames).to_numpy().astype(np.int64))
 
     def ids_of(self, numbers: Iterable[int]) -> dict[int, str]:
         """The ids of those of these videos that have visible frames."""
-        rows = self._rows.take(self._rows.find("video_number", numbers), _PUBLISHED).to_pylist()
-        return {row["video_number"]: row["video_id"] for row in rows if row["frame_count"]}
+        rows = self._rows.take(self._rows.find("video_number", numbers), _PUBLISHED)
+        columns = (rows.column(name).to_pylist() for name in _PUBLISHED)
+        return {number: video_id for number, video_id, count in zip(*columns, strict=True) if count}
 
     def __getitem__(self, number: int) -> str:
         return self.ids_of([number])[number]
@@ -73,6 +75,7 @@ class VideoTable:
         self._archive_uri = archive_uri
         self._table = RowTable(join(archive_uri, "videos"), video_rows.SCHEMA, video_rows.CHECKS)
         self._parts = parts
+        self._published: tuple[Rows, PublishedVideos] | None = None
 
     def open(self) -> None:
         """Opens the files of the newest version, unless a version is open already."""
@@ -178,7 +181,10 @@ class VideoTable:
 
     def published(self) -> PublishedVideos:
         """The ids of all videos that have visible frames, by number."""
-        return PublishedVideos(self._table.rows())
+        rows = self._table.rows()
+        if self._published is None or self._published[0] is not rows:
+            self._published = (rows, PublishedVideos(rows))
+        return self._published[1]
 
     def numbers(self) -> np.ndarray:
         """(n,) int32: the numbers of all rows that have one."""
@@ -218,13 +224,15 @@ class VideoTable:
         self._parts.refresh()
         return added
 
-    def update(self, rows: Sequence[VideoRow]) -> None:
-        """Publishes rows whose place, times or tags have changed, unless another job has indexed the video again.
+    def update(self, changes: Sequence[tuple[VideoRow, VideoRow]]) -> None:
+        """Publishes changes of places, times or tags, unless another job has indexed the video again.
 
+        Args:
+            changes: each row before and after; what does not differ is left as it is now.
         Raises:
             ArchiveError: the archive cannot be written; nothing is published.
         """
-        self._table.change(lambda known: _plan_publish(known, _still_current(known, rows)))
+        self._table.change(lambda known: _plan_publish(known, _changed_now(known, changes)))
 
     def delete(self, rows: Sequence[VideoRow]) -> list[VideoRow]:
         """Hides videos from every answer at once; `clean` removes their frames later. Returns the deleted rows.
@@ -352,7 +360,8 @@ def _plan_publish(known: Rows, rows: Sequence[VideoRow], restored: Collection[st
     places = np.union1d(
         known.find("video_id", [row.video_id for row in rows]), known.find("uri", [row.uri for row in rows])
     )
-    both = list(zip(*(known.take(places, names).column(name).to_pylist() for name in names)))
+    table = known.take(places, names)
+    both = list(zip(*(table.column(name).to_pylist() for name in names)))
     old_count = len(both)
     both += [tuple(getattr(row, name) for name in names) for row in rows]
     alive = np.arange(len(both)) < old_count
@@ -388,17 +397,22 @@ def _stays(old: tuple, new: tuple, restored: Collection[str]) -> bool:
     return old_id == video_id and frame_count == 0 and old_frames > 0
 
 
-def _still_current(known: Rows, rows: Sequence[VideoRow]) -> list[VideoRow]:
-    """The rows whose video still has a row with the same number of frames; of an unfinished video, with any number."""
-    names = ("model_id", "video_id", "video_number", "status", "attempts", "frame_count")
-    table = known.take(known.find("video_id", [row.video_id for row in rows]), names)
-    current = {_without_growth(*values) for values in zip(*(table.column(name).to_pylist() for name in names))}
-    return [row for row in rows if _without_growth(*(getattr(row, name) for name in names)) in current]
+def _changed_now(known: Rows, changes: Sequence[tuple[VideoRow, VideoRow]]) -> list[VideoRow]:
+    """The present rows after changes; rows of videos that have been indexed again or are gone are left out."""
+    rows = to_rows(known.take(known.find("video_id", [before.video_id for before, _ in changes])))
+    present = {_version(row): row for row in rows}
+    changed = []
+    for before, after in changes:
+        if row := present.get(_version(before)):
+            values = {name: getattr(after, name) for name in _CHANGING if getattr(after, name) != getattr(before, name)}
+            changed.append(replace(row, **values))
+    return changed
 
 
-def _without_growth(*values: object) -> tuple:
-    *others, status, attempts, frame_count = values
-    return *others, status, attempts, None if status == Status.INDEXING else frame_count
+def _version(row: VideoRow) -> tuple:
+    """What differs after a video has been indexed again; the frames of an unfinished video may grow."""
+    frame_count = None if row.status is Status.INDEXING else row.frame_count
+    return row.model_id, row.video_id, row.video_number, row.status, row.attempts, frame_count
 
 
 def _with_stored_frames(table: pa.Table, parts: PartTable) -> pa.Table:
