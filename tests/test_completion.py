@@ -52,8 +52,8 @@ def typed(tmp_path):
         reader = threading.Thread(target=read)
         reader.start()
         os.write(ours, b'eval "$(vidx completion bash)"\n' + line.encode() + b"\nexit\n")
-        shell.wait(timeout=120)
-        reader.join(timeout=30)
+        shell.wait(timeout=300)
+        reader.join(timeout=300)
         os.close(ours)
         return shown.decode()
 

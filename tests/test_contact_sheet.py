@@ -123,7 +123,7 @@ def in_terminal(command, columns):
         with contextlib.suppress(OSError):  # the other end is closed
             while data := os.read(ours, 1 << 16):
                 seen += data
-        process.wait(60)
+        process.wait(300)
     os.close(ours)
     return seen
 

@@ -440,7 +440,7 @@ def test_files_that_are_links_or_pipes_are_not_opened(copy, outside):
 def run(sealed, *command):
     """A command as a process, which a pipe would stop for ever."""
     command = [VIDX, *command, "--archive", str(sealed.folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("table", ["frames", "videos", "numbers"])

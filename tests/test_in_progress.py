@@ -51,7 +51,7 @@ def killed_job(archive):
     begun = SPAWN.Queue()
     job = SPAWN.Process(target=begin_all, args=(archive.uri, [1, 2], begun))
     job.start()
-    assert begun.get(timeout=60)
+    assert begun.get(timeout=300)
     assert in_progress(archive) == (2, 10)  # while it runs, too
     os.kill(job.pid, signal.SIGKILL)
     job.join(10)

@@ -226,7 +226,7 @@ def on_terminal(command, answer):
 
     reader = threading.Thread(target=read)
     reader.start()
-    code = process.wait(timeout=120)
-    reader.join(timeout=30)
+    code = process.wait(timeout=300)
+    reader.join(timeout=300)
     os.close(ours)
     return code, b"".join(pieces).decode()

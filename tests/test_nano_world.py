@@ -202,7 +202,7 @@ def test_scripts_never_overlap_what_stands_still_and_show_up_to_four():
 def test_the_same_seed_gives_the_same_files(tmp_path):
     for name in ("one", "two"):
         command = [sys.executable, ROOT / "ops/nano/world", "--seed", "1000007", "--videos", "2", "--minutes", "0.2"]
-        subprocess.run([*command, tmp_path / name], check=True, timeout=120)
+        subprocess.run([*command, tmp_path / name], check=True, timeout=300)
     digests = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()}
         for name in ("one", "two")

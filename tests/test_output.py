@@ -38,7 +38,7 @@ def by_shell(command, redirections, env=None):
     """The command with redirections as a shell makes them."""
     words = ["sh", "-c", f'exec "$@" {redirections}', "sh", VIDX, *command]
     return subprocess.run(
-        words, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **(env or {})}
+        words, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **(env or {})}
     )
 
 
@@ -114,7 +114,7 @@ def test_names_that_an_encoding_lacks_are_escaped_and_json_stays_json(far_names,
 
     def run(*command):
         words = [VIDX, *command, "--archive", archive]
-        done = subprocess.run(words, capture_output=True, cwd=tmp_path, env=environment, timeout=120, check=False)
+        done = subprocess.run(words, capture_output=True, cwd=tmp_path, env=environment, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -147,7 +147,7 @@ def on_terminal(columns, command):
         except OSError:  # the other end is closed
             pass
         process.stderr.read()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     os.close(ours)
     return re.sub(r"\x1b\[[0-9;]*m", "", seen.decode()).replace("\r\n", "\n")
 

@@ -331,7 +331,7 @@ def test_an_interrupted_job_keeps_what_is_finished_and_goes_on(vidx, tmp_path):
             if line.startswith(("1/3 videos", "2/3 videos")):
                 break
         os.killpg(job.pid, signal.SIGINT)  # as a terminal does: to the whole group
-        out, heard = job.communicate(timeout=60)
+        out, heard = job.communicate(timeout=300)
     finally:
         if job.poll() is None:
             job.kill()
