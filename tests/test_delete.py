@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -164,10 +165,11 @@ def test_on_a_terminal_a_choice_is_confirmed_first(archive, typed, code, says, l
     with process_of([VIDX, "delete", *where], **pipes, start_new_session=True) as process:
         os.close(terminal)
         said = read_until(ours, b"?")
-        if typed == b"\x03":  # the terminal is not the one that controls the process
-            process.send_signal(signal.SIGINT)
-        else:
+        if typed != b"\x03":
             os.write(ours, typed)
+        while typed == b"\x03" and not select.select([ours], [], [], 1)[0]:
+            # The terminal is not the one that controls the process. A signal just before it begins to read is lost.
+            process.send_signal(signal.SIGINT)
         said += read_until(ours)
     os.close(ours)
     assert (process.returncode, says in said) == (code, True), said

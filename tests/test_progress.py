@@ -154,7 +154,9 @@ def test_lines_name_the_files_and_resumed_frames_are_told_apart(vidx, tmp_path):
     shutil.copy(SIX_MINUTES, videos / "cam1.mp4")
     shutil.copy(SAMPLES / "highway.avi", videos / "cam2.avi")
     script = (
-        "import os, signal, pipeline.index.job; from storage.archive.part_table import PartTable\n"
+        "import os, signal, pipeline.cli.progress_bar, pipeline.index.job\n"
+        "from storage.archive.part_table import PartTable\n"
+        "pipeline.cli.progress_bar.LINE_SECONDS = 0.2\n"
         "pipeline.index.job.COMMIT_SECONDS, commit, stopped = 0.0, PartTable.commit, []\n"
         "def stop(self, receipts):\n"
         "    landed = commit(self, receipts)\n"
