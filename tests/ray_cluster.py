@@ -23,7 +23,6 @@ def ray_cluster():
     command += ["--min-worker-port", "0", "--max-worker-port", "0", "--include-dashboard", "false"]
     command += ["--object-store-memory", str(128 << 20), "--temp-dir", folder]
     environment = os.environ | {"RAY_AUTH_MODE": "token", **ENVIRONMENT}
-    environment |= {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"}  # 30 s are little on a busy machine
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **together)
     try:

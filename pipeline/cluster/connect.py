@@ -27,6 +27,7 @@ from storage.processes import usable_cores, usable_memory
 MOST_BYTES = 43  # of the path of Ray's folder: a socket's path has at most 107 bytes, and Ray adds up to 64
 
 BYTES_PER_CORE = 44 << 20  # of frames on their way: stages.BATCHES_AHEAD batches of a decoder and the two at work
+CLIENT_TRIES = 2  # to reach a cluster from outside; each takes up to half a minute
 LEAST_STORE, MOST_STORE = 128 << 20, 8 << 30  # bytes; Ray refuses less than 75 MiB, and 10 GB outside /dev/shm
 
 
@@ -57,7 +58,7 @@ def start_ray(address: str | None) -> None:
         if address is not None:
             check_token(address)
         with _on_loopback() if address is None else contextlib.nullcontext():
-            ray.init(**options)
+            _connect(options)
     except UsageError:
         raise
     except SystemExit as error:  # of Ray's own handler of SIGTERM
@@ -69,6 +70,17 @@ def start_ray(address: str | None) -> None:
         raise UsageError(f"--address {address}: no Ray cluster answers at this address: {first}") from error
     finally:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would prevent the last commit
+
+
+def _connect(options: dict[str, Any]) -> None:
+    """Calls ray.init; a client server whose process for this client did not start in time is asked once more."""
+    for left in reversed(range(CLIENT_TRIES)):
+        try:
+            ray.init(**options)
+            return
+        except ConnectionError as error:
+            if not left or "Initialization failure from server" not in str(error):
+                raise
 
 
 def check_token(address: str) -> None:
