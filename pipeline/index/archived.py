@@ -1,7 +1,8 @@
 """archived: the videos of an archive as a plan sees them; rows are read when they are asked for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -46,18 +47,10 @@ class ArchivedVideos:
     read: Callable[[pa.Table], list[VideoRow]] = to_rows
     unchanged: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     changes: Mapping[str, VideoRow] = field(default_factory=dict)
-    _changes_by_uri: Mapping[str, VideoRow] = field(init=False, repr=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "_changes_by_uri", {row.uri: row for row in self.changes.values()})
-
-    def marking(self, unchanged: np.ndarray) -> "ArchivedVideos":
-        """The same videos; the files at these places of `stored` are as they were."""
-        return replace(self, unchanged=unchanged)
-
-    def changed(self, changes: Mapping[str, VideoRow]) -> "ArchivedVideos":
-        """The same videos after changes, by video id."""
-        return replace(self, changes=changes)
+    @cached_property
+    def _changes_by_uri(self) -> dict[str, VideoRow]:
+        return {row.uri: row for row in self.changes.values()}
 
     def of_ids(self, video_ids: Iterable[str]) -> dict[str, VideoRow]:
         """The rows of the videos with these ids that are in the archive, by id; those of deleted videos too."""

@@ -206,9 +206,8 @@ def run_index(
     """
     result = IndexResult()
     if plan.renewed:
-        archive.videos.update(
-            [(update.before, update.after) for update in plan.renewed]
-        )  # first: a new video may have the old name of one that was moved
+        # First: a new video may have the old name of one that was moved.
+        archive.videos.update([(update.before, update.after) for update in plan.renewed])
     result.updates = list(plan.updates.values())
     result.cache_problem = plan.cache_problem
     result.failed_before = plan.count(Decision.FAILED)

@@ -200,7 +200,7 @@ def plan_sources(
     decisions |= {uri: Decision.UPDATED for uri in updates if decisions.get(uri) is Decision.KNOWN}
     return IndexPlan(
         wanted=wanted,
-        archived=archived.changed(renewed),
+        archived=replace(archived, changes=renewed),
         decisions=tuple((source.asset, decisions[source.asset.uri]) for source in found),
         unchanged_count=len(archived.unchanged),
         renewed=pairs,

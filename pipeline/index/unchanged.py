@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -108,7 +108,7 @@ def recognise(
                     unchanged[file.place] = True
                 else:
                     rest.append(source)
-    return rest, archived.marking(np.flatnonzero(unchanged))
+    return rest, replace(archived, unchanged=np.flatnonzero(unchanged))
 
 
 def _batches(assets: Iterable[VideoAsset]) -> Iterator[list[VideoAsset]]:

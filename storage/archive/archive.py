@@ -250,7 +250,7 @@ class Archive:
             videos_partial=states.get(Status.PARTIAL, 0),
             videos_failed=states.get(Status.FAILED, 0),
             videos_deleted=states.get(Status.DELETED, 0),
-            frames=self.videos.frame_count(),
+            frames=pc.sum(rows.column("frame_count")).as_py() or 0,
             model_ids=tuple(sorted(rows.column("model_id").unique().to_pylist())) or (self.model_id,),
             size_bytes=tree_size(self.uri),
             version=self.version,

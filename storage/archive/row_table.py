@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -44,7 +44,7 @@ class Check:
 class Rows:
     """The rows of a RowTable at one version. They stay readable when newer versions replace their files."""
 
-    def __init__(self, files: "Sequence[_RowFile]", schema: pa.Schema):
+    def __init__(self, files: "Sequence[_MemoryRows]", schema: pa.Schema):
         self.schema = schema
         self._files = files
         self._starts = [0, *accumulate(file.row_count for file in files)]  # of each file's rows, and the end
@@ -52,7 +52,8 @@ class Rows:
     @classmethod
     def of(cls, table: pa.Table) -> "Rows":
         """Rows in memory."""
-        return cls([_RowFile.of(table)], table.schema)
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        return cls([_MemoryRows("", table.num_rows, table.schema, columns)], table.schema)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -97,7 +98,7 @@ class Rows:
             pieces.append(file.columns(names).take(pa.array(inside)))
         return pa.concat_tables(pieces)
 
-    def by_file(self, places: np.ndarray) -> "Iterator[tuple[_RowFile, np.ndarray]]":
+    def by_file(self, places: np.ndarray) -> "Iterator[tuple[_MemoryRows, np.ndarray]]":
         """The files that hold the rows at these places, which must ascend, each with the places in it."""
         ends = np.searchsorted(places, self._starts)
         for file, start, first, last in zip(self._files, self._starts, ends[:-1], ends[1:]):
@@ -232,48 +233,24 @@ class RowTable:
         return [(path, sizes[path]) for path in replaced]
 
 
-class _RowFile:
-    """One file of a RowTable. It stays open as long as it is used, so it can be read after others have removed it.
-
-    Several threads may use it.
+class _MemoryRows:
+    """Some rows, in memory. Several threads may use them.
 
     Attributes:
-        path: relative to the table.
-        row_count: the number of its rows.
+        path: of their file, relative to the table; empty if there is none.
+        row_count: the number of rows.
     """
 
-    def __init__(self, folder_uri: str, path: str, schema: pa.Schema, checks: Sequence[Check]):
+    def __init__(self, path: str, row_count: int, schema: pa.Schema, columns: Mapping[str, pa.ChunkedArray]):
         self.path = path
-        self._uri = join(folder_uri, path)
+        self.row_count = row_count
         self._schema = schema
-        self._checks = checks
-        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._columns = columns
         self._indexes: dict[str, ColumnIndex] = {}
-        self._text_bytes = 0
-        self._lock = threading.RLock()  # a file of Parquet cannot be read by two threads at once
-        with read_errors(self._uri):
-            uri = file_uri(folder_uri, path)
-            self._size = file_size(uri)
-            self._stack = ExitStack()
-            self._file = self._stack.enter_context(open_parquet(uri))
-            self.row_count: int = self._file.metadata.num_rows
-
-    @classmethod
-    def of(cls, table: pa.Table) -> "_RowFile":
-        """Rows in memory."""
-        made = cls.__new__(cls)
-        made.path, made.row_count, made._uri, made._schema, made._checks = "", table.num_rows, "", table.schema, ()
-        made._columns, made._indexes = dict(zip(table.column_names, table.columns, strict=True)), {}
-        made._lock = threading.RLock()
-        return made
+        self._lock = threading.RLock()
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Columns, checked; see Rows.table."""
-        with self._lock:
-            missing = [name for name in names if name not in self._columns]
-            if missing:
-                with read_errors(self._uri):
-                    self._read(missing)
         fields = [self._schema.field(name) for name in names]
         return pa.table([self._columns[name] for name in names], pa.schema(fields))
 
@@ -288,13 +265,40 @@ class _RowFile:
         is_equal = pc.is_in(self._columns[name].take(pa.array(places)), values)
         return places[is_equal.to_numpy()]
 
+
+class _RowFile(_MemoryRows):
+    """The rows of a file, of which a column is read when it is asked for.
+
+    The file stays open as long as it is used, so it can be read after others have removed it.
+    """
+
+    def __init__(self, folder_uri: str, path: str, schema: pa.Schema, checks: Sequence[Check]):
+        self._uri = join(folder_uri, path)
+        self._checks = checks
+        self._text_bytes = 0
+        with read_errors(self._uri):
+            uri = file_uri(folder_uri, path)
+            self._size = file_size(uri)
+            self._stack = ExitStack()
+            self._file = self._stack.enter_context(open_parquet(uri))
+            super().__init__(path, self._file.metadata.num_rows, schema, {})
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Columns, checked; see Rows.table."""
+        with self._lock:  # a file of Parquet cannot be read by two threads at once
+            missing = [name for name in names if name not in self._columns]
+            if missing:
+                with read_errors(self._uri):
+                    self._read(missing)
+        return super().columns(names)
+
     def _read(self, names: Sequence[str]) -> None:
         table = self._file.read(columns=names)
         self._text_bytes += text_bytes(table)
         check_text_bytes(self._text_bytes, self._size)
         rows = with_columns(table, pa.schema([self._schema.field(name) for name in names]))
         rows.validate(full=True)  # finds invalid UTF-8, among others
-        known = self._columns | dict(zip(names, rows.columns, strict=True))
+        known = {**self._columns, **dict(zip(names, rows.columns, strict=True))}
         whole = pa.table(known)
         for check in self._checks:
             if known.keys() >= set(check.columns) and not set(names).isdisjoint(check.columns):

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from storage.archive.row_table import NONE, Check, Rows, RowTable
+from storage.archive.video_rows import SAMPLING_CHECK
 from storage.checks import INT32, VIDEO_ID, check_column_range, check_column_text
 from storage.errors import ArchiveError
-from storage.records import Sampling
 
 NUMBERS = pa.schema(
     [
@@ -21,15 +21,10 @@ NUMBERS = pa.schema(
 )
 
 
-def _check_sampling(rows: pa.Table) -> None:
-    for sampling in rows.column("sampling").unique().to_pylist():
-        Sampling.from_text(sampling)
-
-
 CHECKS = (
     Check(("video_id",), lambda rows: check_column_text("video_id", rows.column("video_id"), VIDEO_ID)),
     Check(("video_number",), lambda rows: check_column_range("video_number", rows.column("video_number"), 1, INT32)),
-    Check(("sampling",), _check_sampling),
+    SAMPLING_CHECK,
 )
 
 

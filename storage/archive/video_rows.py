@@ -137,6 +137,7 @@ def _numbered(name: str) -> Check:
     return Check(("frame_count", "video_number", name), lambda rows: _check_numbered(rows, name))
 
 
+SAMPLING_CHECK = Check(("sampling",), _check_sampling)
 CHECKS = (
     _one("video_id", check_column_text, VIDEO_ID),
     _one("uri", check_column_text, r"file:///[!-~]*"),
@@ -147,7 +148,7 @@ CHECKS = (
     _one("sandbox_missing", check_column_text, "(?:[a-z]+(?:,[a-z]+)*)?"),
     _one("decoder", check_column_values, ("decord", "pyav")),
     _one("rotation_degrees", check_column_values, (0, 90, 180, 270)),
-    Check(("sampling",), _check_sampling),
+    SAMPLING_CHECK,
     *(_one(name, check_column_range, least, most) for name, (least, most) in _RANGES.items()),
     *(_instant(name) for name in ("captured_at", "indexed_at")),
     *(_probed(name) for name in (*_PROBED, "time_base_num", "time_base_den") if name != "duration_seconds"),
